@@ -1,0 +1,1 @@
+"""The formats that ship with vraxion-ckpt, one file each."""

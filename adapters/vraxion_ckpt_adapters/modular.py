@@ -1,0 +1,385 @@
+"""Modular directory: ``system/router.state``, ``experts/expert_<id>.pt``, ``experts/meta.json``.
+
+``router.state`` holds the payload dict with every model tensor but ``head.experts.*`` and the optimizer of all
+parameters, the experts' included; each shard is a plain dict of leaf name → tensor. ``meta.json`` has the lifecycle
+rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and the offline exploder's, with
+``source_checkpoint``. A single head stays in ``router.state``, and there are no shards.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from vraxion_ckpt import jsonfile, torchfile
+from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.commit import write_new
+from vraxion_ckpt.errors import CkptWarning, InconsistentError, StorageError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle
+from vraxion_ckpt.options import NameList
+from vraxion_ckpt.payload import (
+    Extras,
+    Parsed,
+    PayloadDialect,
+    build_payload,
+    dump_dialect,
+    names_to_record,
+    origin_of,
+    parse_payload,
+    recorded_dialect,
+    split_head,
+)
+from vraxion_ckpt.sources import Fingerprint, Sources
+
+_SHARD = re.compile(r"expert_(\d{3}|[1-9]\d{3,8})\.pt")
+_ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
+_EXPLODER_ROW_KEYS = ("tenured", "created_step", "last_used_step", "contrib")
+
+
+def shard_name(expert: int) -> str:
+    """Return a shard's file name: the id in at least three digits."""
+    return f"expert_{expert:03d}.pt"
+
+
+class ModularAdapter(Adapter):
+    """Directory with system/router.state, a shard per expert, and meta.json."""
+
+    name: ClassVar[str] = "modular"
+    suffixes: ClassVar[tuple[str, ...]] = ("/",)
+    is_directory: ClassVar[bool] = True
+
+    tenure_all: bool = Field(False, description="on writing, mark every expert tenured")
+    allow_global: NameList = Field((), description="classes its pickles may use beside plain data, by full name")
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return (_root(path) / "system" / "router.state").is_file()
+
+    # --- read ---
+
+    def read(self, path: Path) -> Checkpoint:
+        root = _root(path)
+        router = root / "system" / "router.state"
+        sources = Sources()
+        for place in (root / "system", router, root / "experts"):
+            if place.is_symlink() and not place.resolve().is_relative_to(root.resolve()):
+                raise InconsistentError("is a link that leads out of the checkpoint", path=place)
+        parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
+        meta = _read_meta(root / "experts" / "meta.json", sources, parsed)
+        try:
+            found = split_head(parsed.checkpoint)
+        except InconsistentError as error:
+            error.path = router
+            raise
+        if found.head is not None and found.head.kind is HeadKind.EXPERTS:
+            raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
+        shards = _list_shards(root / "experts")
+        num_experts = parsed.num_experts if parsed.num_experts is not None else max(1, len(shards))
+        if found.head is None and (shards or num_experts > 1):
+            found.head = self._sharded_head(root, shards, num_experts, meta, parsed, sources)
+        elif shards:
+            raise InconsistentError("has shards beside a single head in router.state", path=root)
+        elif found.head is not None and num_experts != 1:
+            raise InconsistentError(f"is {num_experts}, but the head is single", path=router, key="num_experts")
+        return replace(
+            found,
+            lifecycle=_rows(meta, found.num_experts, root) if meta and found.head else _fresh_rows(found),
+            origin=origin_of(
+                self.name,
+                root,
+                "router",
+                parsed.dialect,
+                parsed.extras.model_copy(update={"dialects": {**parsed.extras.dialects, "meta": _meta_dialect(meta)}}),
+            ),
+            sources=sources,
+        )
+
+    def _sharded_head(
+        self,
+        root: Path,
+        shards: dict[int, Path],
+        num_experts: int,
+        meta: dict[str, Any] | None,
+        parsed: Parsed,
+        sources: Sources,
+    ) -> Head:
+        deleted = _deleted(meta, num_experts, root)
+        alive = sorted(deleted & shards.keys())
+        if alive:
+            raise InconsistentError(f"lists expert {alive[0]}, whose shard is there", path=root, key="deleted")
+        if len(shards) + len(deleted) != num_experts or max((*shards, *deleted)) != num_experts - 1:
+            beyond = [i for i in shards if i >= num_experts]
+            if beyond:
+                message = f"{shard_name(beyond[0])} is beyond num_experts = {num_experts}"
+            else:
+                present = shards.keys() | deleted
+                missing = next(i for i in range(len(present) + 1) if i not in present)
+                message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
+            raise InconsistentError(message, path=root / "experts")
+        leaves = _leaves(parsed.checkpoint.param_names)
+
+        def opener(expert: int, path: Path) -> Expert:
+            return Expert(lambda: _open_shard(path, expert, leaves.get(expert), sources, self.allow_global))
+
+        position = parsed.extras.head_position
+        if position is None:
+            position = _derived_position(list(parsed.checkpoint.core), parsed.checkpoint.param_names)
+        if not 0 <= position <= len(parsed.checkpoint.core):
+            raise InconsistentError("is beyond the state dict", path=root, key="head_position")
+        experts = {i: opener(i, shards[i]) for i in sorted(shards)}
+        return Head(HeadKind.EXPERTS, experts, position, deleted)
+
+    # --- write ---
+
+    def losses(self, checkpoint: Checkpoint) -> list[Loss]:
+        tied = sorted(_tied_across_files(checkpoint))
+        if not tied:
+            return []
+        return [Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")]
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        head = checkpoint.head
+        sharded = head is not None and head.kind is HeadKind.EXPERTS
+        state = checkpoint.core if sharded else checkpoint.state_dict()
+        pt = recorded_dialect(checkpoint, "pt")
+        router = recorded_dialect(checkpoint, "router") or (pt or PayloadDialect()).as_router()
+        dialects = {k: v for k, v in checkpoint.origin.dialects.items() if k not in ("router", "meta", "pt")}
+        if pt is not None and pt != router:
+            dialects["pt"] = dump_dialect(pt)
+        derived = _derived_position(list(state), checkpoint.param_names)
+        extras = Extras(
+            history=checkpoint.history,
+            plan=checkpoint.plan,
+            head_position=head.position if head and sharded and head.position != derived else None,
+            optimizer_names=names_to_record(checkpoint, router),
+            dialects=dialects,
+        )
+        try:
+            (path / "system").mkdir()
+            (path / "experts").mkdir()
+        except OSError as error:
+            raise StorageError.from_os_error(error, path) from error
+        torchfile.save(build_payload(checkpoint, state, router, extras), path / "system" / "router.state")
+        if head is not None and sharded:
+            for i, expert in head.experts.items():
+                shard = {leaf: _compact(tensor) for leaf, tensor in expert.items()}
+                torchfile.save(shard, path / "experts" / shard_name(i))
+        write_new(path / "experts" / "meta.json", jsonfile.dumps(self._meta(checkpoint)))
+
+    def _meta(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return meta.json in the variant the source had, or the exploder's."""
+        dialect = checkpoint.origin.dialects.get("meta") or {}
+        source = checkpoint.origin.path.name if checkpoint.origin.path else ""
+        known: dict[str, Any] = {
+            "source_checkpoint": source,
+            "num_experts": checkpoint.num_experts,
+            "step": checkpoint.step,
+            "experts": [],
+            "deleted": sorted(checkpoint.head.deleted) if checkpoint.head else [],
+        }
+        entries = {**known, **dialect.get("entries", {})}
+        keys = list(dialect.get("keys", ("source_checkpoint", "num_experts", "experts")))
+        if known["deleted"] and "deleted" not in keys:
+            keys.append("deleted")
+        row_keys = tuple(dialect.get("row_keys", ("id", *_EXPLODER_ROW_KEYS)))
+        entries["experts"] = [
+            _row_to_json(i, replace(row, tenured=True) if self.tenure_all else row, row_keys)
+            for i, row in sorted(checkpoint.lifecycle.items())
+        ]
+        return {key: entries[key] for key in keys if key in entries}
+
+    def foreign_files(self, path: Path) -> list[Path]:
+        """List what is neither a folder of the layout nor one of its files."""
+        if not path.is_dir():
+            return []
+        ours = {path / "system", path / "experts", path / "system" / "router.state", path / "experts" / "meta.json"}
+        return [
+            entry
+            for entry in sorted(path.rglob("*"))
+            if entry not in ours and not (entry.parent == path / "experts" and _SHARD.fullmatch(entry.name))
+        ]
+
+
+def _root(path: Path) -> Path:
+    """Return the checkpoint's directory, also for the path of its router.state."""
+    is_router = path.name == "router.state" and path.parent.name == "system"
+    return path.parent.parent if is_router else path
+
+
+def _list_shards(folder: Path) -> dict[int, Path]:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise StorageError.from_os_error(error, folder) from error
+    shards: dict[int, Path] = {}
+    for name in names:
+        if not name.startswith("expert_") or not name.endswith(".pt"):
+            continue
+        found = _SHARD.fullmatch(name)
+        path = folder / name
+        if not found:
+            raise InconsistentError("a shard is called expert_<id>.pt, its id in three digits or more", path=path)
+        if path.is_symlink() or not path.is_file():
+            raise InconsistentError("a shard must be a regular file", path=path)
+        shards[int(found[1])] = path
+    return shards
+
+
+def _leaves(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
+    """Return the parameters of each expert, as param_names lists them."""
+    leaves: dict[int, set[str]] = {}
+    for name in param_names or ():
+        if found := re.fullmatch(r"head\.experts\.(\d{1,9})\.(.+)", name):
+            leaves.setdefault(int(found[1]), set()).add(found[2])
+    return leaves
+
+
+def _open_shard(
+    path: Path, expert: int, leaves: set[str] | None, sources: Sources, allow_globals: tuple[str, ...]
+) -> dict[str, Tensor]:
+    shard = torchfile.load(path, sources, allow_globals)
+    if not isinstance(shard, dict) or not shard:
+        raise InconsistentError(f"the shard of expert {expert} holds no tensors", path=path)
+    for leaf, tensor in shard.items():
+        if not isinstance(leaf, str) or not isinstance(tensor, Tensor):
+            raise InconsistentError(f"the shard of expert {expert} holds something else than tensors", path=path)
+    if leaves is not None and not leaves <= shard.keys():
+        lacking = ", ".join(sorted(leaves - shard.keys()))
+        raise InconsistentError(f"the shard of expert {expert} lacks {lacking}", path=path)
+    return shard
+
+
+def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> int:
+    """Return where the head stands among the core tensors, as param_names tells; last if it does not."""
+    names = list(param_names or ())
+    head = [i for i, name in enumerate(names) if name.startswith("head.experts.")]
+    following = names[head[-1] + 1 :] if head else []
+    places = {name: place for place, name in enumerate(core)}
+    return next((places[name] for name in following if name in places), len(core))
+
+
+# --- meta.json ---
+
+
+def _read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] | None:
+    if not path.exists():
+        warnings.warn(f"{path} is missing; lifecycle rows are rebuilt", CkptWarning, stacklevel=2)
+        return None
+    sources.add(path, Fingerprint.of(path))
+    meta = jsonfile.load(path)
+    if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
+        raise InconsistentError("must be an object with a list `experts`", path=path)
+    stated = meta.get("num_experts")
+    if parsed.num_experts is not None and stated != parsed.num_experts:
+        raise InconsistentError(f"is {stated!r}, router.state says {parsed.num_experts}", path=path, key="num_experts")
+    step = parsed.checkpoint.payload.get("step")
+    if "step" in meta and meta["step"] != step:
+        raise InconsistentError(
+            f"is {meta['step']!r}, router.state has step {step!r}: parts of two saves",
+            path=path,
+            key="step",
+            hint="a trainer was probably killed while saving; use an older checkpoint",
+        )
+    return meta
+
+
+def _deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
+    listed = (meta or {}).get("deleted", [])
+    path = root / "experts" / "meta.json"
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < num_experts for i in listed):
+        raise InconsistentError(f"must list expert ids below {num_experts}", path=path, key="deleted")
+    if len(set(listed)) != len(listed):
+        raise InconsistentError("lists an expert twice", path=path, key="deleted")
+    return frozenset(listed)
+
+
+def _rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
+    path = root / "experts" / "meta.json"
+    rows: dict[int, Lifecycle] = {}
+    for place, row in enumerate(meta["experts"]):
+        key = f"experts[{place}]"
+        if not isinstance(row, dict) or type(row.get("id")) is not int:
+            raise InconsistentError("must be an object with a whole number `id`", path=path, key=key)
+        if row["id"] in rows:
+            raise InconsistentError(f"is a second row for expert {row['id']}", path=path, key=key)
+        rows[row["id"]] = _row_from_json(row, path, key)
+    if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
+        raise InconsistentError(f"has {len(rows)} rows for {num_experts} experts", path=path, key="experts")
+    return rows
+
+
+def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
+    for entry in ("created_step", "last_used_step", "age_steps"):
+        if type(row.get(entry, 0)) is not int:
+            raise InconsistentError(f"{entry} must be a whole number", path=path, key=key)
+    for entry in ("tenured", "probation"):
+        if type(row.get(entry, False)) is not bool:
+            raise InconsistentError(f"{entry} must be true or false", path=path, key=key)
+    contrib = row.get("contrib", 0.0)
+    if type(contrib) not in (int, float) or not math.isfinite(contrib):
+        raise InconsistentError("contrib must be a finite number", path=path, key=key)
+    known = {entry: row[entry] for entry in _ROW_KEYS if entry in row}
+    return Lifecycle(**known, extra={k: v for k, v in row.items() if k != "id" and k not in _ROW_KEYS})
+
+
+def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
+    known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
+    more = [key for key in ("age_steps", "probation") if known[key] is not None and key not in keys]
+    entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)
+    ordered = [*(key for key in keys if key in entries), *more, *(key for key in row.extra if key not in keys)]
+    return {key: entries[key] for key in ordered}
+
+
+def _meta_dialect(meta: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what `_meta` needs to write the same variant: its keys, and entries that follow from nothing."""
+    if meta is None:
+        return {}
+    computed = ("num_experts", "step", "experts", "deleted")
+    rows = meta["experts"]
+    return {
+        "keys": list(meta),
+        "row_keys": list(rows[0]) if rows else ["id", *_EXPLODER_ROW_KEYS],
+        "entries": {key: value for key, value in meta.items() if key not in computed},
+    }
+
+
+def _fresh_rows(checkpoint: Checkpoint) -> dict[int, Lifecycle]:
+    return {i: Lifecycle.fresh(checkpoint.step) for i in range(checkpoint.num_experts)}
+
+
+# --- tensors ---
+
+
+def _tied_across_files(checkpoint: Checkpoint) -> set[str]:
+    """Name the experts' tensors that are the same memory as a tensor of another file."""
+    if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
+        return set()
+    # Experts that were not opened come from files of their own.
+    owner: dict[int, int | None] = {tensor.data_ptr(): None for tensor in checkpoint.core.values() if tensor.numel()}
+    tied: set[str] = set()
+    for i, expert in checkpoint.head.experts.items():
+        for leaf, tensor in expert.items() if expert.is_open else ():
+            if tensor.numel() and owner.setdefault(tensor.data_ptr(), i) != i:
+                tied.add(checkpoint.head.prefix(i) + leaf)
+    return tied
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Return a tensor whose storage holds nothing else: torch.save writes whole storages."""
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+        return tensor
+    return tensor.clone()
+
+
+@hookimpl
+def register_adapters() -> list[type[Adapter]]:
+    """Offer the format."""
+    return [ModularAdapter]

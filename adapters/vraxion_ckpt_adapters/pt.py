@@ -1,0 +1,95 @@
+"""Monolithic ``.pt``: one file of ``torch.save``, holding one payload dict.
+
+Four dialects are found in the field and written back as they came: the wall-clock trainer's (``optim``), the step
+trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt.payload`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from vraxion_ckpt import torchfile
+from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.container import is_zip
+from vraxion_ckpt.errors import InconsistentError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Lifecycle
+from vraxion_ckpt.options import NameList
+from vraxion_ckpt.payload import (
+    Extras,
+    PayloadDialect,
+    build_payload,
+    names_to_record,
+    origin_of,
+    parse_payload,
+    recorded_dialect,
+    split_head,
+)
+from vraxion_ckpt.sources import Sources
+
+
+class PtAdapter(Adapter):
+    """One file of torch.save with the whole checkpoint."""
+
+    name: ClassVar[str] = "pt"
+    suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".ckpt")
+
+    allow_global: NameList = Field((), description="classes its pickle may use beside plain data, by full name")
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        # A modular directory's router.state is such a file too, but alone it lacks the experts.
+        return is_zip(path) and path.name != "router.state"
+
+    def read(self, path: Path) -> Checkpoint:
+        sources = Sources()
+        parsed = parse_payload(torchfile.load(path, sources, self.allow_global), path)
+        extras = parsed.extras
+        try:
+            found = split_head(parsed.checkpoint, frozenset(extras.deleted))
+        except InconsistentError as error:
+            error.path = path
+            raise
+        if parsed.num_experts is not None and found.head and found.num_experts != parsed.num_experts:
+            raise InconsistentError(
+                f"says {parsed.num_experts}, the model has {found.num_experts}", path=path, key="num_experts"
+            )
+        rows = {i: Lifecycle.fresh(found.step) for i in range(found.num_experts)}
+        return replace(
+            found,
+            lifecycle=dict(extras.lifecycle) or rows,
+            origin=origin_of(self.name, path, "pt", parsed.dialect, extras),
+            sources=sources,
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        dialects = {key: value for key, value in checkpoint.origin.dialects.items() if key != "pt"}
+        router = recorded_dialect(checkpoint, "router")
+        dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
+        if router is None or router == dialect.as_router():
+            dialects.pop("router", None)
+        extras = Extras(
+            history=checkpoint.history,
+            plan=checkpoint.plan,
+            lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
+            deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
+            optimizer_names=names_to_record(checkpoint, dialect),
+            dialects=dialects,
+        )
+        torchfile.save(build_payload(checkpoint, checkpoint.state_dict(), dialect, extras), path)
+
+
+def _worth_keeping(checkpoint: Checkpoint) -> bool:
+    """Tell whether the lifecycle rows are more than what reading a monolith without any gives."""
+    fresh = Lifecycle.fresh(checkpoint.step)
+    return any(row != fresh for row in checkpoint.lifecycle.values())
+
+
+@hookimpl
+def register_adapters() -> list[type[Adapter]]:
+    """Offer the format."""
+    return [PtAdapter]

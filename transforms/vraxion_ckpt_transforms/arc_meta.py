@@ -1,0 +1,179 @@
+"""Choose which expert to split and which addresses its child takes; changes no tensor.
+
+The result is a plan attached to the checkpoint, and with `output` a ``mitosis_meta_v1`` file, equal to what VRAXION's
+own planner writes plus two predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from vraxion_ckpt import jsonfile, plan, plugins, ring
+from vraxion_ckpt.errors import InconsistentError, TransformError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.model import Checkpoint, SplitPlan
+from vraxion_ckpt.ring import Arc, Ints, Visits, Weights
+from vraxion_ckpt.transform import Transform
+from vraxion_ckpt_transforms import visits_file
+
+_HOW_TO_SUPPLY = (
+    "give a file (arc_meta:visits=FILE), let the trainer leave its `mitosis` request in the payload, or install a "
+    "plugin with a probe_visits hook"
+)
+
+
+def _auto_is_none(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+class ArcMeta(Transform):
+    """Plan a split: find the busiest expert and the hottest arc of its addresses."""
+
+    name: ClassVar[str] = "arc_meta"
+
+    visits: Path | None = Field(None, description="visits per address: .json, .npy or .csv")
+    policy: Literal["ptr_hist_arc", "topk_loss"] = Field(
+        "ptr_hist_arc", description="weigh addresses by visits, or by summed loss and then keep the top_k"
+    )
+    parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
+    arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
+        None, description="addresses in the arc; auto: max(16, ring // (2 * experts))"
+    )
+    top_k: int = Field(256, ge=1, description="for topk_loss: how many addresses to take at most")
+    allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent no address")
+    output: Path | None = Field(None, description="also write the plan to this JSON file")
+
+    def preserves_function(self) -> bool:
+        return True
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        router = checkpoint.router_map
+        if checkpoint.head is None or router is None:
+            raise TransformError("the model has no router_map, or no head", key=self.name)
+        owners = router_owners(router)
+        request = plan.requested_by_trainer(checkpoint) if self.visits is None else None
+        if request is not None and self.parent in (None, request[0]):
+            checkpoint.plan = self._adopt(request, checkpoint, owners)
+        else:
+            checkpoint.plan = self._choose(self._visits(checkpoint, len(owners)), checkpoint, owners)
+        return checkpoint
+
+    def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:
+        if self.output is None or checkpoint.plan is None:
+            return {}
+        return {self.output: jsonfile.dumps(plan.to_json(checkpoint.plan))}
+
+    def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
+        if self.visits is not None:
+            return visits_file.load(self.visits, ring_len)
+        found = plugins.probe_visits(checkpoint)
+        if found is None:
+            raise TransformError("nobody knows how often each address is visited", key=self.name, hint=_HOW_TO_SUPPLY)
+        try:
+            probed = Visits(
+                ring.as_weights(found.visits),
+                ring.as_weights(found.loss_sum) if found.loss_sum is not None else None,
+            )
+        except ValueError as error:
+            raise InconsistentError(f"a probe's visits: {error}", key=self.name) from None
+        if len(probed.visits) != ring_len:
+            raise InconsistentError(f"a probe returned {len(probed.visits)} visits for {ring_len} addresses")
+        return probed
+
+    def _choose(self, visits: Visits, checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
+        weights = visits.visits if self.policy == "ptr_hist_arc" else visits.loss_sum
+        if weights is None:
+            raise TransformError(
+                "topk_loss needs the loss per address", key=self.name, hint="give visits with a loss_sum"
+            )
+        experts = checkpoint.num_experts
+        totals = ring.total_by_owner(weights, owners, experts)
+        parent = self._check_parent(
+            self.parent if self.parent is not None else int(max(range(experts), key=lambda e: (totals[e], -e))),
+            checkpoint,
+        )
+        length = ring.auto_arc_length(len(owners), experts) if self.arc_len is None else self.arc_len
+        owned = owners == parent
+        arc, score = ring.hottest_arc(np.where(owned, weights, 0), max(1, min(len(owners), length)))
+        in_arc = arc.addresses[owned[arc.addresses]]
+        hot = self._hottest(in_arc, visits) if self.policy == "topk_loss" else in_arc
+        self._guard(hot, parent, int(owned.sum()))
+        shares = _Shares(visits.visits, owners, parent, hot, experts)
+        metrics: dict[str, int | float] = {
+            "parent_share": shares.parent,
+            "ptr_samples": ring.exact_sum(visits.visits),
+            "arc_score": score,
+            "dropped_non_parent": arc.length - len(in_arc),
+            "predicted_parent_share": shares.parent_after,
+            "predicted_max_share": shares.largest_after,
+        }
+        return _plan(parent, hot, arc, self.policy, experts, metrics)
+
+    def _check_parent(self, parent: int, checkpoint: Checkpoint) -> int:
+        assert checkpoint.head is not None
+        if parent >= checkpoint.num_experts:
+            raise TransformError(f"there is no expert {parent}; there are {checkpoint.num_experts}", key=self.name)
+        if parent in checkpoint.head.deleted:
+            raise TransformError(
+                f"expert {parent} was deleted; it has no tensors to clone", key=self.name, hint="pass parent="
+            )
+        return parent
+
+    def _hottest(self, addresses: Ints, visits: Visits) -> Ints:
+        """Keep the `top_k` visited addresses with the highest mean loss, in arc order; ties go to the first."""
+        assert visits.loss_sum is not None
+        seen = addresses[visits.visits[addresses] > 0]
+        means = visits.loss_sum[seen] / visits.visits[seen]
+        best = np.argsort(-means, kind="stable")[: self.top_k]
+        return seen[np.sort(best)]
+
+    def _guard(self, hot: Ints, parent: int, owned: int) -> None:
+        if not len(hot):
+            raise TransformError(f"no address of expert {parent} can be given away", key=self.name)
+        if len(hot) == owned and not self.allow_empty_parent:
+            raise TransformError(
+                f"the plan takes all {owned} addresses of expert {parent}",
+                key=self.name,
+                hint="choose a smaller arc_len, or pass allow_empty_parent=true",
+            )
+
+    def _adopt(self, request: tuple[int, tuple[int, ...]], checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
+        """Take the split that the trainer asks for as the plan."""
+        parent, addresses = request
+        if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
+            raise InconsistentError("the trainer asks for addresses off the ring, or for none", key="payload.mitosis")
+        self._check_parent(parent, checkpoint)
+        owned = owners == parent
+        hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
+        self._guard(hot[owned[hot]], parent, int(owned.sum()))
+        return plan.from_request(request, len(owners), checkpoint.num_experts)
+
+
+class _Shares:
+    """Shares of the visits, of all that fall to a valid expert: now, and after the split."""
+
+    def __init__(self, visits: Weights, owners: Ints, parent: int, hot: Ints, experts: int) -> None:
+        totals = ring.total_by_owner(visits, owners, experts)
+        total = sum(totals) or 1
+        given = ring.exact_sum(visits[hot])
+        left = totals[parent] - given
+        self.parent = totals[parent] / total
+        self.parent_after = left / total
+        self.largest_after = max([*totals[:parent], left, *totals[parent + 1 :], given]) / total
+
+
+def _plan(parent: int, hot: Ints, arc: Arc, policy: str, experts: int, metrics: dict[str, int | float]) -> SplitPlan:
+    addresses = tuple(int(address) for address in hot)
+    return SplitPlan(parent, addresses, (arc.start, arc.length), policy, arc.ring_len, experts, metrics)
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [ArcMeta]

@@ -1,0 +1,137 @@
+"""Clone an expert and give the clone part of its addresses: the model grows by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from vraxion_ckpt import plan
+from vraxion_ckpt.errors import InconsistentError, TransformError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.options import IntList
+from vraxion_ckpt.ring import Ints
+from vraxion_ckpt.surgery import OptimizerPolicy, clone_expert
+from vraxion_ckpt.transform import Transform
+
+
+class MitosisSplit(Transform):
+    """Clone one expert into a new one, which takes part of its addresses."""
+
+    name: ClassVar[str] = "mitosis_split"
+
+    parent: int | None = Field(None, ge=0, description="expert to clone; from the plan if not given")
+    addresses: IntList | None = Field(None, description="addresses the clone takes, like [1,3,8-15]; from the plan")
+    meta: Path | None = Field(None, description="JSON with parent_expert and hot_addresses, instead of the plan")
+    noise: float = Field(1e-5, ge=0, allow_inf_nan=False, description="standard deviation added to the clone")
+    seed: int = Field(1337, description="seed of the noise, drawn per tensor")
+    optimizer: OptimizerPolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
+    foreign_addresses: Literal["refuse", "allow"] = Field(
+        "refuse", description="what to do about addresses that the parent does not own"
+    )
+    allow_empty_parent: bool = Field(False, description="allow a split that leaves the parent no address")
+
+    def preserves_function(self) -> bool:
+        return self.noise == 0 and self.foreign_addresses == "refuse"
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        head, owners = self._head_and_owners(checkpoint)
+        parent, addresses = self._who_and_what(checkpoint)
+        self._check(parent, addresses, head, owners)
+        child = head.num_experts
+
+        clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
+        router = checkpoint.core[head.names.router_map].clone()
+        router[torch.tensor(addresses)] = child
+        checkpoint.core[head.names.router_map] = router
+        checkpoint.plan = None
+        checkpoint.payload["mitosis"] = {
+            "parent": parent,
+            "child": child,
+            "addresses": list(addresses),
+            "noise": self.noise,
+        }
+        return checkpoint
+
+    def _head_and_owners(self, checkpoint: Checkpoint) -> tuple[Head, Ints]:
+        if checkpoint.head is None:
+            raise TransformError("the model has no head", key=self.name)
+        if checkpoint.head.kind is HeadKind.SINGLE:
+            raise TransformError(
+                "the head is single (head.single.*)", key=self.name, hint="put single_to_experts before this step"
+            )
+        if checkpoint.router_map is None:
+            raise TransformError("the model has no router_map", key=self.name)
+        return checkpoint.head, router_owners(checkpoint.router_map)
+
+    def _who_and_what(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
+        """Return parent and addresses: explicit, else from `meta`, the attached plan, or the trainer's request."""
+        parent, addresses = self.parent, self.addresses
+        if parent is None or addresses is None:
+            planned = self._planned(checkpoint)
+            parent = planned[0] if parent is None else parent
+            addresses = planned[1] if addresses is None else addresses
+        return parent, addresses
+
+    def _planned(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
+        if self.meta is not None:
+            return plan.load(self.meta, checkpoint)
+        attached = checkpoint.plan
+        if attached is not None:
+            assert checkpoint.router_map is not None
+            made_for = (attached.router_map_len, attached.num_experts)
+            if made_for != (len(checkpoint.router_map), checkpoint.num_experts):
+                raise InconsistentError(
+                    f"the attached plan was made for {made_for[0]} addresses and {made_for[1]} experts",
+                    key=self.name,
+                    hint="put arc_meta right before this step",
+                )
+            return attached.parent, attached.addresses
+        request = plan.requested_by_trainer(checkpoint)
+        if request is None:
+            raise TransformError(
+                "there is no plan",
+                key=self.name,
+                hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses=",
+            )
+        return request
+
+    def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
+        if not 0 <= parent < head.num_experts:
+            raise TransformError(f"there is no expert {parent}; there are {head.num_experts}", key=self.name)
+        if parent in head.deleted:
+            raise TransformError(f"expert {parent} was deleted; it has no tensors to clone", key=self.name)
+        if not addresses:
+            raise TransformError("there are no addresses to give away", key=self.name)
+        taken = np.asarray(addresses, dtype=np.int64)
+        off = taken[(taken < 0) | (taken >= len(owners))]
+        if len(off):
+            raise TransformError(f"address {off[0]} is off the ring of {len(owners)}", key=self.name)
+        values, counts = np.unique(taken, return_counts=True)
+        if len(values) < len(taken):
+            raise TransformError(f"address {values[counts > 1][0]} is listed twice", key=self.name)
+        foreign = taken[owners[taken] != parent]
+        if len(foreign) and self.foreign_addresses == "refuse":
+            raise TransformError(
+                f"address {foreign[0]} belongs to expert {owners[foreign[0]]}, not to {parent} "
+                f"({len(foreign)} such addresses)",
+                key=self.name,
+                hint="leave them out, or pass foreign_addresses=allow",
+            )
+        if len(taken) - len(foreign) == int((owners == parent).sum()) and not self.allow_empty_parent:
+            raise TransformError(
+                f"expert {parent} would be left without an address",
+                key=self.name,
+                hint="give away fewer, or pass allow_empty_parent=true",
+            )
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [MitosisSplit]

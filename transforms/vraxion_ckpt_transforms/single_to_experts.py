@@ -1,0 +1,65 @@
+"""``head.single.*`` becomes expert 0: what a model with one head needs before its first split."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle
+from vraxion_ckpt.surgery import OptimizerPolicy, clone_expert, rename_head
+from vraxion_ckpt.transform import Transform
+
+
+class SingleToExperts(Transform):
+    """Make the single head expert 0, and clone it if more experts are wanted."""
+
+    name: ClassVar[str] = "single_to_experts"
+
+    experts: int = Field(1, ge=1, description="how many experts to make; 1 only renames, for a split to follow")
+    route: Literal["keep", "modulo"] = Field(
+        "keep", description="keep the router map (all 0), or modulo: address % experts, as a fresh model"
+    )
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation added to the clones")
+    seed: int = Field(1337, description="seed of the noise, drawn per tensor")
+    optimizer: OptimizerPolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
+    ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
+
+    def preserves_function(self) -> bool:
+        return self.noise == 0
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        head = checkpoint.head
+        if head is None:
+            raise TransformError("the model has no head (no tensor under head.single.)", key=self.name)
+        if head.kind is HeadKind.EXPERTS:
+            raise TransformError(
+                f"the head has {head.num_experts} experts already", key=self.name, hint="leave this step out"
+            )
+        if checkpoint.router_map is None:
+            if self.ring_len is None:
+                raise TransformError("the model has no router_map", key=self.name, hint="give its length: ring_len=N")
+            checkpoint.core[head.names.router_map] = torch.zeros(self.ring_len, dtype=torch.int64)
+        elif self.ring_len not in (None, len(checkpoint.router_map)):
+            raise TransformError(
+                f"ring_len is {self.ring_len}, but the router_map has {len(checkpoint.router_map)} addresses",
+                key=self.name,
+            )
+        rename_head(checkpoint, HeadKind.EXPERTS)
+        checkpoint.lifecycle.setdefault(0, Lifecycle.fresh(checkpoint.step))
+        for child in range(1, self.experts):
+            clone_expert(checkpoint, 0, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
+        router = checkpoint.router_map
+        if self.route == "modulo" and router is not None:
+            owners = torch.arange(len(router), dtype=router.dtype) % self.experts
+            checkpoint.core[head.names.router_map] = owners
+        return checkpoint
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [SingleToExperts]

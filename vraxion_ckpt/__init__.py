@@ -1,0 +1,112 @@
+"""Offline surgery on the checkpoints of mixture-of-experts models.
+
+Adapters turn files into one canonical checkpoint and back, transforms turn a checkpoint into a checkpoint, and the
+core knows neither any format nor any transform by name. The modules, from the ground up:
+
+========================  ==============================================================================
+`errors`                  the error tree, one exit code a class
+`sources`, `container`    the files that were read; a strict look at torch's zip archives (no torch)
+`commit`, `jsonfile`      stage, flush, rename; strict JSON (no torch)
+`model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
+`ring`                    arcs, windows, owners: numpy
+`binding`                 optimizer ids ↔ parameter names
+`surgery`                 rename a head, clone an expert with everything that belongs to it
+`compare`, `invariants`   where two checkpoints differ; what must be true of one
+`options`                 plugins whose fields are their options; ``NAME:key=value``
+`adapter`, `transform`    the two base classes, and the chain
+`hookspecs`, `plugins`    the plugin contract; discovery and names
+`torchfile`, `payload`    the one door to ``.pt``; the payload dict of VRAXION's trainers
+`plan`                    split plans as files
+`convert`                 read and convert, top to bottom
+`cli`                     the commands
+========================  ==============================================================================
+
+Names are imported when they are first used, so that importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vraxion_ckpt._version import __version__
+
+if TYPE_CHECKING:
+    from vraxion_ckpt.adapter import Adapter, Loss
+    from vraxion_ckpt.convert import Summary, convert, inspect
+    from vraxion_ckpt.convert import read as open
+    from vraxion_ckpt.errors import CkptError, CkptWarning, TransformError
+    from vraxion_ckpt.hookspecs import hookimpl
+    from vraxion_ckpt.model import (
+        Checkpoint,
+        Expert,
+        Head,
+        HeadKind,
+        Lifecycle,
+        Optimizer,
+        ParamGroup,
+        SplitPlan,
+    )
+    from vraxion_ckpt.ring import Visits
+    from vraxion_ckpt.transform import Transform
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "CkptError",
+    "CkptWarning",
+    "Expert",
+    "Head",
+    "HeadKind",
+    "Lifecycle",
+    "Loss",
+    "Optimizer",
+    "ParamGroup",
+    "SplitPlan",
+    "Summary",
+    "Transform",
+    "TransformError",
+    "Visits",
+    "__version__",
+    "convert",
+    "hookimpl",
+    "inspect",
+    "open",
+]
+
+_HOME = {
+    "Adapter": "adapter",
+    "Checkpoint": "model",
+    "CkptError": "errors",
+    "CkptWarning": "errors",
+    "Expert": "model",
+    "Head": "model",
+    "HeadKind": "model",
+    "Lifecycle": "model",
+    "Loss": "adapter",
+    "Optimizer": "model",
+    "ParamGroup": "model",
+    "SplitPlan": "model",
+    "Summary": "convert",
+    "Transform": "transform",
+    "TransformError": "errors",
+    "Visits": "ring",
+    "convert": "convert",
+    "hookimpl": "hookspecs",
+    "inspect": "convert",
+    "open": "convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    # Importing the submodule `convert` binds its name here; the function of that name is what is public.
+    value = getattr(module, "read" if name == "open" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

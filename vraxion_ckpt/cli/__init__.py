@@ -1,0 +1,258 @@
+"""The commands: parse, call, print. Torch is imported only by a command that needs it.
+
+Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from vraxion_ckpt._version import __version__
+from vraxion_ckpt.errors import CkptError, CkptWarning, UsageError
+
+_INTERNAL_ERROR = 70
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where it arrived, so that everything staged is removed on the way out."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the code of what happened."""
+    signal.signal(signal.SIGTERM, _terminate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", CkptWarning)
+        warnings.showwarning = _show_warning
+        code = _run(arguments)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        result = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="vraxion-ckpt", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return UsageError.exit_code if isinstance(error, click.UsageError) else error.exit_code
+    except CkptError as error:
+        _debug()
+        _say("error", str(error), "red")
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted", "nothing was changed", "red")
+        return 128 + signal.SIGINT
+    except _Terminated:
+        _say("terminated", "nothing was changed", "red")
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        # Whoever read our output has enough; the interpreter must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        _debug()
+        _say("internal error", f"{type(error).__name__}: {error}", "red")
+        _say("", "  → please report it; VRAXION_CKPT_DEBUG=1 shows where it happened", "")
+        return _INTERNAL_ERROR
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _debug() -> None:
+    if os.environ.get("VRAXION_CKPT_DEBUG"):
+        traceback.print_exc()
+
+
+def _say(label: str, message: str, colour: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(f"{label}: ", style=f"bold {colour}") if label else Text()
+    Console(stderr=True).print(text + Text(message), soft_wrap=True)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    context = click.get_current_context(silent=True)
+    if not (context and context.find_root().params.get("quiet")):
+        _say("warning", str(message), "yellow")
+
+
+def _as_json(option: _F) -> _F:
+    return click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")(option)
+
+
+def _read_options(command: _F) -> _F:
+    for option in (
+        click.option("--from", "from_", metavar="F[:k=v]", help="Format of the source; found from its content."),
+        click.option(
+            "--param-names",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Names of the optimizer's parameters in its order: one a line, or a JSON list.",
+        ),
+        click.option(
+            "--allow-global",
+            "allow_globals",
+            multiple=True,
+            metavar="NAME",
+            help="A class the source's pickle may use, by full name; repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"})
+@click.version_option(__version__, prog_name="vraxion-ckpt")
+@click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did.")
+def cli(quiet: bool, verbose: bool) -> None:
+    """Offline surgery on the checkpoints of mixture-of-experts models.
+
+    Convert between formats, turn a single head into experts, plan and carry out splits: the optimizer state goes along,
+    and what cannot be done right is refused.
+    """
+
+
+@cli.command()
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@click.option(
+    "-t", "--transform", "transforms", multiple=True, metavar="NAME[:k=v,…]", help="A step of the chain; repeatable."
+)
+@click.option("--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, or / at the end.")
+@click.option("--optimizer", type=click.Choice(["keep", "drop"]), default="keep", show_default=True)
+@click.option(
+    "--losses",
+    type=click.Choice(["raise", "warn", "ignore"]),
+    default="raise",
+    show_default=True,
+    help="What to do about what the target format cannot hold.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing target, in one step, at the end.")
+@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@_read_options
+@_as_json
+@click.pass_context
+def convert(
+    context: click.Context, /, src: str, dst: str, param_names: Path | None, as_json: bool, **options: Any
+) -> None:
+    r"""Read SRC, run a chain of transforms, write DST.
+
+    \b
+    vraxion-ckpt convert run.pt run_modular/
+    vraxion-ckpt convert run.pt split.pt -t single_to_experts \
+        -t arc_meta:visits=visits.json -t mitosis_split:noise=0
+    """
+    _must_exist(src)
+    from vraxion_ckpt.cli import show
+    from vraxion_ckpt.convert import convert as run
+
+    names = _load_names(param_names)
+    summary = run(src, dst, param_names=names, **options)
+    if as_json:
+        _print_json(show.summary_facts(summary))
+    elif not context.find_root().params["quiet"]:
+        show.summary(summary, verbose=context.find_root().params["verbose"])
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@_read_options
+@_as_json
+def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
+    """Show what PATH is: experts, ring, optimizer and how it is bound, history."""
+    _must_exist(path)
+    from vraxion_ckpt.cli import show
+    from vraxion_ckpt.convert import inspect as look
+
+    facts = show.inspection_facts(look(path, param_names=_load_names(param_names), **options))
+    if as_json:
+        _print_json(facts)
+    else:
+        show.inspection(facts)
+
+
+@cli.command()
+@_as_json
+def plugins(as_json: bool) -> None:
+    """List formats and transforms, and the package each comes from."""
+    from vraxion_ckpt.cli import show
+
+    facts = show.plugin_facts()
+    if as_json:
+        _print_json(facts)
+    else:
+        show.plugins(facts)
+
+
+@cli.command()
+@click.argument("name")
+@_as_json
+def describe(name: str, as_json: bool) -> None:
+    """Show the options of one format or transform: type, default, meaning."""
+    from vraxion_ckpt.cli import show
+
+    facts = show.description_facts(name)
+    if as_json:
+        _print_json(facts)
+    else:
+        show.description(facts)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), required=False)
+def demo(directory: Path | None) -> None:
+    """Run the whole loop on a bundled real checkpoint, and prove what it says.
+
+    Results go to DIRECTORY, or to a new temporary one. Those of an earlier demo are replaced.
+    """
+    from vraxion_ckpt.cli.demo import run
+
+    run(directory)
+
+
+def _must_exist(path: str) -> None:
+    """Refuse a missing source before torch is imported."""
+    if not Path(path).exists():
+        raise UsageError("no such file or directory", path=path)
+
+
+def _load_names(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--param-names: {error}", path=path) from error
+    if not text.lstrip().startswith("["):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    from vraxion_ckpt import jsonfile
+
+    names = jsonfile.loads(text, path)
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError("--param-names: must be a list of names", path=path)
+    return list(names)
+
+
+def _print_json(facts: Any) -> None:
+    click.echo(json.dumps(facts, indent=2, default=str))

@@ -1,0 +1,124 @@
+"""The refinement loop on a bundled real checkpoint, and the proof of what it says."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from rich.text import Text
+from torch import nn
+
+from vraxion_ckpt import torchfile
+from vraxion_ckpt.cli import show
+from vraxion_ckpt.convert import convert, read
+from vraxion_ckpt.convert import inspect as look
+from vraxion_ckpt.errors import InvariantError
+from vraxion_ckpt.invariants import preservation, router_owners
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.plugins import TransformLike
+from vraxion_ckpt.sources import Sources
+
+
+def run(directory: Path | None) -> None:
+    """Inspect, convert and split the bundled ``head.single`` checkpoint, to ``.pt`` and to a modular directory.
+
+    Raises:
+        InvariantError: the result is not what the loop promises.
+    """
+    out = show.console()
+    folder = directory or Path(tempfile.mkdtemp(prefix="vraxion-ckpt-demo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with resources.as_file(resources.files("vraxion_ckpt") / "demo_data") as data:
+        source = data / "wallclock_single.pt"
+        chain: list[TransformLike] = [
+            "single_to_experts",
+            ("arc_meta", {"visits": data / "wallclock_single.visits.json"}),
+            "mitosis_split:noise=0",
+        ]
+        _headline("1. A real checkpoint with a single head")
+        show.inspection(show.inspection_facts(look(source)))
+
+        _headline("2. single_to_experts → arc_meta → mitosis_split, to .pt and to a modular directory")
+        targets = [folder / "ckpt_post_split.pt", folder / "ckpt_post_split_modular"]
+        for target, to in zip(targets, ("pt", "modular"), strict=True):
+            show.summary(convert(source, target, transforms=chain, to=to, overwrite=True), verbose=to == "pt")
+            out.print()
+
+        before = read(source)
+        afters = [read(target) for target in targets]
+        _headline("3. The ring, before and after")
+        for label, checkpoint in (("before", before), ("after", afters[0])):
+            if checkpoint.router_map is not None:
+                line = show.band(router_owners(checkpoint.router_map), out.width - 10)
+                out.print(Text(f"{label:8}", style="bold") + line, soft_wrap=True)
+
+        _headline("4. The proof")
+        for target, after in zip(targets, afters, strict=True):
+            _prove(before, after, target)
+    out.print(f"\nThe results are in {folder}", soft_wrap=True)
+
+
+def _headline(text: str) -> None:
+    show.console().print(Text(f"\n{text}\n", style="bold cyan"))
+
+
+def _prove(before: Checkpoint, after: Checkpoint, target: Path) -> None:
+    kept = preservation(before, after)
+    if kept is None or kept.changed:
+        raise InvariantError(f"the function is not preserved: {kept}", path=target)
+    moments = _resume_and_step(after, target)
+    show.console().print(
+        Text.assemble(
+            (f"{target.name}\n", "bold"),
+            f"  function preserved per address: {kept}\n"
+            f"  a torch model of this shape loads it strictly, its Adam resumes {moments} moments and takes a step",
+        ),
+        soft_wrap=True,
+    )
+
+
+def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
+    """Load model and optimizer into torch, as a trainer does, take a step, and return how many moments were resumed."""
+    if checkpoint.optimizer is None or checkpoint.param_names is None:
+        raise InvariantError("the optimizer got lost", path=target)
+    model = _model_of_shape(checkpoint)
+    model.load_state_dict(checkpoint.state_dict(), strict=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.load_state_dict(_saved_optimizer(target))
+    names = dict(model.named_parameters())
+    for name, slots in checkpoint.optimizer.state.items():
+        if not torch.equal(optimizer.state[names[name]]["exp_avg"], slots["exp_avg"]):
+            raise InvariantError("a moment was resumed for another parameter", path=target, key=name)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    stepped = optimizer.state[names["head.experts.1.weight"]]["step"]
+    if stepped != checkpoint.optimizer.state["head.experts.1.weight"]["step"] + 1:
+        raise InvariantError("the child's step count is wrong after a step", path=target)
+    return len(checkpoint.optimizer.state)
+
+
+def _saved_optimizer(target: Path) -> dict[str, object]:
+    """Return the optimizer exactly as it lies on disk."""
+    file = target / "system" / "router.state" if target.is_dir() else target
+    saved: dict[str, object] = torchfile.load(file, Sources())["optim"]
+    return saved
+
+
+def _model_of_shape(checkpoint: Checkpoint) -> nn.Module:
+    """Build a torch module with exactly this checkpoint's parameters and buffers, in their order."""
+    root = nn.Module()
+    for name, tensor in checkpoint.state_dict().items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        if name in (checkpoint.param_names or ()):
+            module.register_parameter(leaf, nn.Parameter(torch.empty_like(tensor)))
+        else:
+            module.register_buffer(leaf, torch.empty_like(tensor))
+    return root

@@ -1,0 +1,164 @@
+"""Every error that this package raises on purpose, and the exit code of each.
+
+::
+
+    CkptError                     1
+    ├── UsageError                2   the call itself is wrong; nothing was read or written
+    │   └── OptionError           2   an option of a plugin is unknown or of the wrong type
+    ├── SourceError                   the checkpoint that was read is at fault
+    │   ├── UnknownFormatError    3   no adapter, or more than one, recognises it
+    │   ├── CorruptError          4   damaged: truncated, flipped bits, contradicting headers
+    │   ├── UnsafeError           5   loading it would run code that it contains
+    │   ├── UnsupportedError      6   sound, but of a kind that is not handled
+    │   ├── LimitError            7   made, or damaged, so that reading it would exhaust the machine
+    │   └── InconsistentError     8   readable, but its parts contradict each other
+    ├── BindingError              9   optimizer ids cannot be bound to parameter names
+    ├── TransformError           10   a transform refuses this checkpoint
+    ├── InvariantError           11   a chain produced something that must not be written
+    ├── LossError                12   the target format cannot hold everything
+    ├── ChangedError             13   a source file changed while it was being read
+    ├── StorageError             14   the file system refused: no space, no permission, an I/O error
+    └── PluginError              15   a plugin is broken, missing, or clashes with another
+
+``1`` is also what commands return whose answer is "no"; no error of this tree is raised with it,
+because ``CkptError`` itself is never raised.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+
+class CkptError(Exception):
+    """Base of every error of ours: what is wrong, where, and what to do.
+
+    Attributes:
+        message: what is wrong, without the place.
+        path: the file or directory at fault, if one is.
+        key: the entry inside it (a tensor name, a payload path), if one is.
+        hint: what the user can do about it, if there is something.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message = message
+        self.path = Path(path) if path is not None else None
+        self.key = key
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text}\n  → {self.hint}" if self.hint else text
+
+
+class UsageError(CkptError):
+    """The call itself is wrong; nothing was read or written."""
+
+    exit_code = 2
+
+
+class OptionError(UsageError):
+    """An option of a plugin is unknown, missing or of the wrong type."""
+
+
+class SourceError(CkptError):
+    """The checkpoint that was read is at fault."""
+
+
+class UnknownFormatError(SourceError):
+    """No adapter, or more than one, recognises the source."""
+
+    exit_code = 3
+
+
+class CorruptError(SourceError):
+    """The source is damaged: truncated, flipped bits, contradicting headers."""
+
+    exit_code = 4
+
+
+class UnsafeError(SourceError):
+    """Loading the source would run code that it contains."""
+
+    exit_code = 5
+
+
+class UnsupportedError(SourceError):
+    """The source is sound, but of a kind that is not handled."""
+
+    exit_code = 6
+
+
+class LimitError(SourceError):
+    """Reading the source would exhaust the machine."""
+
+    exit_code = 7
+
+
+class InconsistentError(SourceError):
+    """The source is readable, but its parts contradict each other."""
+
+    exit_code = 8
+
+
+class BindingError(CkptError):
+    """Optimizer ids cannot be bound to parameter names without guessing."""
+
+    exit_code = 9
+
+
+class TransformError(CkptError):
+    """A transform refuses this checkpoint."""
+
+    exit_code = 10
+
+
+class InvariantError(CkptError):
+    """A chain produced a checkpoint that must not be written."""
+
+    exit_code = 11
+
+
+class LossError(CkptError):
+    """The target format cannot hold everything the checkpoint has."""
+
+    exit_code = 12
+
+
+class ChangedError(CkptError):
+    """A source file changed while it was being read."""
+
+    exit_code = 13
+
+
+class StorageError(CkptError):
+    """The file system refused: no space, no permission, an I/O error."""
+
+    exit_code = 14
+
+    @classmethod
+    def from_os_error(cls, error: OSError, path: str | os.PathLike[str]) -> StorageError:
+        """Wrap an operating-system error, keeping its reason and naming the path we were working on."""
+        return cls(error.strerror or str(error), path=path)
+
+
+class PluginError(CkptError):
+    """A plugin is broken, missing, or clashes with another."""
+
+    exit_code = 15
+
+
+class CkptWarning(UserWarning):
+    """Something the user should know that does not stop the work."""

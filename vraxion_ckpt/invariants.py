@@ -1,0 +1,232 @@
+"""What must be true of a checkpoint, and what a chain must leave as it was.
+
+`findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them only
+look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert
+that is the same object before and after is known to be untouched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vraxion_ckpt.compare import same_bits
+from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.ring import Ints
+
+
+def findings(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield one line for each thing that must be true of a checkpoint and is not."""
+    if checkpoint.head is not None:
+        yield from _head_findings(checkpoint.head)
+        yield from _expert_findings(checkpoint.head)
+        if checkpoint.lifecycle and set(checkpoint.lifecycle) != set(range(checkpoint.num_experts)):
+            yield (
+                f"lifecycle rows are for experts {_brief(sorted(checkpoint.lifecycle))}, "
+                f"the head has {checkpoint.num_experts}"
+            )
+    yield from _router_findings(checkpoint)
+    yield from _optimizer_findings(checkpoint)
+
+
+def _head_findings(head: Head) -> Iterator[str]:
+    ids = [*head.experts, *head.deleted]
+    if len(ids) != len(set(ids)):
+        yield f"experts {_brief(sorted(set(head.experts) & head.deleted))} are both live and deleted"
+    elif ids and max(ids) != len(ids) - 1:
+        missing = next(i for i in range(len(ids)) if i not in set(ids))
+        yield f"expert ids have a hole: there is no expert {missing}, and it is not listed as deleted"
+    if not head.experts:
+        yield "the head has no expert"
+    if head.kind is HeadKind.SINGLE and ids != [0]:
+        yield f"a single head has exactly expert 0, not {_brief(ids)}"
+    if len(set(map(id, head.experts.values()))) != len(head.experts):
+        yield "two experts are one object and would share their storage"
+
+
+def _expert_findings(head: Head) -> Iterator[str]:
+    """Compare the experts that are open with each other: a loader skips one that does not fit, without a word."""
+    opened = [(i, expert) for i, expert in head.experts.items() if expert.is_open]
+    if not opened:
+        return
+    first, model = opened[0]
+    for i, expert in opened[1:]:
+        if set(expert) != set(model):
+            odd = sorted(set(expert) ^ set(model))
+            yield f"expert {i} has other tensors than expert {first}: {_brief(odd)}"
+            continue
+        for leaf, tensor in expert.items():
+            # Hidden widths differ between experts with inner layers; plain linear experts are all alike.
+            alike = tensor.shape == model[leaf].shape if "." not in leaf else tensor.ndim == model[leaf].ndim
+            if not alike or tensor.dtype != model[leaf].dtype:
+                yield (f"expert {i}: {leaf} is {_tensor(tensor)}, that of expert {first} is {_tensor(model[leaf])}")
+
+
+def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
+    router = checkpoint.router_map
+    if router is None or checkpoint.head is None:
+        return
+    if router.is_floating_point() or router.is_complex() or router.dtype == torch.bool:
+        yield f"router_map must hold whole numbers, not {router.dtype}"
+    elif router.ndim != 1 or not router.numel():
+        yield f"router_map must be a non-empty list of owners, not of shape {list(router.shape)}"
+    else:
+        owners = router_owners(router)
+        wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
+        if len(wrong):
+            yield (
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but there are "
+                f"{checkpoint.num_experts} experts ({len(wrong)} such addresses)"
+            )
+
+
+def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
+    optimizer, head = checkpoint.optimizer, checkpoint.head
+    if optimizer is None:
+        return
+    params = optimizer.params
+    if len(set(params)) != len(params):
+        yield f"the optimizer lists {Counter(params).most_common(1)[0][0]} twice"
+    for name in optimizer.state.keys() - set(params):
+        yield f"the optimizer has state for {name}, which is in no param group"
+    gone = tuple(head.prefix(i) for i in head.deleted) if head else ()
+    closed = tuple(head.prefix(i) for i, e in head.experts.items() if not e.is_open) if head else ()
+    tensors = _open_tensors(checkpoint)
+    for name in params:
+        if name not in tensors and not name.startswith(gone + closed):
+            yield f"the optimizer lists {name}, which the model does not have"
+    for name, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if name in tensors and isinstance(value, Tensor) and value.ndim and value.shape != tensors[name].shape:
+                yield f"slot {slot} of {name} is {list(value.shape)}, the parameter {list(tensors[name].shape)}"
+    if head is not None:
+        yield from _missing_siblings(head, optimizer_names=set(params))
+
+
+def _missing_siblings(head: Head, optimizer_names: set[str]) -> Iterator[str]:
+    """An optimizer that trains a leaf of one expert must know that leaf of every expert."""
+    opened = {i: expert for i, expert in head.experts.items() if expert.is_open}
+    trained = {leaf for i, expert in opened.items() for leaf in expert if head.prefix(i) + leaf in optimizer_names}
+    for i, expert in opened.items():
+        for leaf in expert:
+            if leaf in trained and head.prefix(i) + leaf not in optimizer_names:
+                yield f"the optimizer trains {leaf} of other experts, but not {head.prefix(i)}{leaf}"
+
+
+def router_owners(router: Tensor) -> Ints:
+    """Return a router map as int64 numpy, shape ``[L]``."""
+    return router.detach().to(torch.int64).contiguous().numpy()
+
+
+def _open_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    tensors = dict(checkpoint.core)
+    if checkpoint.head is not None:
+        for i, expert in checkpoint.head.experts.items():
+            if expert.is_open:
+                tensors.update((checkpoint.head.prefix(i) + leaf, t) for leaf, t in expert.items())
+    return tensors
+
+
+def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
+    """Yield tensors that share a storage after a chain and did not before.
+
+    Two parameters on one storage survive saving and loading, and the first optimizer step then updates both.
+    """
+    known = {place: len(names) for place, names in _storages(before).items()}
+    for place, names in _storages(after).items():
+        if len(names) > max(1, known.get(place, 0)):
+            yield f"{_brief(names)} share one storage"
+
+
+def _storages(checkpoint: Checkpoint) -> dict[int, list[str]]:
+    """Name everything that lives on each non-empty storage: model tensors and optimizer slots."""
+    places: dict[int, list[str]] = {}
+
+    def note(name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes():
+            places.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                note(name, item)
+
+    for name, tensor in _open_tensors(checkpoint).items():
+        note(name, tensor)
+    if checkpoint.optimizer is not None:
+        for name, slots in checkpoint.optimizer.state.items():
+            for slot, value in slots.items():
+                note(f"{slot} of {name}", value)
+    return places
+
+
+@dataclass(frozen=True)
+class Preservation:
+    """Whether the model computes the same function at every ring address.
+
+    Attributes:
+        addresses: how many addresses the ring has.
+        changed: how many of them are routed to tensors that are not bit-identical to those before.
+        max_abs: the largest absolute difference of an entry, where shapes still agree; else infinite.
+    """
+
+    addresses: int
+    changed: int
+    max_abs: float
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f"yes, bit-identical at all {self.addresses} addresses"
+        return f"no: {self.changed} of {self.addresses} addresses, largest difference {self.max_abs:.3g}"
+
+
+def preservation(before: Checkpoint, after: Checkpoint) -> Preservation | None:
+    """Compare, for every ring address, the expert it was routed to with the one it is routed to now.
+
+    Only the head is compared; None where either side has no ring or no head. An address whose expert's tensors
+    were garbage-collected counts as unchanged if it keeps its owner.
+    """
+    if before.head is None or after.head is None or before.router_map is None or after.router_map is None:
+        return None
+    old, new = router_owners(before.router_map), router_owners(after.router_map)
+    if old.shape != new.shape:
+        return None
+    pairs, counts = np.unique(np.stack([old, new]), axis=1, return_counts=True)
+    changed, max_abs = 0, 0.0
+    for (was, now), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+        a, b = before.head.experts.get(was), after.head.experts.get(now)
+        if (a is None and b is None and was == now) or (a is not None and b is not None and _same_expert(a, b)):
+            continue
+        changed += count
+        max_abs = max(max_abs, _largest_difference(a, b))
+    return Preservation(len(new), changed, max_abs)
+
+
+def _same_expert(a: Expert, b: Expert) -> bool:
+    return a is b or (a.keys() == b.keys() and all(same_bits(a[leaf], b[leaf]) for leaf in a))
+
+
+def _largest_difference(a: Expert | None, b: Expert | None) -> float:
+    if a is None or b is None or a.keys() != b.keys():
+        return float("inf")
+    largest = 0.0
+    for leaf in a:
+        if a[leaf].shape != b[leaf].shape:
+            return float("inf")
+        if a[leaf].numel():
+            wide = torch.complex128 if a[leaf].is_complex() else torch.float64
+            largest = max(largest, float((a[leaf].to(wide) - b[leaf].to(wide)).abs().max()))
+    return largest
+
+
+def _tensor(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+
+
+def _brief(items: list[Any], most: int = 4) -> str:
+    shown = ", ".join(map(str, items[:most]))
+    return shown if len(items) <= most else f"{shown}, … ({len(items)} in all)"

@@ -1,0 +1,312 @@
+"""The canonical checkpoint: one in-memory form that every adapter reads into and writes from.
+
+Nothing here belongs to one file format. Tensors are usually mapped from their file, not read; nobody ever
+writes into one. A transform works on a `Checkpoint.copy` and replaces entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vraxion_ckpt.sources import Sources
+
+
+@dataclass(frozen=True)
+class HeadNames:
+    """Where a model family keeps its head and its router map in the state dict."""
+
+    single: str = "head.single."
+    experts: str = "head.experts."
+    router_map: str = "router_map"
+
+
+VRAXION = HeadNames()
+
+
+class HeadKind(StrEnum):
+    """Which of its two modules the model's output head is."""
+
+    SINGLE = "single"
+    EXPERTS = "experts"
+
+
+class Expert(Mapping[str, Tensor]):
+    """One expert's tensors by leaf name (``weight``, ``down.bias``), opened at the first look.
+
+    Two experts that are the same object are the same tensors; so whether an expert is untouched can be told
+    without opening it.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
+        self._open = tensors if callable(tensors) else None
+        self._tensors = None if callable(tensors) else dict(tensors)
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether the tensors are at hand without opening a file."""
+        return self._tensors is not None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors in state-dict order; opens them."""
+        if self._tensors is None:
+            assert self._open is not None
+            self._tensors = dict(self._open())
+        return self._tensors
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        return self.tensors[leaf]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@dataclass
+class Head:
+    """The output head: one module, or one per expert.
+
+    Attributes:
+        kind: SINGLE has exactly one expert, id 0.
+        experts: by id, in state-dict order.
+        position: how many core tensors stand before the head in state-dict order.
+        deleted: ids whose tensors were garbage-collected; they still count, and may still own addresses.
+    """
+
+    kind: HeadKind
+    experts: dict[int, Expert]
+    position: int
+    deleted: frozenset[int] = frozenset()
+    names: HeadNames = VRAXION
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts the router may name, garbage-collected ones included."""
+        return len(self.experts) + len(self.deleted)
+
+    def prefix(self, expert: int) -> str:
+        """Return what stands before an expert's leaf names in the state dict."""
+        return self.names.single if self.kind is HeadKind.SINGLE else f"{self.names.experts}{expert}."
+
+    def copy(self) -> Head:
+        """Return a head whose dict of experts may be changed freely."""
+        return replace(self, experts=dict(self.experts))
+
+
+@dataclass
+class ParamGroup:
+    """One optimizer param group with its parameters by name.
+
+    Attributes:
+        options: learning rate and whatever else the group holds, without the parameters.
+        params: parameter names, in optimizer order.
+        keys: the order in which the group's entries were found, ``params`` and ``param_names`` among them;
+            ``param_names`` is emitted only if it is listed here.
+    """
+
+    options: dict[str, Any]
+    params: list[str]
+    keys: tuple[str, ...] = ()
+
+
+@dataclass
+class Optimizer:
+    """An optimizer's state by parameter name instead of by position.
+
+    Attributes:
+        groups: the param groups, in order.
+        state: slots (``exp_avg``, ``momentum_buffer``, ``step``, …) of every parameter that has any.
+        extra: further entries of the optimizer's state dict.
+        bound_by: how the names were found, for people.
+    """
+
+    groups: list[ParamGroup]
+    state: dict[str, dict[str, Any]]
+    extra: dict[str, Any] = field(default_factory=dict)
+    bound_by: str = "names"
+
+    @property
+    def params(self) -> list[str]:
+        """Every parameter name, through the groups: the order of the ids on disk."""
+        return [name for group in self.groups for name in group.params]
+
+    def copy(self) -> Optimizer:
+        """Return an optimizer whose lists and dicts may be changed freely; slots' values are shared."""
+        return replace(
+            self,
+            groups=[replace(g, options=dict(g.options), params=list(g.params)) for g in self.groups],
+            state={name: dict(slots) for name, slots in self.state.items()},
+        )
+
+
+@dataclass(frozen=True)
+class UnboundOptimizer:
+    """An optimizer as torch writes it, its parameters numbered.
+
+    Attributes:
+        state_dict: what ``Optimizer.state_dict()`` returned.
+        names: every parameter's name in optimizer order, where an earlier conversion recorded it.
+    """
+
+    state_dict: dict[str, Any]
+    names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """One expert's bookkeeping row. Steps are training steps.
+
+    Attributes:
+        age_steps: present where a trainer wrote it, as is `probation`.
+        extra: entries of the row that we do not know.
+    """
+
+    contrib: int | float = 0.0
+    created_step: int = 0
+    last_used_step: int = 0
+    tenured: bool = False
+    age_steps: int | None = None
+    probation: bool | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, step: int, like: Lifecycle | None = None) -> Lifecycle:
+        """Return the row of an expert born at `step`, with the optional entries that `like` has."""
+        return cls(
+            created_step=step,
+            last_used_step=step,
+            age_steps=None if like is None or like.age_steps is None else 0,
+            probation=None if like is None or like.probation is None else True,
+        )
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Which expert to split, and which of its addresses the child takes.
+
+    Attributes:
+        arc: start and length of the ring window the addresses were chosen from; it may wrap.
+        addresses: in arc order.
+        metrics: figures about the choice, as in ``mitosis_meta_v1``.
+    """
+
+    parent: int
+    addresses: tuple[int, ...]
+    arc: tuple[int, int]
+    policy: str
+    router_map_len: int
+    num_experts: int
+    metrics: Mapping[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a checkpoint's history: what was done to it, by what, from what."""
+
+    name: str
+    options: Mapping[str, Any]
+    distribution: str
+    version: str
+    source: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from, and the dialects it has been seen in.
+
+    Attributes:
+        dialects: by format name, what that format's writer needs to speak as the source did. An adapter reads
+            and replaces its own entry and carries the others along. Plain JSON-like values.
+    """
+
+    format: str = ""
+    path: Path | None = None
+    dialects: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in canonical form.
+
+    Attributes:
+        core: every model tensor outside the head's experts, in state-dict order.
+        head: the output head, or None for a model without one.
+        optimizer: state by parameter name, or None.
+        unbound: an optimizer whose parameters have no names yet; `vraxion_ckpt.binding` turns it into
+            `optimizer`. A transform never sees one.
+        payload: everything else, untouched and in order (``step``, ``losses``, ``scaler``, unknown keys).
+            ``num_experts`` and ``param_names`` are not in it: they follow from the rest.
+        param_names: the model's parameters in ``named_parameters()`` order, where that is known.
+        metadata: the state dict's ``_metadata`` (module versions), or None.
+        lifecycle: one row an expert, garbage-collected ones included.
+        plan: a split that was planned and not yet carried out.
+    """
+
+    core: dict[str, Tensor]
+    head: Head | None = None
+    optimizer: Optimizer | None = None
+    unbound: UnboundOptimizer | None = None
+    payload: dict[str, Any] = field(default_factory=dict)
+    param_names: tuple[str, ...] | None = None
+    metadata: dict[str, Any] | None = None
+    lifecycle: dict[int, Lifecycle] = field(default_factory=dict)
+    plan: SplitPlan | None = None
+    history: tuple[Record, ...] = ()
+    origin: Origin = Origin()
+    sources: Sources = field(default_factory=Sources)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts the head has; 0 without a head."""
+        return self.head.num_experts if self.head else 0
+
+    @property
+    def router_map(self) -> Tensor | None:
+        """The owner of every ring address, shape ``[L]``, or None if the model has no ring."""
+        return self.core.get((self.head.names if self.head else VRAXION).router_map)
+
+    @property
+    def step(self) -> int:
+        """The training step, 0 where the payload has none."""
+        step = self.payload.get("step")
+        return step if isinstance(step, int) and not isinstance(step, bool) else 0
+
+    def tensor_names(self) -> list[str]:
+        """Return every model tensor's name in state-dict order; opens the experts."""
+        return list(self.state_dict())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's tensors in state-dict order; opens the experts."""
+        if self.head is None:
+            return dict(self.core)
+        core = list(self.core.items())
+        experts = (
+            (self.head.prefix(expert) + leaf, tensor)
+            for expert, tensors in self.head.experts.items()
+            for leaf, tensor in tensors.items()
+        )
+        return dict([*core[: self.head.position], *experts, *core[self.head.position :]])
+
+    def copy(self) -> Checkpoint:
+        """Return a checkpoint whose containers may be changed freely; tensors are shared."""
+        return replace(
+            self,
+            core=dict(self.core),
+            head=self.head.copy() if self.head else None,
+            optimizer=self.optimizer.copy() if self.optimizer else None,
+            payload=dict(self.payload),
+            metadata=dict(self.metadata) if self.metadata is not None else None,
+            lifecycle=dict(self.lifecycle),
+        )

@@ -1,0 +1,208 @@
+"""Which adapters and transforms there are, found through entry points; the built-ins come the same way.
+
+A plugin that cannot be loaded is kept out and reported; the others work. Two plugins with one name are an error
+for whoever asks for that name, and for nobody else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from inspect import isabstract
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from vraxion_ckpt import hookspecs
+from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.errors import CkptError, CkptWarning, OptionError, PluginError, UsageError
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.options import Plugin, configure, parse
+from vraxion_ckpt.ring import Visits
+from vraxion_ckpt.transform import Step, Transform
+
+P = TypeVar("P", bound=Plugin)
+
+TransformLike = str | tuple[str, Mapping[str, Any]] | Transform
+AdapterLike = str | tuple[str, Mapping[str, Any]] | Adapter
+
+
+@dataclass(frozen=True)
+class Registered(Generic[P]):
+    """One adapter or transform and where it comes from."""
+
+    plugin: type[P]
+    entry_point: str
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin, or a part of one, that could not be used."""
+
+    entry_point: str
+    distribution: str
+    reason: str
+
+
+@dataclass
+class Registry:
+    """Everything that was found."""
+
+    manager: pluggy.PluginManager
+    adapters: dict[str, list[Registered[Adapter]]] = field(default_factory=dict)
+    transforms: dict[str, list[Registered[Transform]]] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+
+
+@cache
+def registry() -> Registry:
+    """Load every installed plugin, once."""
+    found = Registry(pluggy.PluginManager(hookspecs.GROUP))
+    found.manager.add_hookspecs(hookspecs)
+    entry_points = [
+        (distribution, entry)
+        for distribution in _distributions()
+        for entry in distribution.entry_points
+        if entry.group == hookspecs.GROUP
+    ]
+    for distribution, entry in sorted(entry_points, key=lambda pair: (pair[0].name, pair[1].name)):
+        try:
+            _load(found, entry, distribution)
+        except Exception as error:  # whatever a plugin raises, the others must work
+            found.broken.append(Broken(entry.name, distribution.name, f"{type(error).__name__}: {error}"))
+            if plugin := found.manager.get_plugin(_key(entry, distribution)):
+                found.manager.unregister(plugin)
+    for broken in found.broken:
+        message = f"plugin {broken.entry_point} of {broken.distribution} is not used: {broken.reason}"
+        warnings.warn(message, CkptWarning, stacklevel=2)
+    return found
+
+
+def _distributions() -> list[metadata.Distribution]:
+    # One distribution may be seen twice, as an editable install and as its source tree; the first one counts.
+    seen: dict[str, metadata.Distribution] = {}
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"] if distribution.metadata else None
+        if name:
+            seen.setdefault(name.lower().replace("_", "-"), distribution)
+    return list(seen.values())
+
+
+def _key(entry: metadata.EntryPoint, distribution: metadata.Distribution) -> str:
+    return f"{distribution.name}:{entry.name}"
+
+
+def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
+    plugin = entry.load()
+    found.manager.register(plugin, name=_key(entry, distribution))
+    # A hook with a misspelt name would otherwise be ignored without a word.
+    found.manager.check_pending()
+    offers: list[tuple[dict[str, list[Registered[Any]]], Registered[Any]]] = []
+    kinds: tuple[tuple[str, type[Plugin], dict[str, list[Registered[Any]]]], ...] = (
+        ("register_adapters", Adapter, found.adapters),
+        ("register_transforms", Transform, found.transforms),
+    )
+    others = [other for other in found.manager.get_plugins() if other is not plugin]
+    for hook, base, names in kinds:
+        for classes in found.manager.subset_hook_caller(hook, others)():
+            for offer in classes:
+                _check(offer, base, hook)
+                origin = (entry.name, distribution.name, distribution.version)
+                offers.append((names, Registered(offer, *origin)))
+    # All or nothing: a plugin that offers something broken offers nothing.
+    for names, registered in offers:
+        names.setdefault(registered.plugin.name, []).append(registered)
+
+
+def _check(offer: Any, base: type[Plugin], hook: str) -> None:
+    if not (isinstance(offer, type) and issubclass(offer, base)):
+        raise PluginError(f"{hook} returned {offer!r}, which is no subclass of {base.__name__}")
+    if isabstract(offer):
+        missing = ", ".join(sorted(offer.__abstractmethods__))
+        raise PluginError(f"{offer.__name__} does not define {missing}")
+    name = getattr(offer, "name", None)
+    if not isinstance(name, str) or not name or set(name) & set(":,=[]/ "):
+        raise PluginError(f"{offer.__name__} needs a `name` without spaces and any of : , = [ ] /")
+
+
+def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> Registered[P]:
+    """Return the plugin called `name`.
+
+    Raises:
+        UsageError: there is none; says which name is nearest.
+        PluginError: there are two; names both distributions.
+    """
+    offers = names.get(name, ())
+    if not offers:
+        near = difflib.get_close_matches(name, names, n=1)
+        known = f"there are: {', '.join(sorted(names))}" if names else "none is installed; run `make .venv`"
+        raise UsageError(f"unknown {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else known)
+    if len(offers) > 1:
+        both = " and ".join(f"{offer.distribution} ({offer.entry_point})" for offer in offers)
+        raise PluginError(f"{kind} {name!r} is offered by {both}", hint="uninstall one of them")
+    return offers[0]
+
+
+def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
+    """Turn names, (name, options) pairs and instances into configured transforms.
+
+    Raises:
+        OptionError: every wrong option of the whole chain, in one message.
+        UsageError: an unknown transform, or text that does not parse.
+    """
+    steps: list[Step] = []
+    errors: list[OptionError] = []
+    for item in transforms:
+        try:
+            steps.append(_resolve_step(item))
+        except OptionError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise OptionError("\n".join(f"{e.key}: {e.message}" for e in errors), hint=errors[0].hint)
+    return tuple(steps)
+
+
+def _resolve_step(item: TransformLike) -> Step:
+    if isinstance(item, Transform):
+        home = type(item).__module__.partition(".")[0]
+        names = metadata.packages_distributions().get(home, [])
+        return Step(item, names[0] if names else home, metadata.version(names[0]) if names else "")
+    name, options = parse(item) if isinstance(item, str) else item
+    registered = find(registry().transforms, name, "transform")
+    return Step(configure(registered.plugin, options), registered.distribution, registered.version)
+
+
+def resolve_adapter(item: AdapterLike) -> Adapter:
+    """Turn a name, a (name, options) pair or an instance into a configured adapter."""
+    if isinstance(item, Adapter):
+        return item
+    name, options = parse(item) if isinstance(item, str) else item
+    return configure(find(registry().adapters, name, "format").plugin, options)
+
+
+def adapters() -> dict[str, type[Adapter]]:
+    """Return every adapter that can be used, by name."""
+    return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
+
+
+def probe_visits(checkpoint: Checkpoint) -> Visits | None:
+    """Ask the installed probes, the first that answers, how often each address is visited.
+
+    Raises:
+        PluginError: a probe failed.
+    """
+    try:
+        visits: Visits | None = registry().manager.hook.probe_visits(checkpoint=checkpoint)
+    except CkptError:
+        raise
+    except Exception as error:
+        raise PluginError(f"a visits probe failed: {type(error).__name__}: {error}") from error
+    return visits

@@ -1,0 +1,81 @@
+"""The files a checkpoint was read from: did they change meanwhile, and do their checksums hold?
+
+Opening a checkpoint maps its files and reads almost nothing, so neither question can be answered then. A
+reader registers every file here; whoever is about to commit a result asks both questions first.
+Imports nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vraxion_ckpt.errors import ChangedError
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What changes when a file is written or replaced."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Fingerprint:
+        """Take the fingerprint of a file."""
+        status = path.stat()
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that was read, as it was when it was opened."""
+
+    path: Path
+    fingerprint: Fingerprint
+    verify: Callable[[], None] | None = None
+
+
+@dataclass
+class Sources:
+    """Every file read so far; grows when a lazily opened shard is opened."""
+
+    files: list[Source] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Source]:
+        return iter(self.files)
+
+    def add(self, path: Path, fingerprint: Fingerprint, verify: Callable[[], None] | None = None) -> None:
+        """Register a file; `verify` reads it whole and raises `CorruptError` where a checksum fails."""
+        self.files.append(Source(path, fingerprint, verify))
+
+    def verify(self) -> None:
+        """Check every checksum of every file.
+
+        Raises:
+            CorruptError: naming the file and the member.
+        """
+        for source in self.files:
+            if source.verify is not None:
+                source.verify()
+
+    def check_unchanged(self) -> None:
+        """Compare every file with its fingerprint.
+
+        Raises:
+            ChangedError: naming the first file that is gone, replaced or written to.
+        """
+        for source in self.files:
+            try:
+                now = Fingerprint.of(source.path)
+            except OSError:
+                now = None
+            if now != source.fingerprint:
+                raise ChangedError(
+                    "changed while it was being read; nothing was written",
+                    path=source.path,
+                    hint="wait for the trainer to finish saving, then run again",
+                )

@@ -1,0 +1,336 @@
+"""The one door to torch's file format: load safely and mapped, save.
+
+``torch.load`` believes the sizes in a file's pickle and returns whatever types it allows. So before torch sees a
+file, its container is checked (`vraxion_ckpt.container`) and what the pickle asks for is compared with what
+the container holds; after torch, whatever a converter cannot vouch for is refused. Nothing else in this
+project opens or writes a ``.pt``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from vraxion_ckpt.container import Container, check, mapped
+from vraxion_ckpt.errors import (
+    CkptError,
+    CorruptError,
+    InconsistentError,
+    LimitError,
+    StorageError,
+    UnsafeError,
+    UnsupportedError,
+    UsageError,
+)
+from vraxion_ckpt.sources import Fingerprint, Sources
+
+_MOST_NODES = 10_000_000
+_DEEPEST = 100
+
+# --- What the pickle asks for ---
+
+
+class _Inert:
+    """Stands for any class or function that a pickle names; does nothing, whatever is done to it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __call__(self, *_: Any, **__: Any) -> _Inert:
+        return _Inert()
+
+    def __setstate__(self, _: Any) -> None: ...
+    def __setitem__(self, *_: Any) -> None: ...
+    def append(self, _: Any) -> None: ...
+    def extend(self, _: Any) -> None: ...
+    def add(self, _: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    """The storage class that a persistent id names."""
+
+    name: str
+
+    @property
+    def itemsize(self) -> int:
+        if self.name == "UntypedStorage":
+            return 1
+        dtype = getattr(getattr(torch, self.name, None), "dtype", None)
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"unknown storage type {self.name!r}")
+        return dtype.itemsize
+
+
+class _Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whatever a memo index asks for
+    """Run a pickle with every name replaced by something inert, to see which storages it asks for."""
+
+    def __init__(self, data: bytes, container: Container) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._container = container
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return _StorageType(name)
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
+            raise pickle.UnpicklingError("a persistent id that is no storage")
+        _, kind, key, _, count = pid
+        if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(count) is not int:
+            raise pickle.UnpicklingError("a damaged storage reference")
+        size = self._container.storage_size(key)
+        if size is None:
+            raise CorruptError("a tensor's storage is missing", path=self._container.path, key=f"data/{key}")
+        if size != count * kind.itemsize:
+            raise CorruptError(
+                f"a tensor asks for {count * kind.itemsize} bytes, the storage has {size}",
+                path=self._container.path,
+                key=f"data/{key}",
+            )
+        return _Inert()
+
+
+# --- Load ---
+
+
+def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
+    """Load a file of ``torch.save``: safely, mapped, on the CPU, and only if it holds plain data.
+
+    Args:
+        path: the file; it is registered in `sources`, which later verifies the storages' checksums.
+        sources: the files read so far.
+        allow_globals: full names of further classes or functions that its pickle may use, such as
+            ``numpy.dtype``; numpy scalars that come of it are turned into Python numbers.
+
+    Returns:
+        dicts, lists, tuples, text, numbers, None and tensors; tensors are views of the mapped file.
+
+    Raises:
+        SourceError: see `check`; also `UnsafeError` naming what the pickle would have called.
+    """
+    _require_torch()
+    container = check(path)
+    with mapped(path) as data:
+        member = container.members[f"{container.prefix}/data.pkl"]
+        pickled = bytes(data[member.start : member.start + member.size])
+    try:
+        _Rehearsal(pickled, container).load()
+    except CkptError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
+    try:
+        with torch.serialization.safe_globals([_find_global(name) for name in allow_globals]):
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        _refuse_pickle(path, error, allow_globals)
+    except Exception as error:
+        raise CorruptError(f"torch cannot read it: {_first_line(error)}", path=path) from error
+    if Fingerprint.of(path) == container.fingerprint:
+        sources.add(path, container.fingerprint, container.verify)
+    else:
+        raise CorruptError("was replaced while it was being opened", path=path)
+    if allow_globals:
+        value = _plain(value, 0, path)
+    check_plain(value, path)
+    return value
+
+
+def _require_torch() -> None:
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if release < (2, 10):
+        raise UsageError(
+            f"torch {torch.__version__} is installed; 2.10 is needed to load files safely",
+            hint="pip install --upgrade torch",
+        )
+
+
+def _find_global(name: str) -> Callable[..., Any] | tuple[Callable[..., Any], str]:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute), name
+    except (ImportError, AttributeError, ValueError):
+        raise UsageError(f"--allow-global {name}: there is no such class or function") from None
+
+
+def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoReturn:
+    try:
+        unsafe = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n not in allowed]
+    except Exception:  # torch's own look at the pickle failed too
+        unsafe = []
+    if unsafe:
+        raise UnsafeError(
+            f"its pickle would call {', '.join(sorted(unsafe))}",
+            path=path,
+            hint="if you trust each of them: " + " ".join(f"--allow-global {name}" for name in sorted(unsafe)),
+        ) from error
+    raise UnsafeError(f"torch refuses its pickle: {_first_line(error)}", path=path) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _plain(value: Any, depth: int, path: Path) -> Any:
+    """Turn numpy scalars into Python numbers of the same value, in new containers."""
+    if depth > _DEEPEST:
+        raise LimitError(f"is nested deeper than {_DEEPEST}", path=path)
+    if isinstance(value, OrderedDict):
+        new = OrderedDict((k, _plain(v, depth + 1, path)) for k, v in value.items())
+        new.__dict__.update(value.__dict__)
+        return new
+    if type(value) is dict:
+        return {k: _plain(v, depth + 1, path) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(v, depth + 1, path) for v in value)
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+# --- Only plain data ---
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+# A place in a structure: the place of what holds it, and its key there. Spelt out only for an error.
+_Place = tuple[Any, Any] | None
+
+
+def check_plain(value: Any, path: Path | None = None) -> None:
+    """Refuse whatever a converter cannot vouch for; what remains is safe for any loader.
+
+    Raises:
+        UnsupportedError: an object that is not plain data, or a sparse, quantised, meta or subclass tensor.
+        LimitError: nesting deeper than 100, more than ten million nodes, or a tensor that repeats or exceeds
+            its storage.
+        InconsistentError: a dict key that is neither text nor a whole number.
+    """
+    nodes = 1
+    stack: list[tuple[Any, int, _Place]] = [(value, 0, None)]
+    while stack:
+        item, depth, place = stack.pop()
+        kind = type(item)
+        if kind in _SCALARS:
+            continue
+        if kind is Tensor or kind is nn.Parameter:
+            _check_tensor(item, path, place)
+        elif kind in (dict, OrderedDict, list, tuple):
+            nodes += len(item)
+            if depth >= _DEEPEST:
+                raise LimitError(f"is nested deeper than {_DEEPEST}", path=path)
+            if nodes > _MOST_NODES:
+                raise LimitError(f"holds more than {_MOST_NODES} values", path=path, key=_spell(place))
+            if kind in (dict, OrderedDict):
+                _check_keys(item, path, place)
+                if kind is OrderedDict and vars(item):
+                    stack.append((dict(vars(item)), depth + 1, (place, "<attributes>")))
+                stack.extend((entry, depth + 1, (place, key)) for key, entry in item.items())
+            elif not _SCALARS.issuperset(map(type, item)):
+                stack.extend((entry, depth + 1, (place, i)) for i, entry in enumerate(item))
+        else:
+            raise UnsupportedError(
+                f"is a {kind.__module__}.{kind.__qualname__}; only plain data can be carried",
+                path=path,
+                key=_spell(place),
+            )
+
+
+def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
+    for key in item:
+        if type(key) not in (str, int):
+            raise InconsistentError(
+                f"has a key of type {type(key).__name__}, not text", path=path, key=_spell(place) or "top level"
+            )
+
+
+def _check_tensor(tensor: Tensor, path: Path | None, place: _Place) -> None:
+    def refuse(error: type[CkptError], message: str) -> NoReturn:
+        raise error(message, path=path, key=_spell(place))
+
+    if tensor.layout != torch.strided:
+        refuse(UnsupportedError, f"is a sparse tensor ({tensor.layout})")
+    if tensor.is_quantized:
+        refuse(UnsupportedError, "is a quantised tensor")
+    if tensor.device.type != "cpu":
+        refuse(UnsupportedError, f"is a tensor without data (on device {tensor.device})")
+    held = tensor.untyped_storage().nbytes() // tensor.itemsize
+    if tensor.numel() > held:
+        refuse(LimitError, f"repeats its storage: {tensor.numel()} elements from {held}")
+    if any(size > 2**48 for size in tensor.shape):
+        refuse(LimitError, f"has an absurd shape {list(tensor.shape)}")
+    if not tensor.is_contiguous() and _overlaps(tensor):
+        refuse(LimitError, "repeats its storage: elements overlap")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Tell whether two elements of a strided tensor may lie on each other."""
+    reach = 0  # the farthest element of the dimensions looked at so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _spell(place: _Place) -> str | None:
+    parts: list[str] = []
+    while place is not None:
+        place, key = place
+        parts.append(f"[{key}]" if isinstance(key, int) else f".{key}")
+    text = "".join(reversed(parts)).removeprefix(".")
+    return (text if len(text) <= 200 else text[:200] + "…") or None
+
+
+# --- Save ---
+
+
+def save(value: Any, path: Path) -> None:
+    """Write plain data as ``torch.save`` does, to a new file; tensors are streamed, not copied.
+
+    The archive's inner name does not depend on `path`, so the same data gives the same bytes.
+
+    Raises:
+        UnsupportedError: `value` holds something that is not plain data.
+        StorageError: the file cannot be written; the message has the reason.
+    """
+    check_plain(value)
+    writer = None
+    try:
+        with path.open("xb") as file:
+            writer = _Writer(file)
+            torch.save(value, cast("BinaryIO", writer))
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error
+    except RuntimeError as error:
+        # torch reports a failed write in words of its own; the reason is what the file said.
+        if writer is not None and writer.error is not None:
+            raise StorageError.from_os_error(writer.error, path) from error
+        raise
+
+
+class _Writer:
+    """A file that remembers why a write failed, since torch forgets."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -1,0 +1,123 @@
+"""The base class of transforms, and the chain: a tuple and a ``for``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from vraxion_ckpt.errors import CkptError, PluginError
+from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.model import Checkpoint, Record
+from vraxion_ckpt.options import Plugin, resolved
+
+
+class Transform(Plugin):
+    """Turn a checkpoint into a checkpoint. Fields are options (``NAME:key=value``).
+
+    `apply` gets a copy of its own: it may change any container and must never write into a tensor. It refuses
+    with `TransformError`, and neither reads nor changes global random state.
+    """
+
+    @abstractmethod
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the changed checkpoint; it may be the one that was given.
+
+        Raises:
+            TransformError: this checkpoint cannot be transformed so, and why.
+        """
+
+    def preserves_function(self) -> bool:
+        """Tell whether, with these options, every address must keep bit-identical expert tensors.
+
+        A chain of transforms that all say so is held to it.
+        """
+        return False
+
+    def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:  # noqa: ARG002 - most have none
+        """Return files to write beside the target, from the checkpoint that `apply` returned."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A configured transform and the distribution it comes from."""
+
+    transform: Transform
+    distribution: str
+    version: str
+
+
+def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoint, dict[Path, bytes]]:
+    """Apply transforms from left to right, recording each in the checkpoint's history.
+
+    Returns:
+        The last checkpoint and the side files that transforms ask for.
+
+    Raises:
+        TransformError: a transform refuses.
+        PluginError: a transform fails in another way, or wrote into a tensor it was lent.
+    """
+    side_files: dict[Path, bytes] = {}
+    for step in chain:
+        before, versions = checkpoint, _versions(checkpoint)
+        name = step.transform.name
+        try:
+            after = step.transform.apply(before.copy())
+        except CkptError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{type(error).__name__}: {error}", key=name, hint=f"this is a defect of {step.distribution}"
+            ) from error
+        if not isinstance(after, Checkpoint):
+            raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name)
+        if any(tensor._version != version for tensor, version in versions):
+            raise PluginError("wrote into a tensor of its input", key=name)
+        record = Record(
+            name=name,
+            options=resolved(step.transform),
+            distribution=step.distribution,
+            version=step.version,
+            source=before.origin.path.name if before.origin.path else "",
+            summary=_in_one_line(before, after),
+        )
+        checkpoint = replace(after, history=(*before.history, record))
+        side_files.update(step.transform.side_files(checkpoint))
+    return checkpoint, side_files
+
+
+def _versions(checkpoint: Checkpoint) -> list[tuple[Tensor, int]]:
+    """Take the version counters of all tensors at hand; torch counts a tensor up when it is written into."""
+    tensors = list(checkpoint.core.values())
+    if checkpoint.head is not None:
+        tensors += [t for e in checkpoint.head.experts.values() if e.is_open for t in e.values()]
+    if checkpoint.optimizer is not None:
+        slots = checkpoint.optimizer.state.values()
+        tensors += [value for entries in slots for value in entries.values() if isinstance(value, Tensor)]
+    return [(tensor, tensor._version) for tensor in tensors]
+
+
+def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
+    parts = []
+    if before.head and after.head and before.head.kind != after.head.kind:
+        parts.append(f"{before.head.kind} → {after.head.kind} head")
+    parts.append(f"{before.num_experts} → {after.num_experts} experts")
+    moved = moved_addresses(before, after)
+    if moved:
+        parts.append(f"{moved} addresses moved")
+    if after.plan is not None and after.plan != before.plan:
+        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses")
+    return ", ".join(parts)
+
+
+def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
+    """Count the ring addresses whose owner changed; 0 where the rings cannot be compared."""
+    if before.router_map is None or after.router_map is None:
+        return 0
+    old, new = router_owners(before.router_map), router_owners(after.router_map)
+    return int(np.count_nonzero(old != new)) if old.shape == new.shape else 0
