@@ -159,16 +159,19 @@ class _RawOptimizer:
                 raise InconsistentError("the state of a parameter must be a dict", key=f"optimizer.state[{i}]")
         return parsed
 
-    def shape(self, i: int) -> Shape | None:
-        """Return the shape that id's parameter must have, or None where its state does not tell."""
-        shapes = {
-            tuple(value.shape) for value in self.state.get(i, {}).values() if isinstance(value, Tensor) and value.ndim
+    def shapes(self) -> dict[int, Shape | None]:
+        """Return the shape that each id's parameter must have, or None where its state does not tell.
+
+        A slot that has dimensions for some parameter follows the parameters' shapes (``exp_avg``), so for a
+        parameter where it has none the parameter has none; one that never has dimensions (``step``) tells nothing.
+        """
+        tensors = {
+            i: {slot: tuple(value.shape) for slot, value in slots.items() if isinstance(value, Tensor)}
+            for i, slots in self.state.items()
         }
-        if len(shapes) == 1:
-            return shapes.pop()
-        # A 0-d parameter has 0-d moments beside its step.
-        scalars = [value for value in self.state.get(i, {}).values() if isinstance(value, Tensor)]
-        return () if len(scalars) > 1 and not shapes else None
+        following = {slot for slots in tensors.values() for slot, shape in slots.items() if shape}
+        told = {i: {slots[slot] for slot in following & slots.keys()} for i, slots in tensors.items()}
+        return {i: told[i].copy().pop() if len(told.get(i, ())) == 1 else None for i in self.ids}
 
 
 def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:
@@ -240,7 +243,8 @@ def _infer(raw: _RawOptimizer, names: Sequence[tuple[str, Shape | None]]) -> lis
     Raises:
         BindingError: none or several; says at which name they part.
     """
-    groups = [[(i, raw.shape(i)) for i in group["params"]] for group in raw.groups]
+    shapes = raw.shapes()
+    groups = [[(i, shapes[i]) for i in group["params"]] for group in raw.groups]
     total = sum(map(len, groups))
     if total > len(names):
         raise BindingError(

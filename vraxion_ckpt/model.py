@@ -229,11 +229,13 @@ class Origin:
     Attributes:
         dialects: by format name, what that format's writer needs to speak as the source did. An adapter reads
             and replaces its own entry and carries the others along. Plain JSON-like values.
+        local: what only a writer of the same format has a use for; not carried into others.
     """
 
     format: str = ""
     path: Path | None = None
     dialects: Mapping[str, Any] = field(default_factory=dict)
+    local: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

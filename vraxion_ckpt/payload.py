@@ -19,8 +19,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from vraxion_ckpt.binding import names_in_payload, unbind
-from vraxion_ckpt.errors import InconsistentError, UnsupportedError
+from vraxion_ckpt.binding import bind, names_in_payload, unbind
+from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError
 from vraxion_ckpt.model import (
     VRAXION,
     Checkpoint,
@@ -59,6 +59,11 @@ class PayloadDialect:
         keys = [key if key != self.optimizer_key else "optim" for key in ("model",) * self.bare + self.keys]
         keys += [key for key in ("num_experts", "param_names") if key not in keys]
         return replace(self, bare=False, optimizer_key=self.optimizer_key and "optim", keys=tuple(keys))
+
+    def implies(self, router: PayloadDialect) -> bool:
+        """Tell whether `router` is just how a modular trainer would spell this; names may be unknown there."""
+        known = tuple(key for key in self.as_router().keys if key != "param_names" or key in router.keys)
+        return replace(self.as_router(), keys=known) == router
 
 
 _DIALECT = TypeAdapter(PayloadDialect)
@@ -286,18 +291,18 @@ def build_payload(
 
 
 def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> tuple[str, ...] | None:
-    """Return the optimizer's names where reading the result back could not find them again.
-
-    Names in the groups, and ``param_names`` of an optimizer with one group, speak for themselves. Names that were
-    inferred will be inferred again, unless the checkpoint was changed since.
-    """
-    optimizer = checkpoint.optimizer
-    if optimizer is None or all("param_names" in group.keys for group in optimizer.groups):
+    """Return the optimizer's names if reading the result back would not find exactly them again."""
+    if checkpoint.optimizer is None:
         return None
-    names = tuple(optimizer.params)
-    written = "param_names" in dialect.keys and checkpoint.param_names is not None
-    if written and len(optimizer.groups) == 1 and checkpoint.param_names == names:
-        return None
-    if optimizer.bound_by == "order and shape" and not written and not checkpoint.history:
-        return None
-    return names
+    names = checkpoint.optimizer.params
+    as_written = replace(
+        checkpoint,
+        optimizer=None,
+        unbound=UnboundOptimizer(unbind(checkpoint.optimizer)),
+        param_names=checkpoint.param_names if "param_names" in dialect.keys else None,
+    )
+    try:
+        found = bind(as_written).optimizer
+    except BindingError:
+        found = None
+    return None if found is not None and found.params == names else tuple(names)

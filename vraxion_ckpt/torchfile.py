@@ -53,6 +53,20 @@ class _Inert:
     def add(self, _: Any) -> None: ...
 
 
+# Bytes per element of the storage classes that torch writes; newer dtypes come as UntypedStorage.
+_ITEMSIZES = {
+    f"{name}Storage": size
+    for size, names in {
+        1: ("Untyped", "Bool", "Byte", "Char", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"),
+        2: ("Half", "BFloat16", "Short"),
+        4: ("Float", "Int", "QInt32"),
+        8: ("Double", "Long", "ComplexFloat"),
+        16: ("ComplexDouble",),
+    }.items()
+    for name in names
+}
+
+
 @dataclass(frozen=True)
 class _StorageType:
     """The storage class that a persistent id names."""
@@ -61,12 +75,9 @@ class _StorageType:
 
     @property
     def itemsize(self) -> int:
-        if self.name == "UntypedStorage":
-            return 1
-        dtype = getattr(getattr(torch, self.name, None), "dtype", None)
-        if not isinstance(dtype, torch.dtype):
+        if self.name not in _ITEMSIZES:
             raise pickle.UnpicklingError(f"unknown storage type {self.name!r}")
-        return dtype.itemsize
+        return _ITEMSIZES[self.name]
 
 
 class _Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whatever a memo index asks for

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from vraxion_ckpt import jsonfile, torchfile
@@ -23,7 +24,7 @@ from vraxion_ckpt.adapter import Adapter, Loss
 from vraxion_ckpt.commit import write_new
 from vraxion_ckpt.errors import CkptWarning, InconsistentError, StorageError
 from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle
+from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Origin
 from vraxion_ckpt.options import NameList
 from vraxion_ckpt.payload import (
     Extras,
@@ -41,7 +42,24 @@ from vraxion_ckpt.sources import Fingerprint, Sources
 
 _SHARD = re.compile(r"expert_(\d{3}|[1-9]\d{3,8})\.pt")
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
-_EXPLODER_ROW_KEYS = ("tenured", "created_step", "last_used_step", "contrib")
+
+
+@dataclass(frozen=True)
+class MetaDialect:
+    """How one meta.json is spelt; the defaults are the offline exploder's way, ours where no other is known.
+
+    Attributes:
+        keys: its entries in order.
+        row_keys: the entries of a row in order.
+        entries: those that follow from nothing else.
+    """
+
+    keys: tuple[str, ...] = ("source_checkpoint", "num_experts", "experts")
+    row_keys: tuple[str, ...] = ("id", "tenured", "created_step", "last_used_step", "contrib")
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+
+_META = TypeAdapter(MetaDialect)
 
 
 def shard_name(expert: int) -> str:
@@ -92,13 +110,7 @@ class ModularAdapter(Adapter):
         return replace(
             found,
             lifecycle=_rows(meta, found.num_experts, root) if meta and found.head else _fresh_rows(found),
-            origin=origin_of(
-                self.name,
-                root,
-                "router",
-                parsed.dialect,
-                parsed.extras.model_copy(update={"dialects": {**parsed.extras.dialects, "meta": _meta_dialect(meta)}}),
-            ),
+            origin=_with_meta(origin_of(self.name, root, "router", parsed.dialect, parsed.extras), meta),
             sources=sources,
         )
 
@@ -176,22 +188,21 @@ class ModularAdapter(Adapter):
 
     def _meta(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return meta.json in the variant the source had, or the exploder's."""
-        dialect = checkpoint.origin.dialects.get("meta") or {}
-        source = checkpoint.origin.path.name if checkpoint.origin.path else ""
+        origin = checkpoint.origin
+        dialect = _recorded_meta(origin)
         known: dict[str, Any] = {
-            "source_checkpoint": source,
+            "source_checkpoint": origin.path.name if origin.path else "",
             "num_experts": checkpoint.num_experts,
             "step": checkpoint.step,
             "experts": [],
             "deleted": sorted(checkpoint.head.deleted) if checkpoint.head else [],
         }
-        entries = {**known, **dialect.get("entries", {})}
-        keys = list(dialect.get("keys", ("source_checkpoint", "num_experts", "experts")))
+        entries = {**known, **dialect.entries}
+        keys = list(dialect.keys)
         if known["deleted"] and "deleted" not in keys:
             keys.append("deleted")
-        row_keys = tuple(dialect.get("row_keys", ("id", *_EXPLODER_ROW_KEYS)))
         entries["experts"] = [
-            _row_to_json(i, replace(row, tenured=True) if self.tenure_all else row, row_keys)
+            _row_to_json(i, replace(row, tenured=True) if self.tenure_all else row, dialect.row_keys)
             for i, row in sorted(checkpoint.lifecycle.items())
         ]
         return {key: entries[key] for key in keys if key in entries}
@@ -338,17 +349,27 @@ def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str
     return {key: entries[key] for key in ordered}
 
 
-def _meta_dialect(meta: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what `_meta` needs to write the same variant: its keys, and entries that follow from nothing."""
+def _with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
+    """Note how meta.json is spelt; other formats need to carry that only if it is not the exploder's way."""
     if meta is None:
-        return {}
-    computed = ("num_experts", "step", "experts", "deleted")
+        return origin
     rows = meta["experts"]
-    return {
-        "keys": list(meta),
-        "row_keys": list(rows[0]) if rows else ["id", *_EXPLODER_ROW_KEYS],
-        "entries": {key: value for key, value in meta.items() if key not in computed},
-    }
+    dialect = MetaDialect(
+        keys=tuple(meta),
+        row_keys=tuple(rows[0]) if rows else MetaDialect.row_keys,
+        entries={k: v for k, v in meta.items() if k not in ("num_experts", "step", "experts", "deleted")},
+    )
+    own = {"meta": _META.dump_python(dialect, mode="json")}
+    usual = replace(dialect, entries={k: v for k, v in dialect.entries.items() if k != "source_checkpoint"})
+    carried = {} if usual == MetaDialect() else own
+    return replace(origin, dialects={**origin.dialects, **carried}, local=own)
+
+
+def _recorded_meta(origin: Origin) -> MetaDialect:
+    try:
+        return _META.validate_python(origin.dialects.get("meta") or origin.local.get("meta") or MetaDialect())
+    except ValidationError:
+        raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
 
 
 def _fresh_rows(checkpoint: Checkpoint) -> dict[int, Lifecycle]:

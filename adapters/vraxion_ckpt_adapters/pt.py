@@ -70,7 +70,7 @@ class PtAdapter(Adapter):
         dialects = {key: value for key, value in checkpoint.origin.dialects.items() if key != "pt"}
         router = recorded_dialect(checkpoint, "router")
         dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
-        if router is None or router == dialect.as_router():
+        if router is None or dialect.implies(router):
             dialects.pop("router", None)
         extras = Extras(
             history=checkpoint.history,
