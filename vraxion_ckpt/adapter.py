@@ -53,6 +53,13 @@ class Adapter(Plugin):
         """List what this format cannot hold of `checkpoint`; asked before anything is written."""
         return []
 
+    def held(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint as this format, with these options, will hold it.
+
+        That is what `write` is given, and what reading the result back must give: without what `losses` lists.
+        """
+        return checkpoint
+
     @abstractmethod
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Write to `path`, a staged name: a file that does not exist yet, or an empty directory.

@@ -68,6 +68,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
     else:
         names = _infer(raw, _candidates(checkpoint.state_dict()))
         bound_by = "order and shape"
+    _check_known(names, checkpoint)
     optimizer = _named(raw, names, bound_by)
     check_shapes(optimizer, known_shapes(checkpoint))
     param_names = checkpoint.param_names
@@ -184,6 +185,19 @@ def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:
         if not isinstance(name, str) or name in seen:
             raise BindingError(f"{whose} list {name!r} twice or not as text", hint=THREE_WAYS_OUT)
         seen.add(name)
+
+
+def _check_known(names: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Every name must be a tensor's, or of an expert that is not open or was deleted."""
+    known = known_shapes(checkpoint)
+    head = checkpoint.head
+    closed: tuple[str, ...] = ()
+    if head is not None:
+        closed = tuple(head.prefix(i) for i, expert in head.experts.items() if not expert.is_open)
+        closed += tuple(head.prefix(i) for i in head.deleted)
+    for name in names:
+        if name not in known and not name.startswith(closed):
+            raise BindingError("the model has no such parameter", key=name, hint=THREE_WAYS_OUT)
 
 
 def _positional(raw: _RawOptimizer, names: Sequence[str], whose: str) -> list[str]:

@@ -157,6 +157,11 @@ class ModularAdapter(Adapter):
             return []
         return [Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")]
 
+    def held(self, checkpoint: Checkpoint) -> Checkpoint:
+        if not self.tenure_all:
+            return checkpoint
+        return replace(checkpoint, lifecycle={i: replace(r, tenured=True) for i, r in checkpoint.lifecycle.items()})
+
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         head = checkpoint.head
         sharded = head is not None and head.kind is HeadKind.EXPERTS
@@ -201,10 +206,7 @@ class ModularAdapter(Adapter):
         keys = list(dialect.keys)
         if known["deleted"] and "deleted" not in keys:
             keys.append("deleted")
-        entries["experts"] = [
-            _row_to_json(i, replace(row, tenured=True) if self.tenure_all else row, dialect.row_keys)
-            for i, row in sorted(checkpoint.lifecycle.items())
-        ]
+        entries["experts"] = [_row_to_json(i, row, dialect.row_keys) for i, row in sorted(checkpoint.lifecycle.items())]
         return {key: entries[key] for key in keys if key in entries}
 
     def foreign_files(self, path: Path) -> list[Path]:
@@ -356,7 +358,7 @@ def _with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
     rows = meta["experts"]
     dialect = MetaDialect(
         keys=tuple(meta),
-        row_keys=tuple(rows[0]) if rows else MetaDialect.row_keys,
+        row_keys=tuple(rows[0]) if rows and isinstance(rows[0], dict) else MetaDialect.row_keys,
         entries={k: v for k, v in meta.items() if k not in ("num_experts", "step", "experts", "deleted")},
     )
     own = {"meta": _META.dump_python(dialect, mode="json")}

@@ -1,0 +1,50 @@
+"""What several test files need: the fixtures' place, and a comparison that uses nothing of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DATA = Path(__file__).parent / "data"
+EXPECTED = DATA / "expected"
+MONOLITHS = sorted(DATA.glob("*.pt"))
+DIRECTORIES = [*sorted(DATA.glob("modular_*")), EXPECTED / "named_experts3.modular"]
+
+
+def load(path: Path) -> Any:
+    """Load a file of torch.save with torch itself."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Compare two plain values: types, order, numbers exactly, tensors bit by bit, `_metadata` of state dicts."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor), where
+        assert (a.dtype, a.shape, a.stride(), a.requires_grad) == (b.dtype, b.shape, b.stride(), b.requires_grad), where
+        assert bits(a) == bits(b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict), where
+        assert list(a) == list(b), where
+        assert_same(getattr(a, "_metadata", None), getattr(b, "_metadata", None), f"{where}._metadata")
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert type(a) is type(b), where
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert type(a) is type(b), where
+        assert repr(a) == repr(b), where
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Return a tensor's elements as bytes."""
+    return bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List every file below a folder, relative to it."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
