@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -349,7 +350,8 @@ def _write(
     with ExitStack() as stack:
         stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
         held = adapter.held(after)
-        adapter.write(held, stage.path)
+        with _meanwhile(before.sources.verify):
+            adapter.write(held, stage.path)
         stages = [stage]
         for path, content in side_files.items():
             real = Path(os.path.realpath(path))
@@ -371,8 +373,18 @@ def _read_back(adapter: Adapter, expected: Checkpoint, stage: Staged) -> None:
     """Read the staged result as anyone would and compare it with what it was made from."""
     found = adapter.read(stage.path)
     found = binding.bind(found, expected.optimizer.params if expected.optimizer else None)
-    found.sources.verify()
-    _refuse(InvariantError, checkpoint_differences(expected, found), stage.target)
+    with _meanwhile(found.sources.verify):
+        _refuse(InvariantError, checkpoint_differences(expected, found), stage.target)
+    found.sources.verify()  # shards that the comparison has opened
+
+
+@contextmanager
+def _meanwhile(work: Callable[[], None]) -> Iterator[None]:
+    """Do `work`, which mostly runs outside Python, in a thread beside the block; raise what it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        yield
+        result.result()
 
 
 def _size(path: Path) -> int:

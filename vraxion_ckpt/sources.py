@@ -44,6 +44,7 @@ class Sources:
     """Every file read so far; grows when a lazily opened shard is opened."""
 
     files: list[Source] = field(default_factory=list)
+    _verified: int = 0
 
     def __iter__(self) -> Iterator[Source]:
         return iter(self.files)
@@ -53,14 +54,16 @@ class Sources:
         self.files.append(Source(path, fingerprint, verify))
 
     def verify(self) -> None:
-        """Check every checksum of every file.
+        """Check every checksum of every file that was added since the last call.
 
         Raises:
             CorruptError: naming the file and the member.
         """
-        for source in self.files:
+        while self._verified < len(self.files):
+            source = self.files[self._verified]
             if source.verify is not None:
                 source.verify()
+            self._verified += 1
 
     def check_unchanged(self) -> None:
         """Compare every file with its fingerprint.

@@ -8,7 +8,7 @@ rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and 
 
 from __future__ import annotations
 
-import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from torch import Tensor
 from vraxion_ckpt import jsonfile, torchfile
 from vraxion_ckpt.adapter import Adapter, Loss
 from vraxion_ckpt.commit import write_new
-from vraxion_ckpt.errors import CkptWarning, InconsistentError, StorageError
+from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Origin
 from vraxion_ckpt.options import NameList
@@ -87,7 +87,7 @@ class ModularAdapter(Adapter):
         root = _root(path)
         router = root / "system" / "router.state"
         sources = Sources()
-        for place in (root / "system", router, root / "experts"):
+        for place in (root / "system", router, root / "experts", root / "experts" / "meta.json"):
             if place.is_symlink() and not place.resolve().is_relative_to(root.resolve()):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
         parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
@@ -100,13 +100,17 @@ class ModularAdapter(Adapter):
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
             raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
         shards = _list_shards(root / "experts")
-        num_experts = parsed.num_experts if parsed.num_experts is not None else max(1, len(shards))
+        num_experts = parsed.num_experts
+        if num_experts is None:
+            num_experts = meta["num_experts"] if meta else max(1, len(shards))
         if found.head is None and (shards or num_experts > 1):
             found.head = self._sharded_head(root, shards, num_experts, meta, parsed, sources)
         elif shards:
             raise InconsistentError("has shards beside a single head in router.state", path=root)
         elif found.head is not None and num_experts != 1:
             raise InconsistentError(f"is {num_experts}, but the head is single", path=router, key="num_experts")
+        elif found.head is not None and _deleted(meta, num_experts, root):
+            raise InconsistentError("lists expert 0, whose head is in router.state", path=root, key="deleted")
         return replace(
             found,
             lifecycle=_rows(meta, found.num_experts, root) if meta and found.head else _fresh_rows(found),
@@ -137,9 +141,16 @@ class ModularAdapter(Adapter):
                 message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
             raise InconsistentError(message, path=root / "experts")
         leaves = _leaves(parsed.checkpoint.param_names)
+        first: list[tuple[int, dict[str, Tensor]]] = []  # the shard that was opened first: what the others must fit
+
+        def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
+            tensors = _open_shard(path, expert, leaves.get(expert), sources, self.allow_global)
+            first[:] = first or [(expert, tensors)]
+            _check_fit(path, expert, tensors, *first[0])
+            return tensors
 
         def opener(expert: int, path: Path) -> Expert:
-            return Expert(lambda: _open_shard(path, expert, leaves.get(expert), sources, self.allow_global))
+            return Expert(lambda: open_shard(expert, path))
 
         position = parsed.extras.head_position
         if position is None:
@@ -258,7 +269,11 @@ def _leaves(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
 def _open_shard(
     path: Path, expert: int, leaves: set[str] | None, sources: Sources, allow_globals: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    shard = torchfile.load(path, sources, allow_globals)
+    try:
+        shard = torchfile.load(path, sources, allow_globals)
+    except CorruptError as error:
+        message = f"the shard of expert {expert} is damaged: {error.message}"
+        raise InconsistentError(message, path=path, key=error.key, hint=error.hint) from error
     if not isinstance(shard, dict) or not shard:
         raise InconsistentError(f"the shard of expert {expert} holds no tensors", path=path)
     for leaf, tensor in shard.items():
@@ -268,6 +283,23 @@ def _open_shard(
         lacking = ", ".join(sorted(leaves - shard.keys()))
         raise InconsistentError(f"the shard of expert {expert} lacks {lacking}", path=path)
     return shard
+
+
+def _check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
+    """Refuse a shard that a loader would skip because it does not fit in where another one does."""
+    if odd := tensors.keys() ^ model.keys():
+        message = f"the shards of experts {other} and {expert} do not hold the same tensors: {', '.join(sorted(odd))}"
+        raise InconsistentError(message, path=path)
+    for leaf, tensor in tensors.items():
+        # Hidden widths differ between experts with inner layers; plain linear experts are all alike.
+        alike = tensor.ndim == model[leaf].ndim if "." in leaf else tensor.shape == model[leaf].shape
+        if not alike or tensor.dtype != model[leaf].dtype:
+            raise InconsistentError(
+                f"in the shard of expert {expert} it is {list(tensor.shape)} of {tensor.dtype}, "
+                f"in that of expert {other} {list(model[leaf].shape)} of {model[leaf].dtype}",
+                path=path,
+                key=leaf,
+            )
 
 
 def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> int:
@@ -283,18 +315,22 @@ def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> i
 
 
 def _read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         warnings.warn(f"{path} is missing; lifecycle rows are rebuilt", CkptWarning, stacklevel=2)
         return None
+    if not path.is_file():
+        raise InconsistentError("must be a regular file", path=path)
     sources.add(path, Fingerprint.of(path))
     meta = jsonfile.load(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
         raise InconsistentError("must be an object with a list `experts`", path=path)
     stated = meta.get("num_experts")
-    if parsed.num_experts is not None and stated != parsed.num_experts:
-        raise InconsistentError(f"is {stated!r}, router.state says {parsed.num_experts}", path=path, key="num_experts")
+    if type(stated) is not int:
+        raise InconsistentError(f"must be a whole number, not {stated!r}", path=path, key="num_experts")
+    if parsed.num_experts not in (None, stated):
+        raise InconsistentError(f"is {stated}, router.state says {parsed.num_experts}", path=path, key="num_experts")
     step = parsed.checkpoint.payload.get("step")
-    if "step" in meta and meta["step"] != step:
+    if "step" in meta and (meta["step"] != step or type(meta["step"]) is not type(step)):
         raise InconsistentError(
             f"is {meta['step']!r}, router.state has step {step!r}: parts of two saves",
             path=path,
@@ -337,8 +373,8 @@ def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
         if type(row.get(entry, False)) is not bool:
             raise InconsistentError(f"{entry} must be true or false", path=path, key=key)
     contrib = row.get("contrib", 0.0)
-    if type(contrib) not in (int, float) or not math.isfinite(contrib):
-        raise InconsistentError("contrib must be a finite number", path=path, key=key)
+    if type(contrib) not in (int, float):
+        raise InconsistentError("contrib must be a number", path=path, key=key)
     known = {entry: row[entry] for entry in _ROW_KEYS if entry in row}
     return Lifecycle(**known, extra={k: v for k, v in row.items() if k != "id" and k not in _ROW_KEYS})
 
