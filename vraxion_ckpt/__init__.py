@@ -16,8 +16,8 @@ core knows neither any format nor any transform by name. The modules, from the g
 `adapter`, `transform`    the two base classes, and the chain
 `hookspecs`, `plugins`    the plugin contract; discovery and names
 `torchfile`, `payload`    the one door to ``.pt``; the payload dict of VRAXION's trainers
-`plan`                    split plans as files
-`convert`                 read and convert, top to bottom
+`plan`, `visits`          split plans as files; files of visits per address
+`pipeline`                read and convert, top to bottom
 `cli`                     the commands
 ========================  ==============================================================================
 
@@ -33,8 +33,6 @@ from vraxion_ckpt._version import __version__
 
 if TYPE_CHECKING:
     from vraxion_ckpt.adapter import Adapter, Loss
-    from vraxion_ckpt.convert import Summary, convert, inspect
-    from vraxion_ckpt.convert import read as open
     from vraxion_ckpt.errors import CkptError, CkptWarning, TransformError
     from vraxion_ckpt.hookspecs import hookimpl
     from vraxion_ckpt.model import (
@@ -47,6 +45,8 @@ if TYPE_CHECKING:
         ParamGroup,
         SplitPlan,
     )
+    from vraxion_ckpt.pipeline import Summary, convert, inspect
+    from vraxion_ckpt.pipeline import read as open
     from vraxion_ckpt.ring import Visits
     from vraxion_ckpt.transform import Transform
 
@@ -87,14 +87,14 @@ _HOME = {
     "Optimizer": "model",
     "ParamGroup": "model",
     "SplitPlan": "model",
-    "Summary": "convert",
+    "Summary": "pipeline",
     "Transform": "transform",
     "TransformError": "errors",
     "Visits": "ring",
-    "convert": "convert",
+    "convert": "pipeline",
     "hookimpl": "hookspecs",
-    "inspect": "convert",
-    "open": "convert",
+    "inspect": "pipeline",
+    "open": "pipeline",
 }
 
 
@@ -102,7 +102,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"{__name__}.{_HOME[name]}")
-    # Importing the submodule `convert` binds its name here; the function of that name is what is public.
     value = getattr(module, "read" if name == "open" else name)
     globals()[name] = value
     return value

@@ -16,7 +16,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,11 +168,12 @@ def _rename2(source: Path, target: Path, flags: int) -> None:
 
 
 def _remove(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            with suppress(FileNotFoundError):
-                path.unlink()
+            path.unlink()
     except OSError as error:
         warnings.warn(f"{path} could not be removed: {error.strerror}", CkptWarning, stacklevel=2)

@@ -31,7 +31,7 @@ from vraxion_ckpt.errors import (
 )
 from vraxion_ckpt.sources import Fingerprint
 
-_MOST_MEMBERS = 500_000
+_MOST_MEMBERS = 250_000
 _CRC_CHUNK = 16 * 2**20
 
 

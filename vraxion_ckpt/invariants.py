@@ -20,6 +20,8 @@ from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
 from vraxion_ckpt.ring import Ints
 
+_PIECE = 2**20
+
 
 def findings(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield one line for each thing that must be true of a checkpoint and is not."""
@@ -40,7 +42,8 @@ def _head_findings(head: Head) -> Iterator[str]:
     if len(ids) != len(set(ids)):
         yield f"experts {_brief(sorted(set(head.experts) & head.deleted))} are both live and deleted"
     elif ids and max(ids) != len(ids) - 1:
-        missing = next(i for i in range(len(ids)) if i not in set(ids))
+        present = set(ids)
+        missing = next(i for i in range(len(ids)) if i not in present)
         yield f"expert ids have a hole: there is no expert {missing}, and it is not listed as deleted"
     if not head.experts:
         yield "the head has no expert"
@@ -217,9 +220,12 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> float:
     for leaf in a:
         if a[leaf].shape != b[leaf].shape:
             return float("inf")
-        if a[leaf].numel():
-            wide = torch.complex128 if a[leaf].is_complex() else torch.float64
-            largest = max(largest, float((a[leaf].to(wide) - b[leaf].to(wide)).abs().max()))
+        wide = torch.complex128 if a[leaf].is_complex() else torch.float64
+        # A piece at a time: the difference of two large experts must not double the memory.
+        x, y = a[leaf].reshape(-1), b[leaf].reshape(-1)
+        for start in range(0, len(x), _PIECE):
+            piece = slice(start, start + _PIECE)
+            largest = max(largest, float((x[piece].to(wide) - y[piece].to(wide)).abs().max()))
     return largest
 
 

@@ -145,7 +145,7 @@ def _parse(payload: Any) -> Parsed:
         optimizer_key=optimizer_key,
         keys=() if bare else tuple(key for key in payload if key != OUR_KEY),
     )
-    own = {"model", "num_experts", "param_names", OUR_KEY, optimizer_key}
+    own = {"model", "param_names", OUR_KEY, optimizer_key}
     checkpoint = Checkpoint(
         core=dict(state),
         unbound=UnboundOptimizer(optimizer, extras.optimizer_names) if optimizer is not None else None,
@@ -226,7 +226,13 @@ def split_head(checkpoint: Checkpoint, deleted: frozenset[int] = frozenset()) ->
         head = Head(HeadKind.SINGLE, {0: Expert(single)}, places[0])
     else:
         head = Head(HeadKind.EXPERTS, {i: Expert(tensors) for i, tensors in experts.items()}, places[0], deleted)
-    return replace(checkpoint, core=core, head=head)
+    return with_head(replace(checkpoint, core=core), head)
+
+
+def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
+    """Return the checkpoint with its head; what the payload says of ``num_experts`` now follows from that."""
+    payload = {key: value for key, value in checkpoint.payload.items() if key != "num_experts"}
+    return replace(checkpoint, head=head, payload=payload)
 
 
 def origin_of(format_name: str, path: Path, own: str, dialect: PayloadDialect, extras: Extras) -> Origin:
@@ -278,7 +284,9 @@ def build_payload(
     if dialect.bare:
         return model
     optimizer_key = dialect.optimizer_key or ("optim" if checkpoint.optimizer else None)
-    entries: dict[str, Any] = {"model": model, **checkpoint.payload, "num_experts": checkpoint.num_experts}
+    entries: dict[str, Any] = {"model": model, **checkpoint.payload}
+    if checkpoint.head is not None:
+        entries["num_experts"] = checkpoint.num_experts
     if optimizer_key:
         entries[optimizer_key] = unbind(checkpoint.optimizer) if checkpoint.optimizer else None
     if checkpoint.param_names is not None:

@@ -153,20 +153,22 @@ def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
     """Turn names, (name, options) pairs and instances into configured transforms.
 
     Raises:
-        OptionError: every wrong option of the whole chain, in one message.
-        UsageError: an unknown transform, or text that does not parse.
+        UsageError: everything that is wrong with the whole chain, in one message: options, unknown transforms,
+            text that does not parse.
     """
     steps: list[Step] = []
-    errors: list[OptionError] = []
+    errors: list[UsageError] = []
     for item in transforms:
         try:
             steps.append(_resolve_step(item))
-        except OptionError as error:
+        except UsageError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise OptionError("\n".join(f"{e.key}: {e.message}" for e in errors), hint=errors[0].hint)
+        listed = (f"{e.key}: {e.message}" if e.key else f"{e.message} ({e.hint})" for e in errors)
+        kind = OptionError if all(isinstance(error, OptionError) for error in errors) else UsageError
+        raise kind("\n".join(listed), hint=next((e.hint for e in errors if e.key), None))
     return tuple(steps)
 
 

@@ -62,8 +62,12 @@ def as_weights(values: Any) -> Weights:
         raise ValueError(f"value {int(np.argmin(array))} is negative")
     if not array.any():
         raise ValueError("all values are zero")
+    with np.errstate(over="ignore"):
+        total = float(array.astype(np.float64).sum())
+    if not np.isfinite(total):
+        raise ValueError("their sum is too large")
     whole = array.dtype.kind in "iu" or bool((array == np.floor(array)).all())
-    if whole and float(array.astype(np.float64).sum()) < 2**62:
+    if whole and total < 2**62:
         return array.astype(np.int64)
     return array.astype(np.float64)
 

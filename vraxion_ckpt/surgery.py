@@ -21,6 +21,8 @@ OptimizerPolicy = Literal["copy", "reset"]
 
 _V = TypeVar("_V")
 
+_PIECE = 2**20  # elements that noise is drawn for at once; part of what a seed means
+
 
 def rename_head(checkpoint: Checkpoint, kind: HeadKind) -> None:
     """Make the head's only expert, id 0, a module of the other kind; every name follows, in place in its order."""
@@ -89,12 +91,22 @@ def _head(checkpoint: Checkpoint) -> Head:
 def _copy_with_noise(tensor: Tensor, noise: float, seed: str) -> Tensor:
     copy = tensor.detach().clone(memory_format=torch.preserve_format)
     if noise and copy.is_floating_point():
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
-        # Narrow types cannot be drawn or added in directly; in at least single precision the sum rounds once.
-        wide = torch.float64 if copy.dtype == torch.float64 else torch.float32
-        drawn = torch.randn(copy.shape, generator=generator, dtype=wide)
-        copy = (copy.to(wide) + noise * drawn).to(copy.dtype)
+        noisy = copy.contiguous()
+        _add_noise(noisy.view(-1), noise, seed)
+        if noisy is not copy:
+            copy.copy_(noisy)
     return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
+    """Add Gaussian noise to a tensor of our own, a piece at a time: temporaries stay small however large it is."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
+    # Narrow types cannot be drawn or added in directly; in at least single precision the sum rounds once.
+    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
+        drawn = torch.randn(piece.shape, generator=generator, dtype=wide)
+        piece.copy_((piece.to(wide) + noise * drawn).to(flat.dtype))
 
 
 def _clone_in_optimizer(optimizer: Optimizer, head: Head, old: str, new: str, policy: OptimizerPolicy) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import io
 import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ from vraxion_ckpt.errors import (
     UnsupportedError,
     UsageError,
 )
-from vraxion_ckpt.sources import Fingerprint, Sources
+from vraxion_ckpt.sources import Sources
 
-_MOST_NODES = 10_000_000
+_MOST_NODES = 5_000_000
 _DEEPEST = 100
 
 # --- What the pickle asks for ---
@@ -42,16 +43,52 @@ _DEEPEST = 100
 class _Inert:
     """Stands for any class or function that a pickle names; does nothing, whatever is done to it."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def __call__(self, *_: Any, **__: Any) -> _Inert:
+    def __call__(self, *_: Any) -> Any:
         return _Inert()
 
     def __setstate__(self, _: Any) -> None: ...
     def __setitem__(self, *_: Any) -> None: ...
     def append(self, _: Any) -> None: ...
     def extend(self, _: Any) -> None: ...
-    def add(self, _: Any) -> None: ...
 
+
+@dataclass(frozen=True)
+class _Named(_Inert):
+    """A class or function, by its full name."""
+
+    name: str
+    rehearsal: _Rehearsal
+
+    def __call__(self, *args: Any) -> Any:
+        return self.rehearsal.call(self.name, args)
+
+
+@dataclass(eq=False)
+class _Dict(dict[Any, Any]):
+    """A dict or OrderedDict of the pickle."""
+
+    rehearsal: _Rehearsal
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # C hashes a tuple within a tuple within … until its stack overflows, here as in torch.
+        if isinstance(key, tuple):
+            raise InconsistentError("has a key of type tuple, not text")
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        self.rehearsal.copy(state)
+
+
+# What torch allows of itself although its result can only be refused, and making it may be costly.
+_NOT_PLAIN = {
+    "builtins.bytearray": "a bytearray",
+    "builtins.set": "a set",
+    "collections.Counter": "a Counter",
+    "torch._tensor._rebuild_from_type_v2": "a tensor subclass, or a tensor with attributes",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_parameter_with_state": "a parameter with attributes",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
+}
 
 # Bytes per element of the storage classes that torch writes; newer dtypes come as UntypedStorage.
 _ITEMSIZES = {
@@ -80,17 +117,57 @@ class _StorageType:
         return _ITEMSIZES[self.name]
 
 
+# What torch's own unpickler takes: pickle's protocol 2, less a few. Some of the others take memory or hash at will.
+_OPCODES = {
+    code[0]
+    for code in (
+        *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD),
+        *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
+        *(pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINPERSID),
+        *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+        *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET),
+        *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
+        *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
+    )
+}
+
+
 class _Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whatever a memo index asks for
-    """Run a pickle with every name replaced by something inert, to see which storages it asks for."""
+    """Run a pickle with every name replaced by something inert, to see what it asks for."""
+
+    stack: list[Any]
 
     def __init__(self, data: bytes, container: Container) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._container = container
+        # What torch.save writes copies only what stands in the pickle, and that once.
+        self._copies_left = 1000 + 4 * len(data)
 
     def find_class(self, module: str, name: str) -> Any:
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return _StorageType(name)
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Inert
+        return _Named(f"{module}.{name}", self)
+
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        if name in _NOT_PLAIN:
+            raise UnsupportedError(f"holds {_NOT_PLAIN[name]}; only plain data can be carried")
+        if name.startswith("torch.") and name.endswith(("Tensor", "Storage")):
+            raise UnsafeError(f"its pickle would call {name}, which returns memory that is not in the file")
+        # Some of Python's text encodings take hours for a megabyte.
+        if name == "_codecs.encode" and args[1:] != ("latin1",):
+            raise UnsafeError("its pickle would call _codecs.encode for something else than bytes")
+        if name == "collections.OrderedDict" and not args:
+            return _Dict(self)
+        for arg in args:
+            self.copy(arg)
+        return _Inert()
+
+    def copy(self, value: Any) -> None:
+        """Count what a call takes over: many calls may share one long list, each making a copy of it."""
+        self._copies_left -= len(value) if isinstance(value, str | list | tuple | dict) else 1
+        if self._copies_left < 0:
+            raise LimitError("its pickle copies far more than it holds")
 
     def persistent_load(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
@@ -108,6 +185,23 @@ class _Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whate
                 key=f"data/{key}",
             )
         return _Inert()
+
+    def _empty_dict(self) -> None:
+        self.stack.append(_Dict(self))
+
+    def _new_object(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.stack[-1](*args)
+
+    def _other_opcode(self) -> None:
+        raise UnsupportedError("its pickle is not what torch.save writes unless told otherwise")
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **dict.fromkeys(pickle._Unpickler.dispatch, _other_opcode),
+        **{code: run for code, run in pickle._Unpickler.dispatch.items() if code in _OPCODES},
+        pickle.EMPTY_DICT[0]: _empty_dict,
+        pickle.NEWOBJ[0]: _new_object,
+    }
 
 
 # --- Load ---
@@ -127,6 +221,7 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
 
     Raises:
         SourceError: see `check`; also `UnsafeError` naming what the pickle would have called.
+        ChangedError: the file was replaced meanwhile.
     """
     _require_torch()
     container = check(path)
@@ -135,7 +230,8 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
         pickled = bytes(data[member.start : member.start + member.size])
     try:
         _Rehearsal(pickled, container).load()
-    except CkptError:
+    except CkptError as error:
+        error.path = error.path or path
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
@@ -146,12 +242,12 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
         _refuse_pickle(path, error, allow_globals)
     except Exception as error:
         raise CorruptError(f"torch cannot read it: {_first_line(error)}", path=path) from error
-    if Fingerprint.of(path) == container.fingerprint:
-        sources.add(path, container.fingerprint, container.verify)
-    else:
-        raise CorruptError("was replaced while it was being opened", path=path)
+    opened = Sources()
+    opened.add(path, container.fingerprint, container.verify)
+    opened.check_unchanged()  # torch has opened it once more, by its name
+    sources.files.extend(opened)
     if allow_globals:
-        value = _plain(value, 0, path)
+        value = _plain(value, 0, path, {})
     check_plain(value, path)
     return value
 
@@ -192,21 +288,26 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _plain(value: Any, depth: int, path: Path) -> Any:
-    """Turn numpy scalars into Python numbers of the same value, in new containers."""
+def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
+    """Turn numpy scalars into Python numbers of the same value, in new containers; `done` holds those, by id."""
     if depth > _DEEPEST:
         raise LimitError(f"is nested deeper than {_DEEPEST}", path=path)
+    if id(value) in done:
+        return done[id(value)]
+    new: Any = value
     if isinstance(value, OrderedDict):
-        new = OrderedDict((k, _plain(v, depth + 1, path)) for k, v in value.items())
+        new = OrderedDict((k, _plain(v, depth + 1, path, done)) for k, v in value.items())
         new.__dict__.update(value.__dict__)
-        return new
-    if type(value) is dict:
-        return {k: _plain(v, depth + 1, path) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(v, depth + 1, path) for v in value)
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+    elif type(value) is dict:
+        new = {k: _plain(v, depth + 1, path, done) for k, v in value.items()}
+    elif type(value) in (list, tuple):
+        new = type(value)(_plain(v, depth + 1, path, done) for v in value)
+    elif type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return value.item()
-    return value
+    else:
+        return value
+    done[id(value)] = new
+    return new
 
 
 # --- Only plain data ---
@@ -220,39 +321,53 @@ def check_plain(value: Any, path: Path | None = None) -> None:
     """Refuse whatever a converter cannot vouch for; what remains is safe for any loader.
 
     Raises:
-        UnsupportedError: an object that is not plain data, or a sparse, quantised, meta or subclass tensor.
-        LimitError: nesting deeper than 100, more than ten million nodes, or a tensor that repeats or exceeds
+        UnsupportedError: an object that is not plain data, or a sparse, quantised, nested, meta or subclass
+            tensor, or one with attributes.
+        LimitError: nesting deeper than 100, more than five million values, or a tensor that repeats or exceeds
             its storage.
         InconsistentError: a dict key that is neither text nor a whole number.
     """
-    nodes = 1
-    stack: list[tuple[Any, int, _Place]] = [(value, 0, None)]
-    while stack:
-        item, depth, place = stack.pop()
-        kind = type(item)
-        if kind in _SCALARS:
-            continue
-        if kind is Tensor or kind is nn.Parameter:
-            _check_tensor(item, path, place)
-        elif kind in (dict, OrderedDict, list, tuple):
-            nodes += len(item)
-            if depth >= _DEEPEST:
-                raise LimitError(f"is nested deeper than {_DEEPEST}", path=path)
-            if nodes > _MOST_NODES:
-                raise LimitError(f"holds more than {_MOST_NODES} values", path=path, key=_spell(place))
-            if kind in (dict, OrderedDict):
-                _check_keys(item, path, place)
-                if kind is OrderedDict and vars(item):
-                    stack.append((dict(vars(item)), depth + 1, (place, "<attributes>")))
-                stack.extend((entry, depth + 1, (place, key)) for key, entry in item.items())
-            elif not _SCALARS.issuperset(map(type, item)):
-                stack.extend((entry, depth + 1, (place, i)) for i, entry in enumerate(item))
-        else:
-            raise UnsupportedError(
-                f"is a {kind.__module__}.{kind.__qualname__}; only plain data can be carried",
-                path=path,
-                key=_spell(place),
-            )
+    _measure(value, path, 0, None, {})
+
+
+def _measure(
+    item: Any, path: Path | None, depth: int, place: _Place, seen: dict[int, tuple[int, int]]
+) -> tuple[int, int]:
+    """Check one item; return how many values it holds and how many levels of containers.
+
+    What was `seen`, by id, is counted again but not looked at again: lists that share lists may hold more values
+    than could ever be walked through.
+    """
+    kind = type(item)
+    if kind in _SCALARS:
+        return 1, 0
+    if kind is Tensor or kind is nn.Parameter:
+        _check_tensor(item, path, place)
+        return 1, 0
+    if kind not in (dict, OrderedDict, list, tuple):
+        message = f"is a {kind.__module__}.{kind.__qualname__}; only plain data can be carried"
+        raise UnsupportedError(message, path=path, key=_spell(place))
+    if id(item) not in seen:
+        if depth >= _DEEPEST:
+            raise LimitError(f"is nested deeper than {_DEEPEST}", path=path)
+        entries: Iterable[tuple[Any, Any]] = ()
+        if kind is dict or kind is OrderedDict:
+            _check_keys(item, path, place)
+            attributes = vars(item) if kind is OrderedDict else None
+            entries = [*item.items(), *([("<attributes>", attributes)] if attributes else ())]
+        elif not _SCALARS.issuperset(map(type, item)):
+            entries = enumerate(item)
+        nodes, levels = 1 + len(item), 0
+        for key, entry in entries:
+            below, deep = _measure(entry, path, depth + 1, (place, key), seen)
+            nodes, levels = nodes + below - 1, max(levels, deep)
+        seen[id(item)] = nodes, levels + 1
+    nodes, levels = seen[id(item)]
+    if depth + levels > _DEEPEST:
+        raise LimitError(f"is nested deeper than {_DEEPEST}", path=path)
+    if nodes > _MOST_NODES:
+        raise LimitError(f"holds more than {_MOST_NODES} values", path=path, key=_spell(place))
+    return nodes, levels
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
@@ -267,12 +382,16 @@ def _check_tensor(tensor: Tensor, path: Path | None, place: _Place) -> None:
     def refuse(error: type[CkptError], message: str) -> NoReturn:
         raise error(message, path=path, key=_spell(place))
 
+    if tensor.is_nested:  # which has a strided layout, but no shape
+        refuse(UnsupportedError, "is a nested tensor")
     if tensor.layout != torch.strided:
         refuse(UnsupportedError, f"is a sparse tensor ({tensor.layout})")
     if tensor.is_quantized:
         refuse(UnsupportedError, "is a quantised tensor")
     if tensor.device.type != "cpu":
         refuse(UnsupportedError, f"is a tensor without data (on device {tensor.device})")
+    if vars(tensor):
+        refuse(UnsupportedError, f"has attributes ({', '.join(vars(tensor))}); only plain data can be carried")
     held = tensor.untyped_storage().nbytes() // tensor.itemsize
     if tensor.numel() > held:
         refuse(LimitError, f"repeats its storage: {tensor.numel()} elements from {held}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from vraxion_ckpt.errors import CkptError, PluginError
+from vraxion_ckpt.errors import CkptError, PluginError, StorageError
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.options import Plugin, resolved
@@ -70,6 +70,8 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
             after = step.transform.apply(before.copy())
         except CkptError:
             raise
+        except OSError as error:
+            raise StorageError.from_os_error(error, error.filename or name) from error
         except Exception as error:
             raise PluginError(
                 f"{type(error).__name__}: {error}", key=name, hint=f"this is a defect of {step.distribution}"

@@ -37,6 +37,7 @@ from vraxion_ckpt.payload import (
     parse_payload,
     recorded_dialect,
     split_head,
+    with_head,
 )
 from vraxion_ckpt.sources import Fingerprint, Sources
 
@@ -104,7 +105,7 @@ class ModularAdapter(Adapter):
         if num_experts is None:
             num_experts = meta["num_experts"] if meta else max(1, len(shards))
         if found.head is None and (shards or num_experts > 1):
-            found.head = self._sharded_head(root, shards, num_experts, meta, parsed, sources)
+            found = with_head(found, self._sharded_head(root, shards, num_experts, meta, parsed, sources))
         elif shards:
             raise InconsistentError("has shards beside a single head in router.state", path=root)
         elif found.head is not None and num_experts != 1:
@@ -208,7 +209,7 @@ class ModularAdapter(Adapter):
         dialect = _recorded_meta(origin)
         known: dict[str, Any] = {
             "source_checkpoint": origin.path.name if origin.path else "",
-            "num_experts": checkpoint.num_experts,
+            "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
             "step": checkpoint.step,
             "experts": [],
             "deleted": sorted(checkpoint.head.deleted) if checkpoint.head else [],

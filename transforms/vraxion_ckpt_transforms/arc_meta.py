@@ -20,7 +20,7 @@ from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, SplitPlan
 from vraxion_ckpt.ring import Arc, Ints, Visits, Weights
 from vraxion_ckpt.transform import Transform
-from vraxion_ckpt_transforms import visits_file
+from vraxion_ckpt.visits import load as load_visits
 
 _HOW_TO_SUPPLY = (
     "give a file (arc_meta:visits=FILE), let the trainer leave its `mitosis` request in the payload, or install a "
@@ -71,7 +71,7 @@ class ArcMeta(Transform):
 
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
         if self.visits is not None:
-            return visits_file.load(self.visits, ring_len)
+            return load_visits(self.visits, ring_len)
         found = plugins.probe_visits(checkpoint)
         if found is None:
             raise TransformError("nobody knows how often each address is visited", key=self.name, hint=_HOW_TO_SUPPLY)

@@ -108,10 +108,10 @@ class MitosisSplit(Transform):
             raise TransformError(f"expert {parent} was deleted; it has no tensors to clone", key=self.name)
         if not addresses:
             raise TransformError("there are no addresses to give away", key=self.name)
-        taken = np.asarray(addresses, dtype=np.int64)
-        off = taken[(taken < 0) | (taken >= len(owners))]
-        if len(off):
+        off = [address for address in addresses if not 0 <= address < len(owners)]
+        if off:
             raise TransformError(f"address {off[0]} is off the ring of {len(owners)}", key=self.name)
+        taken = np.asarray(addresses, dtype=np.int64)
         values, counts = np.unique(taken, return_counts=True)
         if len(values) < len(taken):
             raise TransformError(f"address {values[counts > 1][0]} is listed twice", key=self.name)

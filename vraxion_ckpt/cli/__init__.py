@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from vraxion_ckpt._version import __version__
-from vraxion_ckpt.errors import CkptError, CkptWarning, UsageError
+from vraxion_ckpt.errors import CkptError, CkptWarning, StorageError, UsageError
 
 _INTERNAL_ERROR = 70
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -57,15 +57,19 @@ def _run(arguments: Sequence[str] | None) -> int:
         _say("error", str(error), "red")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted", "nothing was changed", "red")
+        _say("interrupted", "no unfinished result is left", "red")
         return 128 + signal.SIGINT
     except _Terminated:
-        _say("terminated", "nothing was changed", "red")
+        _say("terminated", "no unfinished result is left", "red")
         return 128 + signal.SIGTERM
     except BrokenPipeError:
         # Whoever read our output has enough; the interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        _debug()
+        _say("error", str(StorageError.from_os_error(error, error.filename or "?")), "red")
+        return StorageError.exit_code
     except Exception as error:
         _debug()
         _say("internal error", f"{type(error).__name__}: {error}", "red")
@@ -156,16 +160,16 @@ def cli(quiet: bool, verbose: bool) -> None:
 def convert(
     context: click.Context, /, src: str, dst: str, param_names: Path | None, as_json: bool, **options: Any
 ) -> None:
-    r"""Read SRC, run a chain of transforms, write DST.
+    """Read SRC, run a chain of transforms, write DST.
 
     \b
     vraxion-ckpt convert run.pt run_modular/
-    vraxion-ckpt convert run.pt split.pt -t single_to_experts \
+    vraxion-ckpt convert run.pt split.pt -t single_to_experts
         -t arc_meta:visits=visits.json -t mitosis_split:noise=0
-    """
+    """  # noqa: D301 - click reads the escape
     _must_exist(src)
     from vraxion_ckpt.cli import show
-    from vraxion_ckpt.convert import convert as run
+    from vraxion_ckpt.pipeline import convert as run
 
     names = _load_names(param_names)
     summary = run(src, dst, param_names=names, **options)
@@ -183,7 +187,7 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
     """Show what PATH is: experts, ring, optimizer and how it is bound, history."""
     _must_exist(path)
     from vraxion_ckpt.cli import show
-    from vraxion_ckpt.convert import inspect as look
+    from vraxion_ckpt.pipeline import inspect as look
 
     facts = show.inspection_facts(look(path, param_names=_load_names(param_names), **options))
     if as_json:

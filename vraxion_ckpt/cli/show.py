@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vraxion_ckpt import plugins as plugin_registry
 from vraxion_ckpt import ring
-from vraxion_ckpt.convert import Inspection, Summary, total_bytes
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Optimizer
+from vraxion_ckpt.pipeline import Inspection, Summary, total_bytes
 from vraxion_ckpt.plugins import Registered
 from vraxion_ckpt.ring import Ints
 
@@ -47,11 +47,11 @@ def size(number: int) -> str:
 
 def band(owners: Ints, width: int) -> Text:
     """Draw a ring as one line: a cell for each address, or for each equal share of them, the commonest owner's sign."""
+    shown = [Counter(cell.tolist()).most_common(1)[0][0] for cell in np.array_split(owners, min(width, len(owners)))]
     text = Text()
-    for cell in np.array_split(owners, min(width, len(owners))):
-        owner = Counter(cell.tolist()).most_common(1)[0][0]
+    for owner, cells in groupby(shown):
         colour = Style(color="black", bgcolor=f"color({_OWNER_COLOURS[owner % len(_OWNER_COLOURS)]})")
-        text.append(_OWNER_SIGNS[owner % len(_OWNER_SIGNS)], colour)
+        text.append(_OWNER_SIGNS[owner % len(_OWNER_SIGNS)] * len(list(cells)), colour)
     return text
 
 
@@ -195,7 +195,8 @@ def inspection(facts: dict[str, Any]) -> None:
         ("head", _head_in_words(facts)),
     ]
     if facts["ring"]:
-        lines.append(("ring", f"{facts['ring']['length']} addresses in {facts['ring']['runs']} arcs of one owner"))
+        runs = facts["ring"]["runs"]
+        lines.append(("ring", f"{facts['ring']['length']} addresses, {runs} run{'s' * (runs != 1)} of one owner"))
         if facts["ring"]["owners"]:
             lines.append(("", band(np.asarray(facts["ring"]["owners"]), out.width - 12)))
     lines.append(("optimizer", _optimizer_in_words(facts["optimizer"])))
@@ -254,6 +255,9 @@ def _expert_table(facts: dict[str, Any]) -> Table:
             str(row.get("last_used_step", "")),
             Text(shapes),
         )
+    for i in facts["deleted"][:_MOST_ROWS]:
+        owned = counts[i] if i < len(counts) else 0
+        table.add_row(f"{i} deleted", str(owned), f"{owned / total:.1%}", *["–"] * 4, "")
     more = facts["num_experts"] - len(facts["deleted"]) - len(facts["experts"])
     if more:
         table.add_row("…", f"{more} more", *[""] * 6)

@@ -35,6 +35,7 @@ from vraxion_ckpt.errors import (
     LossError,
     OptionError,
     SourceError,
+    StorageError,
     UnknownFormatError,
     UsageError,
 )
@@ -108,6 +109,8 @@ def read(
         BindingError: its optimizer's parameters cannot be told apart.
     """
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+    if param_names is not None and checkpoint.unbound is None:
+        raise UsageError("has no optimizer to give names to", path=path)
     if optimizer == "drop":
         return replace(checkpoint, unbound=None, optimizer=None)
     try:
@@ -120,12 +123,25 @@ def read(
 def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
     place = Path(path)
-    adapter = detect_source(place, from_)
-    if allow_globals:
-        adapter = _allow(adapter, allow_globals)
-    checkpoint = adapter.read(place)
+    with _os_errors_named(path):
+        adapter = detect_source(place, from_)
+        if allow_globals:
+            adapter = _allow(adapter, allow_globals)
+        checkpoint = adapter.read(place)
     _refuse(InconsistentError, invariants.findings(checkpoint), place)
     return checkpoint
+
+
+@contextmanager
+def _os_errors_named(*paths: PathLike) -> Iterator[None]:
+    """Turn what the operating system says of a path, wherever it says it, into an error of ours."""
+    for path in paths:
+        if "\0" in str(path):
+            raise UsageError("is no path: it holds a NUL", path=repr(path))
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.from_os_error(error, error.filename or paths[0]) from error
 
 
 def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
@@ -197,42 +213,45 @@ def convert(
         CkptError: one subclass for each kind of reason, see `vraxion_ckpt.errors`.
     """
     started = time.monotonic()
-    if losses not in ("raise", "warn", "ignore") or optimizer not in ("keep", "drop"):
-        raise UsageError(f"losses={losses!r}, optimizer={optimizer!r}: no such policy")
-    chain = resolve_chain(transforms)
-    adapter, target = detect_target(dst, to)
-    source = Path(src)
-    _check_places(source, target, adapter, overwrite=overwrite)
+    with _os_errors_named(src, dst):
+        if losses not in ("raise", "warn", "ignore") or optimizer not in ("keep", "drop"):
+            raise UsageError(f"losses={losses!r}, optimizer={optimizer!r}: no such policy")
+        chain = resolve_chain(transforms)
+        adapter, target = detect_target(dst, to)
+        source = Path(src)
+        _check_places(source, target, adapter, overwrite=overwrite)
 
-    before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
-    after, side_files = apply_chain(before, chain)
-    _check_side_files(side_files, before, target, overwrite=overwrite)
-    preservation = _check_result(before, after, chain)
-    lost = _check_losses(adapter, after, losses)
+        before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
+        before.tensor_names()  # opens every expert: a new target holds them all, so all are judged now
+        _refuse(InconsistentError, invariants.findings(before), source)
+        after, side_files = apply_chain(before, chain)
+        _check_side_files(side_files, before, target, overwrite=overwrite)
+        preservation = _check_result(before, after, chain)
+        lost = _check_losses(adapter, after, losses)
 
-    bytes_written = 0
-    if dry_run:
-        before.sources.verify()
-    else:
-        bytes_written = _write(adapter, before, after, target, side_files, overwrite=overwrite)
-    return Summary(
-        source=source,
-        target=target,
-        source_format=before.origin.format,
-        target_format=adapter.name,
-        experts_before=before.num_experts,
-        experts_after=after.num_experts,
-        addresses_moved=moved_addresses(before, after),
-        tensors=_count_tensors(before, after),
-        optimizer=_optimizer_in_words(before, after, optimizer),
-        function_preserved=preservation,
-        losses=tuple(lost),
-        history=after.history[len(before.history) :],
-        side_files=tuple(side_files),
-        bytes_written=bytes_written,
-        seconds=time.monotonic() - started,
-        dry_run=dry_run,
-    )
+        bytes_written = 0
+        if dry_run:
+            before.sources.verify()
+        else:
+            bytes_written = _write(adapter, before, after, target, side_files, overwrite=overwrite)
+        return Summary(
+            source=source,
+            target=target,
+            source_format=before.origin.format,
+            target_format=adapter.name,
+            experts_before=before.num_experts,
+            experts_after=after.num_experts,
+            addresses_moved=moved_addresses(before, after),
+            tensors=_count_tensors(before, after),
+            optimizer=_optimizer_in_words(before, after, optimizer),
+            function_preserved=preservation,
+            losses=tuple(lost),
+            history=after.history[len(before.history) :],
+            side_files=tuple(side_files),
+            bytes_written=bytes_written,
+            seconds=time.monotonic() - started,
+            dry_run=dry_run,
+        )
 
 
 def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter, Path]:
@@ -248,13 +267,15 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
     else:
         found = [adapter for adapter in known.values() if text.endswith(adapter.suffixes)]
         if target.is_dir():
-            found = [adapter for adapter in known.values() if adapter.is_directory and adapter.detect(target)]
+            found = [a for a in known.values() if a.is_directory and a.detect(target)] or found
         if len(found) != 1:
             choices = ", ".join(f"*{suffix} → {a.name}" for a in known.values() for suffix in a.suffixes)
             raise UsageError("its name does not tell the format", path=text, hint=f"pass --to, or use {choices}")
         adapter = configure(found[0], {})
     if not target.name:
         raise UsageError("is no place to write to", path=text)
+    if target.exists() and not (target.is_dir() or target.is_file()):
+        raise UsageError("is neither a file nor a directory, and is not replaced", path=target)
     if target.exists() and target.is_dir() != adapter.is_directory:
         kind = "directory" if adapter.is_directory else "file"
         raise UsageError(f"the format {adapter.name} is a {kind}, and something else is there", path=target)
@@ -364,7 +385,7 @@ def _write(
         _read_back(adapter, held, stage)
         before.sources.check_unchanged()
         size = sum(_size(each.path) for each in stages)
-        for each in stages:
+        for each in reversed(stages):  # the target last: if it is there, all is there
             each.publish()
     return size
 

@@ -28,10 +28,10 @@ def load(path: Path, ring_len: int) -> Visits:
         CorruptError: it cannot be parsed.
         InconsistentError: the wrong number of values, or values that are negative, not finite or all zero.
     """
-    if not path.is_file():
-        raise UsageError("no such file", path=path)
     readers = {".npy": _read_npy, ".csv": _read_csv}
     try:
+        if not path.is_file():
+            raise UsageError("no such file", path=path)
         columns = readers.get(path.suffix.lower(), _read_json)(path, ring_len)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
@@ -53,7 +53,7 @@ def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
 def _read_json(path: Path, _: int) -> dict[str, Any]:
     data = jsonfile.load(path)
     if isinstance(data, list):
-        return {"visits": data}
+        data = {"visits": data}
     if not isinstance(data, dict) or "visits" not in data:
         raise InconsistentError("must be a list, or an object with `visits`", path=path)
     for key in ("visits", "loss_sum"):
@@ -65,8 +65,10 @@ def _read_json(path: Path, _: int) -> dict[str, Any]:
 
 def _read_npy(path: Path, _: int) -> dict[str, Any]:
     try:
-        return {"visits": np.load(path, mmap_mode="r", allow_pickle=False)}
-    except (ValueError, EOFError) as error:
+        return {"visits": np.lib.format.open_memmap(path, mode="r")}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can raise anything
         raise CorruptError(f"is no plain .npy array: {error}", path=path) from error
 
 

@@ -1,0 +1,36 @@
+"""Fixtures of several test files."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from vraxion_ckpt.cli import main
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="try every single-bit flip, not a sample of them")
+
+
+@pytest.fixture
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether to try everything where a sample is the rule."""
+    return bool(request.config.getoption("--exhaustive"))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process; return its exit code and what it wrote to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main(list(map(str, arguments)))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return run
