@@ -31,7 +31,7 @@ from vraxion_ckpt.errors import (
 )
 from vraxion_ckpt.sources import Fingerprint
 
-_MOST_MEMBERS = 250_000
+_MOST_MEMBERS = 200_000
 _CRC_CHUNK = 16 * 2**20
 
 
@@ -174,6 +174,7 @@ class _Directory:
     def __init__(self, path: Path, data: memoryview) -> None:
         self._path = path
         self._data = data
+        self._compressed: list[str] = []
 
     def members(self) -> list[Member]:
         count, start, end = self._end_of_directory()
@@ -190,6 +191,9 @@ class _Directory:
             found.append((offset, member))
         if at != end:
             self._corrupt("the directory's size does not match its entries")
+        if self._compressed:  # only now, for a bomb may stand behind a harmless member
+            hint = "save the file again with torch.save"
+            raise UnsupportedError("is compressed", path=self._path, key=self._compressed[0], hint=hint)
         found.sort(key=lambda pair: pair[0])
         reached = 0
         for offset, member in found:
@@ -258,9 +262,8 @@ class _Directory:
         if method:
             if size > len(self._data):
                 raise LimitError("is compressed and would inflate beyond the file", path=self._path, key=name)
-            raise UnsupportedError(
-                "is compressed", path=self._path, key=name, hint="save the file again with torch.save"
-            )
+            self._compressed.append(name)
+            return after, offset, Member(name, offset, 0, crc)
         if flags & ~(_HAS_DESCRIPTOR | _UTF8) or packed != size or disk:
             self._corrupt("is encrypted, or its header is damaged", name)
         if name.endswith("/") or attributes & 0x10:

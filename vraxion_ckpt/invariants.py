@@ -222,7 +222,7 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> float:
             return float("inf")
         wide = torch.complex128 if a[leaf].is_complex() else torch.float64
         # A piece at a time: the difference of two large experts must not double the memory.
-        x, y = a[leaf].reshape(-1), b[leaf].reshape(-1)
+        x, y = a[leaf].detach().reshape(-1), b[leaf].detach().reshape(-1)
         for start in range(0, len(x), _PIECE):
             piece = slice(start, start + _PIECE)
             largest = max(largest, float((x[piece].to(wide) - y[piece].to(wide)).abs().max()))

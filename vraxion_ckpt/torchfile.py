@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NoReturn, cast
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +53,12 @@ class _Inert:
     def extend(self, _: Any) -> None: ...
 
 
+def _refuse_to_hash(key: Any) -> None:
+    # C hashes a tuple within a tuple within … until its stack overflows, here as in torch.
+    if isinstance(key, tuple):
+        raise InconsistentError("has a key of type tuple, not text")
+
+
 @dataclass(frozen=True)
 class _Named(_Inert):
     """A class or function, by its full name."""
@@ -70,20 +77,15 @@ class _Dict(dict[Any, Any]):
     rehearsal: _Rehearsal
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        # C hashes a tuple within a tuple within … until its stack overflows, here as in torch.
-        if isinstance(key, tuple):
-            raise InconsistentError("has a key of type tuple, not text")
+        _refuse_to_hash(key)
         super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
         self.rehearsal.copy(state)
 
 
-# What torch allows of itself although its result can only be refused, and making it may be costly.
+# What torch calls of itself, although its result is refused below and making it reaches further than that check.
 _NOT_PLAIN = {
-    "builtins.bytearray": "a bytearray",
-    "builtins.set": "a set",
-    "collections.Counter": "a Counter",
     "torch._tensor._rebuild_from_type_v2": "a tensor subclass, or a tensor with attributes",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
     "torch._utils._rebuild_parameter_with_state": "a parameter with attributes",
@@ -154,18 +156,23 @@ class _Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whate
             raise UnsupportedError(f"holds {_NOT_PLAIN[name]}; only plain data can be carried")
         if name.startswith("torch.") and name.endswith(("Tensor", "Storage")):
             raise UnsafeError(f"its pickle would call {name}, which returns memory that is not in the file")
-        # Some of Python's text encodings take hours for a megabyte.
-        if name == "_codecs.encode" and args[1:] != ("latin1",):
-            raise UnsafeError("its pickle would call _codecs.encode for something else than bytes")
-        if name == "collections.OrderedDict" and not args:
-            return _Dict(self)
         for arg in args:
             self.copy(arg)
+        if name == "collections.OrderedDict" and not args:
+            return _Dict(self)
+        if name in ("builtins.set", "collections.Counter", "collections.OrderedDict"):
+            for key in (key for arg in args if isinstance(arg, list | tuple) for key in arg):
+                _refuse_to_hash(key)
+        if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1":
+            return args[0].encode("latin1")
+        # Given a number, a bytearray takes that much memory; some text encodings take hours for a megabyte.
+        if name == "_codecs.encode" or (name == "builtins.bytearray" and not all(type(arg) is bytes for arg in args)):
+            raise UnsafeError(f"its pickle would call {name} for something else than bytes")
         return _Inert()
 
     def copy(self, value: Any) -> None:
         """Count what a call takes over: many calls may share one long list, each making a copy of it."""
-        self._copies_left -= len(value) if isinstance(value, str | list | tuple | dict) else 1
+        self._copies_left -= len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
         if self._copies_left < 0:
             raise LimitError("its pickle copies far more than it holds")
 
@@ -236,7 +243,7 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
     except Exception as error:  # a damaged pickle can raise anything
         raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
     try:
-        with torch.serialization.safe_globals([_find_global(name) for name in allow_globals]):
+        with torch.serialization.safe_globals(_find_globals(allow_globals)):
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         _refuse_pickle(path, error, allow_globals)
@@ -261,12 +268,17 @@ def _require_torch() -> None:
         )
 
 
-def _find_global(name: str) -> Callable[..., Any] | tuple[Callable[..., Any], str]:
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(import_module(module), attribute), name
-    except (ImportError, AttributeError, ValueError):
-        raise UsageError(f"--allow-global {name}: there is no such class or function") from None
+def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found.append((getattr(import_module(module), attribute), name))
+        except (ImportError, AttributeError, ValueError):
+            raise UsageError(f"--allow-global {name}: there is no such class or function") from None
+    if "numpy.dtype" in names:  # makes instances of these, which no pickle names
+        found += [type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code not in "OV"]
+    return found
 
 
 def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoReturn:
@@ -280,7 +292,9 @@ def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoRe
             path=path,
             hint="if you trust each of them: " + " ".join(f"--allow-global {name}" for name in sorted(unsafe)),
         ) from error
-    raise UnsafeError(f"torch refuses its pickle: {_first_line(error)}", path=path) from error
+    # torch wraps its reason in advice to load the file unsafely.
+    reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+    raise UnsafeError(f"torch refuses its pickle: {reason.splitlines()[0][:200]}", path=path) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vraxion_ckpt.errors import CkptError, PluginError, StorageError
@@ -67,7 +68,8 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
         before, versions = checkpoint, _versions(checkpoint)
         name = step.transform.name
         try:
-            after = step.transform.apply(before.copy())
+            with torch.no_grad():  # parameters saved as such would otherwise drag a graph along
+                after = step.transform.apply(before.copy())
         except CkptError:
             raise
         except OSError as error:
