@@ -165,7 +165,7 @@ def test_an_archive_made_by_these_tests_is_read_where_nothing_is_wrong_with_it(t
         ({"more": Entry("archive/folder/")}, "marked as a directory"),
         ({"more": Entry("archive/data/0", b"other")}, "occurs twice"),
         ({"more": Entry("archive/DATA/0", b"other")}, "occurs twice"),
-        ({"more": Entry("archive/data/1", b"abc", central={"offset": 0, "name": "archive/data.pkl"})}, "twice"),
+        ({"more": Entry("archive/data/1", b"abc", central={"offset": 0, "name": "archive/data.pkl"})}, "contradicts"),
         (storage(central={"offset": 0}), "names another member"),
         (storage(local={"name": "archive/data/1"}), "names another member"),
         (storage(local={"size": 15}), "contradicts"),
@@ -253,7 +253,7 @@ def test_a_wrong_number_of_members_is_corrupt(tmp_path: Path, count: int) -> Non
 
 def test_the_most_members_that_are_looked_at_are_looked_at_in_time(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    many = [Entry(f"archive/more/{i}") for i in range(249_990)]
+    many = [Entry(f"archive/more/{i}") for i in range(199_990)]
     path.write_bytes(zip_bytes([*tensor_archive(), *many, Entry("archive/more/0")]))
     refused(path, CorruptError, "occurs twice")
 

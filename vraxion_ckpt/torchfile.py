@@ -47,8 +47,12 @@ class _Inert:
     def __call__(self, *_: Any) -> Any:
         return _Inert()
 
-    def __setstate__(self, _: Any) -> None: ...
-    def __setitem__(self, *_: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        _refuse_to_hash_state(state)
+
+    def __setitem__(self, key: Any, _: Any) -> None:
+        _refuse_to_hash(key)
+
     def append(self, _: Any) -> None: ...
     def extend(self, _: Any) -> None: ...
 
@@ -57,6 +61,13 @@ def _refuse_to_hash(key: Any) -> None:
     # C hashes a tuple within a tuple within … until its stack overflows, here as in torch.
     if isinstance(key, tuple):
         raise InconsistentError("has a key of type tuple, not text")
+
+
+def _refuse_to_hash_state(state: Any) -> None:
+    # An object's state may also be spelt as pairs of a key and a value.
+    for pair in state if isinstance(state, list | tuple) else ():
+        if pair and isinstance(pair, list | tuple):
+            _refuse_to_hash(pair[0])
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,7 @@ class _Dict(dict[Any, Any]):
         super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
+        _refuse_to_hash_state(state)
         self.rehearsal.copy(state)
 
 
@@ -112,11 +124,18 @@ class _StorageType:
 
     name: str
 
+    def __call__(self, *_: Any) -> NoReturn:
+        raise _memory_from_elsewhere(self.name)
+
     @property
     def itemsize(self) -> int:
         if self.name not in _ITEMSIZES:
             raise pickle.UnpicklingError(f"unknown storage type {self.name!r}")
         return _ITEMSIZES[self.name]
+
+
+def _memory_from_elsewhere(name: str) -> UnsafeError:
+    return UnsafeError(f"its pickle would call {name}, which returns memory that is not in the file")
 
 
 # What torch's own unpickler takes: pickle's protocol 2, less a few. Some of the others take memory or hash at will.
@@ -155,12 +174,14 @@ class _Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whate
         if name in _NOT_PLAIN:
             raise UnsupportedError(f"holds {_NOT_PLAIN[name]}; only plain data can be carried")
         if name.startswith("torch.") and name.endswith(("Tensor", "Storage")):
-            raise UnsafeError(f"its pickle would call {name}, which returns memory that is not in the file")
+            raise _memory_from_elsewhere(name)
         for arg in args:
             self.copy(arg)
-        if name == "collections.OrderedDict" and not args:
+        if name == "collections.OrderedDict":
+            if args:
+                raise pickle.UnpicklingError("an OrderedDict made of something")
             return _Dict(self)
-        if name in ("builtins.set", "collections.Counter", "collections.OrderedDict"):
+        if name in ("builtins.set", "collections.Counter"):
             for key in (key for arg in args if isinstance(arg, list | tuple) for key in arg):
                 _refuse_to_hash(key)
         if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1":
@@ -292,9 +313,10 @@ def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoRe
             path=path,
             hint="if you trust each of them: " + " ".join(f"--allow-global {name}" for name in sorted(unsafe)),
         ) from error
-    # torch wraps its reason in advice to load the file unsafely.
-    reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
-    raise UnsafeError(f"torch refuses its pickle: {reason.splitlines()[0][:200]}", path=path) from error
+    # torch puts its reason between advice to load the file unsafely and where to read on.
+    paragraphs = str(error).split("\n\n")
+    reason = paragraphs[-2 if len(paragraphs) > 1 else 0].strip()
+    raise UnsafeError(f"torch refuses its pickle: {reason[:200]}", path=path) from error
 
 
 def _first_line(error: Exception) -> str:
