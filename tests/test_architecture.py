@@ -34,6 +34,8 @@ FLOORS = [
     "transform",
     "hookspecs",
     "plugins",
+    "rehearsal",
+    "plain",
     "torchfile",
     "payload",
     "plan",
@@ -84,7 +86,7 @@ def test_the_core_names_no_plugin():
         assert not names & set(table), path
 
 
-@pytest.mark.parametrize("module", ["errors", "sources", "jsonfile", "commit", "container"])
+@pytest.mark.parametrize("module", ["errors", "sources", "jsonfile", "commit", "container", "rehearsal"])
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

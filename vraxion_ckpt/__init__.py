@@ -5,7 +5,8 @@ core knows neither any format nor any transform by name. The modules, from the g
 
 ========================  ==============================================================================
 `errors`                  the error tree, one exit code a class
-`sources`, `container`    the files that were read; a strict look at torch's zip archives (no torch)
+`sources`                 the files that were read, and whether they changed (no torch)
+`container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
 `commit`, `jsonfile`      stage, flush, rename; strict JSON (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `ring`                    arcs, windows, owners: numpy
@@ -15,7 +16,8 @@ core knows neither any format nor any transform by name. The modules, from the g
 `options`                 plugins whose fields are their options; ``NAME:key=value``
 `adapter`, `transform`    the two base classes, and the chain
 `hookspecs`, `plugins`    the plugin contract; discovery and names
-`torchfile`, `payload`    the one door to ``.pt``; the payload dict of VRAXION's trainers
+`plain`, `torchfile`      only plain data; the one door to ``.pt``
+`payload`                 the payload dict of VRAXION's trainers
 `plan`, `visits`          split plans as files; files of visits per address
 `pipeline`                read and convert, top to bottom
 `cli`                     the commands
