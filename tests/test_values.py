@@ -144,3 +144,11 @@ def test_python_opens_lazily_and_shows_the_documented_names():
     assert list(checkpoint.head.experts[2]) == ["weight", "bias"]
     assert checkpoint.optimizer.groups[0].options["lr"] == 0.001
     assert "head.experts.2.bias" in checkpoint.optimizer.state
+
+
+def test_an_expert_with_tied_tensors_is_not_cloned_since_the_clone_would_come_untied(tmp_path):
+    tied = torch.ones(2, 2)
+    model = {"router_map": torch.zeros(4, dtype=torch.int64), "head.experts.0.a": tied, "head.experts.0.b": tied}
+    torch.save({"model": model}, tmp_path / "a.pt")
+    with pytest.raises(vc.TransformError, match=r"tied to head\.experts\.0\.a"):
+        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=["mitosis_split:parent=0,addresses=[2]"])

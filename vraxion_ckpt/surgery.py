@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vraxion_ckpt.errors import TransformError
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
 
 OptimizerPolicy = Literal["copy", "reset"]
@@ -65,10 +66,14 @@ def clone_expert(
         optimizer: ``copy`` every slot, or ``reset``: the child's parameters have no state, as if they had never
             seen a gradient. Moments and ``step`` are chosen together: moments without the step count that
             goes with them make the first update several times too large or too small.
+
+    Raises:
+        TransformError: two of the parent's tensors are tied.
     """
     head = _head(checkpoint)
     last = max((*head.experts, *head.deleted))
     old, new = head.prefix(parent), head.prefix(child)
+    _refuse_tied(head.experts[parent], old)
     head.experts[child] = Expert(
         {leaf: _copy_with_noise(t, noise, f"{seed}:{new}{leaf}") for leaf, t in head.experts[parent].items()}
     )
@@ -86,6 +91,15 @@ def _head(checkpoint: Checkpoint) -> Head:
     if checkpoint.head is None:
         raise ValueError("the checkpoint has no head")
     return checkpoint.head
+
+
+def _refuse_tied(expert: Expert, prefix: str) -> None:
+    """A clone has storages of its own, so it could not be tied as its parent is."""
+    seen: dict[int, str] = {}
+    for leaf, tensor in expert.items():
+        other = seen.setdefault(tensor.data_ptr(), leaf) if tensor.numel() else leaf
+        if other != leaf:
+            raise TransformError(f"is tied to {prefix}{other}; a clone would come untied", key=prefix + leaf)
 
 
 def _copy_with_noise(tensor: Tensor, noise: float, seed: str) -> Tensor:
