@@ -77,7 +77,7 @@ def test_convert_prints_a_summary_and_the_same_as_json(tmp_path):
     assert facts["schema"] == "vraxion-ckpt/convert/1"
     assert (facts["experts_before"], facts["experts_after"], facts["addresses_moved"]) == (3, 4, 2)
     assert facts["tensors"] == {"copied": 33, "renamed": 0, "created": 2, "changed": 1, "dropped": 0}
-    assert facts["function_preserved"] == {"addresses": 64, "changed": 0, "max_abs": 0.0}
+    assert facts["function_preserved"] == {"addresses": 64, "changed": 0, "max_abs": 0.0, "noise": 0.0}
     assert facts["bytes_written"] == (tmp_path / "b.pt").stat().st_size
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
@@ -193,7 +193,7 @@ def test_the_demo_proves_what_it_says_twice_in_a_row(tmp_path):
         done = vraxion("demo", tmp_path / "demo")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("function preserved per address: yes, bit-identical at all 64 addresses") == 2
-        assert done.stdout.count("resumes 27 moments") == 2
+        assert done.stdout.count("27 parameters and takes a step") == 2
     assert {p.name for p in (tmp_path / "demo").iterdir()} == {"ckpt_post_split.pt", "ckpt_post_split_modular"}
 
 
@@ -208,3 +208,31 @@ def test_the_installed_command_is_the_same():
     script = Path(sys.executable).parent / "vraxion-ckpt"
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == vraxion("--version").stdout
+
+
+def test_the_summary_says_within_the_noise_where_noise_was_asked_for(tmp_path):
+    split = "mitosis_split:parent=0,addresses=[0,3],noise=0.01"
+    assert (
+        "within the noise of 0.01"
+        in vraxion("convert", DATA / "named_experts3.pt", tmp_path / "a.pt", "-t", split).stdout
+    )
+
+
+def test_a_summary_that_cannot_be_printed_says_that_the_target_was_written(tmp_path):
+    command = f"{sys.executable} -m vraxion_ckpt.cli convert {DATA}/named_experts3.pt {tmp_path}/a.pt"
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert full.returncode == 14
+    assert "a.pt was written, but not this summary: No space left on device" in full.stderr
+    closed = subprocess.run(f"{command} --overwrite >&-", shell=True, capture_output=True, text=True, check=False)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert load(tmp_path / "a.pt")["num_experts"] == 3
+
+
+def test_json_is_json_even_where_a_difference_is_infinite(tmp_path):
+    split = "mitosis_split:parent=0,addresses=[1],foreign_addresses=allow"
+    done = vraxion("convert", DATA / "wallclock_adapter_experts.pt", tmp_path / "a.pt", "-t", split, "--json")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert json.loads(done.stdout, parse_constant=refuse)["function_preserved"]["max_abs"] == "inf"

@@ -87,7 +87,7 @@ def test_every_wrong_option_of_the_whole_chain_is_told_at_once_and_first_of_all(
         (["zzz"], {}, "there are: arc_meta, mitosis_split, single_to_experts"),
         ([], {"to": "modulr"}, "unknown format 'modulr'\n  → did you mean 'modular'?"),
         ([], {"from_": "ptt"}, "unknown format 'ptt'"),
-        ([], {"losses": "maybe"}, "no such policy"),
+        ([], {"losses": "maybe"}, "none of raise, warn, ignore"),
         (["mitosis_split:noise"], {}, "'noise' in 'mitosis_split:noise' is not key=value"),
         (["mitosis_split:noise=0,noise=1"], {}, "given twice"),
         (["mitosis_split:addresses=[1,2"], {}, "left open"),

@@ -5,9 +5,10 @@ numbers to live parameters by position. Surgery that adds, renames or removes pa
 which parameter every number stands for. Where names come from, in order of trust:
 
 1. ``param_names`` inside the param groups (torch ≥ 2.6, optimizers built from ``named_parameters()``);
-2. a list that the user gives (it wins over everything), one that an earlier conversion recorded, or the
-   payload's ``param_names``;
+2. a list that an earlier conversion recorded, or the payload's ``param_names``;
 3. inference: the one assignment, if there is exactly one, that respects order and shapes.
+
+A list that the user gives wins over all of these.
 
 A payload's ``param_names`` lists the model's parameters in ``named_parameters()`` order, which is the order of
 the ids only if the optimizer has one group. With several groups the names are known but not their places, and
@@ -51,7 +52,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
     raw = _RawOptimizer.parse(checkpoint.unbound.state_dict)
     recorded = checkpoint.unbound.names
     if given is not None:
-        names, bound_by = _positional(raw, given, "the given names"), "given names"
+        names, bound_by = _positional(raw, given, "the given list"), "given names"
     elif all("param_names" in group for group in raw.groups) and raw.groups:
         listed = [name for group in raw.groups for name in group["param_names"]]
         names, bound_by = _positional(raw, listed, "the param groups' param_names"), "param_names of the groups"
@@ -178,7 +179,7 @@ class _RawOptimizer:
 def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:
     if len(names) != len(raw.ids):
         raise BindingError(
-            f"{whose} name {len(names)} parameters, the optimizer has {len(raw.ids)}", hint=THREE_WAYS_OUT
+            f"{len(names)} names are in {whose}, {len(raw.ids)} parameters in the optimizer", hint=THREE_WAYS_OUT
         )
     seen: set[str] = set()
     for name in names:

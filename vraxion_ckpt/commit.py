@@ -53,7 +53,6 @@ class Staged:
     path: Path
     target: Path
     overwrite: bool
-    published: bool = False
 
     def flush(self) -> None:
         """Give it the mode bits of what it replaces and flush it to disk, files before folders.
@@ -77,6 +76,7 @@ class Staged:
             UsageError: the target has appeared meanwhile.
             StorageError: the file system refused; the target is as it was.
         """
+        published = False
         try:
             if not self.target.exists():
                 _rename_new(self.path, self.target)
@@ -86,12 +86,12 @@ class Staged:
                 _rename2(self.path, self.target, _RENAME_EXCHANGE)
             else:
                 self.path.replace(self.target)
-            self.published = True
+            published = True
             _fsync(self.target.parent)
         except FileExistsError as error:
             raise UsageError("has appeared meanwhile; nothing was written", path=self.target) from error
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EXDEV) and not self.published:
+            if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EXDEV) and self.target.is_dir() and not published:
                 raise StorageError(
                     "this file system cannot exchange two directories", path=self.target, hint="write to a new path"
                 ) from error
@@ -110,6 +110,11 @@ def staged(target: Path, *, directory: bool, overwrite: bool) -> Iterator[Staged
         if directory:
             path.mkdir()
         yield stage
+    except StorageError as error:
+        # People know the target, not the name it is staged under.
+        if error.path is not None and error.path.is_relative_to(path):
+            error.path = target / error.path.relative_to(path)
+        raise
     except OSError as error:
         raise StorageError.from_os_error(error, error.filename or target) from error
     finally:

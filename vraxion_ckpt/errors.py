@@ -20,8 +20,7 @@
     ├── StorageError             14   the file system refused: no space, no permission, an I/O error
     └── PluginError              15   a plugin is broken, missing, or clashes with another
 
-``1`` is also what commands return whose answer is "no"; no error of this tree is raised with it,
-because ``CkptError`` itself is never raised.
+``CkptError`` itself is never raised; ``1`` is kept for commands whose answer is "no".
 """
 
 from __future__ import annotations

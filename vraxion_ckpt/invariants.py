@@ -174,20 +174,35 @@ class Preservation:
     Attributes:
         addresses: how many addresses the ring has.
         changed: how many of them are routed to tensors that are not bit-identical to those before.
-        max_abs: the largest absolute difference of an entry, where shapes still agree; else infinite.
+        max_abs: the largest absolute difference of an entry; infinite where shapes differ, or with a NaN.
+        noise: the standard deviation of the noise that was asked for, or None if the function was to change.
     """
 
     addresses: int
     changed: int
     max_abs: float
+    noise: float | None = 0.0
+
+    @property
+    def as_asked(self) -> bool:
+        """Whether this is no more than was asked for: identical, or within noise.
+
+        Of Gaussian noise nothing is seen beyond 8 σ (1 in 10^15); rounding to the tensor's own grid at most doubles it.
+        """
+        return not self.changed or self.noise is None or self.max_abs <= 16 * self.noise
 
     def __str__(self) -> str:
         if not self.changed:
             return f"yes, bit-identical at all {self.addresses} addresses"
+        if self.noise and self.as_asked:
+            return (
+                f"within the noise of {self.noise:g}: {self.changed} of {self.addresses} addresses, "
+                f"largest difference {self.max_abs:.3g}"
+            )
         return f"no: {self.changed} of {self.addresses} addresses, largest difference {self.max_abs:.3g}"
 
 
-def preservation(before: Checkpoint, after: Checkpoint) -> Preservation | None:
+def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.0) -> Preservation | None:
     """Compare, for every ring address, the expert it was routed to with the one it is routed to now.
 
     Only the head is compared; None where either side has no ring or no head. An address whose expert's tensors
@@ -206,7 +221,7 @@ def preservation(before: Checkpoint, after: Checkpoint) -> Preservation | None:
             continue
         changed += count
         max_abs = max(max_abs, _largest_difference(a, b))
-    return Preservation(len(new), changed, max_abs)
+    return Preservation(len(new), changed, max_abs, noise)
 
 
 def _same_expert(a: Expert, b: Expert) -> bool:
@@ -225,7 +240,7 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> float:
         x, y = a[leaf].detach().reshape(-1), b[leaf].detach().reshape(-1)
         for start in range(0, len(x), _PIECE):
             piece = slice(start, start + _PIECE)
-            largest = max(largest, float((x[piece].to(wide) - y[piece].to(wide)).abs().max()))
+            largest = max(largest, float((x[piece].to(wide) - y[piece].to(wide)).abs().nan_to_num(torch.inf).max()))
     return largest
 
 

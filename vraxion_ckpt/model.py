@@ -249,7 +249,7 @@ class Checkpoint:
         unbound: an optimizer whose parameters have no names yet; `vraxion_ckpt.binding` turns it into
             `optimizer`. A transform never sees one.
         payload: everything else, untouched and in order (``step``, ``losses``, ``scaler``, unknown keys).
-            ``num_experts`` and ``param_names`` are not in it: they follow from the rest.
+            ``num_experts`` of a model with a head, and ``param_names``, are not in it: they follow from the rest.
         param_names: the model's parameters in ``named_parameters()`` order, where that is known.
         metadata: the state dict's ``_metadata`` (module versions), or None.
         lifecycle: one row an expert, garbage-collected ones included.
@@ -284,6 +284,11 @@ class Checkpoint:
         """The training step, 0 where the payload has none."""
         step = self.payload.get("step")
         return step if isinstance(step, int) and not isinstance(step, bool) else 0
+
+    def open_experts(self) -> None:
+        """Open the files of all experts that have files of their own."""
+        for expert in self.head.experts.values() if self.head else ():
+            _ = expert.tensors
 
     def tensor_names(self) -> list[str]:
         """Return every model tensor's name in state-dict order; opens the experts."""

@@ -24,7 +24,7 @@ class Plugin(BaseModel):
     Subclasses set `name` and declare options as fields; the first line of their docstring describes them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
 
@@ -55,8 +55,10 @@ def expand_ranges(value: Any) -> Any:
             raise ValueError(f"{entry!r} is neither a number nor a range like 8-15")
         first = int(found[1])
         last = int(found[2]) if found[2] else first
-        if last < first or last - first + len(numbers) > _MOST_LISTED:
-            raise ValueError(f"the range {entry} runs backwards or is too long")
+        if last < first:
+            raise ValueError(f"the range {entry} runs backwards")
+        if last - first + len(numbers) > _MOST_LISTED:
+            raise ValueError(f"the list is too long, over {_MOST_LISTED} numbers")
         numbers.extend(range(first, last + 1))
     return numbers
 
@@ -137,7 +139,7 @@ def _explain(plugin: type[Plugin], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"option {key!r} is required"
     given = problem.get("input")
-    reason = problem["msg"].removeprefix("Value error, ")
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
     return f"option {key!r}: {reason[:1].lower()}{reason[1:]}, not {given!r}" if key else reason
 
 

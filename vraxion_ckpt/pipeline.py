@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,11 +29,13 @@ from vraxion_ckpt.commit import Staged, check_target, staged, write_new
 from vraxion_ckpt.compare import checkpoint_differences, same_bits
 from vraxion_ckpt.errors import (
     BindingError,
+    CkptError,
     CkptWarning,
     InconsistentError,
     InvariantError,
     LossError,
     OptionError,
+    PluginError,
     SourceError,
     StorageError,
     UnknownFormatError,
@@ -108,6 +110,10 @@ def read(
         SourceError: what is wrong with it, and where.
         BindingError: its optimizer's parameters cannot be told apart.
     """
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"optimizer={optimizer!r}: neither keep nor drop")
+    if optimizer == "drop" and param_names is not None:
+        raise UsageError("names are given for an optimizer that is to be dropped")
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
     if param_names is not None and checkpoint.unbound is None:
         raise UsageError("has no optimizer to give names to", path=path)
@@ -127,7 +133,8 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
         adapter = detect_source(place, from_)
         if allow_globals:
             adapter = _allow(adapter, allow_globals)
-        checkpoint = adapter.read(place)
+        with _blamed(adapter):
+            checkpoint = adapter.read(place)
     _refuse(InconsistentError, invariants.findings(checkpoint), place)
     return checkpoint
 
@@ -136,8 +143,8 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
 def _os_errors_named(*paths: PathLike) -> Iterator[None]:
     """Turn what the operating system says of a path, wherever it says it, into an error of ours."""
     for path in paths:
-        if "\0" in str(path):
-            raise UsageError("is no path: it holds a NUL", path=repr(path))
+        if not os.fspath(path) or "\0" in str(path):
+            raise UsageError(f"{os.fspath(path)!r} is no path")
     try:
         yield
     except OSError as error:
@@ -152,9 +159,13 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
     if not path.exists():
         raise UsageError("no such file or directory", path=path)
     if from_ is not None:
-        return resolve_adapter(from_)
+        adapter = resolve_adapter(from_)
+        if path.is_dir() != adapter.is_directory and not _detects(type(adapter), path):
+            kind = "directory" if adapter.is_directory else "file"
+            raise UsageError(f"is no {kind}, and the format {adapter.name} is one", path=path)
+        return adapter
     known = adapters()
-    found = [adapter for adapter in known.values() if adapter.detect(path)]
+    found = [adapter for adapter in known.values() if _detects(adapter, path)]
     if not found and path.is_file():
         found = [adapter for adapter in known.values() if path.name.endswith(_file_suffixes(adapter))]
     if len(found) == 1:
@@ -164,6 +175,27 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
     looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
     raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
+
+
+def _detects(adapter: type[Adapter], path: Path) -> bool:
+    try:
+        return adapter.detect(path)
+    except Exception as error:  # one broken plugin must not take every other format down
+        warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
+        return False
+
+
+@contextmanager
+def _blamed(adapter: Adapter) -> Iterator[None]:
+    """Name the adapter for whatever it raises beside our errors and the operating system's."""
+    try:
+        yield
+    except (CkptError, OSError):
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{type(error).__name__}: {error}", key=adapter.name, hint="this is a defect of the format's plugin"
+        ) from error
 
 
 def _file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
@@ -214,15 +246,15 @@ def convert(
     """
     started = time.monotonic()
     with _os_errors_named(src, dst):
-        if losses not in ("raise", "warn", "ignore") or optimizer not in ("keep", "drop"):
-            raise UsageError(f"losses={losses!r}, optimizer={optimizer!r}: no such policy")
+        if losses not in ("raise", "warn", "ignore"):
+            raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
         chain = resolve_chain(transforms)
         adapter, target = detect_target(dst, to)
         source = Path(src)
         _check_places(source, target, adapter, overwrite=overwrite)
 
         before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
-        before.tensor_names()  # opens every expert: a new target holds them all, so all are judged now
+        before.open_experts()  # a new target holds them all, so all are judged now
         _refuse(InconsistentError, invariants.findings(before), source)
         after, side_files = apply_chain(before, chain)
         _check_side_files(side_files, before, target, overwrite=overwrite)
@@ -267,7 +299,7 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
     else:
         found = [adapter for adapter in known.values() if text.endswith(adapter.suffixes)]
         if target.is_dir():
-            found = [a for a in known.values() if a.is_directory and a.detect(target)] or found
+            found = [a for a in known.values() if a.is_directory and _detects(a, target)] or found
         if len(found) != 1:
             choices = ", ".join(f"*{suffix} → {a.name}" for a in known.values() for suffix in a.suffixes)
             raise UsageError("its name does not tell the format", path=text, hint=f"pass --to, or use {choices}")
@@ -319,8 +351,10 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     """Hold the chain to what must be true after it."""
     _refuse(InvariantError, invariants.findings(after), after.origin.path)
     _refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
-    preservation = invariants.preservation(before, after)
-    if preservation and preservation.changed and all(s.transform.preserves_function() for s in chain):
+    noises = [step.transform.function_noise() for step in chain]
+    known = [noise for noise in noises if noise is not None]
+    preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
+    if preservation and not preservation.as_asked:
         raise InvariantError(f"the function was to be preserved: {preservation}", path=after.origin.path)
     if chain:
         _warn_of_leftovers(before, after)
@@ -348,7 +382,8 @@ def _warn_of_leftovers(before: Checkpoint, after: Checkpoint) -> None:
 
 
 def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
-    lost = adapter.losses(checkpoint)
+    with _blamed(adapter):
+        lost = adapter.losses(checkpoint)
     if lost and policy == "raise":
         listed = "; ".join(map(str, lost))
         raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to write it without")
@@ -370,8 +405,8 @@ def _write(
     """Stage, flush, read back, compare, and only then commit; return the bytes written."""
     with ExitStack() as stack:
         stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
-        held = adapter.held(after)
-        with _meanwhile(before.sources.verify):
+        with _meanwhile(before.sources.verify), _blamed(adapter):
+            held = adapter.held(after)
             adapter.write(held, stage.path)
         stages = [stage]
         for path, content in side_files.items():
@@ -392,7 +427,10 @@ def _write(
 
 def _read_back(adapter: Adapter, expected: Checkpoint, stage: Staged) -> None:
     """Read the staged result as anyone would and compare it with what it was made from."""
-    found = adapter.read(stage.path)
+    with _blamed(adapter):
+        found = adapter.read(stage.path)
+    if found.param_names not in (None, expected.param_names):
+        raise InvariantError("param_names came back changed", path=stage.target)
     found = binding.bind(found, expected.optimizer.params if expected.optimizer else None)
     with _meanwhile(found.sources.verify):
         _refuse(InvariantError, checkpoint_differences(expected, found), stage.target)
@@ -454,24 +492,35 @@ class Inspection:
     losses: dict[str, list[Loss]] = field(default_factory=dict)
 
 
-def inspect(path: PathLike, **options: Any) -> Inspection:
+def inspect(
+    path: PathLike,
+    *,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Inspection:
     """Open a checkpoint for people: an optimizer that cannot be bound is a finding, not an error.
 
     Args:
         path: a file or a directory.
-        options: as for `read`.
+        from_: as for `read`.
+        param_names: as for `read`.
+        allow_globals: as for `read`.
+
+    Raises:
+        UsageError: there is no such file, or an unknown format.
+        SourceError: what is wrong with it, and where.
     """
-    param_names = options.pop("param_names", None)
-    checkpoint = read_unbound(path, **options)
+    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
     error = None
     try:
         checkpoint = binding.bind(checkpoint, param_names)
     except BindingError as refused:
-        error = refused.message if refused.key is None else f"{refused.key}: {refused.message}"
+        error = str(refused)
     lost = {name: configure(adapter, {}).losses(checkpoint) for name, adapter in sorted(adapters().items())}
     return Inspection(checkpoint, error, lost)
 
 
 def total_bytes(tensors: dict[str, Tensor]) -> int:
-    """Sum the sizes of tensors as they are stored, tied ones once each."""
+    """Sum the sizes of tensors."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())

@@ -141,7 +141,7 @@ def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> 
     offers = names.get(name, ())
     if not offers:
         near = difflib.get_close_matches(name, names, n=1)
-        known = f"there are: {', '.join(sorted(names))}" if names else "none is installed; run `make .venv`"
+        known = f"there are: {', '.join(sorted(names))}" if names else "none is installed; install the package with pip"
         raise UsageError(f"unknown {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else known)
     if len(offers) > 1:
         both = " and ".join(f"{offer.distribution} ({offer.entry_point})" for offer in offers)
@@ -156,6 +156,8 @@ def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
         UsageError: everything that is wrong with the whole chain, in one message: options, unknown transforms,
             text that does not parse.
     """
+    if isinstance(transforms, str) or not all(isinstance(item, str | tuple | Transform) for item in transforms):
+        raise UsageError("transforms must be a list of texts, (name, options) pairs or instances")
     steps: list[Step] = []
     errors: list[UsageError] = []
     for item in transforms:

@@ -44,7 +44,7 @@ class Sources:
     """Every file read so far; grows when a lazily opened shard is opened."""
 
     files: list[Source] = field(default_factory=list)
-    _verified: int = 0
+    _verified: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Source]:
         return iter(self.files)

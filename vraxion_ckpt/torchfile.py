@@ -44,6 +44,7 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
         ChangedError: the file was replaced meanwhile.
     """
     _require_torch()
+    allowed = _find_globals(allow_globals)
     container = check(path)
     with mapped(path) as data:
         member = container.members[f"{container.prefix}/data.pkl"]
@@ -56,7 +57,7 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
     except Exception as error:  # a damaged pickle can raise anything
         raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
     try:
-        with torch.serialization.safe_globals(_find_globals(allow_globals)):
+        with torch.serialization.safe_globals(allowed):
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         _refuse_pickle(path, error, allow_globals)

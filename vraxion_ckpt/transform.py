@@ -32,12 +32,13 @@ class Transform(Plugin):
             TransformError: this checkpoint cannot be transformed so, and why.
         """
 
-    def preserves_function(self) -> bool:
-        """Tell whether, with these options, every address must keep bit-identical expert tensors.
+    def function_noise(self) -> float | None:
+        """Return by how much, with these options, the expert tensors behind an address may differ afterwards.
 
-        A chain of transforms that all say so is held to it.
+        0: not in a bit; more: by Gaussian noise of this standard deviation; None: it is meant to change the
+        function. A chain is held to what its transforms say together.
         """
-        return False
+        return None
 
     def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:  # noqa: ARG002 - most have none
         """Return files to write beside the target, from the checkpoint that `apply` returned."""
@@ -67,31 +68,32 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
     for step in chain:
         before, versions = checkpoint, _versions(checkpoint)
         name = step.transform.name
+        blame = f"this is a defect of {step.distribution}"
         try:
             with torch.no_grad():  # parameters saved as such would otherwise drag a graph along
                 after = step.transform.apply(before.copy())
+                asked = dict(step.transform.side_files(after))
+            options = resolved(step.transform)
         except CkptError:
             raise
         except OSError as error:
             raise StorageError.from_os_error(error, error.filename or name) from error
         except Exception as error:
-            raise PluginError(
-                f"{type(error).__name__}: {error}", key=name, hint=f"this is a defect of {step.distribution}"
-            ) from error
+            raise PluginError(f"{type(error).__name__}: {error}", key=name, hint=blame) from error
         if not isinstance(after, Checkpoint):
-            raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name)
+            raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name, hint=blame)
         if any(tensor._version != version for tensor, version in versions):
-            raise PluginError("wrote into a tensor of its input", key=name)
+            raise PluginError("wrote into a tensor of its input", key=name, hint=blame)
         record = Record(
             name=name,
-            options=resolved(step.transform),
+            options=options,
             distribution=step.distribution,
             version=step.version,
             source=before.origin.path.name if before.origin.path else "",
             summary=_in_one_line(before, after),
         )
         checkpoint = replace(after, history=(*before.history, record))
-        side_files.update(step.transform.side_files(checkpoint))
+        side_files.update(asked)
     return checkpoint, side_files
 
 

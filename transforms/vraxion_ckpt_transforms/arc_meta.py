@@ -43,14 +43,14 @@ class ArcMeta(Transform):
     )
     parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
     arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
-        None, description="addresses in the arc; auto: max(16, ring // (2 * experts))"
+        None, description="addresses in the arc, or auto, the default: max(16, ring // (2 * experts))"
     )
     top_k: int = Field(256, ge=1, description="for topk_loss: how many addresses to take at most")
     allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent no address")
     output: Path | None = Field(None, description="also write the plan to this JSON file")
 
-    def preserves_function(self) -> bool:
-        return True
+    def function_noise(self) -> float | None:
+        return 0.0
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         router = checkpoint.router_map
@@ -58,7 +58,8 @@ class ArcMeta(Transform):
             raise TransformError("the model has no router_map, or no head", key=self.name)
         owners = router_owners(router)
         request = plan.requested_by_trainer(checkpoint) if self.visits is None else None
-        if request is not None and self.parent in (None, request[0]):
+        if request is not None:
+            self._refuse_idle_options(request[0])
             checkpoint.plan = self._adopt(request, checkpoint, owners)
         else:
             checkpoint.plan = self._choose(self._visits(checkpoint, len(owners)), checkpoint, owners)
@@ -68,6 +69,18 @@ class ArcMeta(Transform):
         if self.output is None or checkpoint.plan is None:
             return {}
         return {self.output: jsonfile.dumps(plan.to_json(checkpoint.plan))}
+
+    def _refuse_idle_options(self, requested: int) -> None:
+        """The trainer's request says which addresses to take; an option that would choose others must not be idle."""
+        idle = sorted(self.model_fields_set & {"policy", "arc_len", "top_k"})
+        if self.parent not in (None, requested):
+            idle.append("parent")
+        if idle:
+            raise TransformError(
+                f"the trainer's `mitosis` request decides here (expert {requested}), not {', '.join(idle)}",
+                key=self.name,
+                hint="give visits=FILE to choose otherwise",
+            )
 
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
         if self.visits is not None:

@@ -36,8 +36,8 @@ class MitosisSplit(Transform):
     )
     allow_empty_parent: bool = Field(False, description="allow a split that leaves the parent no address")
 
-    def preserves_function(self) -> bool:
-        return self.noise == 0 and self.foreign_addresses == "refuse"
+    def function_noise(self) -> float | None:
+        return self.noise if self.foreign_addresses == "refuse" else None
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head, owners = self._head_and_owners(checkpoint)
@@ -72,7 +72,7 @@ class MitosisSplit(Transform):
     def _who_and_what(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         """Return parent and addresses: explicit, else from `meta`, the attached plan, or the trainer's request."""
         parent, addresses = self.parent, self.addresses
-        if parent is None or addresses is None:
+        if parent is None or addresses is None or self.meta is not None:
             planned = self._planned(checkpoint)
             parent = planned[0] if parent is None else parent
             addresses = planned[1] if addresses is None else addresses

@@ -28,8 +28,8 @@ class SingleToExperts(Transform):
     optimizer: OptimizerPolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
 
-    def preserves_function(self) -> bool:
-        return self.noise == 0
+    def function_noise(self) -> float | None:
+        return self.noise
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head = checkpoint.head

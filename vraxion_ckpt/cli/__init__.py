@@ -6,6 +6,7 @@ Data goes to stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -45,13 +46,15 @@ def _run(arguments: Sequence[str] | None) -> int:
         result = cli.main(
             args=None if arguments is None else list(arguments), prog_name="vraxion-ckpt", standalone_mode=False
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
-        return UsageError.exit_code if isinstance(error, click.UsageError) else error.exit_code
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "vraxion-ckpt"
+        _say("error", f"{error.format_message()}\n  → see `{command} --help`", "red")
+        return UsageError.exit_code
     except CkptError as error:
         _debug()
         _say("error", str(error), "red")
@@ -63,18 +66,24 @@ def _run(arguments: Sequence[str] | None) -> int:
         _say("terminated", "no unfinished result is left", "red")
         return 128 + signal.SIGTERM
     except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has enough
         return 0
     except OSError as error:
         _debug()
-        _say("error", str(StorageError.from_os_error(error, error.filename or "?")), "red")
+        _drop_output()
+        _say("error", str(StorageError.from_os_error(error, error.filename or "the output")), "red")
         return StorageError.exit_code
     except Exception as error:
         _debug()
         _say("internal error", f"{type(error).__name__}: {error}", "red")
         _say("", "  → please report it; VRAXION_CKPT_DEBUG=1 shows where it happened", "")
         return _INTERNAL_ERROR
+
+
+def _drop_output() -> None:
+    """Point standard output nowhere, so that the interpreter does not fail on what is left of it at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(_: int, __: FrameType | None) -> None:
@@ -91,7 +100,9 @@ def _say(label: str, message: str, colour: str) -> None:
     from rich.text import Text
 
     text = Text(f"{label}: ", style=f"bold {colour}") if label else Text()
-    Console(stderr=True).print(text + Text(message), soft_wrap=True)
+    console = Console(stderr=True)
+    # A terminal would break lines within words; a log keeps them whole.
+    console.print(text + Text(message), soft_wrap=not console.is_terminal)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -117,6 +128,7 @@ def _read_options(command: _F) -> _F:
             "--allow-global",
             "allow_globals",
             multiple=True,
+            allow_from_autoenv=False,  # what may be loaded is said in the call, never by the surroundings
             metavar="NAME",
             help="A class the source's pickle may use, by full name; repeatable.",
         ),
@@ -137,14 +149,20 @@ def cli(quiet: bool, verbose: bool) -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Convert between formats, through a chain of transforms.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @click.option(
     "-t", "--transform", "transforms", multiple=True, metavar="NAME[:k=v,…]", help="A step of the chain; repeatable."
 )
 @click.option("--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, or / at the end.")
-@click.option("--optimizer", type=click.Choice(["keep", "drop"]), default="keep", show_default=True)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="Carry the optimizer's state along, or leave it behind.",
+)
 @click.option(
     "--losses",
     type=click.Choice(["raise", "warn", "ignore"]),
@@ -173,13 +191,21 @@ def convert(
 
     names = _load_names(param_names)
     summary = run(src, dst, param_names=names, **options)
-    if as_json:
-        _print_json(show.summary_facts(summary))
-    elif not context.find_root().params["quiet"]:
-        show.summary(summary, verbose=context.find_root().params["verbose"])
+    try:
+        if as_json:
+            _print_json(show.summary_facts(summary))
+        elif not context.find_root().params["quiet"]:
+            show.summary(summary, verbose=context.find_root().params["verbose"])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        done = "nothing was to be written" if summary.dry_run else f"{summary.target} was written"
+        raise StorageError(f"{done}, but not this summary: {error.strerror}", path="the output") from error
 
 
-@cli.command()
+@cli.command(short_help="Show what a checkpoint is and holds.")
 @click.argument("path", type=click.Path())
 @_read_options
 @_as_json
@@ -196,7 +222,7 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
         show.inspection(facts)
 
 
-@cli.command()
+@cli.command(short_help="List formats, transforms and probes.")
 @_as_json
 def plugins(as_json: bool) -> None:
     """List formats and transforms, and the package each comes from."""
@@ -209,7 +235,7 @@ def plugins(as_json: bool) -> None:
         show.plugins(facts)
 
 
-@cli.command()
+@cli.command(short_help="Show a plugin's options.")
 @click.argument("name")
 @_as_json
 def describe(name: str, as_json: bool) -> None:
@@ -223,13 +249,15 @@ def describe(name: str, as_json: bool) -> None:
         show.description(facts)
 
 
-@cli.command()
+@cli.command(short_help="Run the whole loop on a real checkpoint.")
 @click.argument("directory", type=click.Path(path_type=Path), required=False)
 def demo(directory: Path | None) -> None:
     """Run the whole loop on a bundled real checkpoint, and prove what it says.
 
     Results go to DIRECTORY, or to a new temporary one. Those of an earlier demo are replaced.
     """
+    if directory is not None and directory.exists() and not directory.is_dir():
+        raise UsageError("is no directory", path=directory)
     from vraxion_ckpt.cli.demo import run
 
     run(directory)
@@ -247,16 +275,28 @@ def _load_names(path: Path | None) -> list[str] | None:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--param-names: {error}", path=path) from error
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise UsageError(f"--param-names: {reason}", path=path) from error
     if not text.lstrip().startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
     from vraxion_ckpt import jsonfile
 
     names = jsonfile.loads(text, path)
-    if not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError("--param-names: must be a list of names", path=path)
     return list(names)
 
 
 def _print_json(facts: Any) -> None:
-    click.echo(json.dumps(facts, indent=2, default=str))
+    click.echo(json.dumps(_finite(facts), indent=2, default=str, allow_nan=False))
+
+
+def _finite(facts: Any) -> Any:
+    """Return plain data with text for the numbers that JSON does not know."""
+    if isinstance(facts, float) and not math.isfinite(facts):
+        return str(facts)
+    if isinstance(facts, dict):
+        return {key: _finite(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [_finite(value) for value in facts]
+    return facts

@@ -40,7 +40,7 @@ def run(directory: Path | None) -> None:
         _headline("1. A real checkpoint with a single head")
         show.inspection(show.inspection_facts(look(source)))
 
-        _headline("2. single_to_experts → arc_meta → mitosis_split, to .pt and to a modular directory")
+        _headline("2. single_to_experts → arc_meta → mitosis_split, to .pt and to modular")
         targets = [folder / "ckpt_post_split.pt", folder / "ckpt_post_split_modular"]
         for target, to in zip(targets, ("pt", "modular"), strict=True):
             show.summary(convert(source, target, transforms=chain, to=to, overwrite=True), verbose=to == "pt")
@@ -68,19 +68,20 @@ def _prove(before: Checkpoint, after: Checkpoint, target: Path) -> None:
     kept = preservation(before, after)
     if kept is None or kept.changed:
         raise InvariantError(f"the function is not preserved: {kept}", path=target)
-    moments = _resume_and_step(after, target)
+    resumed = _resume_and_step(after, target)
     show.console().print(
         Text.assemble(
             (f"{target.name}\n", "bold"),
             f"  function preserved per address: {kept}\n"
-            f"  a torch model of this shape loads it strictly, its Adam resumes {moments} moments and takes a step",
+            f"  a torch model of this shape loads it strictly; its Adam resumes the state of\n"
+            f"  {resumed} parameters and takes a step",
         ),
         soft_wrap=True,
     )
 
 
 def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
-    """Load model and optimizer into torch, as a trainer does, take a step, and return how many moments were resumed."""
+    """Load model and optimizer into torch, as a trainer does, take a step, and return for how many parameters."""
     if checkpoint.optimizer is None or checkpoint.param_names is None:
         raise InvariantError("the optimizer got lost", path=target)
     model = _model_of_shape(checkpoint)

@@ -236,7 +236,8 @@ def _optimizer_in_words(facts: dict[str, Any] | None) -> str:
 
 def _expert_table(facts: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("expert", "owns", "share", "bytes", "contrib", "created", "used"):
+    table.add_column("expert", no_wrap=True)
+    for heading in ("owns", "share", "bytes", "contrib", "created", "used"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("tensors", overflow="fold")
     counts = facts["ring"]["addresses_per_expert"] if facts["ring"] else []
@@ -288,6 +289,18 @@ def plugin_facts() -> dict[str, Any]:
         for name, offers in sorted(names.items())
         for offer in offers
     ]
+    entries += [
+        {
+            "name": hook.plugin_name.partition(":")[2],
+            "kind": "probe",
+            "distribution": hook.plugin_name.partition(":")[0],
+            "version": "",
+            "entry_point": hook.plugin_name.partition(":")[2],
+            "summary": (hook.function.__doc__ or "").strip().split("\n")[0],
+            "clash": False,
+        }
+        for hook in found.manager.hook.probe_visits.get_hookimpls()
+    ]
     return {
         "schema": "vraxion-ckpt/plugins/1",
         "plugins": entries,
@@ -302,7 +315,7 @@ def plugins(facts: dict[str, Any]) -> None:
         table.add_column(heading, overflow="fold")
     for entry in facts["plugins"]:
         note = "CLASHES, cannot be used: " if entry["clash"] else ""
-        origin = f"{entry['distribution']} {entry['version']}"
+        origin = f"{entry['distribution']} {entry['version']}".rstrip()
         table.add_row(entry["name"], entry["kind"], origin, Text(note + entry["summary"]))
     for broken in facts["broken"]:
         table.add_row(broken["entry_point"], "BROKEN", broken["distribution"], Text(broken["reason"]))
