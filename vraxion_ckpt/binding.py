@@ -17,11 +17,13 @@ inference finds those. However names were found, counts and the shape of every n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vraxion_ckpt.errors import BindingError, InconsistentError
@@ -31,7 +33,7 @@ THREE_WAYS_OUT = (
     "give the names (--param-names FILE: one name a line, in optimizer order), leave the optimizer behind "
     "(--optimizer drop), or save with names (build the optimizer from model.named_parameters())"
 )
-_MOST_STATES = 2_000_000  # partial assignments that inference looks at before it gives up
+_MOST_STATES = 400_000  # partial assignments that inference looks at before it gives up
 
 Shape = tuple[int, ...]
 
@@ -51,10 +53,13 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
         return checkpoint
     raw = _RawOptimizer.parse(checkpoint.unbound.state_dict)
     recorded = checkpoint.unbound.names
+    if recorded is not None and digest(checkpoint.unbound.state_dict) != checkpoint.unbound.digest:
+        recorded = None  # a trainer has carried the record along and gone on; its optimizer may be another one
+    _check_group_names(raw, given)
     if given is not None:
         names, bound_by = _positional(raw, given, "the given list"), "given names"
-    elif all("param_names" in group for group in raw.groups) and raw.groups:
-        listed = [name for group in raw.groups for name in group["param_names"]]
+    elif raw.groups and all("param_names" in group or not group["params"] for group in raw.groups):
+        listed = [name for group in raw.groups for name in group.get("param_names", ())]
         names, bound_by = _positional(raw, listed, "the param groups' param_names"), "param_names of the groups"
     elif recorded is not None:
         names, bound_by = _positional(raw, recorded, "the recorded names"), "names recorded by vraxion_ckpt"
@@ -63,6 +68,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
         bound_by = "param_names of the payload"
     elif checkpoint.param_names is not None:
         _check_count(raw, checkpoint.param_names, "the payload's param_names")
+        checkpoint.open_experts()
         shapes = known_shapes(checkpoint)
         names = _infer(raw, [(name, shapes.get(name)) for name in checkpoint.param_names])
         bound_by = "param_names of the payload, placed by order and shape"
@@ -77,6 +83,25 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
         places = {name: i for i, name in enumerate(checkpoint.tensor_names())}
         param_names = tuple(sorted(names, key=lambda name: places.get(name, len(places))))
     return replace(checkpoint, optimizer=optimizer, unbound=None, param_names=param_names)
+
+
+def digest(state_dict: Mapping[str, Any]) -> str:
+    """Return a digest of a torch optimizer state dict that changes with every training step.
+
+    Covers ids, slots, shapes and the first elements of every slot: a record made for one state must not be taken
+    for another that has the same form.
+    """
+    found = hashlib.sha256(repr([group["params"] for group in state_dict["param_groups"]]).encode())
+    for i, slots in state_dict["state"].items():
+        for slot, value in slots.items():
+            found.update(repr((i, slot)).encode())
+            if isinstance(value, Tensor):
+                found.update(repr((str(value.dtype), tuple(value.shape))).encode())
+                if value.is_contiguous():
+                    found.update(value.detach().view(-1)[:16].view(torch.uint8).numpy().tobytes())
+            elif isinstance(value, int | float | str):
+                found.update(repr(value).encode())
+    return found.hexdigest()
 
 
 def unbind(optimizer: Optimizer) -> dict[str, Any]:
@@ -174,6 +199,21 @@ class _RawOptimizer:
         following = {slot for slots in tensors.values() for slot, shape in slots.items() if shape}
         told = {i: {slots[slot] for slot in following & slots.keys()} for i, slots in tensors.items()}
         return {i: told[i].copy().pop() if len(told.get(i, ())) == 1 else None for i in self.ids}
+
+
+def _check_group_names(raw: _RawOptimizer, given: Sequence[str] | None) -> None:
+    """Names in the groups are the most trusted; what contradicts them, or some groups without any, is refused."""
+    named = [group.get("param_names") for group in raw.groups if group["params"]]
+    if given is None and None in named and any(names is not None for names in named):
+        raise BindingError("only some of the param groups name their parameters", hint=THREE_WAYS_OUT)
+    if given is None or len(given) != len(raw.ids):
+        return
+    place = 0
+    for group in raw.groups:
+        wanted = list(given[place : place + len(group["params"])])
+        place += len(group["params"])
+        if group.get("param_names", wanted) != wanted:
+            raise BindingError("the given list contradicts the param_names of the param groups", hint=THREE_WAYS_OUT)
 
 
 def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:

@@ -7,6 +7,7 @@ that is the same object before and after is known to be untouched.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,10 +40,10 @@ def findings(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _head_findings(head: Head) -> Iterator[str]:
     ids = [*head.experts, *head.deleted]
+    present = set(ids)
     if len(ids) != len(set(ids)):
         yield f"experts {_brief(sorted(set(head.experts) & head.deleted))} are both live and deleted"
-    elif ids and max(ids) != len(ids) - 1:
-        present = set(ids)
+    elif present != set(range(len(ids))):
         missing = next(i for i in range(len(ids)) if i not in present)
         yield f"expert ids have a hole: there is no expert {missing}, and it is not listed as deleted"
     if not head.experts:
@@ -108,12 +109,16 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         for slot, value in slots.items():
             if name in tensors and isinstance(value, Tensor) and value.ndim and value.shape != tensors[name].shape:
                 yield f"slot {slot} of {name} is {list(value.shape)}, the parameter {list(tensors[name].shape)}"
-    if head is not None:
-        yield from _missing_siblings(head, optimizer_names=set(params))
 
 
-def _missing_siblings(head: Head, optimizer_names: set[str]) -> Iterator[str]:
-    """An optimizer that trains a leaf of one expert must know that leaf of every expert."""
+def missing_siblings(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield leaves of experts that the optimizer does not train although it trains the same leaf of others.
+
+    A frozen expert is one, and no fault; but a chain must not bring the first.
+    """
+    if checkpoint.head is None or checkpoint.optimizer is None:
+        return
+    head, optimizer_names = checkpoint.head, set(checkpoint.optimizer.params)
     opened = {i: expert for i, expert in head.experts.items() if expert.is_open}
     trained = {leaf for i, expert in opened.items() for leaf in expert if head.prefix(i) + leaf in optimizer_names}
     for i, expert in opened.items():
@@ -137,14 +142,29 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """Yield tensors that share a storage after a chain and did not before.
+    """Yield tensors that share a storage after a chain and did not before, and those that were tied and are no more.
 
-    Two parameters on one storage survive saving and loading, and the first optimizer step then updates both.
+    Two parameters on one storage survive saving and loading, and the first optimizer step then updates both. Of a
+    tied tensor that was replaced under one name only, a loader takes whichever name comes last.
     """
     known = {place: len(names) for place, names in _storages(before).items()}
     for place, names in _storages(after).items():
         if len(names) > max(1, known.get(place, 0)):
             yield f"{_brief(names)} share one storage"
+    now = _open_tensors(after)
+    for names in _ties(before):
+        left = [name for name in names if name in now]
+        if len({now[name].data_ptr() for name in left}) > 1:
+            yield f"{_brief(left)} were one tensor and are no longer"
+
+
+def _ties(checkpoint: Checkpoint) -> list[list[str]]:
+    """List the names of each model tensor that has more than one."""
+    places: dict[tuple[int, int], list[str]] = {}
+    for name, tensor in _open_tensors(checkpoint).items():
+        if tensor.numel():
+            places.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
+    return [names for names in places.values() if len(names) > 1]
 
 
 def _storages(checkpoint: Checkpoint) -> dict[int, list[str]]:
@@ -189,7 +209,9 @@ class Preservation:
 
         Of Gaussian noise nothing is seen beyond 8 σ (1 in 10^15); rounding to the tensor's own grid at most doubles it.
         """
-        return not self.changed or self.noise is None or self.max_abs <= 16 * self.noise
+        return (
+            not self.changed or self.noise is None or (self.max_abs <= 16 * self.noise and math.isfinite(self.max_abs))
+        )
 
     def __str__(self) -> str:
         if not self.changed:
@@ -240,7 +262,9 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> float:
         x, y = a[leaf].detach().reshape(-1), b[leaf].detach().reshape(-1)
         for start in range(0, len(x), _PIECE):
             piece = slice(start, start + _PIECE)
-            largest = max(largest, float((x[piece].to(wide) - y[piece].to(wide)).abs().nan_to_num(torch.inf).max()))
+            one, other = x[piece].to(wide), y[piece].to(wide)
+            same = (one == other) | (one.isnan() & other.isnan())  # an infinity less itself is not a number
+            largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))
     return largest
 
 

@@ -157,10 +157,12 @@ class UnboundOptimizer:
     Attributes:
         state_dict: what ``Optimizer.state_dict()`` returned.
         names: every parameter's name in optimizer order, where an earlier conversion recorded it.
+        digest: of the state that the recorded names were for, see `vraxion_ckpt.binding.digest`.
     """
 
     state_dict: dict[str, Any]
     names: tuple[str, ...] | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class SplitPlan:
         arc: start and length of the ring window the addresses were chosen from; it may wrap.
         addresses: in arc order.
         metrics: figures about the choice, as in ``mitosis_meta_v1``.
+        step: the training step of the checkpoint it was made for.
     """
 
     parent: int
@@ -208,6 +211,7 @@ class SplitPlan:
     router_map_len: int
     num_experts: int
     metrics: Mapping[str, int | float] = field(default_factory=dict)
+    step: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ ignore; a bare state dict has room only in its ``_metadata``, where torch ignore
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from vraxion_ckpt.binding import bind, names_in_payload, unbind
+from vraxion_ckpt.binding import bind, digest, names_in_payload, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError
 from vraxion_ckpt.model import (
     VRAXION,
@@ -81,6 +82,7 @@ class Extras(BaseModel):
     deleted: tuple[int, ...] = ()
     head_position: int | None = None
     optimizer_names: tuple[str, ...] | None = None
+    optimizer_digest: str | None = None
     dialects: dict[str, Any] = {}
 
 
@@ -134,6 +136,8 @@ def _parse(payload: Any) -> Parsed:
     metadata, extras = _metadata_and_extras(state, payload, bare)
     optimizer_keys = [key for key in _OPTIMIZER_KEYS if key in payload and not bare]
     if len(optimizer_keys) > 1:
+        optimizer_keys = [key for key in optimizer_keys if payload[key] is not None]
+    if len(optimizer_keys) > 1:
         raise InconsistentError("holds two optimizers, `optim` and `optimizer`")
     optimizer_key = optimizer_keys[0] if optimizer_keys else None
     optimizer = payload[optimizer_key] if optimizer_key else None
@@ -148,7 +152,9 @@ def _parse(payload: Any) -> Parsed:
     own = {"model", "param_names", OUR_KEY, optimizer_key}
     checkpoint = Checkpoint(
         core=dict(state),
-        unbound=UnboundOptimizer(optimizer, extras.optimizer_names) if optimizer is not None else None,
+        unbound=UnboundOptimizer(optimizer, extras.optimizer_names, extras.optimizer_digest)
+        if optimizer is not None
+        else None,
         payload={} if bare else {key: value for key, value in payload.items() if key not in own},
         param_names=None if bare else names_in_payload(payload.get("param_names")),
         metadata=metadata,
@@ -171,6 +177,12 @@ def _metadata_and_extras(
     metadata = getattr(state, "_metadata", None)
     if metadata is not None and not isinstance(metadata, dict):
         raise InconsistentError("must be a dict", key="model._metadata")
+    for module, entry in (metadata or {}).items():
+        if not isinstance(entry, dict):
+            raise InconsistentError("must be a dict", key=f"model._metadata[{module!r}]")
+    others = sorted({*vars(state)} - {"_metadata"}) if isinstance(state, OrderedDict) else []
+    if others or (not bare and isinstance(payload, OrderedDict) and vars(payload)):
+        raise UnsupportedError("carries Python attributes, which would be lost", key=(others or ["payload"])[0])
     metadata = dict(metadata) if metadata is not None else None
     raw = payload.get(OUR_KEY) if not bare else None
     if bare and metadata and OUR_KEY in metadata:
@@ -181,8 +193,10 @@ def _metadata_and_extras(
     if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
         raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
     try:
-        return metadata, Extras.model_validate(raw)
-    except ValidationError as error:
+        return metadata, Extras.model_validate_json(json.dumps(raw, allow_nan=False))
+    except (TypeError, ValueError, OverflowError) as error:
+        if not isinstance(error, ValidationError):
+            raise InconsistentError("holds something else than plain JSON", key=OUR_KEY) from error
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, (OUR_KEY, *first["loc"])))
         raise InconsistentError(f"{first['msg']}", key=where) from None
@@ -298,19 +312,22 @@ def build_payload(
     return {key: entries[key] for key in (*dialect.keys, *new) if key in entries}
 
 
-def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> tuple[str, ...] | None:
-    """Return the optimizer's names if reading the result back would not find exactly them again."""
+def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str, Any]:
+    """Return the extras that record the optimizer's names, if reading the result back would not find them again."""
     if checkpoint.optimizer is None:
-        return None
+        return {}
     names = checkpoint.optimizer.params
+    state_dict = unbind(checkpoint.optimizer)
     as_written = replace(
         checkpoint,
         optimizer=None,
-        unbound=UnboundOptimizer(unbind(checkpoint.optimizer)),
+        unbound=UnboundOptimizer(state_dict),
         param_names=checkpoint.param_names if "param_names" in dialect.keys else None,
     )
     try:
         found = bind(as_written).optimizer
     except BindingError:
         found = None
-    return None if found is not None and found.params == names else tuple(names)
+    if found is not None and found.params == names:
+        return {}
+    return {"optimizer_names": tuple(names), "optimizer_digest": digest(state_dict)}

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ from vraxion_ckpt.errors import (
     PluginError,
     SourceError,
     StorageError,
+    TransformError,
     UnknownFormatError,
     UsageError,
 )
@@ -145,6 +146,10 @@ def _os_errors_named(*paths: PathLike) -> Iterator[None]:
     for path in paths:
         if not os.fspath(path) or "\0" in str(path):
             raise UsageError(f"{os.fspath(path)!r} is no path")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{os.fspath(path)!r} is not UTF-8; torch cannot open such a name") from None
     try:
         yield
     except OSError as error:
@@ -254,10 +259,11 @@ def convert(
         _check_places(source, target, adapter, overwrite=overwrite)
 
         before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
+        _check_apart(target, before)
         before.open_experts()  # a new target holds them all, so all are judged now
         _refuse(InconsistentError, invariants.findings(before), source)
         after, side_files = apply_chain(before, chain)
-        _check_side_files(side_files, before, target, overwrite=overwrite)
+        _check_side_files(side_files, before, target, _files_named_once(chain, side_files), overwrite=overwrite)
         preservation = _check_result(before, after, chain)
         lost = _check_losses(adapter, after, losses)
 
@@ -336,12 +342,35 @@ def _check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: bo
         )
 
 
-def _check_side_files(side_files: dict[Path, bytes], before: Checkpoint, target: Path, *, overwrite: bool) -> None:
+def _check_apart(target: Path, before: Checkpoint) -> None:
+    """Refuse to write into the source, whose extent is known only now that it is open."""
+    root = Path(os.path.realpath(before.origin.path or "."))
+    files = {Path(os.path.realpath(source.path)) for source in before.sources}
+    if target == root or target in files or root in target.parents:
+        raise UsageError("lies inside the source", path=target, hint="write to a path outside it")
+    if target in root.parents or any(target in file.parents for file in files):
+        raise UsageError("the source lies inside it", path=target, hint="write to a path beside it")
+
+
+def _files_named_once(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path]:
+    """Return the files that options of the chain name beside those it writes."""
+    named = [value for step in chain for value in dict(step.transform).values() if isinstance(value, Path)]
+    for path in side_files:
+        if path in named:
+            named.remove(path)
+    return {Path(os.path.realpath(path)) for path in named}
+
+
+def _check_side_files(
+    side_files: dict[Path, bytes], before: Checkpoint, target: Path, inputs: set[Path], *, overwrite: bool
+) -> None:
     for path in side_files:
         real = Path(os.path.realpath(path))
-        sources = {Path(os.path.realpath(source.path)) for source in before.sources}
-        if real == target or target in real.parents or real in sources:
-            raise UsageError("a side file must not be, or lie in, the source or the target", path=path)
+        if real == target or target in real.parents:
+            raise UsageError("a side file must not be, or lie in, the target", path=path)
+        _check_apart(real, before)
+        if real in inputs:
+            raise UsageError("a side file must not replace a file that the chain reads", path=path)
         if real.is_dir():
             raise UsageError("is a directory, not a file to write", path=path)
         check_target(real, overwrite=overwrite)
@@ -351,6 +380,8 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     """Hold the chain to what must be true after it."""
     _refuse(InvariantError, invariants.findings(after), after.origin.path)
     _refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
+    if not any(invariants.missing_siblings(before)):
+        _refuse(InvariantError, invariants.missing_siblings(after), after.origin.path)
     noises = [step.transform.function_noise() for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
@@ -375,10 +406,25 @@ def _warn_of_leftovers(before: Checkpoint, after: Checkpoint) -> None:
     if before.head is None or after.head is None or before.num_experts == after.num_experts:
         return
     prefixes = (before.head.names.single, before.head.names.experts)
-    for key, value in after.payload.items():
-        if isinstance(value, dict) and any(str(name).startswith(prefixes) for name in value):
+    for key, value in _dicts_in(after.payload):
+        if {"state", "param_groups"} <= value.keys():
+            raise TransformError(
+                "is an optimizer's state, which cannot be grown where it stands", key=key, hint="save it under `optim`"
+            )
+        if any(str(name).startswith(prefixes) for name in value):
             message = f"the payload's {key!r} also names tensors of the head; it is carried along unchanged"
             warnings.warn(message, CkptWarning, stacklevel=4)
+
+
+def _dicts_in(value: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield every dict inside a plain value with the path that leads there."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, entry in entries:
+        place = f"{key}.{name}" if key else str(name)
+        if isinstance(entry, dict):
+            yield place, entry
+        if isinstance(entry, dict | list | tuple):
+            yield from _dicts_in(entry, place)
 
 
 def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
@@ -407,7 +453,11 @@ def _write(
         stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
         with _meanwhile(before.sources.verify), _blamed(adapter):
             held = adapter.held(after)
-            adapter.write(held, stage.path)
+            try:
+                adapter.write(held, stage.path)
+            except StorageError:
+                before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
+                raise
         stages = [stage]
         for path, content in side_files.items():
             real = Path(os.path.realpath(path))
@@ -431,7 +481,7 @@ def _read_back(adapter: Adapter, expected: Checkpoint, stage: Staged) -> None:
         found = adapter.read(stage.path)
     if found.param_names not in (None, expected.param_names):
         raise InvariantError("param_names came back changed", path=stage.target)
-    found = binding.bind(found, expected.optimizer.params if expected.optimizer else None)
+    found = binding.bind(found)
     with _meanwhile(found.sources.verify):
         _refuse(InvariantError, checkpoint_differences(expected, found), stage.target)
     found.sources.verify()  # shards that the comparison has opened

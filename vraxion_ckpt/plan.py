@@ -71,15 +71,16 @@ def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int
     return parent, tuple(addresses)
 
 
-def from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_experts: int) -> SplitPlan:
+def from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_experts: int, step: int) -> SplitPlan:
     """Make a plan of a trainer's request; its arc is the shortest that covers the addresses.
 
     Args:
         request: parent, and at least one address on the ring.
         ring_len: how many addresses the ring has.
         num_experts: how many experts there are before the split.
+        step: the checkpoint's training step.
     """
     parent, addresses = request
     arc = ring.covering_arc(list(addresses), ring_len)
     ordered = tuple(ring.in_arc_order(list(addresses), arc))
-    return SplitPlan(parent, ordered, (arc.start, arc.length), "trainer", ring_len, num_experts)
+    return SplitPlan(parent, ordered, (arc.start, arc.length), "trainer", ring_len, num_experts, step=step)

@@ -68,12 +68,12 @@ def clone_expert(
             goes with them make the first update several times too large or too small.
 
     Raises:
-        TransformError: two of the parent's tensors are tied.
+        TransformError: one of the parent's tensors is tied to another tensor.
     """
     head = _head(checkpoint)
     last = max((*head.experts, *head.deleted))
     old, new = head.prefix(parent), head.prefix(child)
-    _refuse_tied(head.experts[parent], old)
+    _refuse_tied(checkpoint, parent)
     head.experts[child] = Expert(
         {leaf: _copy_with_noise(t, noise, f"{seed}:{new}{leaf}") for leaf, t in head.experts[parent].items()}
     )
@@ -93,13 +93,17 @@ def _head(checkpoint: Checkpoint) -> Head:
     return checkpoint.head
 
 
-def _refuse_tied(expert: Expert, prefix: str) -> None:
-    """A clone has storages of its own, so it could not be tied as its parent is."""
-    seen: dict[int, str] = {}
-    for leaf, tensor in expert.items():
-        other = seen.setdefault(tensor.data_ptr(), leaf) if tensor.numel() else leaf
-        if other != leaf:
-            raise TransformError(f"is tied to {prefix}{other}; a clone would come untied", key=prefix + leaf)
+def _refuse_tied(checkpoint: Checkpoint, parent: int) -> None:
+    """A clone has storages of its own, so it could not be tied as its parent is; nor has a tied name own state."""
+    head = _head(checkpoint)
+    prefix = head.prefix(parent)
+    places: dict[int, str] = {}
+    opened = ((head.prefix(i), expert) for i, expert in head.experts.items() if expert.is_open or i == parent)
+    named = [(prefix + leaf, tensor) for prefix, expert in opened for leaf, tensor in expert.items()]
+    for name, tensor in [*checkpoint.core.items(), *named]:
+        other = places.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if other != name and (name.startswith(prefix) or other.startswith(prefix)):
+            raise TransformError(f"is tied to {other}; a clone would come untied", key=name)
 
 
 def _copy_with_noise(tensor: Tensor, noise: float, seed: str) -> Tensor:

@@ -88,7 +88,7 @@ def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Calla
         module, _, attribute = name.rpartition(".")
         try:
             found.append((getattr(import_module(module), attribute), name))
-        except (ImportError, AttributeError, ValueError):
+        except (ImportError, AttributeError, ValueError, TypeError):
             raise UsageError(f"--allow-global {name}: there is no such class or function") from None
     if "numpy.dtype" in names:  # makes instances of these, which no pickle names
         found += [type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code not in "OV"]
@@ -164,22 +164,24 @@ def save(value: Any, path: Path) -> None:
         raise StorageError.from_os_error(error, path) from error
     except RuntimeError as error:
         # torch reports a failed write in words of its own; the reason is what the file said.
-        if writer is not None and writer.error is not None:
+        if writer is None or writer.error is None:
+            raise
+        if isinstance(writer.error, OSError):
             raise StorageError.from_os_error(writer.error, path) from error
-        raise
+        raise writer.error from None
 
 
 class _Writer:
-    """A file that remembers why a write failed, since torch forgets."""
+    """A file that remembers why a write failed or was interrupted, since torch forgets."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
-        except OSError as error:
+        except BaseException as error:  # a signal's too
             self.error = error
             raise
 

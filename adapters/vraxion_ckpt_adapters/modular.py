@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from vraxion_ckpt import jsonfile, torchfile
 from vraxion_ckpt.adapter import Adapter, Loss
@@ -165,14 +165,22 @@ class ModularAdapter(Adapter):
 
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:
         tied = sorted(_tied_across_files(checkpoint))
-        if not tied:
-            return []
-        return [Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")]
+        lost = []
+        if tied:
+            lost.append(
+                Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")
+            )
+        if checkpoint.head and list(checkpoint.head.experts) != sorted(checkpoint.head.experts):
+            lost.append(Loss("the experts' order in the state dict", "shards have none but that of their ids"))
+        return lost
 
     def held(self, checkpoint: Checkpoint) -> Checkpoint:
-        if not self.tenure_all:
-            return checkpoint
-        return replace(checkpoint, lifecycle={i: replace(r, tenured=True) for i, r in checkpoint.lifecycle.items()})
+        head, rows = checkpoint.head, checkpoint.lifecycle
+        if head is not None:
+            head = replace(head, experts=dict(sorted(head.experts.items())))
+        if self.tenure_all:
+            rows = {i: replace(row, tenured=True) for i, row in rows.items()}
+        return replace(checkpoint, head=head, lifecycle=rows)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         head = checkpoint.head
@@ -188,7 +196,7 @@ class ModularAdapter(Adapter):
             history=checkpoint.history,
             plan=checkpoint.plan,
             head_position=head.position if head and sharded and head.position != derived else None,
-            optimizer_names=names_to_record(checkpoint, router),
+            **names_to_record(checkpoint, router),
             dialects=dialects,
         )
         try:
@@ -382,7 +390,7 @@ def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
 
 def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
     known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
-    more = [key for key in ("age_steps", "probation") if known[key] is not None and key not in keys]
+    more = [key for key in _ROW_KEYS if key not in keys and known[key] != getattr(Lifecycle, key)]
     entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)
     ordered = [*(key for key in keys if key in entries), *more, *(key for key in row.extra if key not in keys)]
     return {key: entries[key] for key in ordered}
@@ -436,7 +444,8 @@ def _compact(tensor: Tensor) -> Tensor:
     """Return a tensor whose storage holds nothing else: torch.save writes whole storages."""
     if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
         return tensor
-    return tensor.clone()
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
 @hookimpl

@@ -6,6 +6,7 @@ trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,7 @@ from pydantic import Field
 from vraxion_ckpt import torchfile
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.container import is_zip
-from vraxion_ckpt.errors import InconsistentError
+from vraxion_ckpt.errors import CkptWarning, InconsistentError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, Lifecycle
 from vraxion_ckpt.options import NameList
@@ -61,7 +62,7 @@ class PtAdapter(Adapter):
         rows = {i: Lifecycle.fresh(found.step) for i in range(found.num_experts)}
         return replace(
             found,
-            lifecycle=dict(extras.lifecycle) or rows,
+            lifecycle={**rows, **_recorded_rows(extras, rows, path)},
             origin=origin_of(self.name, path, "pt", parsed.dialect, extras),
             sources=sources,
         )
@@ -70,6 +71,8 @@ class PtAdapter(Adapter):
         dialects = {key: value for key, value in checkpoint.origin.dialects.items() if key != "pt"}
         router = recorded_dialect(checkpoint, "router")
         dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
+        if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
+            dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
         if router is None or dialect.implies(router):
             dialects.pop("router", None)
         extras = Extras(
@@ -77,16 +80,26 @@ class PtAdapter(Adapter):
             plan=checkpoint.plan,
             lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
             deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
-            optimizer_names=names_to_record(checkpoint, dialect),
+            **names_to_record(checkpoint, dialect),
             dialects=dialects,
         )
         torchfile.save(build_payload(checkpoint, checkpoint.state_dict(), dialect, extras), path)
 
 
+def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:
+    """Return the recorded rows of experts that are still there; a trainer may have carried them along and gone on."""
+    if extras.lifecycle and extras.lifecycle.keys() != rows.keys():
+        message = (
+            f"{path}: its lifecycle rows are for {len(extras.lifecycle)} experts, it has {len(rows)}; some are new"
+        )
+        warnings.warn(message, CkptWarning, stacklevel=2)
+    return {i: row for i, row in extras.lifecycle.items() if i in rows}
+
+
 def _worth_keeping(checkpoint: Checkpoint) -> bool:
     """Tell whether the lifecycle rows are more than what reading a monolith without any gives."""
     fresh = Lifecycle.fresh(checkpoint.step)
-    return any(row != fresh for row in checkpoint.lifecycle.values())
+    return bool(checkpoint.history) or any(row != fresh for row in checkpoint.lifecycle.values())
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from vraxion_ckpt.errors import InconsistentError, TransformError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, SplitPlan
-from vraxion_ckpt.ring import Arc, Ints, Visits, Weights
+from vraxion_ckpt.ring import Ints, Visits, Weights
 from vraxion_ckpt.transform import Transform
 from vraxion_ckpt.visits import load as load_visits
 
@@ -126,7 +126,9 @@ class ArcMeta(Transform):
             "predicted_parent_share": shares.parent_after,
             "predicted_max_share": shares.largest_after,
         }
-        return _plan(parent, hot, arc, self.policy, experts, metrics)
+        addresses = tuple(int(address) for address in hot)
+        window = (arc.start, arc.length)
+        return SplitPlan(parent, addresses, window, self.policy, arc.ring_len, experts, metrics, checkpoint.step)
 
     def _check_parent(self, parent: int, checkpoint: Checkpoint) -> int:
         assert checkpoint.head is not None
@@ -165,7 +167,7 @@ class ArcMeta(Transform):
         owned = owners == parent
         hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
         self._guard(hot[owned[hot]], parent, int(owned.sum()))
-        return plan.from_request(request, len(owners), checkpoint.num_experts)
+        return plan.from_request(request, len(owners), checkpoint.num_experts, checkpoint.step)
 
 
 class _Shares:
@@ -179,11 +181,6 @@ class _Shares:
         self.parent = totals[parent] / total
         self.parent_after = left / total
         self.largest_after = max([*totals[:parent], left, *totals[parent + 1 :], given]) / total
-
-
-def _plan(parent: int, hot: Ints, arc: Arc, policy: str, experts: int, metrics: dict[str, int | float]) -> SplitPlan:
-    addresses = tuple(int(address) for address in hot)
-    return SplitPlan(parent, addresses, (arc.start, arc.length), policy, arc.ring_len, experts, metrics)
 
 
 @hookimpl

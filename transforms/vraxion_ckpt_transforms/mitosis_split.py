@@ -28,7 +28,7 @@ class MitosisSplit(Transform):
     parent: int | None = Field(None, ge=0, description="expert to clone; from the plan if not given")
     addresses: IntList | None = Field(None, description="addresses the clone takes, like [1,3,8-15]; from the plan")
     meta: Path | None = Field(None, description="JSON with parent_expert and hot_addresses, instead of the plan")
-    noise: float = Field(1e-5, ge=0, allow_inf_nan=False, description="standard deviation added to the clone")
+    noise: float = Field(1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clone")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
     optimizer: OptimizerPolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
     foreign_addresses: Literal["refuse", "allow"] = Field(
@@ -44,11 +44,15 @@ class MitosisSplit(Transform):
         parent, addresses = self._who_and_what(checkpoint)
         self._check(parent, addresses, head, owners)
         child = head.num_experts
+        dtype = checkpoint.core[head.names.router_map].dtype
+        if child > torch.iinfo(dtype).max:
+            raise TransformError(f"the router_map is of {dtype} and cannot name expert {child}", key=self.name)
 
         clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
-        router = checkpoint.core[head.names.router_map].clone()
-        router[torch.tensor(addresses)] = child
-        checkpoint.core[head.names.router_map] = router
+        router = checkpoint.core[head.names.router_map]
+        moved = router.to(torch.int64, copy=True)  # not every integer type can be indexed
+        moved[torch.tensor(addresses)] = child
+        checkpoint.core[head.names.router_map] = moved.to(router.dtype)
         checkpoint.plan = None
         checkpoint.payload["mitosis"] = {
             "parent": parent,
@@ -88,6 +92,12 @@ class MitosisSplit(Transform):
             if made_for != (len(checkpoint.router_map), checkpoint.num_experts):
                 raise InconsistentError(
                     f"the attached plan was made for {made_for[0]} addresses and {made_for[1]} experts",
+                    key=self.name,
+                    hint="put arc_meta right before this step",
+                )
+            if attached.step != checkpoint.step:
+                raise InconsistentError(
+                    f"the attached plan was made at step {attached.step}, the checkpoint is at {checkpoint.step}",
                     key=self.name,
                     hint="put arc_meta right before this step",
                 )

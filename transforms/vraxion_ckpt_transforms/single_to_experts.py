@@ -19,11 +19,13 @@ class SingleToExperts(Transform):
 
     name: ClassVar[str] = "single_to_experts"
 
-    experts: int = Field(1, ge=1, description="how many experts to make; 1 only renames, for a split to follow")
+    experts: int = Field(
+        1, ge=1, le=4096, description="how many experts to make; 1 only renames, for a split to follow"
+    )
     route: Literal["keep", "modulo"] = Field(
         "keep", description="keep the router map (all 0), or modulo: address % experts, as a fresh model"
     )
-    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation added to the clones")
+    noise: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clones")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
     optimizer: OptimizerPolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
@@ -54,8 +56,10 @@ class SingleToExperts(Transform):
             clone_expert(checkpoint, 0, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
         router = checkpoint.router_map
         if self.route == "modulo" and router is not None:
-            owners = torch.arange(len(router), dtype=router.dtype) % self.experts
-            checkpoint.core[head.names.router_map] = owners
+            if self.experts - 1 > torch.iinfo(router.dtype).max:
+                raise TransformError(f"the router_map is of {router.dtype}, too narrow", key=self.name)
+            owners = torch.arange(len(router), dtype=torch.int64) % self.experts
+            checkpoint.core[head.names.router_map] = owners.to(router.dtype)
         return checkpoint
 
 

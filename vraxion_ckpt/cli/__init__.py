@@ -5,6 +5,7 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -27,12 +28,19 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class _Terminated(BaseException):
-    """SIGTERM, raised where it arrived, so that everything staged is removed on the way out."""
+    """SIGTERM or SIGHUP, raised where it arrived, so that everything staged is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code of what happened."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow must not fail on a terminal that has none
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", CkptWarning)
@@ -62,9 +70,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted", "no unfinished result is left", "red")
         return 128 + signal.SIGINT
-    except _Terminated:
+    except _Terminated as stop:
         _say("terminated", "no unfinished result is left", "red")
-        return 128 + signal.SIGTERM
+        return 128 + stop.number
     except BrokenPipeError:
         _drop_output()  # whoever read it has enough
         return 0
@@ -86,8 +94,8 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _terminate(_: int, __: FrameType | None) -> None:
-    raise _Terminated
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise _Terminated(number)
 
 
 def _debug() -> None:

@@ -212,6 +212,10 @@ def inspection(facts: dict[str, Any]) -> None:
         out.print(_expert_table(facts))
 
 
+def _short(number: float) -> str:
+    return f"{number:g}" if abs(number) < 10**15 else "huge"
+
+
 def _head_in_words(facts: dict[str, Any]) -> str:
     if facts["head"] is None:
         return "none"
@@ -251,7 +255,7 @@ def _expert_table(facts: dict[str, Any]) -> Table:
             str(owned),
             f"{owned / total:.1%}",
             size(expert["bytes"]),
-            f"{row.get('contrib', 0):g}",
+            _short(row.get("contrib", 0)),
             str(row.get("created_step", "")),
             str(row.get("last_used_step", "")),
             Text(shapes),
