@@ -55,7 +55,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
     recorded = checkpoint.unbound.names
     if recorded is not None and digest(checkpoint.unbound.state_dict) != checkpoint.unbound.digest:
         recorded = None  # a trainer has carried the record along and gone on; its optimizer may be another one
-    _check_group_names(raw, given)
+    _check_group_names(raw, given if given is not None else recorded)
     if given is not None:
         names, bound_by = _positional(raw, given, "the given list"), "given names"
     elif raw.groups and all("param_names" in group or not group["params"] for group in raw.groups):
