@@ -40,6 +40,9 @@ FLOORS = [
     "payload",
     "plan",
     "visits",
+    "reading",
+    "targets",
+    "summary",
     "pipeline",
     "cli",
 ]
@@ -73,7 +76,7 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
 def test_plugins_import_the_core_and_never_each_other_or_the_commands(path):
     assert not any(name.startswith(("vraxion_ckpt_adapters", "vraxion_ckpt_transforms")) for name in imports(path))
-    assert not core_modules(path) & {"pipeline", "cli"}
+    assert not core_modules(path) & {"reading", "targets", "summary", "pipeline", "cli"}
 
 
 def test_the_core_names_no_plugin():

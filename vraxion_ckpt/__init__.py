@@ -19,7 +19,9 @@ core knows neither any format nor any transform by name. The modules, from the g
 `plain`, `torchfile`      only plain data; the one door to ``.pt``
 `payload`                 the payload dict of VRAXION's trainers
 `plan`, `visits`          split plans as files; files of visits per address
-`pipeline`                read and convert, top to bottom
+`reading`                 open a checkpoint of any format
+`targets`, `summary`      where a result may go; what was done
+`pipeline`                convert, top to bottom
 `cli`                     the commands
 ========================  ==============================================================================
 
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
         ParamGroup,
         SplitPlan,
     )
-    from vraxion_ckpt.pipeline import Summary, convert, inspect
-    from vraxion_ckpt.pipeline import read as open
+    from vraxion_ckpt.pipeline import convert
+    from vraxion_ckpt.reading import inspect
+    from vraxion_ckpt.reading import read as open
     from vraxion_ckpt.ring import Visits
+    from vraxion_ckpt.summary import Summary
     from vraxion_ckpt.transform import Transform
 
 __all__ = [
@@ -89,14 +93,14 @@ _HOME = {
     "Optimizer": "model",
     "ParamGroup": "model",
     "SplitPlan": "model",
-    "Summary": "pipeline",
+    "Summary": "summary",
     "Transform": "transform",
     "TransformError": "errors",
     "Visits": "ring",
     "convert": "pipeline",
     "hookimpl": "hookspecs",
-    "inspect": "pipeline",
-    "open": "pipeline",
+    "inspect": "reading",
+    "open": "reading",
 }
 
 

@@ -221,7 +221,7 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
     """Show what PATH is: experts, ring, optimizer and how it is bound, history."""
     _must_exist(path)
     from vraxion_ckpt.cli import show
-    from vraxion_ckpt.pipeline import inspect as look
+    from vraxion_ckpt.reading import inspect as look
 
     facts = show.inspection_facts(look(path, param_names=_load_names(param_names), **options))
     if as_json:

@@ -15,9 +15,10 @@ from vraxion_ckpt.cli import show
 from vraxion_ckpt.errors import InvariantError
 from vraxion_ckpt.invariants import preservation, router_owners
 from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.pipeline import convert, read
-from vraxion_ckpt.pipeline import inspect as look
+from vraxion_ckpt.pipeline import convert
 from vraxion_ckpt.plugins import TransformLike
+from vraxion_ckpt.reading import inspect as look
+from vraxion_ckpt.reading import read
 from vraxion_ckpt.sources import Sources
 
 

@@ -18,9 +18,10 @@ from vraxion_ckpt import plugins as plugin_registry
 from vraxion_ckpt import ring
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Optimizer
-from vraxion_ckpt.pipeline import Inspection, Summary, total_bytes
 from vraxion_ckpt.plugins import Registered
+from vraxion_ckpt.reading import Inspection
 from vraxion_ckpt.ring import Ints
+from vraxion_ckpt.summary import Summary
 
 _Line = tuple[str, str | Text]
 
@@ -110,7 +111,7 @@ def inspection_facts(look: Inspection) -> dict[str, Any]:
         "bytes_on_disk": sum(source.fingerprint.size for source in checkpoint.sources),
         "dialects": dict(checkpoint.origin.dialects),
         "step": checkpoint.payload.get("step"),
-        "core": {"tensors": len(checkpoint.core), "bytes": total_bytes(checkpoint.core)},
+        "core": {"tensors": len(checkpoint.core), "bytes": _total_bytes(checkpoint.core)},
         "payload": list(checkpoint.payload),
         "head": str(checkpoint.head.kind) if checkpoint.head else None,
         "num_experts": checkpoint.num_experts,
@@ -134,7 +135,7 @@ def _expert_facts(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             {
                 "id": i,
                 "tensors": {leaf: _tensor_facts(tensor) for leaf, tensor in expert.items()},
-                "bytes": total_bytes(expert.tensors),
+                "bytes": _total_bytes(expert.tensors),
                 "lifecycle": dataclasses.asdict(row) if row else None,
             }
         )
@@ -210,6 +211,11 @@ def inspection(facts: dict[str, Any]) -> None:
     _print_lines(lines)
     if facts["experts"]:
         out.print(_expert_table(facts))
+
+
+def _total_bytes(tensors: dict[str, Tensor]) -> int:
+    """Sum the sizes of tensors."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
 def _short(number: float) -> str:

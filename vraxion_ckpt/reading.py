@@ -1,0 +1,204 @@
+"""Open a checkpoint of any format: find its adapter, read, bind the optimizer's names, refuse what is inconsistent."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from vraxion_ckpt import binding, invariants
+from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.errors import (
+    BindingError,
+    CkptError,
+    CkptWarning,
+    InconsistentError,
+    InvariantError,
+    OptionError,
+    PluginError,
+    SourceError,
+    StorageError,
+    UnknownFormatError,
+    UsageError,
+)
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.options import configure
+from vraxion_ckpt.plugins import AdapterLike, adapters, resolve_adapter
+
+PathLike = str | os.PathLike[str]
+OptimizerPolicy = Literal["keep", "drop"]
+
+
+def read(
+    path: PathLike,
+    *,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    optimizer: OptimizerPolicy = "keep",
+    allow_globals: Sequence[str] = (),
+) -> Checkpoint:
+    """Open a checkpoint of any format; tensors are mapped, and experts in files of their own opened at the first look.
+
+    Args:
+        path: a file or a directory.
+        from_: its format; found from its content if not given.
+        param_names: every optimizer parameter's name in optimizer order, if the file does not tell.
+        optimizer: ``drop`` leaves its state behind.
+        allow_globals: full names of classes that a pickle may use beside plain data.
+
+    Raises:
+        UsageError: there is no such file, or an unknown format.
+        SourceError: what is wrong with it, and where.
+        BindingError: its optimizer's parameters cannot be told apart.
+    """
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"optimizer={optimizer!r}: neither keep nor drop")
+    if optimizer == "drop" and param_names is not None:
+        raise UsageError("names are given for an optimizer that is to be dropped")
+    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+    if param_names is not None and checkpoint.unbound is None:
+        raise UsageError("has no optimizer to give names to", path=path)
+    if optimizer == "drop":
+        return replace(checkpoint, unbound=None, optimizer=None)
+    try:
+        return binding.bind(checkpoint, param_names)
+    except (BindingError, SourceError) as error:
+        error.path = error.path or checkpoint.origin.path
+        raise
+
+
+def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
+    place = Path(path)
+    with os_errors_named(path):
+        adapter = detect_source(place, from_)
+        if allow_globals:
+            adapter = _allow(adapter, allow_globals)
+        with blamed(adapter):
+            checkpoint = adapter.read(place)
+    refuse(InconsistentError, invariants.findings(checkpoint), place)
+    return checkpoint
+
+
+def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
+    """Return the adapter of an existing file or directory, found from its content.
+
+    A file that no adapter recognises goes to the one whose suffix it bears, which can say what is wrong with it.
+    """
+    if not path.exists():
+        raise UsageError("no such file or directory", path=path)
+    if from_ is not None:
+        adapter = resolve_adapter(from_)
+        if path.is_dir() != adapter.is_directory and not detects(type(adapter), path):
+            kind = "directory" if adapter.is_directory else "file"
+            raise UsageError(f"is no {kind}, and the format {adapter.name} is one", path=path)
+        return adapter
+    known = adapters()
+    found = [adapter for adapter in known.values() if detects(adapter, path)]
+    if not found and path.is_file():
+        found = [adapter for adapter in known.values() if path.name.endswith(_file_suffixes(adapter))]
+    if len(found) == 1:
+        return configure(found[0], {})
+    if found:
+        names = ", ".join(sorted(adapter.name for adapter in found))
+        raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
+    looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
+    raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
+
+
+def detects(adapter: type[Adapter], path: Path) -> bool:
+    """Ask an adapter whether a path is of its format; one that fails to tell is named in a warning."""
+    try:
+        return adapter.detect(path)
+    except Exception as error:  # one broken plugin must not take every other format down
+        warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
+        return False
+
+
+def _file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
+    return tuple(suffix for suffix in adapter.suffixes if suffix != "/")
+
+
+def _allow(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    if "allow_global" not in type(adapter).model_fields:
+        raise OptionError(f"the format {adapter.name} loads no pickles; --allow-global has no meaning for it")
+    return adapter.model_copy(update={"allow_global": tuple(names)})
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a checkpoint without reading its tensors' values."""
+
+    checkpoint: Checkpoint
+    binding_error: str | None = None
+    losses: dict[str, list[Loss]] = field(default_factory=dict)
+
+
+def inspect(
+    path: PathLike,
+    *,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Inspection:
+    """Open a checkpoint for people: an optimizer that cannot be bound is a finding, not an error.
+
+    Args:
+        path: a file or a directory.
+        from_: as for `read`.
+        param_names: as for `read`.
+        allow_globals: as for `read`.
+
+    Raises:
+        UsageError: there is no such file, or an unknown format.
+        SourceError: what is wrong with it, and where.
+    """
+    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+    error = None
+    try:
+        checkpoint = binding.bind(checkpoint, param_names)
+    except BindingError as refused:
+        error = str(refused)
+    lost = {name: configure(adapter, {}).losses(checkpoint) for name, adapter in sorted(adapters().items())}
+    return Inspection(checkpoint, error, lost)
+
+
+@contextmanager
+def os_errors_named(*paths: PathLike) -> Iterator[None]:
+    """Turn what the operating system says of a path, wherever it says it, into an error of ours."""
+    for path in paths:
+        if not os.fspath(path) or "\0" in str(path):
+            raise UsageError(f"{os.fspath(path)!r} is no path")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{os.fspath(path)!r} is not UTF-8; torch cannot open such a name") from None
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.from_os_error(error, error.filename or paths[0]) from error
+
+
+@contextmanager
+def blamed(adapter: Adapter) -> Iterator[None]:
+    """Name the adapter for whatever it raises beside our errors and the operating system's."""
+    try:
+        yield
+    except (CkptError, OSError):
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{type(error).__name__}: {error}", key=adapter.name, hint="this is a defect of the format's plugin"
+        ) from error
+
+
+def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:
+    """Raise `error` with the first few findings, if there is any."""
+    listed = list(islice(findings, 20))
+    if listed:
+        raise error("; ".join(listed[:3]) + (f"; and {len(listed) - 3} more" if listed[3:] else ""), path=path)

@@ -1,0 +1,72 @@
+"""What a conversion did, for people and scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vraxion_ckpt.adapter import Loss
+from vraxion_ckpt.compare import same_bits
+from vraxion_ckpt.invariants import Preservation
+from vraxion_ckpt.model import Checkpoint, Record
+
+
+@dataclass(frozen=True)
+class TensorCount:
+    """What became of the model's tensors. `renamed` ones are bit-identical under another name."""
+
+    copied: int = 0
+    renamed: int = 0
+    created: int = 0
+    changed: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did, or with `dry_run` would do. `bytes_written` is 0 for a dry run."""
+
+    source: Path
+    target: Path
+    source_format: str
+    target_format: str
+    experts_before: int
+    experts_after: int
+    addresses_moved: int
+    tensors: TensorCount
+    optimizer: str
+    function_preserved: Preservation | None
+    losses: tuple[Loss, ...]
+    history: tuple[Record, ...]
+    side_files: tuple[Path, ...]
+    bytes_written: int
+    seconds: float
+    dry_run: bool
+
+
+def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:
+    """Tell what became of each of the model's tensors."""
+    old, new = before.state_dict(), after.state_dict()
+    known = {id(tensor) for tensor in old.values()}
+    counts: dict[str, int] = dict.fromkeys(("copied", "renamed", "created", "changed", "dropped"), 0)
+    moved: set[int] = set()
+    for name, tensor in new.items():
+        if name in old:
+            counts["copied" if same_bits(old[name], tensor) else "changed"] += 1
+        elif id(tensor) in known:
+            counts["renamed"] += 1
+            moved.add(id(tensor))
+        else:
+            counts["created"] += 1
+    counts["dropped"] = sum(name not in new and id(tensor) not in moved for name, tensor in old.items())
+    return TensorCount(**counts)
+
+
+def optimizer_in_words(before: Checkpoint, after: Checkpoint, *, dropped: bool) -> str:
+    """Tell whether the optimizer was carried, and if not, why; `dropped` if the caller asked for that."""
+    if after.optimizer is not None:
+        number = len(after.optimizer.params)
+        return f"carried: {number} parameters, bound by {after.optimizer.bound_by}"
+    if dropped:
+        return "dropped, as asked; build a new one when you resume"
+    return "dropped by the chain" if before.optimizer is not None else "none in the source"

@@ -1,0 +1,101 @@
+"""Where a result may go: its format, and which places must not be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.commit import check_target
+from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.options import configure
+from vraxion_ckpt.plugins import AdapterLike, adapters, resolve_adapter
+from vraxion_ckpt.reading import PathLike, detects
+from vraxion_ckpt.transform import Step
+
+
+def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter, Path]:
+    """Return the adapter and the final path for a target that may not exist yet.
+
+    A symbolic link is followed, so that it still is one afterwards.
+    """
+    text = os.fspath(dst)
+    target = Path(os.path.realpath(text))
+    known = adapters()
+    if to is not None:
+        adapter = resolve_adapter(to)
+    else:
+        found = [adapter for adapter in known.values() if text.endswith(adapter.suffixes)]
+        if target.is_dir():
+            found = [a for a in known.values() if a.is_directory and detects(a, target)] or found
+        if len(found) != 1:
+            choices = ", ".join(f"*{suffix} → {a.name}" for a in known.values() for suffix in a.suffixes)
+            raise UsageError("its name does not tell the format", path=text, hint=f"pass --to, or use {choices}")
+        adapter = configure(found[0], {})
+    if not target.name:
+        raise UsageError("is no place to write to", path=text)
+    if target.exists() and not (target.is_dir() or target.is_file()):
+        raise UsageError("is neither a file nor a directory, and is not replaced", path=target)
+    if target.exists() and target.is_dir() != adapter.is_directory:
+        kind = "directory" if adapter.is_directory else "file"
+        raise UsageError(f"the format {adapter.name} is a {kind}, and something else is there", path=target)
+    if text.endswith("/") and not adapter.is_directory:
+        raise UsageError(f"the format {adapter.name} is a file, and the name ends in /", path=text)
+    return adapter, target
+
+
+def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: bool) -> None:
+    """Refuse a target that is the source, lies inside it or around it, or holds what is not ours to replace."""
+    real = Path(os.path.realpath(source))
+    if source.exists() and (real == target or (target.exists() and real.samefile(target))):
+        raise UsageError("source and target are the same", path=target, hint="write to a new path")
+    if real in target.parents and real.is_dir():
+        raise UsageError("the target lies inside the source", path=target, hint="write to a path outside it")
+    if target in real.parents:
+        raise UsageError("the source lies inside the target", path=target, hint="write to a path beside it")
+    check_target(target, overwrite=overwrite)
+    foreign = adapter.foreign_files(target) if target.exists() and adapter.is_directory else []
+    if foreign:
+        raise UsageError(
+            f"holds {len(foreign)} files that are no part of a {adapter.name} checkpoint, such as {foreign[0].name}; "
+            "replacing it would delete them",
+            path=target,
+            hint="write to a new path",
+        )
+
+
+def check_apart(target: Path, before: Checkpoint) -> None:
+    """Refuse to write into the source, whose extent is known only now that it is open."""
+    root = Path(os.path.realpath(before.origin.path or "."))
+    files = {Path(os.path.realpath(source.path)) for source in before.sources}
+    if target == root or target in files or root in target.parents:
+        raise UsageError("lies inside the source", path=target, hint="write to a path outside it")
+    if target in root.parents or any(target in file.parents for file in files):
+        raise UsageError("the source lies inside it", path=target, hint="write to a path beside it")
+
+
+def _files_named_once(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path]:
+    """Return the files that options of the chain name beside those it writes."""
+    named = [value for step in chain for value in dict(step.transform).values() if isinstance(value, Path)]
+    for path in side_files:
+        if path in named:
+            named.remove(path)
+    return {Path(os.path.realpath(path)) for path in named}
+
+
+def check_side_files(
+    side_files: dict[Path, bytes], before: Checkpoint, target: Path, chain: Sequence[Step], *, overwrite: bool
+) -> None:
+    """Refuse side files over the source, the target, what the chain reads, or what must not be replaced."""
+    for path in side_files:
+        real = Path(os.path.realpath(path))
+        if real == target or target in real.parents:
+            raise UsageError("a side file must not be, or lie in, the target", path=path)
+        check_apart(real, before)
+        if real in _files_named_once(chain, side_files):
+            raise UsageError("a side file must not replace a file that the chain reads", path=path)
+        if real.is_dir():
+            raise UsageError("is a directory, not a file to write", path=path)
+        check_target(real, overwrite=overwrite)
