@@ -209,6 +209,7 @@ def convert(
     except BrokenPipeError:
         raise
     except OSError as error:
+        _drop_output()
         done = "nothing was to be written" if summary.dry_run else f"{summary.target} was written"
         raise StorageError(f"{done}, but not this summary: {error.strerror}", path="the output") from error
 
