@@ -93,6 +93,7 @@ def convert(
         check_side_files(side_files, before, target, chain, overwrite=overwrite)
         preservation = _check_result(before, after, chain)
         lost = _check_losses(adapter, after, losses)
+        tensors = count_tensors(before, after)
 
         bytes_written = 0
         if dry_run:
@@ -107,7 +108,7 @@ def convert(
             experts_before=before.num_experts,
             experts_after=after.num_experts,
             addresses_moved=moved_addresses(before, after),
-            tensors=count_tensors(before, after),
+            tensors=tensors,
             optimizer=optimizer_in_words(before, after, dropped=optimizer == "drop"),
             function_preserved=preservation,
             losses=tuple(lost),
@@ -131,12 +132,12 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     if preservation and not preservation.as_asked:
         raise InvariantError(f"the function was to be preserved: {preservation}", path=after.origin.path)
     if chain:
-        _warn_of_leftovers(before, after)
+        _check_leftovers(before, after)
     return preservation
 
 
-def _warn_of_leftovers(before: Checkpoint, after: Checkpoint) -> None:
-    """Say what a chain has left as it was although it belongs to what the chain changed."""
+def _check_leftovers(before: Checkpoint, after: Checkpoint) -> None:
+    """Say what a chain has left as it was although it belongs to what it changed; refuse to leave an optimizer so."""
     if after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
         message = "one expert under head.experts.* is loaded by no runtime; let mitosis_split follow"
         warnings.warn(message, CkptWarning, stacklevel=4)

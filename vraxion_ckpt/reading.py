@@ -164,8 +164,18 @@ def inspect(
         checkpoint = binding.bind(checkpoint, param_names)
     except BindingError as refused:
         error = str(refused)
-    lost = {name: configure(adapter, {}).losses(checkpoint) for name, adapter in sorted(adapters().items())}
-    return Inspection(checkpoint, error, lost)
+    return Inspection(checkpoint, error, _losses_by_format(checkpoint))
+
+
+def _losses_by_format(checkpoint: Checkpoint) -> dict[str, list[Loss]]:
+    """Ask every format, with its default options, what it would lose; one that cannot tell is left out."""
+    lost: dict[str, list[Loss]] = {}
+    for name, adapter in sorted(adapters().items()):
+        try:
+            lost[name] = configure(adapter, {}).losses(checkpoint)
+        except Exception as error:  # an option without a default, or a defect: no reason not to show the rest
+            warnings.warn(f"format {name} does not say what it would lose: {error}", CkptWarning, stacklevel=3)
+    return lost
 
 
 @contextmanager
