@@ -124,6 +124,12 @@ def test_tied_tensors_stay_tied_in_a_monolith_and_are_a_declared_loss_in_a_direc
     core = load(tmp_path / "modular/system/router.state")["model"]
     assert core["embedding"].data_ptr() == core["decoder"].data_ptr()
     assert vc.inspect(tmp_path / "tied.pt").losses["modular"]
+    # A tensor of the payload lies in another file than the expert, too.
+    best = torch.ones(2, 2)
+    apart = {"router_map": torch.tensor([0]), "head.experts.0.weight": best}
+    torch.save({"model": apart, "best": [best]}, tmp_path / "kept.pt")
+    with pytest.raises(LossError, match=r"head\.experts\.0\.weight"):
+        vc.convert(tmp_path / "kept.pt", tmp_path / "kept", to="modular")
 
 
 def test_experts_that_are_views_of_one_tensor_are_written_to_files_of_their_own_size(tmp_path):

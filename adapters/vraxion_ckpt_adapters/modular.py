@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -430,14 +430,25 @@ def _tied_across_files(checkpoint: Checkpoint) -> set[str]:
     """Name the experts' tensors that are the same memory as a tensor of another file."""
     if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
         return set()
+    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    in_router = _tensors_in([checkpoint.core, checkpoint.payload, slots])
     # Experts that were not opened come from files of their own.
-    owner: dict[int, int | None] = {tensor.data_ptr(): None for tensor in checkpoint.core.values() if tensor.numel()}
+    owner: dict[int, int | None] = {tensor.data_ptr(): None for tensor in in_router if tensor.numel()}
     tied: set[str] = set()
     for i, expert in checkpoint.head.experts.items():
         for leaf, tensor in expert.items() if expert.is_open else ():
             if tensor.numel() and owner.setdefault(tensor.data_ptr(), i) != i:
                 tied.add(checkpoint.head.prefix(i) + leaf)
     return tied
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor inside a plain value."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(entry)
 
 
 def _compact(tensor: Tensor) -> Tensor:
