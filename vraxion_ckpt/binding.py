@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from vraxion_ckpt.errors import BindingError, InconsistentError
-from vraxion_ckpt.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.model import Checkpoint, Head, Optimizer, ParamGroup
 
 THREE_WAYS_OUT = (
     "give the names (--param-names FILE: one name a line, in optimizer order), leave the optimizer behind "
@@ -75,9 +75,10 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None) -> Checkpoi
     else:
         names = _infer(raw, _candidates(checkpoint.state_dict()))
         bound_by = "order and shape"
-    _check_known(names, checkpoint)
+    shapes = known_shapes(checkpoint)
+    _check_known(names, checkpoint.head, shapes)
     optimizer = _named(raw, names, bound_by)
-    check_shapes(optimizer, known_shapes(checkpoint))
+    check_shapes(optimizer, shapes)
     param_names = checkpoint.param_names
     if param_names is None:
         places = {name: i for i, name in enumerate(checkpoint.tensor_names())}
@@ -122,13 +123,7 @@ def unbind(optimizer: Optimizer) -> dict[str, Any]:
 
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     """Return the shapes of the model tensors that are at hand without opening a file."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.core.items()}
-    if checkpoint.head is not None:
-        for expert, tensors in checkpoint.head.experts.items():
-            if tensors.is_open:
-                prefix = checkpoint.head.prefix(expert)
-                shapes.update((prefix + leaf, tuple(tensor.shape)) for leaf, tensor in tensors.items())
-    return shapes
+    return {name: tuple(tensor.shape) for name, tensor in checkpoint.open_tensors().items()}
 
 
 def check_shapes(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> None:
@@ -228,10 +223,8 @@ def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:
         seen.add(name)
 
 
-def _check_known(names: Sequence[str], checkpoint: Checkpoint) -> None:
+def _check_known(names: Sequence[str], head: Head | None, known: Mapping[str, Shape]) -> None:
     """Every name must be a tensor's, or of an expert that is not open or was deleted."""
-    known = known_shapes(checkpoint)
-    head = checkpoint.head
     closed: tuple[str, ...] = ()
     if head is not None:
         closed = tuple(head.prefix(i) for i, expert in head.experts.items() if not expert.is_open)

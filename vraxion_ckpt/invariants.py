@@ -101,7 +101,7 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer has state for {name}, which is in no param group"
     gone = tuple(head.prefix(i) for i in head.deleted) if head else ()
     closed = tuple(head.prefix(i) for i, e in head.experts.items() if not e.is_open) if head else ()
-    tensors = _open_tensors(checkpoint)
+    tensors = checkpoint.open_tensors()
     for name in params:
         if name not in tensors and not name.startswith(gone + closed):
             yield f"the optimizer lists {name}, which the model does not have"
@@ -132,15 +132,6 @@ def router_owners(router: Tensor) -> Ints:
     return router.detach().to(torch.int64).contiguous().numpy()
 
 
-def _open_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    tensors = dict(checkpoint.core)
-    if checkpoint.head is not None:
-        for i, expert in checkpoint.head.experts.items():
-            if expert.is_open:
-                tensors.update((checkpoint.head.prefix(i) + leaf, t) for leaf, t in expert.items())
-    return tensors
-
-
 def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     """Yield tensors that share a storage after a chain and did not before, and those that were tied and are no more.
 
@@ -151,7 +142,7 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     for place, names in _storages(after).items():
         if len(names) > max(1, known.get(place, 0)):
             yield f"{_brief(names)} share one storage"
-    now = _open_tensors(after)
+    now = after.open_tensors()
     for names in _ties(before):
         left = [name for name in names if name in now]
         if len({now[name].data_ptr() for name in left}) > 1:
@@ -161,7 +152,7 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
 def _ties(checkpoint: Checkpoint) -> list[list[str]]:
     """List the names of each model tensor that has more than one."""
     places: dict[tuple[int, int], list[str]] = {}
-    for name, tensor in _open_tensors(checkpoint).items():
+    for name, tensor in checkpoint.open_tensors().items():
         if tensor.numel():
             places.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
     return [names for names in places.values() if len(names) > 1]
@@ -178,7 +169,7 @@ def _storages(checkpoint: Checkpoint) -> dict[int, list[str]]:
             for item in value:
                 note(name, item)
 
-    for name, tensor in _open_tensors(checkpoint).items():
+    for name, tensor in checkpoint.open_tensors().items():
         note(name, tensor)
     if checkpoint.optimizer is not None:
         for name, slots in checkpoint.optimizer.state.items():

@@ -294,6 +294,14 @@ class Checkpoint:
         for expert in self.head.experts.values() if self.head else ():
             _ = expert.tensors
 
+    def open_tensors(self) -> dict[str, Tensor]:
+        """Return the model's tensors that are at hand without opening a file: the core first, then open experts."""
+        tensors = dict(self.core)
+        for i, expert in self.head.experts.items() if self.head else ():
+            if self.head and expert.is_open:
+                tensors.update((self.head.prefix(i) + leaf, tensor) for leaf, tensor in expert.items())
+        return tensors
+
     def tensor_names(self) -> list[str]:
         """Return every model tensor's name in state-dict order; opens the experts."""
         return list(self.state_dict())

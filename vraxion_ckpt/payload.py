@@ -205,7 +205,7 @@ def _metadata_and_extras(
 _EXPERT = re.compile(r"(0|[1-9]\d{0,8})\.(.+)")
 
 
-def split_head(checkpoint: Checkpoint, deleted: frozenset[int] = frozenset()) -> Checkpoint:
+def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = frozenset()) -> Checkpoint:
     """Take the head's tensors out of `core`.
 
     Raises:
@@ -223,19 +223,19 @@ def split_head(checkpoint: Checkpoint, deleted: frozenset[int] = frozenset()) ->
         elif name.startswith(VRAXION.experts):
             found = _EXPERT.fullmatch(name.removeprefix(VRAXION.experts))
             if not found:
-                raise InconsistentError("an expert's tensor is called head.experts.<id>.<name>", key=name)
+                raise InconsistentError("an expert's tensor is called head.experts.<id>.<name>", path=path, key=name)
             experts.setdefault(int(found[1]), {})[found[2]] = tensor
             places.append(place)
             order.append(int(found[1]))
         else:
             core[name] = tensor
     if single and experts:
-        raise InconsistentError("holds both head.single.* and head.experts.*", key="model")
+        raise InconsistentError("holds both head.single.* and head.experts.*", path=path, key="model")
     if not places:
         return replace(checkpoint, core=core)
     runs = 1 + sum(a != b for a, b in pairwise(order))
     if places[-1] - places[0] != len(places) - 1 or (experts and runs != len(experts)):
-        raise InconsistentError("the tensors of the head do not stand together", key="model")
+        raise InconsistentError("the tensors of the head do not stand together", path=path, key="model")
     if single:
         head = Head(HeadKind.SINGLE, {0: Expert(single)}, places[0])
     else:
@@ -251,7 +251,7 @@ def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
 
 def origin_of(format_name: str, path: Path, own: str, dialect: PayloadDialect, extras: Extras) -> Origin:
     """Return a checkpoint's origin: its own dialect (`pt` or `router`) and those that were recorded in it."""
-    return Origin(format_name, path, {**extras.dialects, own: _DIALECT.dump_python(dialect, mode="json")})
+    return Origin(format_name, path, {**extras.dialects, own: dump_dialect(dialect)})
 
 
 def recorded_dialect(checkpoint: Checkpoint, name: str) -> PayloadDialect | None:

@@ -73,9 +73,10 @@ def clone_expert(
     head = _head(checkpoint)
     last = max((*head.experts, *head.deleted))
     old, new = head.prefix(parent), head.prefix(child)
-    _refuse_tied(checkpoint, parent)
+    tensors = head.experts[parent].tensors
+    _refuse_tied(checkpoint, old)
     head.experts[child] = Expert(
-        {leaf: _copy_with_noise(t, noise, f"{seed}:{new}{leaf}") for leaf, t in head.experts[parent].items()}
+        {leaf: _copy_with_noise(tensor, noise, f"{seed}:{new}{leaf}") for leaf, tensor in tensors.items()}
     )
     if checkpoint.optimizer is not None:
         _clone_in_optimizer(checkpoint.optimizer, head, old, new, optimizer)
@@ -93,14 +94,10 @@ def _head(checkpoint: Checkpoint) -> Head:
     return checkpoint.head
 
 
-def _refuse_tied(checkpoint: Checkpoint, parent: int) -> None:
+def _refuse_tied(checkpoint: Checkpoint, prefix: str) -> None:
     """A clone has storages of its own, so it could not be tied as its parent is; nor has a tied name own state."""
-    head = _head(checkpoint)
-    prefix = head.prefix(parent)
     places: dict[int, str] = {}
-    opened = ((head.prefix(i), expert) for i, expert in head.experts.items() if expert.is_open or i == parent)
-    named = [(prefix + leaf, tensor) for prefix, expert in opened for leaf, tensor in expert.items()]
-    for name, tensor in [*checkpoint.core.items(), *named]:
+    for name, tensor in checkpoint.open_tensors().items():
         other = places.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
         if other != name and (name.startswith(prefix) or other.startswith(prefix)):
             raise TransformError(f"is tied to {other}; a clone would come untied", key=name)

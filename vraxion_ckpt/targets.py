@@ -89,12 +89,13 @@ def check_side_files(
     side_files: dict[Path, bytes], before: Checkpoint, target: Path, chain: Sequence[Step], *, overwrite: bool
 ) -> None:
     """Refuse side files over the source, the target, what the chain reads, or what must not be replaced."""
+    inputs = _files_named_once(chain, side_files)
     for path in side_files:
         real = Path(os.path.realpath(path))
         if real == target or target in real.parents:
             raise UsageError("a side file must not be, or lie in, the target", path=path)
         check_apart(real, before)
-        if real in _files_named_once(chain, side_files):
+        if real in inputs:
             raise UsageError("a side file must not replace a file that the chain reads", path=path)
         if real.is_dir():
             raise UsageError("is a directory, not a file to write", path=path)

@@ -99,9 +99,7 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
 
 def _versions(checkpoint: Checkpoint) -> list[tuple[Tensor, int]]:
     """Take the version counters of all tensors at hand; torch counts a tensor up when it is written into."""
-    tensors = list(checkpoint.core.values())
-    if checkpoint.head is not None:
-        tensors += [t for e in checkpoint.head.experts.values() if e.is_open for t in e.values()]
+    tensors = list(checkpoint.open_tensors().values())
     if checkpoint.optimizer is not None:
         slots = checkpoint.optimizer.state.values()
         tensors += [value for entries in slots for value in entries.values() if isinstance(value, Tensor)]

@@ -93,11 +93,7 @@ class ModularAdapter(Adapter):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
         parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
         meta = _read_meta(root / "experts" / "meta.json", sources, parsed)
-        try:
-            found = split_head(parsed.checkpoint)
-        except InconsistentError as error:
-            error.path = router
-            raise
+        found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
             raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
         shards = _list_shards(root / "experts")

@@ -50,11 +50,7 @@ class PtAdapter(Adapter):
         sources = Sources()
         parsed = parse_payload(torchfile.load(path, sources, self.allow_global), path)
         extras = parsed.extras
-        try:
-            found = split_head(parsed.checkpoint, frozenset(extras.deleted))
-        except InconsistentError as error:
-            error.path = path
-            raise
+        found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
         if parsed.num_experts is not None and found.head and found.num_experts != parsed.num_experts:
             raise InconsistentError(
                 f"says {parsed.num_experts}, the model has {found.num_experts}", path=path, key="num_experts"
