@@ -141,7 +141,7 @@ def resume(path: Path, experts: int, head_last: bool, make: MakeOptimizer) -> tu
     model = Net(experts, head_last)
     payload = load(path / "system" / "router.state" if path.is_dir() else path)
     state = dict(payload["model"])
-    if path.is_dir():
+    if path.is_dir() and experts > 1:
         for i in range(experts):
             shard = load(path / "experts" / f"expert_{i:03d}.pt")
             state |= {f"head.experts.{i}.{leaf}": tensor for leaf, tensor in shard.items()}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import pickle
 import re
 import struct
+import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,18 +20,24 @@ import numpy as np
 import pytest
 import torch
 from hostile import archive, read, refused, zip_bytes
+from support import DATA
 from torch import nn
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.compare import differences
+from vraxion_ckpt import compare, container, torchfile
+from vraxion_ckpt.compare import checksum_if_same, differences, same_bits
 from vraxion_ckpt.errors import (
     ChangedError,
+    CkptError,
     CorruptError,
     InconsistentError,
+    InvariantError,
     LimitError,
+    StorageError,
     UnsafeError,
     UnsupportedError,
 )
+from vraxion_ckpt.sources import Sources
 
 
 @pytest.fixture
@@ -370,3 +380,184 @@ def test_a_file_that_is_replaced_while_it_is_being_opened_has_changed(
 
     monkeypatch.setattr(torch, "load", load_slowly)
     refused(path, ChangedError, "changed while it was being read")
+
+
+# --- Written ---
+
+MANY = {
+    "large": torch.arange(200_000.0).reshape(400, 500),
+    "odd": torch.arange(2**17 + 3, dtype=torch.uint8),
+    "small": torch.ones(3, dtype=torch.bfloat16),
+    "none": torch.zeros(0),
+    "scalar": torch.tensor(2.5),
+    "flags": torch.tensor([True, False]),
+}
+MANY["view"] = MANY["large"][3:5].t()
+
+
+def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
+    """Wherever it stands: a reader may take it from the directory, from beside the bytes, or from before them."""
+    torchfile.save(MANY, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as zipped:
+        assert zipped.testzip() is None
+        for entry in zipped.infolist():
+            assert zlib.crc32(zipped.read(entry)) == entry.CRC
+            crc, _, _, n_name, n_extra = struct.unpack_from("<14xIII2H", whole, entry.header_offset)
+            if entry.flag_bits & 8:
+                end = entry.header_offset + 30 + n_name + n_extra + entry.file_size
+                signature, crc = struct.unpack_from("<4sI", whole, end)
+                assert signature == b"PK\7\x08"
+            assert crc == entry.CRC
+    assert not list(differences(MANY, torch.load(path, weights_only=True, mmap=True)))
+    assert not list(differences(MANY, read(path)))
+
+
+def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
+    torchfile.save(MANY, path)
+    torchfile.save(torch.load(path, weights_only=True), path.with_name("another.pt"))
+    assert path.read_bytes() == path.with_name("another.pt").read_bytes()
+
+
+def test_checksums_of_large_tensors_are_taken_while_they_are_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a release of torch writes a storage in other pieces, its checksum is still right, but costs a second look."""
+    known: dict[tuple[int, int], int] = {}
+    fill_in = torchfile.fill_in_checksums
+    monkeypatch.setattr(torchfile, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
+    torchfile.save(MANY, path)
+    members = container.check(path).members.values()
+    assert known == {(m.start, m.size): m.crc for m in members if m.size >= 2**17}
+    assert len(known) == 2
+
+
+def test_torch_computes_checksums_again_after_a_file_was_written_or_could_not_be(path: Path) -> None:
+    torchfile.save(MANY, path)
+    with pytest.raises(StorageError, match="exists"):
+        torchfile.save(MANY, path)
+    assert torch.serialization.get_crc32_options()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("size", [100, 10**6], ids=["small", "large"])
+def test_why_a_write_failed_is_said(
+    path: Path, error: BaseException, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if len(data) >= size:
+                raise error
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda *_: Failing())
+    with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
+        torchfile.save({"w": torch.zeros(size)}, path)
+    assert caught.value is error or "No space left" in str(caught.value)
+    assert torch.serialization.get_crc32_options()
+
+
+# --- Checksums that were noted by someone who read the bytes anyway ---
+
+
+def test_every_storage_of_a_file_is_found_in_memory(path: Path) -> None:
+    """If a release of torch maps files otherwise, checksums are still verified, but by a pass of their own."""
+    for save in (torch.save, torchfile.save):
+        save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
+        sources = Sources()
+        torchfile.load(path.with_name(save.__module__), sources)
+        sizes = sorted(size for _, size in sources.parts())
+        assert sizes == [2, 4, 6, 8, 2**17 + 3, 800_000]
+
+
+def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) -> None:
+    torchfile.save(MANY, path)
+    sources = Sources()
+    value = torchfile.load(path, sources)
+    value["large"] += 1  # only in memory
+    for part in sources.parts().values():
+        part.note(1)
+    sources.verify()
+
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(MANY["large"].numpy().tobytes()) + 100_000] ^= 1
+    path.write_bytes(whole)
+    sources = Sources()
+    value = torchfile.load(path, sources)
+    for address, size in (parts := sources.parts()):
+        held = next(t for t in value.values() if (t.data_ptr(), t.numel() * t.itemsize) == (address, size))
+        parts[address, size].note(zlib.crc32(compare._bytes(held).numpy()))
+    with pytest.raises(CorruptError, match="checksum") as caught:
+        sources.verify()
+    assert caught.value.key == "archive/data/0"
+
+
+@pytest.mark.parametrize("target", ["new.pt", "new/"])
+@pytest.mark.parametrize("optimizer", ["keep", "drop"])
+@pytest.mark.parametrize("part", ["model", "optim"])
+def test_a_damaged_source_is_blamed_whether_or_not_the_damage_would_have_been_carried(
+    tmp_path: Path, target: str, optimizer: str, part: str
+) -> None:
+    whole = bytearray((DATA / "named_experts3.pt").read_bytes())
+    payload = torch.load(io.BytesIO(whole), weights_only=True)
+    slots = next(slots for slots in payload["optim"]["state"].values() if slots["exp_avg"].numel() > 8)
+    hurt = slots["exp_avg"] if part == "optim" else next(w for w in payload["model"].values() if w.numel() > 99)
+    whole[whole.index(hurt.numpy().tobytes()) + 1] ^= 1
+    (tmp_path / "old.pt").write_bytes(whole)
+    with pytest.raises(CorruptError, match="checksum") as caught:
+        vc.convert(tmp_path / "old.pt", f"{tmp_path}/{target}", optimizer=optimizer)
+    assert caught.value.path == tmp_path / "old.pt"
+    assert [p.name for p in tmp_path.iterdir()] == ["old.pt"]
+
+
+@pytest.mark.parametrize(("damage", "error"), [("bytes", InvariantError), ("checksum", CorruptError)])
+def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
+    tmp_path: Path, damage: str, error: type[CkptError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torchfile.save
+
+    def save_badly(value: Any, path: Path) -> None:
+        save(value, path)
+        member = next(m for m in container.check(path).storages() if m.size > 100)
+        whole = bytearray(path.read_bytes())
+        in_the_directory = whole.rindex(struct.pack("<I", member.crc))
+        whole[member.start + 1 if damage == "bytes" else in_the_directory] ^= 1
+        path.write_bytes(whole)
+
+    monkeypatch.setattr(torchfile, "save", save_badly)
+    with pytest.raises(error):
+        vc.convert(DATA / "named_experts3.pt", tmp_path / "new.pt")
+    assert not list(tmp_path.iterdir())
+
+
+# --- Compared ---
+
+
+def test_tensors_are_the_same_if_all_their_bits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_PIECE", 8)
+    for size in (0, 1, 7, 8, 9, 16, 31):
+        a = torch.arange(size, dtype=torch.uint8)
+        assert same_bits(a, a.clone())
+        assert checksum_if_same(a, a.clone()) == zlib.crc32(a.numpy())
+        for place in range(size):
+            b = a.clone()
+            b[place] ^= 128
+            assert not same_bits(a, b)
+            assert checksum_if_same(a, b) is None
+
+
+def test_what_only_equals_a_tensor_is_not_the_same() -> None:
+    w = torch.tensor([[0.0, float("nan")], [1.0, 2.0]])
+    other_nan = torch.frombuffer(bytearray(struct.pack("<fIff", 0, 0x7FC00001, 1, 2)), dtype=torch.float32).view(2, 2)
+    for a, b, same in [
+        (w, w.clone(), True),
+        (w, w.t().clone().t(), True),
+        (w, other_nan, False),
+        (torch.zeros(2), -torch.zeros(2), False),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), False),
+        (torch.ones(2), torch.ones(2, 1), False),
+        (torch.ones(2), nn.Parameter(torch.ones(2)), False),
+        (torch.ones(2), torch.ones(2, requires_grad=True), False),
+    ]:
+        assert same_bits(a, b) is same
+        assert (checksum_if_same(a, b) is not None) is same

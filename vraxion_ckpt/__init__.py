@@ -11,17 +11,20 @@ core knows neither any format nor any transform by name. The modules, from the g
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `ring`                    arcs, windows, owners: numpy
 `binding`                 optimizer ids ↔ parameter names
-`surgery`                 rename a head, clone an expert with everything that belongs to it
+`surgery`                 rename a head, clone or remove an expert with all that belongs to it
 `compare`, `invariants`   where two checkpoints differ; what must be true of one
 `options`                 plugins whose fields are their options; ``NAME:key=value``
 `adapter`, `transform`    the two base classes, and the chain
 `hookspecs`, `plugins`    the plugin contract; discovery and names
 `plain`, `torchfile`      only plain data; the one door to ``.pt``
+`tensorfile`              the one door to safetensors
 `payload`                 the payload dict of VRAXION's trainers
+`document`                a checkpoint as named tensors and one JSON document
 `plan`, `visits`          split plans as files; files of visits per address
 `reading`                 open a checkpoint of any format
 `targets`, `summary`      where a result may go; what was done
 `pipeline`                convert, top to bottom
+`testing`                 suites that adapters and transforms subclass; sample checkpoints
 `cli`                     the commands
 ========================  ==============================================================================
 

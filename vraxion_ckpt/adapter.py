@@ -27,11 +27,14 @@ class Adapter(Plugin):
 
     Attributes:
         suffixes: endings of a target's name that mean this format; ``/`` means a directory.
-        is_directory: whether a checkpoint of this format is a directory.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()
-    is_directory: ClassVar[bool] = False
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether a target of this format, with these options, is a directory."""
+        return False
 
     @classmethod
     @abstractmethod

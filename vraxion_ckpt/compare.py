@@ -5,8 +5,12 @@ NaNs are compared by their bits, so a NaN equals itself and two different NaNs d
 
 from __future__ import annotations
 
+import ctypes
+import os
 import struct
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,27 +19,55 @@ from torch import Tensor
 from vraxion_ckpt.binding import unbind
 from vraxion_ckpt.model import Checkpoint
 
+_memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_PIECE = 2**20  # is still in the processor's cache when it is looked at again
+_THREADS = min(4, os.cpu_count() or 1)
+
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors have the same type, dtype, shape and bits, whatever their strides."""
     if a is b:
         return True
-    if type(a) is not type(b) or a.requires_grad != b.requires_grad:
+    if not _alike(a, b):
         return False
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(_bytes(a), _bytes(b))
+    x, y = _bytes(a), _bytes(b)
+    return x.data_ptr() == y.data_ptr() or _memcmp(x.data_ptr(), y.data_ptr(), len(x)) == 0
+
+
+def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
+    """Return the CRC-32 of `b` if `a` has the same bits, else None; reads each of them from memory once."""
+    if not _alike(a, b):
+        return None
+    x, y = _bytes(a).data_ptr(), _bytes(b)
+    data, crc = y.numpy().data, 0
+    for at in range(0, len(data), _PIECE):
+        piece = data[at : at + _PIECE]
+        if _memcmp(x + at, y.data_ptr() + at, len(piece)):
+            return None
+        crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    same_kind = type(a) is type(b) and a.requires_grad == b.requires_grad
+    return same_kind and a.dtype == b.dtype and a.shape == b.shape
 
 
 def _bytes(tensor: Tensor) -> Tensor:
+    if not tensor.numel():  # whose strides may be such that it has no view as bytes
+        return torch.empty(0, dtype=torch.uint8)
     # Only a tensor that is not contiguous is copied here, one at a time.
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
-def differences(a: Any, b: Any, key: str = "") -> Iterator[str]:
+Same = Callable[[Tensor, Tensor], bool]
+
+
+def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
     """Yield one line for each place where two plain values differ; the order of dicts counts."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if not same_bits(a, b):
+        if not same(a, b):
             yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
     elif type(a) is not type(b):
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
@@ -44,13 +76,13 @@ def differences(a: Any, b: Any, key: str = "") -> Iterator[str]:
             yield f"{key}: entries or their order differ ({_first_difference(list(a), list(b))})"
         else:
             for name in a:
-                yield from differences(a[name], b[name], f"{key}.{name}" if key else str(name))
+                yield from differences(a[name], b[name], f"{key}.{name}" if key else str(name), same=same)
     elif isinstance(a, list | tuple):
         if len(a) != len(b):
             yield f"{key}: {len(a)} ≠ {len(b)} entries"
         else:
             for i, (x, y) in enumerate(zip(a, b, strict=True)):
-                yield from differences(x, y, f"{key}[{i}]")
+                yield from differences(x, y, f"{key}[{i}]", same=same)
     elif isinstance(a, float):
         if struct.pack("<d", a) != struct.pack("<d", b):
             yield f"{key}: {a!r} ≠ {b!r}"
@@ -58,24 +90,59 @@ def differences(a: Any, b: Any, key: str = "") -> Iterator[str]:
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
 
 
-def checkpoint_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bits) -> Iterator[str]:
     """Yield one line for each place where two checkpoints differ in what they hold.
 
     Where they came from (`origin.path`, `sources`) is not part of that. Opens every expert.
     """
-    yield from differences(a.state_dict(), b.state_dict(), "model")
-    yield from differences(a.metadata, b.metadata, "model._metadata")
+    yield from differences(a.state_dict(), b.state_dict(), "model", same=same)
+    yield from differences(a.metadata, b.metadata, "model._metadata", same=same)
     for name in ("kind", "position", "deleted"):
         yield from differences(
-            getattr(a.head, name) if a.head else None, getattr(b.head, name) if b.head else None, f"head.{name}"
+            getattr(a.head, name) if a.head else None,
+            getattr(b.head, name) if b.head else None,
+            f"head.{name}",
+            same=same,
         )
     yield from differences(
-        unbind(a.optimizer) if a.optimizer else None, unbind(b.optimizer) if b.optimizer else None, "optimizer"
+        unbind(a.optimizer) if a.optimizer else None,
+        unbind(b.optimizer) if b.optimizer else None,
+        "optimizer",
+        same=same,
     )
     if a.optimizer and b.optimizer:
-        yield from differences(a.optimizer.params, b.optimizer.params, "optimizer names")
+        yield from differences(a.optimizer.params, b.optimizer.params, "optimizer names", same=same)
     for name in ("payload", "lifecycle", "plan", "history"):
-        yield from differences(getattr(a, name), getattr(b, name), name)
+        yield from differences(getattr(a, name), getattr(b, name), name, same=same)
+
+
+def differences_and_checksums(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """Yield what `checkpoint_differences` does; on the way, note the checksums of both sides' sources.
+
+    Tensors are set aside, and then looked at by several threads, which read every byte once.
+    """
+    aside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def set_aside(x: Tensor, y: Tensor) -> bool:
+        if not x.is_contiguous() or not y.is_contiguous():
+            return same_bits(x, y)  # here, for it is copied, and there must be but one copy at a time
+        aside[id(x), id(y)] = x, y
+        return True
+
+    def look(pair: tuple[Tensor, Tensor]) -> bool:
+        crc = checksum_if_same(*pair)
+        for tensor in pair:
+            part = parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize))
+            if part and crc is not None:
+                part.note(crc)
+        return crc is not None
+
+    others = list(checkpoint_differences(a, b, same=set_aside))
+    parts = a.sources.parts() | b.sources.parts()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        same = all(list(pool.map(look, aside.values())))
+    if others or not same:  # once more, in order
+        yield from checkpoint_differences(a, b)
 
 
 def _brief(value: Any) -> str:

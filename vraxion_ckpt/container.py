@@ -17,8 +17,8 @@ import mmap
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,11 +53,21 @@ class Container:
     fingerprint: Fingerprint
     prefix: str
     members: dict[str, Member]
+    _sound: set[str] = field(default_factory=set)
 
     def storage_size(self, key: str) -> int | None:
         """Return the size in bytes of a storage, or None if the container has none of that key."""
         member = self.members.get(f"{self.prefix}/data/{key}")
         return member.size if member else None
+
+    def storages(self) -> Iterator[Member]:
+        """Yield the members that are storages, in the order of their places."""
+        return (member for name, member in self.members.items() if name.startswith(f"{self.prefix}/data/"))
+
+    def note(self, name: str, crc: int) -> None:
+        """Take the CRC-32 of a member's bytes from someone who has read them; `verify` then need not."""
+        if crc and crc == self.members[name].crc:
+            self._sound.add(name)
 
     def verify(self) -> None:
         """Compare the CRC-32 of every member with its bytes.
@@ -66,7 +76,7 @@ class Container:
             CorruptError: naming the member.
         """
         with mapped(self.path) as data:
-            self.verify_members(data, self.members.values())
+            self.verify_members(data, (m for name, m in self.members.items() if name not in self._sound))
 
     def verify_members(self, data: memoryview, members: Iterable[Member]) -> None:
         """Compare the CRC-32 of some members with their bytes in `data`, the whole file."""
@@ -140,6 +150,33 @@ def check(path: Path) -> Container:
     return container
 
 
+def fill_in_checksums(path: Path, known: Mapping[tuple[int, int], int]) -> None:
+    """Put the CRC-32 of every member where an archive that was written without them has none.
+
+    Args:
+        path: an archive that nobody else has seen yet.
+        known: the CRC-32 of members, by where their bytes start and how many they are; the others are read.
+    """
+    patches: list[tuple[int, int]] = []
+    with mapped(path) as data:
+        directory = _Directory(path, data)
+        for at, offset, member in directory.entries(*directory.end_of_directory()):
+            end = member.start + member.size
+            crc = known.get((member.start, member.size))
+            if crc is None:
+                crc = zlib.crc32(data[member.start : end])
+            (flags,) = struct.unpack_from("<H", data, at + 8)
+            if flags & _HAS_DESCRIPTOR:
+                beside = end + 4 if bytes(data[end : end + 4]) == b"PK\x07\x08" else end
+            else:
+                beside = offset + 14
+            patches += [(beside, crc), (at + 16, crc)]
+    with path.open("r+b") as file:
+        for place, crc in patches:
+            file.seek(place)
+            file.write(struct.pack("<I", crc))
+
+
 def is_zip(path: Path) -> bool:
     """Tell whether a regular file begins as a zip archive does."""
     try:
@@ -177,20 +214,17 @@ class _Directory:
         self._compressed: list[str] = []
 
     def members(self) -> list[Member]:
-        count, start, end = self._end_of_directory()
+        count, start, end = self.end_of_directory()
         if count > _MOST_MEMBERS:
             raise LimitError(f"has {count} members, more than {_MOST_MEMBERS}", path=self._path)
         found: list[tuple[int, Member]] = []
-        at, seen = start, set()
-        for _ in range(count):
-            at, offset, member = self._central_entry(at, end, start)
+        seen = set()
+        for _, offset, member in self.entries(count, start, end):
             # torch finds members without regard to case.
             if member.name.lower() in seen:
                 self._corrupt("occurs twice", member.name)
             seen.add(member.name.lower())
             found.append((offset, member))
-        if at != end:
-            self._corrupt("the directory's size does not match its entries")
         if self._compressed:  # only now, for a bomb may stand behind a harmless member
             hint = "save the file again with torch.save"
             raise UnsupportedError("is compressed", path=self._path, key=self._compressed[0], hint=hint)
@@ -204,7 +238,17 @@ class _Directory:
             self._corrupt("the last member overlaps the directory")
         return [member for _, member in found]
 
-    def _end_of_directory(self) -> tuple[int, int, int]:
+    def entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, int, Member]]:
+        """Yield where each entry of the directory stands, where its local header does, and the member."""
+        at = start
+        for _ in range(count):
+            after, offset, member = self._central_entry(at, end, start)
+            yield at, offset, member
+            at = after
+        if at != end:
+            self._corrupt("the directory's size does not match its entries")
+
+    def end_of_directory(self) -> tuple[int, int, int]:
         """Return the number of entries, and where the directory starts and ends."""
         size = len(self._data)
         if size < _END.size or bytes(self._data[size - _END.size :][:4]) != b"PK\x05\x06":

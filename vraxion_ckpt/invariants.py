@@ -143,19 +143,21 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         if len(names) > max(1, known.get(place, 0)):
             yield f"{_brief(names)} share one storage"
     now = after.open_tensors()
-    for names in _ties(before):
-        left = [name for name in names if name in now]
+    former = {tensor.data_ptr() for tensor in before.open_tensors().values()}
+    for place, names in _ties(before):
+        # Under a name of the tie there may now be another expert, renumbered; what was put there anew is the danger.
+        left = [n for n in names if n in now and (now[n].data_ptr() == place or now[n].data_ptr() not in former)]
         if len({now[name].data_ptr() for name in left}) > 1:
             yield f"{_brief(left)} were one tensor and are no longer"
 
 
-def _ties(checkpoint: Checkpoint) -> list[list[str]]:
-    """List the names of each model tensor that has more than one."""
+def _ties(checkpoint: Checkpoint) -> list[tuple[int, list[str]]]:
+    """List the address and the names of each model tensor that has more than one name."""
     places: dict[tuple[int, int], list[str]] = {}
     for name, tensor in checkpoint.open_tensors().items():
         if tensor.numel():
             places.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
-    return [names for names in places.values() if len(names) > 1]
+    return [(address, names) for (address, _), names in places.items() if len(names) > 1]
 
 
 def _storages(checkpoint: Checkpoint) -> dict[int, list[str]]:

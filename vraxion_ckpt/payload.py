@@ -61,9 +61,10 @@ class PayloadDialect:
         keys += [key for key in ("num_experts", "param_names") if key not in keys]
         return replace(self, bare=False, optimizer_key=self.optimizer_key and "optim", keys=tuple(keys))
 
-    def implies(self, router: PayloadDialect) -> bool:
-        """Tell whether `router` is just how a modular trainer would spell this; names may be unknown there."""
-        known = tuple(key for key in self.as_router().keys if key != "param_names" or key in router.keys)
+    def implies(self, router: PayloadDialect, has_head: bool) -> bool:
+        """Tell whether `router` is just how a modular trainer would spell this, as far as there is a value to spell."""
+        unknown = {"param_names"} if has_head else {"param_names", "num_experts"}
+        known = tuple(key for key in self.as_router().keys if key not in unknown or key in router.keys)
         return replace(self.as_router(), keys=known) == router
 
 
@@ -188,12 +189,20 @@ def _metadata_and_extras(
     if bare and metadata and OUR_KEY in metadata:
         raw = metadata.pop(OUR_KEY)
         metadata = metadata or None
-    if raw is None:
-        return metadata, Extras()
+    return metadata, Extras() if raw is None else parse_extras(raw)
+
+
+def parse_extras(raw: Any) -> Extras:
+    """Check what stands under our key.
+
+    Raises:
+        InconsistentError: it is not what we write.
+        UnsupportedError: a newer version wrote it.
+    """
     if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
         raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
     try:
-        return metadata, Extras.model_validate_json(json.dumps(raw, allow_nan=False))
+        return Extras.model_validate_json(json.dumps(raw, allow_nan=False))
     except (TypeError, ValueError, OverflowError) as error:
         if not isinstance(error, ValidationError):
             raise InconsistentError("holds something else than plain JSON", key=OUR_KEY) from error

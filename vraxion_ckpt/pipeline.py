@@ -13,16 +13,15 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from vraxion_ckpt import binding, invariants
 from vraxion_ckpt.adapter import Adapter, Loss
 from vraxion_ckpt.commit import Staged, staged, write_new
-from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.compare import differences_and_checksums
 from vraxion_ckpt.errors import (
     CkptWarning,
     InconsistentError,
@@ -139,19 +138,31 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
 def _check_leftovers(before: Checkpoint, after: Checkpoint) -> None:
     """Say what a chain has left as it was although it belongs to what it changed; refuse to leave an optimizer so."""
     if after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
-        message = "one expert under head.experts.* is loaded by no runtime; let mitosis_split follow"
+        message = (
+            "one expert under head.experts.* is loaded by no runtime; let mitosis_split or experts_to_single follow"
+        )
         warnings.warn(message, CkptWarning, stacklevel=4)
-    if before.head is None or after.head is None or before.num_experts == after.num_experts:
+    if not _head_was_rebuilt(before, after):
         return
+    assert before.head is not None
     prefixes = (before.head.names.single, before.head.names.experts)
     for key, value in _dicts_in(after.payload):
         if {"state", "param_groups"} <= value.keys():
             raise TransformError(
-                "is an optimizer's state, which cannot be grown where it stands", key=key, hint="save it under `optim`"
+                "is an optimizer's state, which cannot follow where it stands", key=key, hint="save it under `optim`"
             )
         if any(str(name).startswith(prefixes) for name in value):
             message = f"the payload's {key!r} also names tensors of the head; it is carried along unchanged"
             warnings.warn(message, CkptWarning, stacklevel=4)
+
+
+def _head_was_rebuilt(before: Checkpoint, after: Checkpoint) -> bool:
+    """Tell whether parameters of the head have come, gone or been renamed, even if there are as many as before."""
+    if before.head is None or after.head is None:
+        return False
+    if before.head.kind != after.head.kind or before.num_experts != after.num_experts:
+        return True
+    return before.head.experts != after.head.experts and moved_addresses(before, after) > 0
 
 
 def _dicts_in(value: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -189,7 +200,7 @@ def _write(
     """Stage, flush, read back, compare, and only then commit; return the bytes written."""
     with ExitStack() as stack:
         stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
-        with _meanwhile(before.sources.verify), blamed(adapter):
+        with blamed(adapter):
             held = adapter.held(after)
             try:
                 adapter.write(held, stage.path)
@@ -204,8 +215,8 @@ def _write(
             stages.append(side)
         for each in stages:
             each.flush()
-        before.sources.verify()
         _read_back(adapter, held, stage)
+        before.sources.verify()  # what was not carried into the result, too
         before.sources.check_unchanged()
         size = sum(_size(each.path) for each in stages)
         for each in reversed(stages):  # the target last: if it is there, all is there
@@ -220,18 +231,8 @@ def _read_back(adapter: Adapter, expected: Checkpoint, stage: Staged) -> None:
     if found.param_names not in (None, expected.param_names):
         raise InvariantError("param_names came back changed", path=stage.target)
     found = binding.bind(found)
-    with _meanwhile(found.sources.verify):
-        refuse(InvariantError, checkpoint_differences(expected, found), stage.target)
-    found.sources.verify()  # shards that the comparison has opened
-
-
-@contextmanager
-def _meanwhile(work: Callable[[], None]) -> Iterator[None]:
-    """Do `work`, which mostly runs outside Python, in a thread beside the block; raise what it raises."""
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(work)
-        yield
-        result.result()
+    refuse(InvariantError, differences_and_checksums(expected, found), stage.target)
+    found.sources.verify()
 
 
 def _size(path: Path) -> int:

@@ -6,7 +6,7 @@ That is dicts, lists, tuples, text, numbers, None, and dense tensors whose eleme
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +74,15 @@ def _measure(
     if nodes > _MOST_NODES:
         raise LimitError(f"holds more than {_MOST_NODES} values", path=path, key=_spell(place))
     return nodes, levels
+
+
+def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor inside a plain value with the path that leads there."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, dict | list | tuple):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:

@@ -61,8 +61,8 @@ def requested_by_trainer(checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]] 
 
 
 def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int, ...]] | None:
-    if "parent_expert" not in data or "hot_addresses" not in data:
-        return None
+    if data.get("parent_expert") is None or "hot_addresses" not in data:
+        return None  # a trainer that has found no parent says None
     parent, addresses = data["parent_expert"], data["hot_addresses"]
     if type(parent) is not int:
         raise InconsistentError("must be a whole number", path=path, key="parent_expert")

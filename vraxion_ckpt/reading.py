@@ -62,7 +62,8 @@ def read(
         raise UsageError("names are given for an optimizer that is to be dropped")
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
     if param_names is not None and checkpoint.unbound is None:
-        raise UsageError("has no optimizer to give names to", path=path)
+        known = "knows its optimizer's names already" if checkpoint.optimizer else "has no optimizer to give names to"
+        raise UsageError(known, path=path)
     if optimizer == "drop":
         return replace(checkpoint, unbound=None, optimizer=None)
     try:
@@ -95,8 +96,8 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
     if from_ is not None:
         adapter = resolve_adapter(from_)
         if path.is_dir() != adapter.is_directory and not detects(type(adapter), path):
-            kind = "directory" if adapter.is_directory else "file"
-            raise UsageError(f"is no {kind}, and the format {adapter.name} is one", path=path)
+            kind = "directory" if path.is_dir() else "file"
+            raise UsageError(f"is a {kind}, and holds no checkpoint of the format {adapter.name}", path=path)
         return adapter
     known = adapters()
     found = [adapter for adapter in known.values() if detects(adapter, path)]

@@ -7,9 +7,10 @@ Imports nothing of torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vraxion_ckpt.errors import ChangedError
 
@@ -30,6 +31,24 @@ class Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+# Where something lies in this process's memory: its address and its size in bytes.
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a file that is mapped and has a checksum.
+
+    Attributes:
+        note: takes the CRC-32 of the bytes from someone who has read them anyway, which saves `Source.verify` the
+            work. A wrong one is no error yet, for memory may have been written to; `Source.verify` then looks.
+        memory: what keeps it mapped.
+    """
+
+    note: Callable[[int], None]
+    memory: Any
+
+
 @dataclass(frozen=True)
 class Source:
     """One file that was read, as it was when it was opened."""
@@ -37,6 +56,7 @@ class Source:
     path: Path
     fingerprint: Fingerprint
     verify: Callable[[], None] | None = None
+    parts: Mapping[Place, Part] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,9 +69,26 @@ class Sources:
     def __iter__(self) -> Iterator[Source]:
         return iter(self.files)
 
-    def add(self, path: Path, fingerprint: Fingerprint, verify: Callable[[], None] | None = None) -> None:
-        """Register a file; `verify` reads it whole and raises `CorruptError` where a checksum fails."""
-        self.files.append(Source(path, fingerprint, verify))
+    def add(
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        verify: Callable[[], None] | None = None,
+        parts: Mapping[Place, Part] | None = None,
+    ) -> None:
+        """Register a file.
+
+        Args:
+            path: the file.
+            fingerprint: as it was before it was read.
+            verify: raises `CorruptError` where a checksum fails; reads everything whose checksum nobody has noted.
+            parts: what has a checksum and is mapped.
+        """
+        self.files.append(Source(path, fingerprint, verify, parts or {}))
+
+    def parts(self) -> dict[Place, Part]:
+        """Return the mapped parts of all files."""
+        return {place: part for source in self.files for place, part in source.parts.items()}
 
     def verify(self) -> None:
         """Check every checksum of every file that was added since the last call.

@@ -49,16 +49,17 @@ def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:
     old, new = before.state_dict(), after.state_dict()
     known = {id(tensor) for tensor in old.values()}
     counts: dict[str, int] = dict.fromkeys(("copied", "renamed", "created", "changed", "dropped"), 0)
-    moved: set[int] = set()
+    accounted: set[int] = set()  # of the old tensors
     for name, tensor in new.items():
-        if name in old:
+        if id(tensor) in known:
+            counts["copied" if old.get(name) is tensor else "renamed"] += 1
+            accounted.add(id(tensor))
+        elif name in old:
             counts["copied" if same_bits(old[name], tensor) else "changed"] += 1
-        elif id(tensor) in known:
-            counts["renamed"] += 1
-            moved.add(id(tensor))
+            accounted.add(id(old[name]))
         else:
             counts["created"] += 1
-    counts["dropped"] = sum(name not in new and id(tensor) not in moved for name, tensor in old.items())
+    counts["dropped"] = sum(id(tensor) not in accounted for tensor in old.values())
     return TensorCount(**counts)
 
 

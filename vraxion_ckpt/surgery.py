@@ -1,4 +1,4 @@
-"""What transforms share: rename a head, clone an expert, with all that belongs to it.
+"""What transforms share: rename a head, clone an expert, remove one, with all that belongs to it.
 
 An expert is more than its tensors: optimizer state and group membership, parameter names, module versions and a
 lifecycle row go with it. These functions change a checkpoint that the caller owns (a `Checkpoint.copy`) and
@@ -8,14 +8,15 @@ never write into a tensor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
 
 OptimizerPolicy = Literal["copy", "reset"]
@@ -28,21 +29,10 @@ _PIECE = 2**20  # elements that noise is drawn for at once; part of what a seed 
 def rename_head(checkpoint: Checkpoint, kind: HeadKind) -> None:
     """Make the head's only expert, id 0, a module of the other kind; every name follows, in place in its order."""
     head = _head(checkpoint)
-    old, checkpoint.head = head.prefix(0), replace(head, kind=kind)
-    new = checkpoint.head.prefix(0)
-
-    def renamed(name: str) -> str:
-        return new + name[len(old) :] if name.startswith(old) else name
-
-    if checkpoint.optimizer is not None:
-        optimizer = checkpoint.optimizer
-        for group in optimizer.groups:
-            group.params = [renamed(name) for name in group.params]
-        optimizer.state = {renamed(name): slots for name, slots in optimizer.state.items()}
-    if checkpoint.param_names is not None:
-        checkpoint.param_names = tuple(renamed(name) for name in checkpoint.param_names)
+    checkpoint.head = replace(head, kind=kind)
+    _rename(checkpoint, {head.prefix(0): checkpoint.head.prefix(0)})
     if checkpoint.metadata is not None:
-        checkpoint.metadata = _rename_modules(checkpoint.metadata, old, new, head)
+        checkpoint.metadata = _with_list_of_experts(checkpoint.metadata, checkpoint.head)
 
 
 def clone_expert(
@@ -74,7 +64,9 @@ def clone_expert(
     last = max((*head.experts, *head.deleted))
     old, new = head.prefix(parent), head.prefix(child)
     tensors = head.experts[parent].tensors
-    _refuse_tied(checkpoint, old)
+    for name, other in _ties(checkpoint, old):
+        # A clone has storages of its own, so it could not be tied as its parent is.
+        raise TransformError(f"is tied to {other}; a clone would come untied", key=name)
     head.experts[child] = Expert(
         {leaf: _copy_with_noise(tensor, noise, f"{seed}:{new}{leaf}") for leaf, tensor in tensors.items()}
     )
@@ -88,19 +80,114 @@ def clone_expert(
     checkpoint.lifecycle[child] = Lifecycle.fresh(checkpoint.step, like)
 
 
+def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
+    """Remove an expert and give its addresses to another; ids above it move down by one, wherever they stand.
+
+    Args:
+        checkpoint: changed; its head is of kind EXPERTS.
+        expert: one that has tensors, or a garbage-collected one.
+        into: another expert, by its id before the removal.
+
+    Raises:
+        TransformError: one of the expert's tensors is tied to a tensor that stays.
+    """
+    head = _head(checkpoint)
+    gone = head.prefix(expert)
+    for name, other in _ties(checkpoint, gone):
+        if not other.startswith(gone):
+            # An optimizer lists tied parameters by their first name alone; state under it would be lost to the other.
+            raise TransformError(f"is tied to {other}, which stays and may lose its optimizer state", key=name)
+    _drop_stale_plans(checkpoint, expert, into)
+    ids = {i: i - (i > expert) for i in {*head.experts, *head.deleted} - {expert}}
+    _rename(checkpoint, {gone: None} | {head.prefix(old): head.prefix(new) for old, new in ids.items()})
+    checkpoint.head = replace(
+        head,
+        experts={ids[i]: tensors for i, tensors in head.experts.items() if i in ids},
+        deleted=frozenset(ids[i] for i in head.deleted if i in ids),
+    )
+    checkpoint.lifecycle = {ids[i]: row for i, row in checkpoint.lifecycle.items() if i in ids}
+    router = checkpoint.router_map
+    if router is not None:
+        owners = router.to(torch.int64, copy=True)  # not every integer type can be indexed
+        owners[owners == expert] = into
+        owners[owners > expert] -= 1
+        checkpoint.core[head.names.router_map] = owners.to(router.dtype)
+
+
 def _head(checkpoint: Checkpoint) -> Head:
     if checkpoint.head is None:
         raise ValueError("the checkpoint has no head")
     return checkpoint.head
 
 
-def _refuse_tied(checkpoint: Checkpoint, prefix: str) -> None:
-    """A clone has storages of its own, so it could not be tied as its parent is; nor has a tied name own state."""
+def _ties(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield an expert's tensors that are one with another tensor, its own or not, each with that one's name."""
     places: dict[int, str] = {}
     for name, tensor in checkpoint.open_tensors().items():
         other = places.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if other != name and (name.startswith(prefix) or other.startswith(prefix)):
-            raise TransformError(f"is tied to {other}; a clone would come untied", key=name)
+        if other != name and name.startswith(prefix):
+            yield name, other
+        elif other != name and other.startswith(prefix):
+            yield other, name
+
+
+def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
+    """Give what stands under a prefix another one, in place in its order, or take it out where that is None.
+
+    Optimizer, parameter names and module versions follow; the tensors themselves are the caller's.
+    """
+
+    def renamed(name: str) -> str | None:
+        # Whole prefixes are looked up, so expert 1's cannot be taken for the beginning of expert 10's.
+        for end, char in enumerate(name, start=1):
+            if char == "." and name[:end] in prefixes:
+                new = prefixes[name[:end]]
+                return None if new is None else new + name[end:]
+        return name
+
+    def renamed_keys(entries: Mapping[str, _V]) -> dict[str, _V]:
+        return {new: value for old, value in entries.items() if (new := renamed(old)) is not None}
+
+    if checkpoint.optimizer is not None:
+        for group in checkpoint.optimizer.groups:
+            group.params = [new for name in group.params if (new := renamed(name)) is not None]
+        checkpoint.optimizer.state = renamed_keys(checkpoint.optimizer.state)
+    if checkpoint.param_names is not None:
+        checkpoint.param_names = tuple(new for name in checkpoint.param_names if (new := renamed(name)) is not None)
+    if checkpoint.metadata is not None:
+        # Its keys are the paths of modules, a prefix without the closing dot.
+        modules = renamed_keys({f"{module}.": value for module, value in checkpoint.metadata.items()})
+        checkpoint.metadata = {module.removesuffix("."): value for module, value in modules.items()}
+
+
+def _with_list_of_experts(metadata: dict[str, Any], head: Head) -> dict[str, Any]:
+    """Give a state dict's ``_metadata`` the entry of the module that lists the experts, or take it from a single head.
+
+    With it goes what a single head does not have: entries of experts that are no more.
+    """
+    container = head.names.experts.removesuffix(".")
+    listed: dict[str, Any] = {}
+    for module, value in metadata.items():
+        if not f"{module}.".startswith(head.names.experts):
+            listed[module] = value
+        elif head.kind is HeadKind.EXPERTS and module != container:
+            listed.setdefault(container, {"version": 1})
+            listed[module] = value
+    return listed
+
+
+def _drop_stale_plans(checkpoint: Checkpoint, expert: int, into: int) -> None:
+    """Forget which split was planned, and what a trainer asks for where it means an expert that is not as it was."""
+    checkpoint.plan = None
+    request = checkpoint.payload.get("mitosis")
+    parent = request.get("parent_expert") if isinstance(request, Mapping) else None
+    if isinstance(parent, int) and (parent >= expert or parent == into):
+        del checkpoint.payload["mitosis"]
+        message = (
+            f"the trainer's `mitosis` request to split expert {parent} no longer fits and is dropped; "
+            "to have it carried out, split before you remove"
+        )
+        warnings.warn(message, CkptWarning, stacklevel=3)
 
 
 def _copy_with_noise(tensor: Tensor, noise: float, seed: str) -> Tensor:
@@ -159,23 +246,6 @@ def _unshared(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return value
-
-
-def _rename_modules(metadata: dict[str, Any], old: str, new: str, head: Head) -> dict[str, Any]:
-    """Rename the single head's module, and its submodules, in a state dict's ``_metadata``.
-
-    Keys are module paths without the closing dot. The list of experts is a module of its own with an entry.
-    """
-    renamed: dict[str, Any] = {}
-    container = head.names.experts.removesuffix(".")
-    for module, value in metadata.items():
-        if f"{module}.".startswith(old):
-            if new.startswith(head.names.experts):
-                renamed.setdefault(container, {"version": 1})
-            renamed[(new + f"{module}."[len(old) :]).removesuffix(".")] = value
-        elif module != container:
-            renamed[module] = value
-    return renamed
 
 
 def _clone_modules(metadata: dict[str, Any], last: str, old: str, new: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vraxion_ckpt.adapter import Adapter
@@ -27,9 +27,9 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
     if to is not None:
         adapter = resolve_adapter(to)
     else:
-        found = [adapter for adapter in known.values() if text.endswith(adapter.suffixes)]
+        found = _by_suffix(text, known.values())
         if target.is_dir():
-            found = [a for a in known.values() if a.is_directory and detects(a, target)] or found
+            found = [a for a in known.values() if detects(a, target)] or found
         if len(found) != 1:
             choices = ", ".join(f"*{suffix} → {a.name}" for a in known.values() for suffix in a.suffixes)
             raise UsageError("its name does not tell the format", path=text, hint=f"pass --to, or use {choices}")
@@ -40,10 +40,17 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
         raise UsageError("is neither a file nor a directory, and is not replaced", path=target)
     if target.exists() and target.is_dir() != adapter.is_directory:
         kind = "directory" if adapter.is_directory else "file"
-        raise UsageError(f"the format {adapter.name} is a {kind}, and something else is there", path=target)
+        raise UsageError(f"with these options {adapter.name} is a {kind}, and something else is there", path=target)
     if text.endswith("/") and not adapter.is_directory:
-        raise UsageError(f"the format {adapter.name} is a file, and the name ends in /", path=text)
+        raise UsageError(f"with these options {adapter.name} is a file, and the name ends in /", path=text)
     return adapter, target
+
+
+def _by_suffix(text: str, known: Iterable[type[Adapter]]) -> list[type[Adapter]]:
+    """Return the adapters of which the longest suffix fits: ``x.abc/`` is not just any directory."""
+    fits = [(len(suffix), adapter) for adapter in known for suffix in adapter.suffixes if text.endswith(suffix)]
+    longest = max((length for length, _ in fits), default=0)
+    return [adapter for length, adapter in fits if length == longest]
 
 
 def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: bool) -> None:

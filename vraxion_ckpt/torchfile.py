@@ -8,23 +8,29 @@ else in this project opens or writes a ``.pt``.
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 import numpy
 import torch
+from torch import Tensor
 
-from vraxion_ckpt.container import check, mapped
+from vraxion_ckpt.container import Container, check, fill_in_checksums, mapped
 from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, StorageError, UnsafeError, UsageError
 from vraxion_ckpt.plain import DEEPEST, check_plain
 from vraxion_ckpt.rehearsal import Rehearsal
-from vraxion_ckpt.sources import Sources
+from vraxion_ckpt.sources import Part, Place, Sources
 
 # Modules that torch never lets a pickle call into, whatever is allowed.
 _NEVER_ALLOWED = frozenset({"builtins", "nt", "os", "posix", "subprocess", "sys"})
+_LARGE = 2**17  # what is worth being handed to another thread
 
 
 def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
@@ -66,11 +72,37 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
     opened = Sources()
     opened.add(path, container.fingerprint, container.verify)
     opened.check_unchanged()  # torch has opened it once more, by its name
-    sources.files.extend(opened)
     if allow_globals:
         value = _plain(value, 0, path, {})
     check_plain(value, path)
+    parts = dict(_parts(value, container))
+    sources.add(path, container.fingerprint, container.verify, parts)
     return value
+
+
+def _parts(value: Any, container: Container) -> Iterator[tuple[Place, Part]]:
+    """Find out which storage is which member: torch maps the whole file, so they lie in memory as in the file.
+
+    Where that is not so, less is found, and the checksums of the others are compared in a pass of their own.
+    """
+    storages = {storage.data_ptr(): storage for storage in _storages(value) if storage.nbytes()}
+    members = {member.start: member for member in container.storages() if member.size}
+    if storages and members:
+        begin = min(storages) - min(members)
+        for address, storage in storages.items():
+            member = members.get(address - begin)
+            if member and member.size == storage.nbytes():
+                yield (address, member.size), Part(partial(container.note, member.name), storage)
+
+
+def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storage of every tensor inside a plain value."""
+    if isinstance(value, Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, dict | list | tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            if isinstance(entry, Tensor | dict | list | tuple):
+                yield from _storages(entry)
 
 
 def _require_torch() -> None:
@@ -148,7 +180,8 @@ def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
 def save(value: Any, path: Path) -> None:
     """Write plain data as ``torch.save`` does, to a new file; tensors are streamed, not copied.
 
-    The archive's inner name does not depend on `path`, so the same data gives the same bytes.
+    The archive's inner name does not depend on `path`, so the same data gives the same bytes. The checksums are
+    ours: torch would compute each before it writes the bytes, here another thread does it meanwhile.
 
     Raises:
         UnsupportedError: `value` holds something that is not plain data.
@@ -157,9 +190,10 @@ def save(value: Any, path: Path) -> None:
     check_plain(value)
     writer = None
     try:
-        with path.open("xb") as file:
-            writer = _Writer(file)
+        with path.open("xb") as file, ThreadPoolExecutor(1) as pool, _no_checksums_of_torch():
+            writer = _Writer(file, pool)
             torch.save(value, cast("BinaryIO", writer))
+        fill_in_checksums(path, writer.checksums)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     except RuntimeError as error:
@@ -171,19 +205,45 @@ def save(value: Any, path: Path) -> None:
         raise writer.error from None
 
 
-class _Writer:
-    """A file that remembers why a write failed or was interrupted, since torch forgets."""
+@contextmanager
+def _no_checksums_of_torch() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
-    def __init__(self, file: BinaryIO) -> None:
+
+class _Writer:
+    """A file that takes checksums, and remembers why a write failed or was interrupted, since torch forgets.
+
+    Attributes:
+        checksums: the CRC-32 of the larger pieces that were written, by where each starts and its size.
+    """
+
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
         self._file = file
+        self._pool = pool
+        self._size = 0
+        self.checksums: dict[tuple[int, int], int] = {}
         self.error: BaseException | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: memoryview) -> int:
         try:
-            return self._file.write(data)
+            if len(data) < _LARGE:
+                self._file.write(data)
+            else:
+                crc = self._pool.submit(zlib.crc32, data)
+                try:
+                    self._file.write(data)
+                finally:
+                    self.checksums[self._size, len(data)] = crc.result()  # `data` is torch's again afterwards
         except BaseException as error:  # a signal's too
             self.error = error
             raise
+        self._size += len(data)
+        return len(data)
 
     def flush(self) -> None:
         self._file.flush()

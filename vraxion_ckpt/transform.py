@@ -120,8 +120,17 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
 
 
 def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
-    """Count the ring addresses whose owner changed; 0 where the rings cannot be compared."""
-    if before.router_map is None or after.router_map is None:
+    """Count the ring addresses that another expert owns now; 0 where the rings cannot be compared.
+
+    An expert that was only renumbered is the same expert.
+    """
+    if before.router_map is None or after.router_map is None or before.head is None or after.head is None:
         return 0
     old, new = router_owners(before.router_map), router_owners(after.router_map)
-    return int(np.count_nonzero(old != new)) if old.shape == new.shape else 0
+    if old.shape != new.shape:
+        return 0
+    known = {id(expert): i for i, expert in before.head.experts.items()}
+    former = np.arange(max(before.num_experts, after.num_experts, 1))
+    for i, expert in after.head.experts.items():
+        former[i] = known.get(id(expert), i)
+    return int(np.count_nonzero(old != former[new]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +39,7 @@ from vraxion_ckpt.payload import (
     split_head,
     with_head,
 )
+from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.sources import Fingerprint, Sources
 
 _SHARD = re.compile(r"expert_(\d{3}|[1-9]\d{3,8})\.pt")
@@ -73,10 +74,13 @@ class ModularAdapter(Adapter):
 
     name: ClassVar[str] = "modular"
     suffixes: ClassVar[tuple[str, ...]] = ("/",)
-    is_directory: ClassVar[bool] = True
 
     tenure_all: bool = Field(False, description="on writing, mark every expert tenured")
     allow_global: NameList = Field((), description="classes its pickles may use beside plain data, by full name")
+
+    @property
+    def is_directory(self) -> bool:
+        return True
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -427,7 +431,7 @@ def _tied_across_files(checkpoint: Checkpoint) -> set[str]:
     if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
         return set()
     slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    in_router = _tensors_in([checkpoint.core, checkpoint.payload, slots])
+    in_router = (tensor for _, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots]))
     # Experts that were not opened come from files of their own.
     owner: dict[int, int | None] = {tensor.data_ptr(): None for tensor in in_router if tensor.numel()}
     tied: set[str] = set()
@@ -436,15 +440,6 @@ def _tied_across_files(checkpoint: Checkpoint) -> set[str]:
             if tensor.numel() and owner.setdefault(tensor.data_ptr(), i) != i:
                 tied.add(checkpoint.head.prefix(i) + leaf)
     return tied
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor inside a plain value."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(entry)
 
 
 def _compact(tensor: Tensor) -> Tensor:

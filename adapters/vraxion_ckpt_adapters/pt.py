@@ -69,7 +69,7 @@ class PtAdapter(Adapter):
         dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
         if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
             dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
-        if router is None or dialect.implies(router):
+        if router is None or dialect.implies(router, checkpoint.head is not None):
             dialects.pop("router", None)
         extras = Extras(
             history=checkpoint.history,

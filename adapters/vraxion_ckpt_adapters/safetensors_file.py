@@ -1,0 +1,325 @@
+"""safetensors: one file, or shards with a Hugging Face index.
+
+The model's tensors keep their state-dict names, so that any reader of the format can use the file as it is. The
+optimizer's and the payload's tensors lie beside them under names that begin with ``vraxion_ckpt/``, and all that is
+no tensor stands as JSON under ``vraxion_ckpt`` in ``__metadata__``: see `vraxion_ckpt.document`. A folder of shards has
+``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` (``weight_map``: tensor → file), which also
+holds the document; training state has shards of its own. Files that others wrote are read as a bare state dict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ByteSize, Field
+from torch import Tensor
+
+from vraxion_ckpt import document, jsonfile, tensorfile
+from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.commit import write_new
+from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Lifecycle, Origin
+from vraxion_ckpt.payload import OUR_KEY, PayloadDialect, dump_dialect
+from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.sources import Fingerprint, Sources
+
+_INDEX = ".safetensors.index.json"
+_MODEL = "model.safetensors"
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})(\..*)?\.safetensors")
+# In every shard and in the index: which save they are parts of.
+_SAVE = f"{OUR_KEY}_save"
+
+
+class SafetensorsAdapter(Adapter):
+    """safetensors: one file, or a folder of shards with a Hugging Face index."""
+
+    name: ClassVar[str] = "safetensors"
+    suffixes: ClassVar[tuple[str, ...]] = (".safetensors",)
+
+    weights_only: bool = Field(False, description="on writing, leave optimizer and training state out")
+    max_shard_size: ByteSize | None = Field(
+        None, gt=0, description="write a folder of shards of at most this size, like 5GB, and an index"
+    )
+
+    @property
+    def is_directory(self) -> bool:
+        return self.max_shard_size is not None
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        if path.is_dir():
+            return any(_indexes(path)) or (path / _MODEL).is_file()
+        return path.is_file() and (path.name.endswith(_INDEX) or tensorfile.starts_like_one(path))
+
+    # --- read ---
+
+    def read(self, path: Path) -> Checkpoint:
+        place = _find(path)
+        sources = Sources()
+        if place.name.endswith(_INDEX):
+            tensors, metadata = _read_shards(place, sources)
+            text = metadata.pop(OUR_KEY, None)
+            root = place.parent
+        else:
+            tensors, metadata = _read_file(place, sources)
+            text = metadata.pop(OUR_KEY, None)
+            text = None if text is None else _parse(text, place)
+            root = place
+        if text is None:
+            found = document.bare(tensors, root, self.name)
+            state_dict = dump_dialect(PayloadDialect(bare=True, ordered=True, keys=()))
+            found.origin = replace(found.origin, dialects={"pt": state_dict})
+        else:
+            found = document.load(tensors, text, root, self.name)
+        return replace(found, origin=_with_metadata(found.origin, self.name, metadata), sources=sources)
+
+    # --- write ---
+
+    def losses(self, checkpoint: Checkpoint) -> list[Loss]:
+        overlapping = _overlapping(self.held(checkpoint))
+        lost = []
+        if overlapping:
+            lost.append(Loss(f"the shared memory of {' and '.join(overlapping)}", "each is written whole"))
+        if self.weights_only:
+            why = "weights_only leaves it out"
+            if checkpoint.optimizer is not None or checkpoint.unbound is not None:
+                lost.append(Loss("the optimizer's state", why))
+            if checkpoint.payload:
+                lost.append(Loss(f"the payload's {', '.join(map(str, checkpoint.payload))}", why))
+            if any(row != Lifecycle() for row in checkpoint.lifecycle.values()):
+                lost.append(Loss("the experts' lifecycle rows", why))
+            if checkpoint.plan is not None:
+                lost.append(Loss("the planned split", why))
+        return lost
+
+    def held(self, checkpoint: Checkpoint) -> Checkpoint:
+        if not self.weights_only:
+            return checkpoint
+        dialects = checkpoint.origin.dialects
+        if checkpoint.optimizer or checkpoint.unbound or checkpoint.payload:  # others' tell how to spell those
+            dialects = {name: dialect for name, dialect in dialects.items() if name == self.name}
+        return replace(
+            checkpoint,
+            optimizer=None,
+            unbound=None,
+            payload={},
+            lifecycle=dict.fromkeys(checkpoint.lifecycle, Lifecycle()),
+            plan=None,
+            origin=replace(checkpoint.origin, dialects=dialects),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        tensors, facts = document.dump(checkpoint, tensorfile.DTYPES, tensorfile.is_name)
+        metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
+        if self.max_shard_size is None:
+            texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
+            tensorfile.save(tensors, {**texts, OUR_KEY: document.dumps(facts)}, path)
+            return
+        save = _digest(tensors, facts)
+        shards = list(_shards(tensors, self.max_shard_size))
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensorfile.save(shard, {"format": "pt", _SAVE: save}, path / name)
+            weight_map |= dict.fromkeys(shard, name)
+        total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        head = {**metadata, "total_size": total, _SAVE: save, OUR_KEY: facts}
+        write_new(path / f"model{_INDEX}", jsonfile.dumps({"metadata": head, "weight_map": weight_map}))
+
+    def foreign_files(self, path: Path) -> list[Path]:
+        """List what is neither an index nor a shard that it names."""
+        known: set[str] = set()
+        for index in _indexes(path):
+            try:
+                known |= {index.name, *_read_index(index)[0].values()}
+            except CkptError:  # then its shards are not known to be ours either
+                known.add(index.name)
+        if not path.is_dir():
+            return []
+        return sorted(entry for entry in path.iterdir() if entry.name not in known or not entry.is_file())
+
+
+# --- where things are ---
+
+
+def _indexes(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{_INDEX}"))
+
+
+def _find(path: Path) -> Path:
+    """Return the file to begin with: the index of a folder, or the one file."""
+    if not path.is_dir():
+        return path
+    indexes = _indexes(path)
+    usual = path / f"model{_INDEX}"
+    found = [usual] if usual in indexes else indexes
+    if (path / _MODEL).exists():
+        found.append(path / _MODEL)
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise InconsistentError(f"holds {names}", path=path, hint="name the one to read")
+    return _regular(found[0] if found else path / _MODEL)
+
+
+def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    header = tensorfile.check(path)
+    shard = _SHARD.fullmatch(path.name)
+    if _SAVE in header.metadata or (shard and int(shard[1]) > 1 and OUR_KEY not in header.metadata):
+        raise InconsistentError(
+            "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
+        )
+    return tensorfile.load(path, header, sources), dict(header.metadata)
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return tensorfile.parse_json(text.encode(), path)
+    except (CorruptError, InconsistentError) as error:
+        raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
+
+
+# --- shards ---
+
+
+def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Open every shard that an index names, after all of their headers fit it and each other."""
+    fingerprint = Fingerprint.of(index)
+    weight_map, metadata = _read_index(index)
+    sources.add(index, fingerprint)
+    headers = {name: tensorfile.check(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())}
+    for file, header in headers.items():
+        for name in header.sizes:
+            if weight_map.get(name) != file:
+                where = f"the index says {weight_map[name]}" if name in weight_map else "the index does not list it"
+                raise InconsistentError(f"is in {file}, and {where}", path=index, key=name)
+        if header.metadata.get(_SAVE) != metadata.get(_SAVE):
+            raise InconsistentError("belongs to another save than the index", path=index.with_name(file))
+    for name, file in weight_map.items():
+        if name not in headers[file].sizes:
+            raise InconsistentError(f"is not in {file}, where the index says it is", path=index, key=name)
+    total = sum(size for header in headers.values() for size in header.sizes.values())
+    stated = metadata.pop("total_size", total)
+    if stated != total:
+        raise InconsistentError(f"is {stated!r}, the shards hold {total} bytes", path=index, key="metadata.total_size")
+    for name in (_SAVE, "total_parameters"):  # what a transform would make untrue, too
+        metadata.pop(name, None)
+    tensors: dict[str, Tensor] = {}
+    for file, header in headers.items():
+        tensors |= tensorfile.load(index.with_name(file), header, sources)
+    return {name: tensors[name] for name in weight_map}, metadata
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return an index's weight map and metadata, after every file name in it was looked at."""
+    _regular(index)
+    if index.stat().st_size > tensorfile.LARGEST_HEADER:
+        raise LimitError(f"is larger than {tensorfile.LARGEST_HEADER} bytes", path=index)
+    content = tensorfile.parse_json(index.read_bytes(), index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise InconsistentError("must be an object with a weight_map of tensor → file", path=index)
+    metadata = content.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise InconsistentError("must be an object", path=index, key="metadata")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        if not plain or file.startswith("."):
+            raise InconsistentError(
+                f"is said to be in {file!r}, which is no plain name of a safetensors file", path=index, key=name
+            )
+    return weight_map, metadata
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of an index or a shard, if it is a regular file of the checkpoint's own folder."""
+    if path.is_symlink() and Path(os.path.realpath(path)).parent != Path(os.path.realpath(path.parent)):
+        hint = "copy the folder with cp -rL, which follows links"
+        raise InconsistentError("is a link that leads out of the checkpoint", path=path, hint=hint)
+    if not path.exists():
+        raise InconsistentError("is missing", path=path)
+    if not path.is_file():
+        raise InconsistentError("must be a regular file", path=path)
+    return path
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """Return what tells a save from any other that differs in a bit: shards of two must not be mixed."""
+    digest = hashlib.sha256(document.dumps(facts).encode())
+    for name, tensor in tensors.items():
+        crc = 0
+        for piece in tensorfile.pieces(tensor):
+            crc = zlib.crc32(piece, crc)
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape), crc)).encode(errors="backslashreplace"))
+    return digest.hexdigest()[:16]
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """Fill shards in order, the model's tensors first and the others in shards of their own."""
+    shard: dict[str, Tensor] = {}
+    size, ours = 0, False
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0].startswith(document.PREFIX)):
+        more = tensor.numel() * tensor.itemsize
+        if shard and (size + more > most or name.startswith(document.PREFIX) != ours):
+            yield shard
+            shard, size = {}, 0
+        ours = name.startswith(document.PREFIX)
+        shard[name] = tensor
+        size += more
+    if shard:
+        yield shard
+
+
+# --- what others keep in the metadata ---
+
+
+def _with_metadata(origin: Origin, format_name: str, metadata: Mapping[str, Any]) -> Origin:
+    """Note what others keep there; the usual ``format`` need not be carried through other formats."""
+    others = {key: text for key, text in metadata.items() if (key, text) != ("format", "pt")}
+    others = {**_recorded_metadata(origin, format_name), **others}
+    return replace(origin, dialects={**origin.dialects, format_name: others} if others else origin.dialects)
+
+
+def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
+    recorded = origin.dialects.get(format_name, {})
+    if not isinstance(recorded, dict):
+        raise InconsistentError("is no metadata of a safetensors file", key=f"{OUR_KEY}.dialects.{format_name}")
+    return recorded
+
+
+def _overlapping(checkpoint: Checkpoint) -> list[str]:
+    """Name two tensors that share memory without being the same view of it, if there are any."""
+    everything: dict[str, Any] = {"model": checkpoint.open_tensors()}
+    if checkpoint.unbound is not None:
+        everything["optimizer"] = checkpoint.unbound.state_dict
+    elif checkpoint.optimizer is not None:
+        optimizer = checkpoint.optimizer
+        everything["optimizer"] = optimizer.state
+        everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
+    everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
+    spans: dict[Any, tuple[int, int, str]] = {}
+    for name, tensor in named_tensors(everything):
+        if tensor.numel():
+            start = tensor.data_ptr()
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            view = (start, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            spans[view] = (start, start + (reach + 1) * tensor.itemsize, name)
+    end, last = 0, ""
+    for start, stop, name in sorted(spans.values()):
+        if start < end:
+            return [last, name]
+        end, last = stop, name
+    return []
+
+
+@hookimpl
+def register_adapters() -> list[type[Adapter]]:
+    """Offer the format."""
+    return [SafetensorsAdapter]

@@ -1,0 +1,1 @@
+"""Checkpoints as folders of .npy files, and addresses handed from expert to expert."""

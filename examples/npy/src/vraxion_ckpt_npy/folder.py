@@ -1,0 +1,135 @@
+"""A folder of ``.npy`` files, one a tensor, and ``manifest.json``: which file is which, and all that is no tensor."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.lib.format import read_array_header_1_0, read_magic
+from torch import Tensor
+
+from vraxion_ckpt import Adapter, Checkpoint, document, hookimpl, jsonfile
+from vraxion_ckpt.commit import write_new
+from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError
+from vraxion_ckpt.sources import Fingerprint, Sources
+
+MANIFEST = "manifest.json"
+# What both torch and numpy know; the document stores everything else as bytes.
+DTYPES = frozenset(
+    {
+        *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    }
+)
+_FILE = re.compile(r"\d{5,8}\.npy")
+
+
+class NpyAdapter(Adapter):
+    """Folder of .npy files with a JSON manifest."""
+
+    name: ClassVar[str] = "npy"
+    suffixes: ClassVar[tuple[str, ...]] = (".npyd/",)
+
+    @property
+    def is_directory(self) -> bool:
+        return True
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return (path / MANIFEST).is_file()
+
+    def read(self, path: Path) -> Checkpoint:
+        sources = Sources()
+        manifest = _read_manifest(path / MANIFEST, sources)
+        tensors = {name: _read_tensor(path / file, sources) for name, file in manifest["files"].items()}
+        return replace(document.load(tensors, manifest["document"], path, self.name), sources=sources)
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        tensors, facts = document.dump(checkpoint, DTYPES, is_name=_is_name)
+        files = {name: f"{number:05d}.npy" for number, name in enumerate(tensors)}
+        for name, tensor in tensors.items():
+            _write_tensor(tensor, path / files[name])
+        write_new(path / MANIFEST, jsonfile.dumps({"format": "npy", "version": 1, "files": files, "document": facts}))
+
+    def foreign_files(self, path: Path) -> list[Path]:
+        known = {MANIFEST}
+        with suppress(CkptError):  # without a manifest nothing is known to be ours
+            known |= set(_read_manifest(path / MANIFEST, Sources())["files"].values())
+        return sorted(entry for entry in path.iterdir() if entry.name not in known)
+
+
+def _is_name(name: str) -> bool:
+    """Any text is a key of a JSON object, except what is no text at all."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_manifest(path: Path, sources: Sources) -> dict[str, Any]:
+    _require_file(path)
+    sources.add(path, Fingerprint.of(path))
+    manifest = jsonfile.load(path)
+    if not isinstance(manifest, dict) or manifest.keys() != {"format", "version", "files", "document"}:
+        raise InconsistentError("is no manifest: needs format, version, files and document", path=path)
+    if (manifest["format"], manifest["version"]) != ("npy", 1):
+        raise InconsistentError("is of another format or version", path=path)
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(isinstance(f, str) and _FILE.fullmatch(f) for f in files.values()):
+        raise InconsistentError("must name a file like 00001.npy for each tensor", path=path, key="files")
+    return manifest
+
+
+def _require_file(path: Path) -> None:
+    """A link could lead anywhere, a pipe would block."""
+    if path.is_symlink() or not path.is_file():
+        raise InconsistentError("is missing, or not a regular file", path=path)
+
+
+def _read_tensor(path: Path, sources: Sources) -> Tensor:
+    """Map a tensor: it is private to this process, and read when it is needed."""
+    _require_file(path)
+    fingerprint = Fingerprint.of(path)
+    try:
+        with path.open("rb") as file:
+            if read_magic(file) != (1, 0):
+                raise CorruptError("is of a version that is not written here", path=path)
+            shape, in_columns, dtype = read_array_header_1_0(file)
+            offset = file.tell()
+        count = math.prod(shape)
+        if in_columns or dtype.hasobject or offset + count * dtype.itemsize != fingerprint.size:
+            raise CorruptError("its header does not describe the bytes that follow it", path=path)
+        # numpy cannot map what is empty.
+        array = np.memmap(path, dtype, "c", offset, shape) if count else np.empty(shape, dtype)
+        tensor = torch.from_numpy(np.asarray(array))
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error
+    except CkptError:
+        raise
+    except Exception as error:  # what numpy raises for a damaged header is not one class
+        raise CorruptError(f"numpy cannot read it: {error}", path=path) from error
+    sources.add(path, fingerprint)
+    return tensor
+
+
+def _write_tensor(tensor: Tensor, path: Path) -> None:
+    array = tensor.detach().resolve_conj().resolve_neg().contiguous().numpy()
+    try:
+        with path.open("xb") as file:
+            np.save(file, array, allow_pickle=False)
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error
+
+
+@hookimpl
+def register_adapters() -> list[type[Adapter]]:
+    """Offer the format."""
+    return [NpyAdapter]

@@ -1,0 +1,40 @@
+"""Hand addresses of the ring to an expert that is there already: balance without growth."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from vraxion_ckpt import Checkpoint, Transform, TransformError, hookimpl
+from vraxion_ckpt.options import IntList
+
+
+class HandOver(Transform):
+    """Give addresses of the ring to another expert."""
+
+    name: ClassVar[str] = "hand_over"
+
+    addresses: IntList = Field(description="which addresses, like [1,3,8-15]")
+    to: int = Field(ge=0, description="the expert that owns them from now on")
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        head, router = checkpoint.head, checkpoint.router_map
+        if head is None or router is None:
+            raise TransformError("the model has no experts or no router_map", key=self.name)
+        if self.to not in head.experts:
+            raise TransformError(f"there is no expert {self.to} that has tensors", key=self.name)
+        if not self.addresses or not all(0 <= address < len(router) for address in self.addresses):
+            raise TransformError(f"addresses must be some of 0 to {len(router) - 1}", key=self.name)
+        moved = router.to(torch.int64, copy=True)  # never into the tensor that was lent
+        moved[torch.tensor(self.addresses)] = self.to
+        checkpoint.core[head.names.router_map] = moved.to(router.dtype)
+        checkpoint.plan = None  # it was made for another map
+        return checkpoint
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [HandOver]

@@ -1,0 +1,77 @@
+"""One ``.npz`` file: an array for each tensor, and the JSON document that says which is which."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from vraxion_ckpt import Adapter, Checkpoint, document, hookimpl, jsonfile
+from vraxion_ckpt.errors import CorruptError, InconsistentError, StorageError
+from vraxion_ckpt.sources import Fingerprint, Sources
+
+DOCUMENT = "document"
+# What both torch and numpy know; the document stores everything else as bytes.
+DTYPES = frozenset(
+    {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64}
+)
+
+
+class FormatAdapter(Adapter):
+    """One .npz file of numpy."""
+
+    name: ClassVar[str] = "{{ cookiecutter.format }}"
+    suffixes: ClassVar[tuple[str, ...]] = (".{{ cookiecutter.format }}",)
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return f"{DOCUMENT}.npy" in archive.namelist()
+        except (OSError, zipfile.BadZipFile):
+            return False
+
+    def read(self, path: Path) -> Checkpoint:
+        sources = Sources()
+        try:
+            sources.add(path, Fingerprint.of(path))
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = dict(archive)
+        except FileNotFoundError as error:
+            raise StorageError.from_os_error(error, path) from error
+        except Exception as error:  # what numpy raises for a damaged file is not one class
+            raise CorruptError(f"numpy cannot read it: {error}", path=path) from error
+        if DOCUMENT not in arrays:
+            raise InconsistentError("has no document", path=path)
+        text = arrays.pop(DOCUMENT).tobytes().decode(errors="replace")
+        facts = jsonfile.loads(text, path)
+        if not isinstance(facts, dict) or facts.keys() != {"names", "document"} or not isinstance(facts["names"], list):
+            raise InconsistentError("its document is none of ours", path=path)
+        if list(arrays) != [str(number) for number in range(len(facts["names"]))]:
+            raise InconsistentError("does not hold the arrays that its document names", path=path)
+        tensors = dict(zip(map(str, facts["names"]), map(torch.from_numpy, arrays.values()), strict=True))
+        return replace(document.load(tensors, facts["document"], path, self.name), sources=sources)
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        tensors, facts = document.dump(checkpoint, DTYPES, is_name=str.isprintable)
+        text = document.dumps({"names": list(tensors), "document": facts})
+        arrays = {
+            str(number): tensor.detach().resolve_neg().contiguous().numpy()
+            for number, tensor in enumerate(tensors.values())
+        }
+        arrays[DOCUMENT] = np.frombuffer(text.encode(), np.uint8)
+        try:
+            with path.open("xb") as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            raise StorageError.from_os_error(error, path) from error
+
+
+@hookimpl
+def register_adapters() -> list[type[Adapter]]:
+    """Offer the format."""
+    return [FormatAdapter]

@@ -1,0 +1,36 @@
+"""Multiply the weights of one expert."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from vraxion_ckpt import Checkpoint, Expert, Transform, TransformError, hookimpl
+
+
+class ExpertTransform(Transform):
+    """Multiply the weights of one expert."""
+
+    name: ClassVar[str] = "{{ cookiecutter.transform }}"
+
+    expert: int = Field(description="which expert")
+    factor: float = Field(1.0, allow_inf_nan=False, description="what to multiply with")
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.head is None or self.expert not in checkpoint.head.experts:
+            raise TransformError(f"there is no expert {self.expert}", key=self.name)
+        old = checkpoint.head.experts[self.expert]
+        # A new expert with new tensors: those that were lent are never written into.
+        new = {
+            leaf: (tensor * self.factor).to(tensor.dtype) if tensor.is_floating_point() else tensor
+            for leaf, tensor in old.items()
+        }
+        checkpoint.head.experts[self.expert] = Expert(new)
+        return checkpoint
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [ExpertTransform]

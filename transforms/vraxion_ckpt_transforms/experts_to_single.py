@@ -1,0 +1,87 @@
+"""Experts that do not differ become ``head.single.*``: the way back from `single_to_experts`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+from vraxion_ckpt.compare import differences, same_bits
+from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Head, HeadKind, Optimizer
+from vraxion_ckpt.surgery import remove_expert, rename_head
+from vraxion_ckpt.transform import Transform
+
+_HOW_TO_REMOVE = "remove it before this step with prune_merge, which tells who takes over its addresses"
+
+
+class ExpertsToSingle(Transform):
+    """Make the only expert, or experts that are bit-identical, the single head."""
+
+    name: ClassVar[str] = "experts_to_single"
+
+    def function_noise(self) -> float | None:
+        return 0.0
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        head = self._head(checkpoint)
+        for other in sorted(head.experts.keys() - {0}):
+            self._check_tensors(other, head)
+            if checkpoint.optimizer is not None:
+                self._check_optimizer(other, head, checkpoint.optimizer)
+        inner = next((leaf for leaf in head.experts[0] if "." in leaf), None)
+        if inner is not None:
+            message = f"a single head with inner layers ({inner}) is loaded by no VRAXION runtime"
+            warnings.warn(message, CkptWarning, stacklevel=2)
+        for other in range(head.num_experts - 1, 0, -1):
+            remove_expert(checkpoint, other, into=0)
+        rename_head(checkpoint, HeadKind.SINGLE)
+        checkpoint.plan = None
+        return checkpoint
+
+    def _head(self, checkpoint: Checkpoint) -> Head:
+        head = checkpoint.head
+        if head is None:
+            raise TransformError("the model has no head (no tensor under head.experts.)", key=self.name)
+        if head.kind is HeadKind.SINGLE:
+            raise TransformError("the head is single already", key=self.name, hint="leave this step out")
+        if head.deleted:
+            raise TransformError(
+                f"expert {min(head.deleted)} was deleted; whether it was like the others cannot be told",
+                key=self.name,
+                hint=_HOW_TO_REMOVE,
+            )
+        return head
+
+    def _check_tensors(self, other: int, head: Head) -> None:
+        first, second = head.experts[0], head.experts[other]
+        for leaf in dict.fromkeys([*first, *second]):
+            if leaf not in first or leaf not in second or not same_bits(first[leaf], second[leaf]):
+                raise TransformError(
+                    f"experts 0 and {other} differ in {leaf}; one head cannot be both",
+                    key=self.name,
+                    hint=_HOW_TO_REMOVE,
+                )
+
+    def _check_optimizer(self, other: int, head: Head, optimizer: Optimizer) -> None:
+        """Refuse to lose what the optimizer knows of the other expert alone."""
+        groups = {name: number for number, group in enumerate(optimizer.groups) for name in group.params}
+        for leaf in head.experts[other]:
+            kept, lost = head.prefix(0) + leaf, head.prefix(other) + leaf
+            if lost in optimizer.state and any(differences(optimizer.state.get(kept), optimizer.state[lost])):
+                what = "state"
+            elif lost in groups and groups[lost] != groups.get(kept):
+                what = "param group"
+            else:
+                continue
+            raise TransformError(
+                f"experts 0 and {other} are alike, but not the optimizer's {what} of their {leaf}",
+                key=self.name,
+                hint=_HOW_TO_REMOVE,
+            )
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [ExpertsToSingle]

@@ -1,0 +1,83 @@
+"""Remove an expert and give its addresses to another: the model shrinks by one."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.surgery import remove_expert
+from vraxion_ckpt.transform import Transform
+
+
+class PruneMerge(Transform):
+    """Remove one expert; another takes over its addresses."""
+
+    name: ClassVar[str] = "prune_merge"
+
+    merge_from: int | None = Field(None, ge=0, description="expert to remove; that with the highest id if not given")
+    merge_into: int = Field(ge=0, description="expert that takes over its addresses")
+    renumber: bool = Field(False, description="allow removing one that is not the last: ids above it move down by one")
+    allow_tenured: bool = Field(False, description="allow removing a tenured expert")
+
+    def function_noise(self) -> float | None:
+        return None
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        head = self._head(checkpoint)
+        removed = head.num_experts - 1 if self.merge_from is None else self.merge_from
+        self._check(removed, checkpoint, head)
+        remove_expert(checkpoint, removed, self.merge_into)
+        checkpoint.payload["prune"] = {
+            "merge_from": removed,
+            "merge_into": self.merge_into,
+            "router_remap": f"{removed}->{self.merge_into}",
+        }
+        return checkpoint
+
+    def _head(self, checkpoint: Checkpoint) -> Head:
+        if checkpoint.head is None:
+            raise TransformError("the model has no head", key=self.name)
+        if checkpoint.head.kind is HeadKind.SINGLE:
+            raise TransformError("the head is single (head.single.*), there is nothing to remove", key=self.name)
+        if checkpoint.router_map is None:
+            raise TransformError("the model has no router_map", key=self.name)
+        return checkpoint.head
+
+    def _check(self, removed: int, checkpoint: Checkpoint, head: Head) -> None:
+        last = head.num_experts - 1
+        if not last:
+            raise TransformError(
+                "the only expert cannot be removed", key=self.name, hint="experts_to_single makes it a single head"
+            )
+        for expert in (removed, self.merge_into):
+            if expert > last:
+                raise TransformError(f"there is no expert {expert}; there are {head.num_experts}", key=self.name)
+        if removed == self.merge_into:
+            raise TransformError(
+                f"expert {removed} cannot take over from itself", key=self.name, hint="pass another merge_from="
+            )
+        if self.merge_into in head.deleted:
+            raise TransformError(
+                f"expert {self.merge_into} was deleted; it has no tensors to take over with",
+                key=self.name,
+                hint="pass another merge_into=",
+            )
+        row = checkpoint.lifecycle.get(removed)
+        if row is not None and row.tenured and not self.allow_tenured:
+            raise TransformError(f"expert {removed} is tenured", key=self.name, hint="pass allow_tenured=true")
+        if removed != last and not self.renumber:
+            raise TransformError(
+                f"expert {removed} is not the last; the ids above it, up to {last}, would move down by one",
+                key=self.name,
+                hint="pass renumber=true",
+            )
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [PruneMerge]

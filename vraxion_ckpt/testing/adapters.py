@@ -1,0 +1,262 @@
+"""What every adapter must do."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from vraxion_ckpt import binding, invariants
+from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.errors import CkptError, CkptWarning, LossError, OptionError
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.options import configure
+from vraxion_ckpt.pipeline import convert
+from vraxion_ckpt.plugins import adapters
+from vraxion_ckpt.reading import read
+from vraxion_ckpt.testing.samples import checkpoints, make, samples
+from vraxion_ckpt.testing.watch import untouched
+
+_NAMES = (
+    "",
+    ".",
+    "..",
+    "../up",
+    "/abs",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "__metadata__",
+    "A",
+    "a",
+    "é",
+    "é",
+    "x" * 300,
+    "\ud800",
+)
+
+
+class AdapterTests:
+    """Test an adapter: subclass this in a test module, name the adapter, and pytest runs the rest.
+
+    ::
+
+        class TestNpy(AdapterTests):
+            adapter = NpyAdapter()
+
+    Attributes:
+        adapter: with the options to test; subclass once for each set of options that matters.
+        examples: how many generated checkpoints to try.
+    """
+
+    adapter: ClassVar[Adapter]
+    examples: ClassVar[int] = 50
+
+    # --- what a test needs ---
+
+    def place(self, folder: Path, name: str = "target") -> Path:
+        """Return a path that `write` may be given: a free name, or a new empty directory."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / (name + next(iter(self.adapter.suffixes), "").rstrip("/"))
+        if self.adapter.is_directory:
+            path.mkdir()
+        return path
+
+    def written(self, checkpoint: Checkpoint, folder: Path) -> Path:
+        """Write what the format holds of a checkpoint to a new place."""
+        path = self.place(folder)
+        self.adapter.write(self.adapter.held(checkpoint), path)
+        return path
+
+    def read_all(self, path: Path) -> Checkpoint:
+        """Read a checkpoint as a conversion does: bound, all experts open, every checksum verified."""
+        found = binding.bind(self.adapter.read(path))
+        found.open_experts()
+        found.sources.verify()
+        listed = list(invariants.findings(found))
+        assert not listed, f"reading accepts what is inconsistent: {listed}"
+        return found
+
+    def assert_holds(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Compare what lies at `path` with what the format is to hold of a checkpoint, bit by bit."""
+        listed = list(checkpoint_differences(self.adapter.held(checkpoint), self.read_all(path)))
+        assert not listed, "\n".join(listed)
+
+    # --- round trips ---
+
+    @pytest.mark.parametrize("sample", list(samples()))
+    def test_a_sample_comes_back_bit_for_bit(self, sample: str, tmp_path: Path) -> None:
+        checkpoint = samples()[sample]
+        self.assert_holds(checkpoint, self.written(checkpoint, tmp_path))
+
+    def test_generated_checkpoints_come_back_bit_for_bit(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        @settings(max_examples=self.examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(checkpoints())
+        def comes_back(checkpoint: Checkpoint) -> None:
+            folder = tmp_path_factory.mktemp("generated")
+            self.assert_holds(checkpoint, self.written(checkpoint, folder))
+            shutil.rmtree(folder)
+
+        comes_back()
+
+    def test_it_serves_a_conversion_with_surgery_and_back(self, tmp_path: Path) -> None:
+        start = self.written(make(), tmp_path / "start")
+        split = [("mitosis_split", {"parent": 0, "addresses": [0, 3], "noise": 0})]
+        target = tmp_path / ("split" + next(iter(self.adapter.suffixes), "").rstrip("/"))
+        convert(start, target, from_=self.adapter, to=self.adapter, transforms=split, losses="ignore")
+        found = read(target, from_=self.adapter)
+        assert found.num_experts == 4
+        assert [record.name for record in found.history] == ["mitosis_split"]
+        assert found.router_map is not None
+        assert found.router_map.tolist() == [3 if a in (0, 3) else a % 3 for a in range(12)]
+
+    # --- what it must leave alone ---
+
+    @pytest.mark.parametrize("sample", list(samples()))
+    def test_writing_changes_nothing_of_the_checkpoint(self, sample: str, tmp_path: Path) -> None:
+        checkpoint = samples()[sample]
+        with untouched(checkpoint):
+            self.adapter.losses(checkpoint)
+            self.adapter.held(checkpoint)
+            self.written(checkpoint, tmp_path)
+
+    @pytest.mark.parametrize("sample", ["experts", "single", "odd_payload"])
+    def test_reading_changes_nothing_on_disk(self, sample: str, tmp_path: Path) -> None:
+        path = self.written(samples()[sample], tmp_path)
+        before = _contents(path)
+        self.read_all(path)
+        assert _contents(path) == before
+
+    @pytest.mark.parametrize("sample", list(samples()))
+    def test_the_same_checkpoint_gives_the_same_bytes(self, sample: str, tmp_path: Path) -> None:
+        first = self.written(samples()[sample], tmp_path / "first")
+        self.written(samples()["two_groups"], tmp_path / "between")  # what was written before must not matter
+        second = self.written(samples()[sample], tmp_path / "second")
+        assert _contents(first) == _contents(second)
+
+    def test_a_checkpoint_may_be_moved(self, tmp_path: Path) -> None:
+        path = self.written(make(), tmp_path / "here")
+        there = self.place(tmp_path / "there", "renamed")
+        if there.is_dir():
+            there.rmdir()
+        path.rename(there)
+        self.assert_holds(make(), there)
+
+    # --- losses ---
+
+    @pytest.mark.parametrize("sample", list(samples()))
+    def test_what_is_lost_was_declared(self, sample: str, tmp_path: Path) -> None:
+        checkpoint = samples()[sample]
+        declared = self.adapter.losses(checkpoint)
+        found = self.read_all(self.written(checkpoint, tmp_path))
+        lost = list(checkpoint_differences(checkpoint, found))
+        lost += [f"{names} are no longer one tensor" for names in _ties(checkpoint) if names not in _ties(found)]
+        assert declared or not lost, f"lost without a word: {lost}"
+        assert all(loss.what and loss.why for loss in declared)
+
+    def test_a_declared_loss_stops_a_conversion(self, tmp_path: Path) -> None:
+        for name, checkpoint in samples().items():
+            if not self.adapter.losses(checkpoint):
+                continue
+            others = [configure(kind, {}) for kind in adapters().values()]
+            other = next(each for each in others if not each.is_directory and not each.losses(checkpoint))
+            source, target = tmp_path / name, tmp_path / f"{name}_refused"
+            other.write(checkpoint, source)
+            with pytest.raises(LossError):
+                convert(source, target, from_=other, to=self.adapter)
+            assert not target.exists()
+
+    # --- what is no checkpoint of this format ---
+
+    def test_it_detects_its_own_and_nothing_else(self, tmp_path: Path) -> None:
+        assert type(self.adapter).detect(self.written(make(), tmp_path / "own"))
+        (tmp_path / "empty").touch()
+        (tmp_path / "text").write_text("hello\n" * 100)
+        (tmp_path / "json").write_text('{"a": [1, 2, 3]}')
+        (tmp_path / "folder").mkdir()
+        for other, kind in adapters().items():
+            if kind is not type(self.adapter):
+                adapter = configure(kind, {})
+                if adapter.is_directory:
+                    (tmp_path / other).mkdir()
+                adapter.write(make(), tmp_path / other)
+        for path in set(tmp_path.iterdir()) - {tmp_path / "own"}:
+            assert not type(self.adapter).detect(path), path.name
+        assert not type(self.adapter).detect(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("sample", ["experts", "single"])
+    def test_a_truncated_file_is_refused(self, sample: str, tmp_path: Path) -> None:
+        path = self.written(samples()[sample], tmp_path)
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            whole = file.read_bytes()
+            for length in sorted({0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 9, len(whole) - 1}):
+                file.write_bytes(whole[: max(0, length)])
+                self._assert_refused_or_whole(samples()[sample], path, f"{file.name} cut to {length} bytes")
+            file.write_bytes(whole)
+
+    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
+        path = self.written(make(), tmp_path)
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []:
+            whole = file.read_bytes()
+            file.unlink()
+            self._assert_refused_or_whole(make(), path, f"without {file.name}")
+            file.write_bytes(whole)
+
+    def _assert_refused_or_whole(self, checkpoint: Checkpoint, path: Path, case: str) -> None:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", CkptWarning)
+            try:
+                found = self.read_all(path)
+            except CkptError:
+                return
+        expected = self.adapter.held(checkpoint)
+        if said:
+            found.lifecycle = expected.lifecycle  # the one thing that may be rebuilt, with a warning
+        listed = list(checkpoint_differences(expected, found))
+        assert not listed, f"{case}: read as something else: {listed}"
+
+    # --- names and options ---
+
+    @pytest.mark.parametrize("name", _NAMES, ids=lambda name: repr(name)[:20])
+    def test_a_hostile_name_comes_back_or_is_refused_and_leads_nowhere(self, name: str, tmp_path: Path) -> None:
+        checkpoint = make()
+        checkpoint.core["a" if name == "A" else "A"] = checkpoint.core["theta"].clone()
+        checkpoint.core[name] = checkpoint.core["theta"] + 1
+        checkpoint.payload[name] = checkpoint.core["theta"] + 2
+        place = self.place(tmp_path / "deep" / "down")
+        before = _contents(tmp_path)
+        try:
+            self.adapter.write(self.adapter.held(checkpoint), place)
+        except CkptError:
+            return
+        self.assert_holds(checkpoint, place)
+        outside = {path for path in _contents(tmp_path) if not path.is_relative_to(place.relative_to(tmp_path))}
+        assert outside == {path for path in before if not path.is_relative_to(place.relative_to(tmp_path))}
+
+    def test_options_are_described_and_unknown_ones_refused(self) -> None:
+        kind = type(self.adapter)
+        assert kind.name
+        assert kind.summary(), "the class needs a docstring"
+        for option, field in kind.model_fields.items():
+            assert field.description, f"option {option} needs a description"
+        with pytest.raises(OptionError, match="no_such_option"):
+            configure(kind, {"no_such_option": 1})
+
+
+def _contents(path: Path) -> dict[Path, bytes]:
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    return {file.relative_to(path): file.read_bytes() for file in files}
+
+
+def _ties(checkpoint: Checkpoint) -> list[set[str]]:
+    """List the names of each model tensor that has more than one."""
+    places: dict[int, set[str]] = {}
+    for name, tensor in checkpoint.state_dict().items():
+        if tensor.numel():
+            places.setdefault(tensor.data_ptr(), set()).add(name)
+    return [names for names in places.values() if len(names) > 1]

@@ -1,0 +1,157 @@
+"""What every transform must do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from vraxion_ckpt import binding, invariants
+from vraxion_ckpt.compare import checkpoint_differences, differences
+from vraxion_ckpt.errors import CkptError, OptionError
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.options import configure, resolved
+from vraxion_ckpt.plugins import adapters
+from vraxion_ckpt.testing.samples import checkpoints, samples
+from vraxion_ckpt.testing.watch import untouched
+from vraxion_ckpt.transform import Step, Transform, apply_chain
+
+Case = tuple[Mapping[str, Any], str]
+
+
+class TransformTests:
+    """Test a transform: subclass this, name the transform and calls that work, and pytest runs the rest.
+
+    ::
+
+        class TestScale(TransformTests):
+            transform = Scale
+            accepted = [({"expert": 1, "factor": 0.5}, "experts")]
+            refused = [({"expert": 7}, "experts", "no expert 7")]
+
+    Attributes:
+        transform: the class.
+        accepted: options, as a user gives them, and the name of a sample that they work on; at least one.
+        refused: the same with a part of the message that refuses them.
+        examples: how many generated checkpoints to try.
+    """
+
+    transform: ClassVar[type[Transform]]
+    accepted: ClassVar[Sequence[Case]]
+    refused: ClassVar[Sequence[tuple[Mapping[str, Any], str, str]]] = ()
+    examples: ClassVar[int] = 50
+
+    def run(self, options: Mapping[str, Any], checkpoint: Checkpoint) -> Checkpoint:
+        """Run the transform as a chain of one, which must leave its input alone."""
+        transform = configure(self.transform, options)
+        with untouched(checkpoint):
+            after, _ = apply_chain(checkpoint, [Step(transform, "tests", "0")])
+        return after
+
+    def assert_sound(self, options: Mapping[str, Any], before: Checkpoint, after: Checkpoint) -> None:
+        """Hold a result to what must be true after every chain."""
+        listed = [*invariants.findings(after), *invariants.sharing_findings(before, after)]
+        if not any(invariants.missing_siblings(before)):
+            listed += invariants.missing_siblings(after)
+        assert not listed, "; ".join(listed)
+        preservation = invariants.preservation(before, after, configure(self.transform, options).function_noise())
+        assert preservation is None or preservation.as_asked, f"the function was to be preserved: {preservation}"
+        assert after.history[:-1] == before.history
+        assert after.history[-1].name == self.transform.name
+
+    # --- calls that work ---
+
+    def test_what_is_to_work_works(self) -> None:
+        assert self.accepted, "give at least one call that works"
+        for options, sample in self.accepted:
+            before = samples()[sample]
+            self.assert_sound(options, before, self.run(options, before))
+
+    def test_a_second_run_gives_the_same(self) -> None:
+        for options, sample in self.accepted:
+            one, other = (self.run(options, samples()[sample]) for _ in range(2))
+            assert not list(checkpoint_differences(one, other))
+
+    def test_the_order_of_the_state_dict_does_not_matter(self) -> None:
+        for options, sample in self.accepted:
+            usual, turned = samples()[sample], samples()[sample]
+            turned.core = dict(reversed(turned.core.items()))
+            if turned.head is not None:
+                turned.head.position = len(turned.core) - turned.head.position
+            one, other = self.run(options, usual), self.run(options, turned)
+            assert not list(differences(_by_name(one), _by_name(other)))
+
+    def test_the_result_survives_every_format(self, tmp_path: Path) -> None:
+        for number, (options, sample) in enumerate(self.accepted):
+            after = self.run(options, samples()[sample])
+            for name, kind in adapters().items():
+                adapter = configure(kind, {})
+                path = tmp_path / f"{number}_{name}"
+                if adapter.is_directory:
+                    path.mkdir()
+                held = adapter.held(after)
+                adapter.write(held, path)
+                found = binding.bind(adapter.read(path))
+                assert not list(checkpoint_differences(held, found)), f"as {name}"
+
+    # --- calls that do not ---
+
+    def test_what_is_to_be_refused_is_refused(self) -> None:
+        for options, sample, message in self.refused:
+            checkpoint = samples()[sample]
+            with untouched(checkpoint), pytest.raises(CkptError) as refusal:
+                self.run(options, checkpoint)
+            assert message in str(refusal.value)
+
+    @pytest.mark.parametrize("sample", list(samples()))
+    def test_any_checkpoint_is_transformed_soundly_or_refused(self, sample: str) -> None:
+        for options, _ in self.accepted:
+            self._sound_or_refused(options, samples()[sample])
+
+    def test_generated_checkpoints_are_transformed_soundly_or_refused(self) -> None:
+        @settings(max_examples=self.examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(checkpoints())
+        def sound_or_refused(checkpoint: Checkpoint) -> None:
+            for options, _ in self.accepted:
+                self._sound_or_refused(options, checkpoint)
+
+        sound_or_refused()
+
+    def _sound_or_refused(self, options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        before = replace(checkpoint)
+        try:
+            after = self.run(options, checkpoint)
+        except CkptError:
+            return
+        self.assert_sound(options, before, after)
+
+    # --- options ---
+
+    def test_options_are_described_and_wrong_ones_refused(self) -> None:
+        assert self.transform.name
+        assert self.transform.summary(), "the class needs a docstring"
+        for option, field in self.transform.model_fields.items():
+            assert field.description, f"option {option} needs a description"
+        options = dict(self.accepted[0][0])
+        with pytest.raises(OptionError, match="no_such_option"):
+            configure(self.transform, {**options, "no_such_option": 1})
+        for option in self.transform.model_fields:
+            with pytest.raises(OptionError, match=option):
+                configure(self.transform, {**options, option: object()})
+
+    def test_the_options_in_the_history_give_the_same_transform(self) -> None:
+        for options, _ in self.accepted:
+            transform = configure(self.transform, options)
+            recorded = json.loads(json.dumps(resolved(transform), allow_nan=False))
+            assert configure(self.transform, recorded) == transform
+
+
+def _by_name(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return tensors and optimizer state in an order that depends on their names alone."""
+    state = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    return [dict(sorted(checkpoint.state_dict().items())), dict(sorted(state.items()))]

@@ -1,0 +1,45 @@
+"""Notice a change of what must not change."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from vraxion_ckpt.compare import checkpoint_differences, differences
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.plain import named_tensors
+
+
+@contextmanager
+def untouched(checkpoint: Checkpoint) -> Iterator[None]:
+    """Fail if the block changes a checkpoint's containers, its tensors, or global random state.
+
+    Tensors are compared bit by bit and by torch's version counters, which a write counts up even if it writes what
+    was there already.
+    """
+    before, versions, state = copy.deepcopy(checkpoint), _versions(checkpoint), _random_state()
+    yield
+    changed = list(checkpoint_differences(before, checkpoint))
+    changed += differences(before.param_names, checkpoint.param_names, "param_names")
+    assert not changed, "changed its input: " + "; ".join(changed)
+    written = [name for name, version in _versions(checkpoint).items() if versions.get(name) != version]
+    assert not written, f"wrote into {', '.join(written)}"
+    moved = list(differences(state, _random_state(), "global random state"))
+    assert not moved, "; ".join(moved)
+
+
+def _versions(checkpoint: Checkpoint) -> dict[str, int]:
+    optimizer = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    everything = {"model": checkpoint.state_dict(), "optimizer": optimizer, "payload": checkpoint.payload}
+    return {name: tensor._version for name, tensor in named_tensors(everything)}
+
+
+def _random_state() -> dict[str, Any]:
+    _, keys, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "numpy": [torch.tensor(keys), *rest], "random": random.getstate()}
