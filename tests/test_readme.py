@@ -52,7 +52,11 @@ def test_every_command_works_in_order(newcomer):
         "by_hand.pt",
         "plan.json",
         "modular",
+        "all.safetensors",
         "monolith.pt",
+        "weights.safetensors",
+        "shards",
+        "one_head.pt",
     }
 
 
@@ -66,6 +70,20 @@ def test_the_python_example_works(newcomer):
         "yes, bit-identical at all 64 addresses",
         "2 torch.Size([64]) torch.Size([4, 16])",
     ]
+
+
+def test_the_transform_passes_the_suite_that_is_shown_beside_it(newcomer):
+    (transform,) = blocks("python", "class Scale(Transform)")
+    (suite,) = blocks("python", "class TestScale(TransformTests)")
+    (newcomer / "my_package").mkdir()
+    (newcomer / "my_package" / "scale.py").write_text(transform)
+    (newcomer / "test_scale.py").write_text(suite)
+    done = shell("python -m pytest -q -p no:cacheprovider test_scale.py", newcomer)
+    assert done.returncode == 0, done.stdout
+    broken = transform.replace("Expert({leaf: t * self.factor", "Expert({leaf: t.mul_(self.factor)")
+    assert broken != transform
+    (newcomer / "my_package" / "scale.py").write_text(broken)
+    assert shell("python -m pytest -q -p no:cacheprovider test_scale.py", newcomer).returncode == 1
 
 
 def test_every_make_target_it_names_exists():

@@ -49,7 +49,7 @@ def shrunk_in_memory(
     return shrunk, new_optimizer
 
 
-@pytest.mark.parametrize("target", ["pruned.pt", "pruned/"])
+@pytest.mark.parametrize("target", ["pruned.pt", "pruned/", "pruned.safetensors"])
 @pytest.mark.parametrize("head_last", [True, False], ids=["head_last", "head_first"])
 @pytest.mark.parametrize(("experts", "gone", "into"), SHRINK.values(), ids=SHRINK)
 @pytest.mark.parametrize("make", OPTIMIZERS)

@@ -33,8 +33,9 @@ from vraxion_ckpt.plain import DEEPEST, check_plain
 PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
 _MOST_DIMENSIONS = 64
-_LARGEST_SIZE = 2**48  # of one dimension
+_MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_QUANTISED = "q"  # how the names of dtypes begin that mean nothing without a scale
 
 
 class _Group(BaseModel):
@@ -364,13 +365,22 @@ class _Decoder:
     def _from_bytes(self, name: str, dtype_name: str, shape: list[int]) -> Tensor:
         """Return a tensor of a dtype that the format does not know, from the bytes it is stored as."""
         tensor, dtype = self._tensors[name], _DTYPES[dtype_name]
-        if tensor.dtype != torch.uint8 or tensor.ndim != 1 or not isinstance(shape, list):
+        if tensor.dtype != torch.uint8 or tensor.ndim != 1 or dtype_name.startswith(_QUANTISED):
             raise ValueError("it is not stored as bytes")
-        if len(shape) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n <= _LARGEST_SIZE for n in shape):
+        if not _is_shape(shape):
             raise ValueError("it has no shape")
         if tensor.data_ptr() % dtype.itemsize:  # bytes may lie at odd places, where not every operation may read
             tensor = self._tensors[name] = tensor.clone()
         return tensor.view(dtype).view(shape)
+
+
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_DIMENSIONS
+        and all(type(size) is int and size >= 0 for size in value)
+        and math.prod(size or 1 for size in value) <= _MOST_ELEMENTS
+    )
 
 
 def bare(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpoint:

@@ -51,7 +51,7 @@ _BITS = {code: 8 * dtype.itemsize for dtype, code in _CODES.items()} | {"F4": 4}
 LARGEST_HEADER = 100_000_000  # the library's own bound
 _MOST_TENSORS = 200_000
 _MOST_VALUES = 5_000_000
-_LARGEST_SIZE = 2**48  # of one dimension
+_MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
 _PIECE = 2**24
 _METADATA = "__metadata__"
 
@@ -175,7 +175,7 @@ def _place(name: str, entry: Any, path: Path) -> tuple[int, int]:
         raise CorruptError("its dtype, shape or place is not one", path=path, key=name)
     if code not in _BITS:
         raise UnsupportedError(f"is of dtype {code}", path=path, key=name)
-    if any(size > _LARGEST_SIZE for size in shape) or len(shape) > 64:
+    if len(shape) > 64 or math.prod(size or 1 for size in shape) > _MOST_ELEMENTS:
         raise LimitError("has an absurd shape", path=path, key=name)
     start, stop = offsets
     bits = math.prod(shape) * _BITS[code]

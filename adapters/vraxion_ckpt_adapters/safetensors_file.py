@@ -65,20 +65,17 @@ class SafetensorsAdapter(Adapter):
         place = _find(path)
         sources = Sources()
         if place.name.endswith(_INDEX):
-            tensors, metadata = _read_shards(place, sources)
-            text = metadata.pop(OUR_KEY, None)
             root = place.parent
+            tensors, metadata = _read_shards(place, sources)
         else:
-            tensors, metadata = _read_file(place, sources)
-            text = metadata.pop(OUR_KEY, None)
-            text = None if text is None else _parse(text, place)
             root = place
-        if text is None:
+            tensors, metadata = _read_file(place, sources)
+        if OUR_KEY in metadata:
+            found = document.load(tensors, metadata.pop(OUR_KEY), root, self.name)
+        else:
             found = document.bare(tensors, root, self.name)
             state_dict = dump_dialect(PayloadDialect(bare=True, ordered=True, keys=()))
             found.origin = replace(found.origin, dialects={"pt": state_dict})
-        else:
-            found = document.load(tensors, text, root, self.name)
         return replace(found, origin=_with_metadata(found.origin, self.name, metadata), sources=sources)
 
     # --- write ---
@@ -176,14 +173,13 @@ def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[st
         raise InconsistentError(
             "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
         )
-    return tensorfile.load(path, header, sources), dict(header.metadata)
-
-
-def _parse(text: str, path: Path) -> Any:
-    try:
-        return tensorfile.parse_json(text.encode(), path)
-    except (CorruptError, InconsistentError) as error:
-        raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
+    tensors, metadata = tensorfile.load(path, header, sources), dict[str, Any](header.metadata)
+    if OUR_KEY in metadata:
+        try:
+            metadata[OUR_KEY] = tensorfile.parse_json(header.metadata[OUR_KEY].encode(), path)
+        except (CorruptError, InconsistentError) as error:
+            raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
+    return tensors, metadata
 
 
 # --- shards ---
@@ -290,7 +286,8 @@ def _with_metadata(origin: Origin, format_name: str, metadata: Mapping[str, Any]
 def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
     recorded = origin.dialects.get(format_name, {})
     if not isinstance(recorded, dict):
-        raise InconsistentError("is no metadata of a safetensors file", key=f"{OUR_KEY}.dialects.{format_name}")
+        key = f"{OUR_KEY}.dialects.{format_name}"
+        raise InconsistentError("is no metadata of a safetensors file", path=origin.path, key=key)
     return recorded
 
 

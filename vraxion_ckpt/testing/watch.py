@@ -1,4 +1,4 @@
-"""Notice a change of what must not change."""
+"""Notice a change of what must not change: a checkpoint in memory, files on disk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.compare import checkpoint_differences, differences
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.plain import named_tensors
@@ -43,3 +45,17 @@ def _versions(checkpoint: Checkpoint) -> dict[str, int]:
 def _random_state() -> dict[str, Any]:
     _, keys, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "numpy": [torch.tensor(keys), *rest], "random": random.getstate()}
+
+
+def written(adapter: Adapter, checkpoint: Checkpoint, path: Path) -> Path:
+    """Write what a format holds of a checkpoint to a new path, and return that."""
+    if adapter.is_directory:
+        path.mkdir()
+    adapter.write(adapter.held(checkpoint), path)
+    return path
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    """Return what the files of a checkpoint hold, by their names in it."""
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    return {file.relative_to(path): file.read_bytes() for file in files}

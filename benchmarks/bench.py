@@ -1,0 +1,391 @@
+"""What conversions cost, as ratios to something simple that is measured beside them in the same run.
+
+Each ratio is a median over alternating repeats (this, that, this, that, …), for machines are noisy. A conversion has a
+process of its own, and its time is that of `convert` with all checks on; imports and the search for plugins are not
+part of it, nor are imports of what it is compared with. Before each of them the memory that its result takes is taken
+and given back, so that neither waits for a virtual machine's host to find it. Of commands all is measured. Peak
+anonymous memory is `RssAnon` of ``/proc/self/status``, where pages of mapped files are not counted, looked at every few
+milliseconds. Its bound is the process with torch imported, plus 64 MiB, plus the bytes of the tensors that a transform
+creates.
+
+Times depend on the machine, and small sizes make fixed costs look large: a ratio that is not met is only said. Memory
+does not: the exit code is 1 if a bound on it is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MIB = 2**20
+ROWS, WIDTH, EXPERTS, RING = 512, 1024, 3, 4096  # of the checkpoint that is converted
+CREATED = 3 * 4 * ROWS * (WIDTH + 1) + 8 * RING  # by its split: the clone, its two moments, the router map
+SPLIT = f"mitosis_split:parent=0,addresses=[{','.join(str(a) for a in range(0, RING, 2 * EXPERTS))}]"
+SHARD = round(100e9 / 4096)  # bytes of each expert that is inspected
+TORCH = [sys.executable, "-c", "import torch"]
+COMMAND = [sys.executable, "-m", "vraxion_ckpt.cli"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `measured` is None for what could not be measured."""
+
+    what: str
+    measured: float | None
+    to_reach: float
+    unit: str = "×"
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached, or None if nobody knows."""
+        return None if self.measured is None else self.measured <= self.to_reach
+
+    def __str__(self) -> str:
+        if self.measured is None:
+            return f"{self.what:<39} {self.note}"
+        form = f"8.{0 if self.unit == 'MiB' else 2}f"
+        verdict = "met" if self.met else "NOT met"
+        measured, to_reach = (f"{value:{form}} {self.unit:<3}" for value in (self.measured, self.to_reach))
+        return f"{self.what:<39} {measured} ≤ {to_reach} {verdict:>9}"
+
+
+# --- In a process of its own ---
+
+
+def anonymous_bytes() -> int:
+    """Return this process's anonymous memory now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+def find_memory(size: int) -> None:
+    """Take `size` bytes of memory and give them back."""
+    if size:
+        with mmap.mmap(-1, size) as memory:
+            for at in range(0, size, mmap.PAGESIZE):
+                memory[at] = 1
+
+
+def watched(work: Callable[[], object]) -> dict[str, float]:
+    """Run `work`; return its seconds, and the peak of anonymous memory that another thread has seen."""
+    peak, done = anonymous_bytes(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.004):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return {"seconds": seconds, "peak": max(peak, anonymous_bytes())}
+
+
+def convert(source: str, target: str, *transforms: str) -> dict[str, float]:
+    """Convert, all checks on."""
+    import torch  # noqa: F401 - the base line is a process that has torch
+
+    before = anonymous_bytes()
+    import vraxion_ckpt.pipeline
+    import vraxion_ckpt.plugins
+
+    vraxion_ckpt.plugins.adapters()
+    find_memory(_bytes_below(Path(source)))
+    found = watched(lambda: vraxion_ckpt.pipeline.convert(source, target, transforms=transforms))
+    return {**found, "before": before}
+
+
+def naive(source: str, target: str) -> dict[str, float]:
+    """Do the split by hand: read all, edit, save; no checks."""
+    import torch
+
+    def split() -> None:
+        payload = torch.load(source, weights_only=True)
+        model, names, optim = payload["model"], payload["param_names"], payload["optim"]
+        for leaf in ("weight", "bias"):
+            parent, child = f"head.experts.0.{leaf}", f"head.experts.{EXPERTS}.{leaf}"
+            model[child] = model[parent].clone()
+            optim["state"][len(names)] = {k: v.clone() for k, v in optim["state"][names.index(parent)].items()}
+            optim["param_groups"][0]["params"].append(len(names))
+            names.append(child)
+        model["router_map"][0 : RING : 2 * EXPERTS] = EXPERTS
+        payload["num_experts"] = EXPERTS + 1
+        torch.save(payload, target)
+
+    find_memory(2 * _bytes_below(Path(source)))
+    return watched(split)
+
+
+def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
+    """Plan a split of a ring, given visits as ``.npy``, and beside it sum them up once with numpy."""
+    import numpy as np
+    import torch
+
+    from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
+    from vraxion_ckpt.plugins import resolve_chain
+
+    size, path = int(ring), Path(folder) / "visits.npy"
+    visits = np.random.default_rng(5).integers(0, 1000, size)
+    np.save(path, visits)
+    experts = {i: Expert({"weight": torch.zeros(1)}) for i in range(8)}
+    checkpoint = Checkpoint({"router_map": torch.arange(size) % 8}, Head(HeadKind.EXPERTS, experts, 1))
+    (step,) = resolve_chain([f"arc_meta:visits={path}"])
+    pairs = [
+        (timed(lambda: step.transform.apply(checkpoint.copy())), timed(lambda: np.cumsum(visits)))
+        for _ in range(int(repeat))
+    ]
+    path.unlink()
+    return {"seconds": min(ours for ours, _ in pairs), "ratio": statistics.median(ours / sums for ours, sums in pairs)}
+
+
+CHILDREN: dict[str, Callable[..., dict[str, float]]] = {"convert": convert, "naive": naive, "arc_meta": arc_meta}
+
+
+# --- What is converted ---
+
+
+def make_monolith(path: Path, gib: float) -> None:
+    """Write a checkpoint of about `gib`: a body of 16 MiB layers with Adam moments, three experts, a ring."""
+    import torch
+
+    layers = max(1, round(gib * 1024 / (3 * 16)))
+    params = {f"layers.{i}.weight": torch.rand(4096, 1024) for i in range(layers)}
+    for expert in range(EXPERTS):
+        params[f"head.experts.{expert}.weight"] = torch.rand(ROWS, WIDTH)
+        params[f"head.experts.{expert}.bias"] = torch.rand(ROWS)
+    state = {
+        i: {"step": torch.tensor(4.0), "exp_avg": p + 1, "exp_avg_sq": p + 2} for i, p in enumerate(params.values())
+    }
+    optim = {"state": state, "param_groups": [{"lr": 0.001, "params": list(range(len(params)))}]}
+    model = {"router_map": torch.arange(RING) % EXPERTS, **params}
+    payload = {"model": model, "optim": optim, "step": 4, "num_experts": EXPERTS, "param_names": list(params)}
+    torch.save(payload, path)
+
+
+def make_sparse_directory(root: Path, experts: int, size: int) -> None:
+    """Write a modular directory whose shards together seem to hold `size` bytes: zeros that take no room.
+
+    The optimizer has no state, as plain SGD: where it has, ``router.state`` holds tensors of every expert.
+    """
+    import torch
+
+    from vraxion_ckpt import container
+
+    (root / "system").mkdir(parents=True)
+    (root / "experts").mkdir()
+    names = ["embed.weight", *(f"head.experts.{i}.weight" for i in range(experts))]
+    optim = {"state": {}, "param_groups": [{"lr": 0.001, "params": list(range(len(names)))}]}
+    model = {"router_map": torch.arange(16 * experts) % experts, "embed.weight": torch.zeros(64, WIDTH)}
+    payload = {"model": model, "optim": optim, "step": 4, "num_experts": experts, "param_names": names}
+    torch.save(payload, root / "system" / "router.state")
+    row = {"tenured": False, "created_step": 0, "last_used_step": 4, "contrib": 0.5}
+    meta = {"num_experts": experts, "step": 4, "experts": [{"id": i, **row} for i in range(experts)], "deleted": []}
+    (root / "experts" / "meta.json").write_text(json.dumps(meta))
+
+    # One shard in full, whose bytes before and after the tensor then frame a hole in each of the others.
+    model_shard = root / "shard"
+    torch.save({"weight": torch.zeros(max(1, size // experts // 4 // WIDTH), WIDTH)}, model_shard)
+    (hole,) = container.check(model_shard).storages()
+    with container.mapped(model_shard) as data:
+        head, tail = bytes(data[: hole.start]), bytes(data[hole.start + hole.size :])
+    model_shard.unlink()
+    for i in range(experts):
+        with (root / "experts" / f"expert_{i:03d}.pt").open("xb") as file:
+            file.write(head)
+            file.seek(hole.size, os.SEEK_CUR)
+            file.write(tail)
+
+
+# --- The table ---
+
+
+class Bench:
+    """Measures in a folder of its own, and prints each row when it is known."""
+
+    def __init__(self, folder: Path, repeat: int) -> None:
+        self.folder = folder
+        self.repeat = repeat
+        self.rows: list[Row] = []
+
+    def conversions(self, gib: float) -> None:
+        """Convert between the formats, each time beside a plain copy."""
+        source, modular, tensors = self.folder / "a.pt", self.folder / "a", self.folder / "a.safetensors"
+        make_monolith(source, gib)
+        self.conversion(".pt → .pt, a split", source, "b.pt", [SPLIT], CREATED, by_hand=True)
+        self.conversion(".pt → modular", source, "b/")
+        child("convert", source, f"{modular}/")
+        if can_write(tensors):
+            self.conversion(".pt → safetensors", source, "b.safetensors")
+            child("convert", source, tensors)
+        source.unlink()
+        self.conversion("modular → .pt", modular, "b.pt")
+        shutil.rmtree(modular)
+        if tensors.exists():
+            self.conversion("safetensors → .pt", tensors, "b.pt")
+            tensors.unlink()
+        else:
+            for what in (".pt → safetensors", "safetensors → .pt"):
+                self.add(Row(what, None, 1.6, note="skipped: there is no such format"))
+
+    def conversion(
+        self,
+        what: str,
+        source: Path,
+        target: str,
+        transforms: Sequence[str] = (),
+        created: int = 0,
+        *,
+        by_hand: bool = False,
+    ) -> None:
+        """Measure one conversion against `cp`, and its memory against its bound."""
+        path = self.folder / target
+        where = str(path) + ("/" if target.endswith("/") else "")
+        copies, ours, hands = [], [], []
+        for _ in range(self.repeat):
+            find_memory(_bytes_below(source))
+            copies.append(timed(lambda: subprocess.run(["cp", "-r", source, path], check=True)))
+            _remove(path)
+            ours.append(child("convert", source, where, *transforms))
+            _remove(path)
+            if by_hand:
+                hands.append(child("naive", source, where)["seconds"])
+                _remove(path)
+        seconds = [each["seconds"] for each in ours]
+        if by_hand:
+            self.add(Row(f"{what} / by hand", _ratio(seconds, hands), 0.5))
+        self.add(Row(f"{what} / cp", _ratio(seconds, copies), 1.6))
+        bound = min(each["before"] for each in ours) + 64 * MIB + created
+        self.add(Row(f"{what}, peak memory", max(each["peak"] for each in ours) / MIB, bound / MIB, "MiB"))
+
+    def commands(self, experts: int) -> None:
+        """Measure commands that open little or nothing, against the import of torch."""
+        many = self.folder / "many"
+        make_sparse_directory(many, experts, experts * SHARD)
+        self.command("inspect, many experts / import torch", ["inspect", many], 1.5)
+        shutil.rmtree(many)
+        self.command("--help / import torch", ["--help"], 0.25)
+        self.command("--version / import torch", ["--version"], 0.25)
+        self.command("a usage error / import torch", ["convert"], 0.25, code=2)
+
+    def command(self, what: str, arguments: Sequence[str | Path], to_reach: float, code: int = 0) -> None:
+        """Measure one command."""
+
+        def run() -> None:
+            done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+            if done.returncode != code:
+                raise RuntimeError(f"{arguments} ended with {done.returncode}: {done.stderr}")
+
+        pairs = [(timed(run), timed(lambda: subprocess.run(TORCH, check=True))) for _ in range(self.repeat)]
+        self.add(Row(what, statistics.median(ours / torch for ours, torch in pairs), to_reach))
+
+    def planning(self, ring: int) -> None:
+        """Measure the planning of a split."""
+        found = child("arc_meta", self.folder, ring, self.repeat)
+        self.add(Row("arc_meta / numpy.cumsum", found["ratio"], 20))
+
+    def add(self, row: Row) -> None:
+        """Print a row and keep it."""
+        self.rows.append(row)
+        print(row, flush=True)
+
+
+def child(kind: str, *arguments: object) -> dict[str, float]:
+    """Measure in a new process."""
+    command = [sys.executable, __file__, "--child", kind, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{kind} failed: {done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def can_write(path: Path) -> bool:
+    """Tell whether there is a format for a target's name."""
+    from vraxion_ckpt.errors import CkptError
+    from vraxion_ckpt.targets import detect_target
+
+    try:
+        detect_target(path)
+    except CkptError:
+        return False
+    return True
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
+
+
+def _bytes_below(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def main() -> int:
+    """Print the table; return 1 if a memory bound is broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=0.5, help="size of the checkpoint to convert (default: 0.5)")
+    parser.add_argument("--experts", type=int, default=4096, help="experts to inspect, of 24 MB each (default: 4096)")
+    parser.add_argument("--ring", type=int, default=10**7, help="addresses to plan a split on (default: 10000000)")
+    parser.add_argument("--repeat", type=int, default=3, help="how often each is measured (default: 3)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: /dev/shm, a RAM disk, if there is one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        kind, *arguments = options.child
+        print(json.dumps(CHILDREN[kind](*arguments)))
+        return 0
+
+    ram_disk = Path("/dev/shm")
+    parent = options.folder or (ram_disk if ram_disk.is_dir() else None)
+    with tempfile.TemporaryDirectory(prefix="vraxion-bench-", dir=parent) as folder:
+        bench = Bench(Path(folder), options.repeat)
+        print(f"{options.gib:g} GiB to convert, {options.experts} experts of {SHARD / 1e6:.0f} MB to inspect, ", end="")
+        print(f"a ring of {options.ring}; median of {options.repeat}")
+        print(f"{'work':<39} {'measured':>10} {'to reach':>13}")
+        bench.conversions(options.gib)
+        bench.commands(options.experts)
+        bench.planning(options.ring)
+    if options.json:
+        machine = {"python": platform.python_version(), "cpus": os.cpu_count(), "system": platform.release()}
+        sizes = {name: getattr(options, name) for name in ("gib", "experts", "ring", "repeat")}
+        rows = [{**asdict(row), "met": row.met} for row in bench.rows]
+        options.json.write_text(json.dumps({"machine": machine, "sizes": sizes, "rows": rows}, indent=2) + "\n")
+    return int(any(row.met is False for row in bench.rows if row.unit == "MiB"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
