@@ -148,6 +148,28 @@ def test_shards_keep_to_their_size_and_training_state_has_shards_of_its_own(tmp_
     assert len(files) > total / 4000
 
 
+def test_what_no_other_reader_can_use_is_put_together(tmp_path):
+    model = {str(i): torch.ones(3, dtype=torch.complex128 if i % 2 else torch.float32) for i in range(20)}
+    torch.save(model, tmp_path / "a.pt")
+    vc.convert(tmp_path / "a.pt", tmp_path / "many", to="safetensors:max_shard_size=1MB")
+    assert len(files_below(tmp_path / "many")) == 3
+    assert list(vc.open(tmp_path / "many").state_dict()) == list(model)
+
+
+def test_every_tensor_lies_where_any_reader_may_map_it(tmp_path):
+    for more in range(3):  # headers of other lengths
+        model = {f"{size} of {dtype}": torch.ones(size, dtype=dtype) for size in (1, 3) for dtype in tensorfile.DTYPES}
+        model["x" * more] = torch.ones(1)
+        torch.save(model, tmp_path / f"{more}.pt")
+        vc.convert(tmp_path / f"{more}.pt", tmp_path / f"{more}.safetensors")
+        content = (tmp_path / f"{more}.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        for entry in (header[name] for name in model if name):
+            start, stop = entry["data_offsets"]
+            assert (8 + length + start) % ((stop - start) // entry["shape"][0]) == 0
+
+
 def without_names_of_sources(payload: Any) -> Any:
     """The history says which file each step read; nothing else may depend on that."""
     for record in payload["vraxion_ckpt"]["history"]:
@@ -209,6 +231,8 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_its_source_stays_as_it_is(
     )
     assert one == two
     assert SOURCE.read_bytes() == before
+    vc.convert(tmp_path / "one", tmp_path / "copy", to=to)  # and so does a copy of it
+    assert {file: (tmp_path / "copy" / file).read_bytes() for file in one} == one
 
 
 # --- files of others ---
@@ -269,6 +293,22 @@ def test_a_file_that_the_library_wrote_is_read_as_a_bare_state_dict(tmp_path):
     assert type(bare) is OrderedDict
     assert_same({name: bare[name] for name in foreign_model()}, dict(foreign_model()))
     assert bare.keys() == foreign_model().keys()
+
+
+def test_a_file_of_others_is_split_as_any_state_dict(tmp_path):
+    chain = ["single_to_experts", "mitosis_split:parent=0,addresses=[1,5],noise=0"]
+    model = model_of(DATA / "wallclock_single.pt")
+    save_file(model, tmp_path / "theirs.safetensors")
+    torch.save(model, tmp_path / "bare.pt")
+    vc.convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", transforms=chain)
+    vc.convert(tmp_path / "bare.pt", tmp_path / "split.pt", transforms=chain)
+    held, split = load_file(tmp_path / "ours.safetensors"), load(tmp_path / "split.pt")["model"]
+    assert_same({name: held[name] for name in split}, dict(split))
+    assert held.keys() == split.keys()
+    assert [record.name for record in vc.open(tmp_path / "ours.safetensors").history] == [
+        "single_to_experts",
+        "mitosis_split",
+    ]
 
 
 @pytest.mark.parametrize("way", ["back.safetensors", "between.pt", "between/", "shards"])
@@ -576,6 +616,24 @@ def test_a_file_replaced_while_it_is_opened_has_changed(tmp_path, monkeypatch):
         vc.open(path)
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "many/model-00001-of-", f"many/{INDEX}"])
+def test_a_source_that_changes_meanwhile_is_not_converted(name, tmp_path, monkeypatch):
+    vc.convert(SOURCE, tmp_path / "x.safetensors")
+    vc.convert(SOURCE, tmp_path / "many", to=SHARDS)
+    path = next(file for file in tmp_path.rglob("*") if str(file.relative_to(tmp_path)).startswith(name))
+    original = Staged.flush
+
+    def flush(stage: Staged) -> None:
+        os.utime(path)
+        original(stage)
+
+    monkeypatch.setattr(Staged, "flush", flush)
+    with pytest.raises(vc.CkptError, match="changed while it was being read") as caught:
+        vc.convert(tmp_path / name.split("/")[0], tmp_path / "new.pt")
+    assert caught.value.path == path
+    assert not (tmp_path / "new.pt").exists()
+
+
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     folder = tmp_path_factory.mktemp("fuzz")
@@ -629,7 +687,8 @@ PATHS = {
     "up and down": "../repo/model-00003-of-00003.safetensors",
     "below": "sub/outside.safetensors",
     "absolute": "/dev/shm/outside.safetensors",
-    "backslash": "..\\outside.safetensors",
+    "backslash": "sub\\outside.safetensors",
+    "up with a backslash": "..\\outside.safetensors",
     "empty": "",
     "dot": ".",
     "dots": "..",
@@ -950,6 +1009,7 @@ def test_weights_alone_are_a_loss_that_is_told_thing_by_thing(tmp_path):
     )
     assert [loss.what for loss in done.losses][-1] == "the planned split"
     assert len(done.losses) == 4
+    assert vc.open(tmp_path / "x.safetensors").plan is None
 
 
 @pytest.mark.parametrize("to", [WEIGHTS, f"{WEIGHTS},max_shard_size=1KB"])
@@ -976,10 +1036,14 @@ def test_weights_alone_lose_nothing_of_what_is_weights_alone(tmp_path):
     assert vc.convert(DATA / "raw_state_dict.pt", tmp_path / "x.safetensors", to=WEIGHTS).losses == ()
     vc.convert(tmp_path / "x.safetensors", tmp_path / "back.pt")
     assert_same(load(tmp_path / "back.pt"), load(DATA / "raw_state_dict.pt"))
-    save_file({"w": torch.ones(2)}, tmp_path / "theirs.safetensors", metadata={"author": "someone"})
+    save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata={"author": "someone"})
     vc.convert(tmp_path / "theirs.safetensors", tmp_path / "y.safetensors", to=WEIGHTS)
-    with safetensors.safe_open(tmp_path / "y.safetensors", "torch") as file:
-        assert file.metadata()["author"] == "someone"
+    # A split leaves a note in the payload, so that there is something to leave out.
+    options: dict[str, Any] = {"to": WEIGHTS, "transforms": [SPLIT.replace(",3", "")], "losses": "ignore"}
+    assert vc.convert(tmp_path / "theirs.safetensors", tmp_path / "z.safetensors", **options).losses
+    for name in ("y.safetensors", "z.safetensors"):
+        with safetensors.safe_open(tmp_path / name, "torch") as file:
+            assert file.metadata()["author"] == "someone"
 
 
 # --- options, inspect ---

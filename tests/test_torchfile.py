@@ -11,7 +11,8 @@ import struct
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from torch import nn
 
 import vraxion_ckpt as vc
 from vraxion_ckpt import compare, container, torchfile
-from vraxion_ckpt.compare import checksum_if_same, differences, same_bits
+from vraxion_ckpt.compare import (
+    checkpoint_differences,
+    checksum_if_same,
+    differences,
+    differences_and_checksums,
+    same_bits,
+)
 from vraxion_ckpt.errors import (
     ChangedError,
     CkptError,
@@ -37,6 +44,7 @@ from vraxion_ckpt.errors import (
     UnsafeError,
     UnsupportedError,
 )
+from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.sources import Sources
 
 
@@ -561,3 +569,39 @@ def test_what_only_equals_a_tensor_is_not_the_same() -> None:
     ]:
         assert same_bits(a, b) is same
         assert (checksum_if_same(a, b) is not None) is same
+
+
+@pytest.mark.parametrize("where", ["nowhere", "core", "transposed", "payload", "history"])
+def test_comparing_in_threads_finds_what_comparing_in_turn_does(where: str) -> None:
+    def checkpoint(changed: str) -> Checkpoint:
+        flip = {name: float(changed == name) for name in ("core", "transposed", "payload")}
+        tensors = {f"w{i}": torch.full((100,), float(i)) for i in range(20)}
+        tensors["w7"][99] += flip["core"]
+        tensors["t"] = torch.arange(6.0).reshape(2, 3).t() + 0
+        tensors["t"][2, 1] += flip["transposed"]
+        assert not tensors["t"].is_contiguous()
+        made = Checkpoint(tensors, payload={"losses": [1.0, 2.0 + flip["payload"]], "ema": {"w": torch.ones(3)}})
+        return made if changed != "history" else replace(made, history=(Record("x", {}, "", "", "", ""),))
+
+    a, b = checkpoint("nowhere"), checkpoint(where)
+    found = list(differences_and_checksums(a, b))
+    assert found == list(checkpoint_differences(a, b))
+    assert len(found) == (where != "nowhere")
+
+
+def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_again: list[str] = []
+
+    def verify_members(_: Any, __: memoryview, members: Iterable[container.Member]) -> None:
+        read_again.extend(member.name for member in members if member.size > 1000)
+
+    torch.save(
+        {"model": {"a": torch.rand(1000), "b": torch.rand(10, 100)}, "ema": [torch.rand(500)]}, tmp_path / "a.pt"
+    )
+    monkeypatch.setattr(container.Container, "verify_members", verify_members)
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert not read_again
+    vc.convert(tmp_path / "a.pt", tmp_path / "c.pt", dry_run=True)
+    assert len(read_again) == 3  # there nobody else reads them

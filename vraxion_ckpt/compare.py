@@ -39,11 +39,11 @@ def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
     """Return the CRC-32 of `b` if `a` has the same bits, else None; reads each of them from memory once."""
     if not _alike(a, b):
         return None
-    x, y = _bytes(a).data_ptr(), _bytes(b)
+    x, y = _bytes(a), _bytes(b)  # both are held: what is not stored so is a copy
     data, crc = y.numpy().data, 0
     for at in range(0, len(data), _PIECE):
         piece = data[at : at + _PIECE]
-        if _memcmp(x + at, y.data_ptr() + at, len(piece)):
+        if _memcmp(x.data_ptr() + at, y.data_ptr() + at, len(piece)):
             return None
         crc = zlib.crc32(piece, crc)
     return crc

@@ -177,15 +177,17 @@ def fill_in_checksums(path: Path, known: Mapping[tuple[int, int], int]) -> None:
             file.write(struct.pack("<I", crc))
 
 
-def is_zip(path: Path) -> bool:
-    """Tell whether a regular file begins as a zip archive does."""
+def is_archive(path: Path) -> bool:
+    """Tell whether a regular file begins as torch's archives do: a zip whose first member is the pickle."""
     try:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(4) == b"PK\x03\x04"
+            head = file.read(30)
+            name = file.read(int.from_bytes(head[26:28], "little"))
     except OSError:
         return False
+    return head.startswith(b"PK\x03\x04") and name.endswith(b"/data.pkl")
 
 
 def _refuse_other_kinds(path: Path, head: bytes) -> None:

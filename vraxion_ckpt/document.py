@@ -190,7 +190,7 @@ def _encode(value: Any, place: str, tensors: _Stored) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, list | tuple):
-        entries = [_encode(entry, f"{place}/{i}"[:_PLACE], tensors) for i, entry in enumerate(value)]
+        entries = [_encode(entry, f"{place}/{i}", tensors) for i, entry in enumerate(value)]
         return {"$tuple": entries} if isinstance(value, tuple) else entries
     if isinstance(value, dict):
         pairs = [[key, _encode(entry, f"{place}/{key}"[:_PLACE], tensors)] for key, entry in value.items()]
@@ -303,7 +303,7 @@ class _Decoder:
         if depth > DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", key=place)
         if isinstance(value, list):
-            return [self.decode(entry, f"{place}[{i}]"[:_PLACE], depth + 1) for i, entry in enumerate(value)]
+            return [self.decode(entry, f"{place}[{i}]", depth + 1) for i, entry in enumerate(value)]
         if not isinstance(value, dict):
             return value
         special = next((key for key in value if key.startswith("$")), None)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from vraxion_ckpt import torchfile
 from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.container import is_zip
+from vraxion_ckpt.container import is_archive
 from vraxion_ckpt.errors import CkptWarning, InconsistentError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, Lifecycle
@@ -44,7 +44,7 @@ class PtAdapter(Adapter):
     @classmethod
     def detect(cls, path: Path) -> bool:
         # A modular directory's router.state is such a file too, but alone it lacks the experts.
-        return is_zip(path) and path.name != "router.state"
+        return is_archive(path) and path.name != "router.state"
 
     def read(self, path: Path) -> Checkpoint:
         sources = Sources()

@@ -210,7 +210,7 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
     tensors: dict[str, Tensor] = {}
     for file, header in headers.items():
         tensors |= tensorfile.load(index.with_name(file), header, sources)
-    return {name: tensors[name] for name in weight_map}, metadata
+    return tensors, metadata
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:

@@ -163,7 +163,9 @@ def cli(quiet: bool, verbose: bool) -> None:
 @click.option(
     "-t", "--transform", "transforms", multiple=True, metavar="NAME[:k=v,…]", help="A step of the chain; repeatable."
 )
-@click.option("--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, .safetensors, or / at the end.")
+@click.option(
+    "--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, .safetensors, or / at the end."
+)
 @click.option(
     "--optimizer",
     type=click.Choice(["keep", "drop"]),
