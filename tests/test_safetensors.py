@@ -210,16 +210,6 @@ def test_a_planned_split_and_the_rows_of_experts_survive(tmp_path):
     assert ours.lifecycle != {i: vc.Lifecycle.fresh(ours.step) for i in range(3)}
 
 
-def test_rows_in_another_order_than_that_of_the_ids_are_kept_so(tmp_path):
-    shutil.copytree(DATA / "modular_experts3", tmp_path / "source")
-    meta = tmp_path / "source/experts/meta.json"
-    facts = json.loads(meta.read_text())
-    facts["experts"].reverse()
-    meta.write_text(json.dumps(facts))
-    vc.convert(tmp_path / "source", tmp_path / "a.safetensors")
-    assert list(vc.open(tmp_path / "a.safetensors").lifecycle) == [2, 1, 0]
-
-
 @pytest.mark.parametrize("to", ["safetensors", SHARDS])
 def test_the_same_checkpoint_gives_the_same_bytes_and_its_source_stays_as_it_is(to, tmp_path):
     before = SOURCE.read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import OrderedDict
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from support import DATA, assert_same, bits, load
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.compare import checksum_if_same
 from vraxion_ckpt.errors import LossError
 
 ODD = {
@@ -158,3 +161,32 @@ def test_an_expert_with_tied_tensors_is_not_cloned_since_the_clone_would_come_un
     torch.save({"model": model}, tmp_path / "a.pt")
     with pytest.raises(vc.TransformError, match=r"tied to head\.experts\.0\.a"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=["mitosis_split:parent=0,addresses=[2]"])
+
+
+def test_tensors_that_are_resolved_before_they_are_compared_are_compared_with_each_other():
+    for n in (1, 100, 10_000, 1_000_000):
+        turned, other = torch.full((n,), 1 + 2j).conj(), torch.full((n,), 7 - 1j)
+        assert checksum_if_same(turned, other) is None
+        assert checksum_if_same(turned, torch.full((n,), 1 - 2j)) is not None
+        assert checksum_if_same(torch.full((n,), 1 - 2j), turned) is not None
+
+
+def test_a_digit_of_another_script_is_no_digit_of_an_expert(tmp_path):
+    model = {"head.experts.0.w": torch.ones(1), "head.experts.1\u0663.w": torch.ones(1)}
+    torch.save({"model": model}, tmp_path / "a.pt")
+    with pytest.raises(vc.CkptError, match="an expert's tensor is called"):
+        vc.open(tmp_path / "a.pt")
+
+
+def test_lifecycle_rows_in_any_order_are_the_rows_of_their_experts(tmp_path):
+    shutil.copytree(DATA / "modular_experts3", tmp_path / "a")
+    meta = json.loads((tmp_path / "a/experts/meta.json").read_text())
+    rows = {row["id"]: row for row in meta["experts"]}
+    meta["experts"].reverse()
+    (tmp_path / "a/experts/meta.json").write_text(json.dumps(meta))
+    for target in ("b.pt", "c.safetensors", "d/"):
+        vc.convert(tmp_path / "a", f"{tmp_path}/{target}")
+        found = vc.open(tmp_path / target).lifecycle
+        assert {i: (row.contrib, row.created_step) for i, row in found.items()} == {
+            i: (row["contrib"], row["created_step"]) for i, row in rows.items()
+        }

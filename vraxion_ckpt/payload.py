@@ -202,7 +202,8 @@ def parse_extras(raw: Any) -> Extras:
     if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
         raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
     try:
-        return Extras.model_validate_json(json.dumps(raw, allow_nan=False))
+        json.dumps(raw, allow_nan=False)
+        return Extras.model_validate(raw)  # not from the JSON text: half a surrogate pair is a key like any other
     except (TypeError, ValueError, OverflowError) as error:
         if not isinstance(error, ValidationError):
             raise InconsistentError("holds something else than plain JSON", key=OUR_KEY) from error
@@ -211,7 +212,7 @@ def parse_extras(raw: Any) -> Extras:
         raise InconsistentError(f"{first['msg']}", key=where) from None
 
 
-_EXPERT = re.compile(r"(0|[1-9]\d{0,8})\.(.+)")
+_EXPERT = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)")
 
 
 def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = frozenset()) -> Checkpoint:

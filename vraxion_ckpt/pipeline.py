@@ -92,13 +92,15 @@ def convert(
         check_side_files(side_files, before, target, chain, overwrite=overwrite)
         preservation = _check_result(before, after, chain)
         lost = _check_losses(adapter, after, losses)
-        tensors = count_tensors(before, after)
+        with blamed(adapter):
+            held = adapter.held(after)
+        tensors = count_tensors(before, held)
 
         bytes_written = 0
         if dry_run:
             before.sources.verify()
         else:
-            bytes_written = _write(adapter, before, after, target, side_files, overwrite=overwrite)
+            bytes_written = _write(adapter, before, held, target, side_files, overwrite=overwrite)
         return Summary(
             source=source,
             target=target,
@@ -108,7 +110,7 @@ def convert(
             experts_after=after.num_experts,
             addresses_moved=moved_addresses(before, after),
             tensors=tensors,
-            optimizer=optimizer_in_words(before, after, dropped=optimizer == "drop"),
+            optimizer=optimizer_in_words(before, after, held, dropped=optimizer == "drop"),
             function_preserved=preservation,
             losses=tuple(lost),
             history=after.history[len(before.history) :],
@@ -191,7 +193,7 @@ def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) 
 def _write(
     adapter: Adapter,
     before: Checkpoint,
-    after: Checkpoint,
+    held: Checkpoint,
     target: Path,
     side_files: dict[Path, bytes],
     *,
@@ -201,7 +203,6 @@ def _write(
     with ExitStack() as stack:
         stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
         with blamed(adapter):
-            held = adapter.held(after)
             try:
                 adapter.write(held, stage.path)
             except StorageError:

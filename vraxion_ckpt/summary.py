@@ -63,8 +63,13 @@ def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:
     return TensorCount(**counts)
 
 
-def optimizer_in_words(before: Checkpoint, after: Checkpoint, *, dropped: bool) -> str:
-    """Tell whether the optimizer was carried, and if not, why; `dropped` if the caller asked for that."""
+def optimizer_in_words(before: Checkpoint, after: Checkpoint, held: Checkpoint, *, dropped: bool) -> str:
+    """Tell whether the optimizer was carried, and if not, why; `dropped` if the caller asked for that.
+
+    `held` is what the target's format makes of `after`.
+    """
+    if after.optimizer is not None and held.optimizer is None:
+        return "left behind: the target does not hold it"
     if after.optimizer is not None:
         number = len(after.optimizer.params)
         return f"carried: {number} parameters, bound by {after.optimizer.bound_by}"

@@ -42,7 +42,7 @@ from vraxion_ckpt.payload import (
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.sources import Fingerprint, Sources
 
-_SHARD = re.compile(r"expert_(\d{3}|[1-9]\d{3,8})\.pt")
+_SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
 
@@ -270,7 +270,7 @@ def _leaves(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
     """Return the parameters of each expert, as param_names lists them."""
     leaves: dict[int, set[str]] = {}
     for name in param_names or ():
-        if found := re.fullmatch(r"head\.experts\.(\d{1,9})\.(.+)", name):
+        if found := re.fullmatch(r"head\.experts\.([0-9]{1,9})\.(.+)", name):
             leaves.setdefault(int(found[1]), set()).add(found[2])
     return leaves
 
@@ -371,7 +371,7 @@ def _rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifec
         rows[row["id"]] = _row_from_json(row, path, key)
     if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
         raise InconsistentError(f"has {len(rows)} rows for {num_experts} experts", path=path, key="experts")
-    return rows
+    return dict(sorted(rows.items()))
 
 
 def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:

@@ -33,13 +33,13 @@ from vraxion_ckpt.sources import Fingerprint, Sources
 
 _INDEX = ".safetensors.index.json"
 _MODEL = "model.safetensors"
-_SHARD = re.compile(r".*-\d{5}-of-(\d{5})(\..*)?\.safetensors")
+_SHARD = re.compile(r".*-[0-9]{5}-of-([0-9]{5})(\..*)?\.safetensors")
 # In every shard and in the index: which save they are parts of.
 _SAVE = f"{OUR_KEY}_save"
 
 
 class SafetensorsAdapter(Adapter):
-    """safetensors: one file, or a folder of shards with a Hugging Face index."""
+    """One file, or a folder of shards with a Hugging Face index."""
 
     name: ClassVar[str] = "safetensors"
     suffixes: ClassVar[tuple[str, ...]] = (".safetensors",)
