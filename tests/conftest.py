@@ -6,12 +6,19 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 from vraxion_ckpt.cli import main
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="try every single-bit flip, not a sample of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A run that fails must fail again; the long one looks further.
+    settings.register_profile("ours", derandomize=not config.getoption("--exhaustive"), database=None)
+    settings.load_profile("ours")
 
 
 @pytest.fixture

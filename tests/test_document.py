@@ -870,7 +870,7 @@ def walk(value: Any) -> list[Any]:
     return found
 
 
-@settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), times=st.integers(1, 4))
 def test_no_change_of_a_real_document_is_met_with_anything_but_an_error_of_ours(seed, times, sound, tmp_path_factory):
     dice = random.Random(seed)

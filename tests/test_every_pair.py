@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from support import assert_same, files_below, load
 from vraxion_ckpt_adapters.modular import ModularAdapter
 from vraxion_ckpt_adapters.pt import PtAdapter
@@ -36,8 +37,6 @@ def test_there_and_back_again(here, there, tmp_path_factory, exhaustive):
     @settings(
         max_examples=EXAMPLES * (50 if exhaustive else 1),
         deadline=None,
-        database=None,
-        derandomize=not exhaustive,  # a run that fails must fail again; the long one looks further
         suppress_health_check=list(HealthCheck),
     )
     @given(checkpoints())
@@ -64,6 +63,8 @@ def test_there_and_back_again(here, there, tmp_path_factory, exhaustive):
             assert_same_files(folder / name, folder / f"{name}_again")
         shutil.rmtree(folder)
 
+    if not exhaustive:  # other checkpoints for every pair, but the same ones every time
+        stays_the_same = seed(zlib.crc32(f"{here} {there}".encode()))(stays_the_same)
     stays_the_same()
     assert tried >= EXAMPLES
 

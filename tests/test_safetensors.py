@@ -634,7 +634,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
 PIECES = [b"{", b"}", b"[", b"]", b",", b'"', b"\\", b"-", b"0", b"9" * 30, b"null", b"\0", b"\xff", b"F32", b'"a":']
 
 
-@settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), cuts=st.integers(1, 4))
 def test_no_change_of_a_real_header_is_met_with_anything_but_an_error_of_ours(seed, cuts, fuzzed):
     whole, path = fuzzed
