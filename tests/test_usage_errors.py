@@ -207,3 +207,12 @@ def test_each_class_of_error_has_its_exit_code_and_shows_no_traceback(
     assert "error: " in said
     assert says in said
     assert "Traceback" not in said
+
+
+def test_a_folder_of_shards_is_not_given_the_name_of_a_file(cli, tmp_path):
+    target = tmp_path / "x.safetensors"
+    shards = "safetensors:max_shard_size=20KB"
+    code, said = cli("convert", DATA / "named_experts3.pt", target, "--to", shards)
+    assert code == 2
+    assert "is a directory, and the name is that of a file" in said
+    assert not target.exists()

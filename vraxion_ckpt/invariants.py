@@ -214,7 +214,8 @@ class Preservation:
                 f"within the noise of {self.noise:g}: {self.changed} of {self.addresses} addresses, "
                 f"largest difference {self.max_abs:.3g}"
             )
-        return f"no: {self.changed} of {self.addresses} addresses, largest difference {self.max_abs:.3g}"
+        how = f"largest difference {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "which cannot be compared"
+        return f"no: {self.changed} of {self.addresses} addresses, {how}"
 
 
 def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.0) -> Preservation | None:

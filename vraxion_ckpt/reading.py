@@ -102,7 +102,7 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
     known = adapters()
     found = [adapter for adapter in known.values() if detects(adapter, path)]
     if not found and path.is_file():
-        found = [adapter for adapter in known.values() if path.name.endswith(_file_suffixes(adapter))]
+        found = [adapter for adapter in known.values() if path.name.endswith(file_suffixes(adapter))]
     if len(found) == 1:
         return configure(found[0], {})
     if found:
@@ -121,8 +121,9 @@ def detects(adapter: type[Adapter], path: Path) -> bool:
         return False
 
 
-def _file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
-    return tuple(suffix for suffix in adapter.suffixes if suffix != "/")
+def file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
+    """Return the endings of a file's name that mean this format."""
+    return tuple(suffix for suffix in adapter.suffixes if not suffix.endswith("/"))
 
 
 def _allow(adapter: Adapter, names: Sequence[str]) -> Adapter:

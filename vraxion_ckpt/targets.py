@@ -12,7 +12,7 @@ from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
 from vraxion_ckpt.plugins import AdapterLike, adapters, resolve_adapter
-from vraxion_ckpt.reading import PathLike, detects
+from vraxion_ckpt.reading import PathLike, detects, file_suffixes
 from vraxion_ckpt.transform import Step
 
 
@@ -43,6 +43,8 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
         raise UsageError(f"with these options {adapter.name} is a {kind}, and something else is there", path=target)
     if text.endswith("/") and not adapter.is_directory:
         raise UsageError(f"with these options {adapter.name} is a file, and the name ends in /", path=text)
+    if adapter.is_directory and text.endswith(file_suffixes(type(adapter))):
+        raise UsageError(f"with these options {adapter.name} is a directory, and the name is that of a file", path=text)
     return adapter, target
 
 

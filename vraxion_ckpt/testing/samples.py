@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer, ParamGroup
+from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer, ParamGroup, SplitPlan
 from vraxion_ckpt.surgery import rename_head
 
 RING = 12
@@ -149,6 +149,15 @@ def samples() -> dict[str, Checkpoint]:
         "strided": torch.arange(10)[::3],
         "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),
     }
+    planned = make()
+    planned.plan = SplitPlan(
+        0, (9, 0), (9, 4), "ptr_hist_arc", RING, 3, {"parent_share": 0.5, "ptr_samples": 7}, step=4
+    )
+    assert planned.optimizer is not None
+    planned.optimizer.extra = {"scheduled": [1, 2.5, None]}
+    turned = make()
+    assert turned.head is not None
+    turned.head.experts = dict(reversed(turned.head.experts.items()))
     unrouted = make(position=5)
     del unrouted.core["router_map"]
     bare = replace(make(optimizer=False), payload={}, metadata=None, param_names=None)
@@ -163,6 +172,8 @@ def samples() -> dict[str, Checkpoint]:
         "deleted_expert": deleted,
         "headless": make(experts=0),
         "head_first": make(position=0),
+        "planned": planned,
+        "turned_experts": turned,
         "two_groups": make(groups=2),
         "no_optimizer": make(optimizer=False),
         "no_router": unrouted,

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from vraxion_ckpt import binding, invariants
 from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.compare import checkpoint_differences, differences
+from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.errors import CkptError, OptionError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure, resolved
@@ -60,8 +60,12 @@ class TransformTests:
         if not any(invariants.missing_siblings(before)):
             listed += invariants.missing_siblings(after)
         assert not listed, "; ".join(listed)
-        preservation = invariants.preservation(before, after, configure(self.transform, options).function_noise())
+        noise = configure(self.transform, options).function_noise()
+        preservation = invariants.preservation(before, after, noise)
         assert preservation is None or preservation.as_asked, f"the function was to be preserved: {preservation}"
+        for name, tensor in before.core.items() if noise is not None else ():
+            kept = tensor is before.router_map or (name in after.core and same_bits(tensor, after.core[name]))
+            assert kept, f"the function was to be preserved, and {name} has changed"
         assert after.history[:-1] == before.history
         assert after.history[-1].name == self.transform.name
 
