@@ -152,7 +152,7 @@ def test_an_interrupted_conversion_leaves_nothing(number, code, tmp_path):
     script = (
         "import sys, time, vraxion_ckpt.torchfile as t; save = t.save\n"
         "def slow(value, path):\n"
-        "    save(value, path); print('staged', file=sys.stderr, flush=True); time.sleep(30)\n"
+        "    save(value, path); print('staged', file=sys.stderr, flush=True); time.sleep(300)\n"
         "t.save = slow\n"
         "from vraxion_ckpt.cli import main; main(sys.argv[1:])"
     )
@@ -161,7 +161,7 @@ def test_an_interrupted_conversion_leaves_nothing(number, code, tmp_path):
     assert process.stderr.readline() == "staged\n"
     assert list(tmp_path.iterdir()) != []
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
