@@ -41,22 +41,19 @@ COMMAND = [sys.executable, "-m", "vraxion_ckpt.cli"]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `measured` is None for what could not be measured."""
+    """One line of the table."""
 
     what: str
-    measured: float | None
+    measured: float
     to_reach: float
     unit: str = "×"
-    note: str = ""
 
     @property
-    def met(self) -> bool | None:
-        """Whether the goal is reached, or None if nobody knows."""
-        return None if self.measured is None else self.measured <= self.to_reach
+    def met(self) -> bool:
+        """Whether the goal is reached."""
+        return self.measured <= self.to_reach
 
     def __str__(self) -> str:
-        if self.measured is None:
-            return f"{self.what:<39} {self.note}"
         form = f"8.{0 if self.unit == 'MiB' else 2}f"
         verdict = "met" if self.met else "NOT met"
         measured, to_reach = (f"{value:{form}} {self.unit:<3}" for value in (self.measured, self.to_reach))
@@ -234,18 +231,13 @@ class Bench:
         self.conversion(".pt → .pt, a split", source, "b.pt", [SPLIT], CREATED, by_hand=True)
         self.conversion(".pt → modular", source, "b/")
         child("convert", source, f"{modular}/")
-        if can_write(tensors):
-            self.conversion(".pt → safetensors", source, "b.safetensors")
-            child("convert", source, tensors)
+        self.conversion(".pt → safetensors", source, "b.safetensors")
+        child("convert", source, tensors)
         source.unlink()
         self.conversion("modular → .pt", modular, "b.pt")
         shutil.rmtree(modular)
-        if tensors.exists():
-            self.conversion("safetensors → .pt", tensors, "b.pt")
-            tensors.unlink()
-        else:
-            for what in (".pt → safetensors", "safetensors → .pt"):
-                self.add(Row(what, None, 1.6, note="skipped: there is no such format"))
+        self.conversion("safetensors → .pt", tensors, "b.pt")
+        tensors.unlink()
 
     def conversion(
         self,
@@ -319,18 +311,6 @@ def child(kind: str, *arguments: object) -> dict[str, float]:
     return found
 
 
-def can_write(path: Path) -> bool:
-    """Tell whether there is a format for a target's name."""
-    from vraxion_ckpt.errors import CkptError
-    from vraxion_ckpt.targets import detect_target
-
-    try:
-        detect_target(path)
-    except CkptError:
-        return False
-    return True
-
-
 def timed(work: Callable[[], object]) -> float:
     """Return the seconds that `work` takes."""
     started = time.perf_counter()
@@ -384,7 +364,7 @@ def main() -> int:
         sizes = {name: getattr(options, name) for name in ("gib", "experts", "ring", "repeat")}
         rows = [{**asdict(row), "met": row.met} for row in bench.rows]
         options.json.write_text(json.dumps({"machine": machine, "sizes": sizes, "rows": rows}, indent=2) + "\n")
-    return int(any(row.met is False for row in bench.rows if row.unit == "MiB"))
+    return int(any(not row.met for row in bench.rows if row.unit == "MiB"))
 
 
 if __name__ == "__main__":

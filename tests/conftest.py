@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -25,6 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def exhaustive(request: pytest.FixtureRequest) -> bool:
     """Whether to try everything where a sample is the rule."""
     return bool(request.config.getoption("--exhaustive"))
+
+
+@pytest.fixture
+def no_reader_waits_for_ever() -> Iterator[None]:
+    """A FIFO that is opened blocks; after this long the test fails instead."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("still reading")  # which no reader takes for an error of the file
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

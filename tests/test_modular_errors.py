@@ -9,9 +9,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,7 @@ from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError, Unk
 Damage = Callable[[Path], object]
 
 
-@pytest.fixture(autouse=True)
-def _no_reader_waits_for_ever() -> Iterator[None]:
-    """A FIFO that is opened blocks; after this long the test fails instead."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError("still reading")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("no_reader_waits_for_ever")
 
 
 # --- How to damage a directory ---

@@ -128,12 +128,19 @@ def grown_in_memory(
     state = {name: old_state[ancestor(name)].clone() for name in grown.state_dict()}
     state["router_map"][MOVED] = experts
     grown.load_state_dict(state)
-    new_optimizer = make(grown)
+    return grown, carried(model, optimizer, grown, ancestor, make)
+
+
+def carried(
+    model: Net, optimizer: torch.optim.Optimizer, changed: Net, ancestor: Callable[[str], str], make: MakeOptimizer
+) -> torch.optim.Optimizer:
+    """Make an optimizer of a changed model, whose parameters have the state of their ancestors in `model`."""
+    new_optimizer = make(changed)
     old_params = dict(model.named_parameters())
-    for name, parameter in grown.named_parameters():
+    for name, parameter in changed.named_parameters():
         if old_params[ancestor(name)] in optimizer.state:
             new_optimizer.state[parameter] = copy.deepcopy(optimizer.state[old_params[ancestor(name)]])
-    return grown, new_optimizer
+    return new_optimizer
 
 
 def resume(path: Path, experts: int, head_last: bool, make: MakeOptimizer) -> tuple[Net, torch.optim.Optimizer]:

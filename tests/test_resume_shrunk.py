@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same
-from test_resume import OPTIMIZERS, MakeOptimizer, Net, resume, save, state_by_name, train, trained
+from test_resume import OPTIMIZERS, MakeOptimizer, Net, carried, resume, save, state_by_name, train, trained
 
 import vraxion_ckpt as vc
 
@@ -41,12 +41,7 @@ def shrunk_in_memory(
     owners = [into if owner == gone else owner for owner in model.router_map.tolist()]
     state["router_map"] = torch.tensor([stay.index(owner) for owner in owners])
     shrunk.load_state_dict(state)
-    new_optimizer = make(shrunk)
-    old_params = dict(model.named_parameters())
-    for name, parameter in shrunk.named_parameters():
-        if old_params[ancestor(name)] in optimizer.state:
-            new_optimizer.state[parameter] = copy.deepcopy(optimizer.state[old_params[ancestor(name)]])
-    return shrunk, new_optimizer
+    return shrunk, carried(model, optimizer, shrunk, ancestor, make)
 
 
 @pytest.mark.parametrize("target", ["pruned.pt", "pruned/", "pruned.safetensors"])

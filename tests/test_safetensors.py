@@ -49,18 +49,7 @@ EVERY = [*MONOLITHS, *DIRECTORIES]
 SOURCE = DATA / "wallclock_experts3.pt"
 
 
-@pytest.fixture(autouse=True)
-def _no_reader_waits_for_ever() -> Iterator[None]:
-    """A FIFO that is opened blocks; after this long the test fails instead."""
-
-    def stop(*_: object) -> None:
-        raise AssertionError("still reading")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("no_reader_waits_for_ever")
 
 
 def model_of(source: Path) -> dict[str, torch.Tensor]:

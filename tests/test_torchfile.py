@@ -25,7 +25,7 @@ from support import DATA
 from torch import nn
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import compare, container, torchfile
+from vraxion_ckpt import compare, container, plain, torchfile
 from vraxion_ckpt.compare import (
     checkpoint_differences,
     checksum_if_same,
@@ -494,7 +494,7 @@ def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) ->
     value = torchfile.load(path, sources)
     for address, size in (parts := sources.parts()):
         held = next(t for t in value.values() if (t.data_ptr(), t.numel() * t.itemsize) == (address, size))
-        parts[address, size].note(zlib.crc32(compare._bytes(held).numpy()))
+        parts[address, size].note(zlib.crc32(plain.bytes_of(held).numpy()))
     with pytest.raises(CorruptError, match="checksum") as caught:
         sources.verify()
     assert caught.value.key == "archive/data/0"

@@ -9,6 +9,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
 `commit`, `jsonfile`      stage, flush, rename; strict JSON (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
+`plain`                   only plain data: what may stand in a checkpoint
 `ring`                    arcs, windows, owners: numpy
 `binding`                 optimizer ids ↔ parameter names
 `surgery`                 rename a head, clone or remove an expert with all that belongs to it
@@ -16,7 +17,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `options`                 plugins whose fields are their options; ``NAME:key=value``
 `adapter`, `transform`    the two base classes, and the chain
 `hookspecs`, `plugins`    the plugin contract; discovery and names
-`plain`, `torchfile`      only plain data; the one door to ``.pt``
+`torchfile`               the one door to ``.pt``
 `tensorfile`              the one door to safetensors
 `payload`                 the payload dict of VRAXION's trainers
 `document`                a checkpoint as named tensors and one JSON document

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vraxion_ckpt.binding import unbind
 from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.plain import bytes_of
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -31,7 +31,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return True
     if not _alike(a, b):
         return False
-    x, y = _bytes(a), _bytes(b)
+    x, y = bytes_of(a), bytes_of(b)
     return x.data_ptr() == y.data_ptr() or _memcmp(x.data_ptr(), y.data_ptr(), len(x)) == 0
 
 
@@ -39,7 +39,7 @@ def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
     """Return the CRC-32 of `b` if `a` has the same bits, else None; reads each of them from memory once."""
     if not _alike(a, b):
         return None
-    x, y = _bytes(a), _bytes(b)  # both are held: what is not stored so is a copy
+    x, y = bytes_of(a), bytes_of(b)  # both are held: what is not stored so is a copy
     data, crc = y.numpy().data, 0
     for at in range(0, len(data), _PIECE):
         piece = data[at : at + _PIECE]
@@ -52,13 +52,6 @@ def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
 def _alike(a: Tensor, b: Tensor) -> bool:
     same_kind = type(a) is type(b) and a.requires_grad == b.requires_grad
     return same_kind and a.dtype == b.dtype and a.shape == b.shape
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    if not tensor.numel():  # whose strides may be such that it has no view as bytes
-        return torch.empty(0, dtype=torch.uint8)
-    # Only a tensor that is not contiguous is copied here, one at a time.
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 Same = Callable[[Tensor, Tensor], bool]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
 from vraxion_ckpt.model import VRAXION, Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
 from vraxion_ckpt.payload import OUR_KEY, Extras, parse_extras, split_head
-from vraxion_ckpt.plain import DEEPEST, check_plain
+from vraxion_ckpt.plain import DEEPEST, bytes_of, check_plain
 
 PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
@@ -158,7 +158,7 @@ class _Stored:
         if name is None:
             name = self._free(wanted)
             self._known[view] = name
-            self.by_name[name] = tensor if native else _as_bytes(tensor)
+            self.by_name[name] = tensor if native else bytes_of(tensor)
         found: dict[str, Any] = {"$tensor": name}
         if not native:
             found |= {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
@@ -175,12 +175,6 @@ class _Stored:
         while f"{PREFIX}{number}" in self.by_name:
             number += 1
         return f"{PREFIX}{number}"
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    if not tensor.numel():  # whose strides may be such that it has no view as bytes
-        return torch.empty(0, dtype=torch.uint8)
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _encode(value: Any, place: str, tensors: _Stored) -> Any:
@@ -353,8 +347,8 @@ class _Decoder:
         if key not in self._made:  # what is one tensor stays one
             if not all(type(found.get(flag, True)) is bool for flag in ("parameter", "requires_grad")):
                 raise ValueError("it must say true or false")
-            bytes_of = "dtype" in found or "shape" in found
-            tensor = self._from_bytes(name, found["dtype"], found["shape"]) if bytes_of else self._tensors[name]
+            foreign = "dtype" in found or "shape" in found
+            tensor = self._from_bytes(name, found["dtype"], found["shape"]) if foreign else self._tensors[name]
             if "parameter" in found:
                 tensor = nn.Parameter(tensor, found["parameter"])
             elif found.get("requires_grad"):

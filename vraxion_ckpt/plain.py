@@ -82,7 +82,15 @@ def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
         yield place, value
     elif isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
+            if isinstance(entry, Tensor | dict | list | tuple):  # of numbers there may be millions
+                yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's elements as they are stored, uint8 of one dimension; a copy only if they do not lie so."""
+    if not tensor.numel():  # whose strides may be such that it has no view as bytes
+        return torch.empty(0, dtype=torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:

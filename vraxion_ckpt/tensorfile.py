@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vraxion_ckpt import jsonfile
 from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError, StorageError, UnsupportedError
+from vraxion_ckpt.plain import bytes_of
 from vraxion_ckpt.sources import Fingerprint, Sources
 
 _CODES = {
@@ -256,8 +257,6 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor's elements as they are stored, a piece at a time."""
-    if not tensor.numel():  # whose strides may be such that it has no view as bytes
-        return
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
+    flat = bytes_of(tensor).numpy()
     for start in range(0, len(flat), _PIECE):
         yield flat[start : start + _PIECE].data

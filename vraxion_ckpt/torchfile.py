@@ -20,11 +20,10 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 import numpy
 import torch
-from torch import Tensor
 
 from vraxion_ckpt.container import Container, check, fill_in_checksums, mapped
 from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, StorageError, UnsafeError, UsageError
-from vraxion_ckpt.plain import DEEPEST, check_plain
+from vraxion_ckpt.plain import DEEPEST, check_plain, named_tensors
 from vraxion_ckpt.rehearsal import Rehearsal
 from vraxion_ckpt.sources import Part, Place, Sources
 
@@ -85,7 +84,8 @@ def _parts(value: Any, container: Container) -> Iterator[tuple[Place, Part]]:
 
     Where that is not so, less is found, and the checksums of the others are compared in a pass of their own.
     """
-    storages = {storage.data_ptr(): storage for storage in _storages(value) if storage.nbytes()}
+    found = (tensor.untyped_storage() for _, tensor in named_tensors(value))
+    storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
     members = {member.start: member for member in container.storages() if member.size}
     if storages and members:
         begin = min(storages) - min(members)
@@ -93,16 +93,6 @@ def _parts(value: Any, container: Container) -> Iterator[tuple[Place, Part]]:
             member = members.get(address - begin)
             if member and member.size == storage.nbytes():
                 yield (address, member.size), Part(partial(container.note, member.name), storage)
-
-
-def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storage of every tensor inside a plain value."""
-    if isinstance(value, Tensor):
-        yield value.untyped_storage()
-    elif isinstance(value, dict | list | tuple):
-        for entry in value.values() if isinstance(value, dict) else value:
-            if isinstance(entry, Tensor | dict | list | tuple):
-                yield from _storages(entry)
 
 
 def _require_torch() -> None:

@@ -185,8 +185,8 @@ class AdapterTests:
     @pytest.mark.parametrize("sample", ["experts", "single"])
     def test_a_truncated_file_is_refused(self, sample: str, tmp_path: Path) -> None:
         path = self.written(samples()[sample], tmp_path)
-        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-            whole = file.read_bytes()
+        for name, whole in contents(path).items():
+            file = path / name
             for length in sorted({0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 9, len(whole) - 1}):
                 file.write_bytes(whole[: max(0, length)])
                 self._assert_refused_or_whole(samples()[sample], path, f"{file.name} cut to {length} bytes")
@@ -194,8 +194,8 @@ class AdapterTests:
 
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         path = self.written(make(), tmp_path)
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []:
-            whole = file.read_bytes()
+        for name, whole in contents(path).items() if path.is_dir() else ():
+            file = path / name
             file.unlink()
             self._assert_refused_or_whole(make(), path, f"without {file.name}")
             file.write_bytes(whole)
