@@ -21,6 +21,7 @@ FLOORS = [
     "errors",
     "sources",
     "jsonfile",
+    "disk",
     "commit",
     "container",
     "ring",
@@ -46,6 +47,7 @@ FLOORS = [
     "targets",
     "summary",
     "pipeline",
+    "inplace",
     "testing",
     "cli",
 ]
@@ -79,7 +81,7 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
 def test_plugins_import_the_core_and_never_each_other_or_the_commands(path):
     assert not any(name.startswith(("vraxion_ckpt_adapters", "vraxion_ckpt_transforms")) for name in imports(path))
-    assert not core_modules(path) & {"reading", "targets", "summary", "pipeline", "cli"}
+    assert not core_modules(path) & {"reading", "targets", "summary", "pipeline", "inplace", "cli"}
 
 
 def test_the_core_names_no_plugin():
@@ -92,7 +94,7 @@ def test_the_core_names_no_plugin():
         assert not names & set(table), path
 
 
-@pytest.mark.parametrize("module", ["errors", "sources", "jsonfile", "commit", "container", "rehearsal"])
+@pytest.mark.parametrize("module", ["errors", "sources", "jsonfile", "disk", "commit", "container", "rehearsal"])
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

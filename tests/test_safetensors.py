@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from support import DATA, DIRECTORIES, MONOLITHS, assert_same, bits, files_below, load
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import tensorfile
+from vraxion_ckpt import disk, tensorfile
 from vraxion_ckpt.commit import Staged
 from vraxion_ckpt.errors import (
     CkptError,
@@ -600,13 +600,13 @@ def test_a_source_that_changes_meanwhile_is_not_converted(name, tmp_path, monkey
     vc.convert(SOURCE, tmp_path / "x.safetensors")
     vc.convert(SOURCE, tmp_path / "many", to=SHARDS)
     path = next(file for file in tmp_path.rglob("*") if str(file.relative_to(tmp_path)).startswith(name))
-    original = Staged.flush
+    original = Staged.publish
 
-    def flush(stage: Staged) -> None:
+    def publish(stage: Staged, *args: Any, **options: Any) -> None:
         os.utime(path)
-        original(stage)
+        original(stage, *args, **options)
 
-    monkeypatch.setattr(Staged, "flush", flush)
+    monkeypatch.setattr(Staged, "publish", publish)
     with pytest.raises(vc.CkptError, match="changed while it was being read") as caught:
         vc.convert(tmp_path / name.split("/")[0], tmp_path / "new.pt")
     assert caught.value.path == path
@@ -924,20 +924,23 @@ def test_files_of_others_in_a_folder_of_shards_are_not_deleted_with_it(name, tmp
 
 @pytest.mark.parametrize("to", ["safetensors", SHARDS])
 def test_everything_is_flushed_before_it_is_published(to, tmp_path, monkeypatch):
-    done: list[tuple[str, list[Path]]] = []
-    for step in ("flush", "publish"):
-        original = getattr(Staged, step)
+    flushed: set[Path] = set()
+    fsync, rename = disk.fsync, disk.rename_new
 
-        def noted(stage: Staged, step: str = step, original: Callable[[Staged], None] = original) -> None:
-            done.append((step, files_below(stage.path)))
-            assert stage.path.exists()
-            assert not stage.target.exists()
-            original(stage)
+    def note(path: Path) -> None:
+        flushed.add(path)
+        fsync(path)
 
-        monkeypatch.setattr(Staged, step, noted)
+    def look(source: Path, target: Path) -> None:
+        assert target == tmp_path / "new"
+        assert {source, *source.rglob("*")} <= flushed
+        rename(source, target)
+        flushed.clear()
+
+    monkeypatch.setattr(disk, "fsync", note)
+    monkeypatch.setattr(disk, "rename_new", look)
     vc.convert(SOURCE, tmp_path / "new", to=to)
-    assert [step for step, _ in done] == ["flush", "publish"]
-    assert done[0][1] == done[1][1] == files_below(tmp_path / "new")
+    assert flushed == {tmp_path}
 
 
 @contextmanager

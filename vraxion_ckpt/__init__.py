@@ -7,7 +7,8 @@ core knows neither any format nor any transform by name. The modules, from the g
 `errors`                  the error tree, one exit code a class
 `sources`                 the files that were read, and whether they changed (no torch)
 `container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
-`commit`, `jsonfile`      stage, flush, rename; strict JSON (no torch)
+`jsonfile`                strict JSON (no torch)
+`disk`, `commit`          system calls; stage, lock, commit, clean up: old or new, never a mix (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
 `ring`                    arcs, windows, owners: numpy
@@ -24,7 +25,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `plan`, `visits`          split plans as files; files of visits per address
 `reading`                 open a checkpoint of any format
 `targets`, `summary`      where a result may go; what was done
-`pipeline`                convert, top to bottom
+`pipeline`, `inplace`     convert and edit, top to bottom
 `testing`                 suites that adapters and transforms subclass; sample checkpoints
 `cli`                     the commands
 ========================  ==============================================================================
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vraxion_ckpt.adapter import Adapter, Loss
     from vraxion_ckpt.errors import CkptError, CkptWarning, TransformError
     from vraxion_ckpt.hookspecs import hookimpl
+    from vraxion_ckpt.inplace import Edited, edit
     from vraxion_ckpt.model import (
         Checkpoint,
         Expert,
@@ -65,6 +67,7 @@ __all__ = [
     "Checkpoint",
     "CkptError",
     "CkptWarning",
+    "Edited",
     "Expert",
     "Head",
     "HeadKind",
@@ -79,6 +82,7 @@ __all__ = [
     "Visits",
     "__version__",
     "convert",
+    "edit",
     "hookimpl",
     "inspect",
     "open",
@@ -89,6 +93,7 @@ _HOME = {
     "Checkpoint": "model",
     "CkptError": "errors",
     "CkptWarning": "errors",
+    "Edited": "inplace",
     "Expert": "model",
     "Head": "model",
     "HeadKind": "model",
@@ -102,6 +107,7 @@ _HOME = {
     "TransformError": "errors",
     "Visits": "ring",
     "convert": "pipeline",
+    "edit": "inplace",
     "hookimpl": "hookspecs",
     "inspect": "reading",
     "open": "reading",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,14 +23,34 @@ class Loss:
         return f"{self.what}: {self.why}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """One file of a checkpoint that is a directory.
+
+    Attributes:
+        content: equal for two files that hold the same, as far as that can be told without opening any.
+        write: writes it to a path where nothing is yet.
+        size: returns how many bytes that would be.
+    """
+
+    content: object
+    write: Callable[[Path], None]
+    size: Callable[[], int]
+
+
 class Adapter(Plugin):
     """Read and write one checkpoint format. Fields are options (``--to NAME:key=value``).
 
+    A format that is a directory may tell its files apart (`pivot`, `parts`, `unseen`, `read_over`): an edit in place
+    then writes only those that change. Without, the whole directory is written anew and exchanged.
+
     Attributes:
         suffixes: endings of a target's name that mean this format; ``/`` means a directory.
+        pivot: the file that a loader reads first and that decides which others count, by its path below the directory.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()
+    pivot: ClassVar[str | None] = None
 
     @property
     def is_directory(self) -> bool:
@@ -71,9 +92,34 @@ class Adapter(Plugin):
         the same bytes.
         """
 
+    def size(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 - not every format can tell
+        """Return how many bytes `write` would write, or None if only writing tells."""
+        return None
+
     def foreign_files(self, path: Path) -> list[Path]:
         """List what lies in an existing directory `path` and is not part of a checkpoint of this format.
 
         Asked before a directory is replaced, so that nobody else's files go with it.
         """
         return sorted(path.iterdir()) if path.is_dir() else []
+
+    # --- in place: what a format with a `pivot` tells of its files ---
+
+    def parts(self, checkpoint: Checkpoint) -> Mapping[str, Part]:
+        """Return every file of the directory by its path below it; opens no expert."""
+        raise NotImplementedError
+
+    def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
+        """Tell whether it makes no difference which of two states a file is in to whoever has read the pivot.
+
+        Args:
+            name: a file other than the pivot, in `parts` of either checkpoint or both.
+            before: the checkpoint in the old state.
+            after: the checkpoint in the new state.
+            reader: the one of the two whose pivot was read.
+        """
+        raise NotImplementedError
+
+    def read_over(self, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
+        """Read the directory `path` as it will be with the files below `staged` laid over it, and without `removed`."""
+        raise NotImplementedError

@@ -18,7 +18,8 @@
     ├── LossError                12   the target format cannot hold everything
     ├── ChangedError             13   a source file changed while it was being read
     ├── StorageError             14   the file system refused: no space, no permission, an I/O error
-    └── PluginError              15   a plugin is broken, missing, or clashes with another
+    ├── PluginError              15   a plugin is broken, missing, or clashes with another
+    └── BusyError                16   another run is at work on the same target
 
 ``CkptError`` itself is never raised; ``1`` is kept for commands whose answer is "no".
 """
@@ -157,6 +158,12 @@ class PluginError(CkptError):
     """A plugin is broken, missing, or clashes with another."""
 
     exit_code = 15
+
+
+class BusyError(CkptError):
+    """Another run is at work on the same target."""
+
+    exit_code = 16
 
 
 class CkptWarning(UserWarning):

@@ -5,7 +5,7 @@
     path ──detect──▶ Adapter.read ──bind──▶ Checkpoint
                      Transform.apply, one after the other ──▶ Checkpoint
                      invariants, losses ──▶ go / stop, before a byte is written
-                     Adapter.write ──▶ staged ──flush, read back, compare──▶ commit
+                     Adapter.write ──▶ staged ──read back, compare──▶ flush, commit
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from vraxion_ckpt import binding, invariants
 from vraxion_ckpt.adapter import Adapter, Loss
-from vraxion_ckpt.commit import Staged, staged, write_new
+from vraxion_ckpt.commit import Staged, exclusive, staged
 from vraxion_ckpt.compare import differences_and_checksums
+from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import (
     CkptWarning,
     InconsistentError,
@@ -76,13 +77,14 @@ def convert(
         CkptError: one subclass for each kind of reason, see `vraxion_ckpt.errors`.
     """
     started = time.monotonic()
-    with os_errors_named(src, dst):
-        if losses not in ("raise", "warn", "ignore"):
-            raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
+    with os_errors_named(src, dst), ExitStack() as stack:
+        check_policy(losses)
         chain = resolve_chain(transforms)
         adapter, target = detect_target(dst, to)
         source = Path(src)
         check_places(source, target, adapter, overwrite=overwrite)
+        if not dry_run:
+            stack.enter_context(exclusive(target))
 
         before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
         check_apart(target, before)
@@ -90,8 +92,8 @@ def convert(
         refuse(InconsistentError, invariants.findings(before), source)
         after, side_files = apply_chain(before, chain)
         check_side_files(side_files, before, target, chain, overwrite=overwrite)
-        preservation = _check_result(before, after, chain)
-        lost = _check_losses(adapter, after, losses)
+        preservation = check_result(before, after, chain)
+        lost = check_losses(adapter, after, losses)
         with blamed(adapter):
             held = adapter.held(after)
         tensors = count_tensors(before, held)
@@ -121,7 +123,13 @@ def convert(
         )
 
 
-def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
+def check_policy(losses: LossPolicy) -> None:
+    """Refuse a policy that there is not."""
+    if losses not in ("raise", "warn", "ignore"):
+        raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
+
+
+def check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
     """Hold the chain to what must be true after it."""
     refuse(InvariantError, invariants.findings(after), after.origin.path)
     refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
@@ -178,7 +186,8 @@ def _dicts_in(value: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]
             yield from _dicts_in(entry, place)
 
 
-def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
+def check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
+    """Ask the format what it cannot hold, and do about it what the policy says."""
     with blamed(adapter):
         lost = adapter.losses(checkpoint)
     if lost and policy == "raise":
@@ -199,30 +208,38 @@ def _write(
     *,
     overwrite: bool,
 ) -> int:
-    """Stage, flush, read back, compare, and only then commit; return the bytes written."""
+    """Stage, read back, compare, and only then commit; return the bytes written."""
     with ExitStack() as stack:
         stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
-        with blamed(adapter):
-            try:
-                adapter.write(held, stage.path)
-            except StorageError:
-                before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
-                raise
-        stages = [stage]
-        for path, content in side_files.items():
-            real = Path(os.path.realpath(path))
-            side = stack.enter_context(staged(real, directory=False, overwrite=overwrite))
-            write_new(side.path, content)
-            stages.append(side)
-        for each in stages:
-            each.flush()
+        write_whole(adapter, before, held, stage)
+        sides = stage_side_files(stack, side_files)
         _read_back(adapter, held, stage)
         before.sources.verify()  # what was not carried into the result, too
-        before.sources.check_unchanged()
-        size = sum(_size(each.path) for each in stages)
-        for each in reversed(stages):  # the target last: if it is there, all is there
-            each.publish()
+        size = sum(_size(each.path) for each in (stage, *sides))
+        for each in (*sides, stage):  # the target last: if it is there, all is there
+            each.publish(check=before.sources.check_unchanged)
     return size
+
+
+def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:
+    """Let an adapter write to a stage; a source that is cut short meanwhile is told from a full disk."""
+    with blamed(adapter):
+        try:
+            adapter.write(held, stage.path)
+        except StorageError:
+            before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
+            raise
+
+
+def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes]) -> list[Staged]:
+    """Stage the files that a chain asks for beside its target; what may be replaced was judged before."""
+    stages = []
+    for path, content in side_files.items():
+        real = Path(os.path.realpath(path))
+        stack.enter_context(exclusive(real))
+        stages.append(stack.enter_context(staged(real, directory=False, overwrite=True)))
+        write_new(stages[-1].path, content)
+    return stages
 
 
 def _read_back(adapter: Adapter, expected: Checkpoint, stage: Staged) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from vraxion_ckpt import binding, invariants
 from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.commit import was_interrupted
 from vraxion_ckpt.errors import (
     BindingError,
     CkptError,
@@ -76,13 +77,18 @@ def read(
 def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
     place = Path(path)
-    with os_errors_named(path):
-        adapter = detect_source(place, from_)
-        if allow_globals:
-            adapter = _allow(adapter, allow_globals)
-        with blamed(adapter):
-            checkpoint = adapter.read(place)
-    refuse(InconsistentError, invariants.findings(checkpoint), place)
+    try:
+        with os_errors_named(path):
+            adapter = detect_source(place, from_)
+            if allow_globals:
+                adapter = _allow(adapter, allow_globals)
+            with blamed(adapter):
+                checkpoint = adapter.read(place)
+        refuse(InconsistentError, invariants.findings(checkpoint), place)
+    except SourceError as error:
+        if was_interrupted(Path(os.path.realpath(place))):
+            error.hint = f"an edit of it was interrupted; `vraxion-ckpt edit {place}` takes it back, or finishes it"
+        raise
     return checkpoint
 
 

@@ -108,4 +108,5 @@ def check_side_files(
             raise UsageError("a side file must not replace a file that the chain reads", path=path)
         if real.is_dir():
             raise UsageError("is a directory, not a file to write", path=path)
-        check_target(real, overwrite=overwrite)
+        # One that says the same already may be of this very call, which was killed and is made again.
+        check_target(real, overwrite=overwrite or (real.is_file() and real.read_bytes() == side_files[path]))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +21,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from vraxion_ckpt import jsonfile, torchfile
-from vraxion_ckpt.adapter import Adapter, Loss
-from vraxion_ckpt.commit import write_new
+from vraxion_ckpt.adapter import Adapter, Loss, Part
+from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Origin
@@ -42,6 +43,8 @@ from vraxion_ckpt.payload import (
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.sources import Fingerprint, Sources
 
+_ROUTER = "system/router.state"
+_META = "experts/meta.json"
 _SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
@@ -61,7 +64,7 @@ class MetaDialect:
     entries: Mapping[str, Any] = field(default_factory=dict)
 
 
-_META = TypeAdapter(MetaDialect)
+_META_DIALECT = TypeAdapter(MetaDialect)
 
 
 def shard_name(expert: int) -> str:
@@ -74,6 +77,7 @@ class ModularAdapter(Adapter):
 
     name: ClassVar[str] = "modular"
     suffixes: ClassVar[tuple[str, ...]] = ("/",)
+    pivot: ClassVar[str | None] = _ROUTER
 
     tenure_all: bool = Field(False, description="on writing, mark every expert tenured")
     allow_global: NameList = Field((), description="classes its pickles may use beside plain data, by full name")
@@ -84,23 +88,28 @@ class ModularAdapter(Adapter):
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        return (_root(path) / "system" / "router.state").is_file()
+        return (_root(path) / _ROUTER).is_file()
 
     # --- read ---
 
     def read(self, path: Path) -> Checkpoint:
-        root = _root(path)
-        router = root / "system" / "router.state"
+        return self._read(_Files(_root(path)))
+
+    def read_over(self, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
+        return self._read(_Files(_root(path), staged, frozenset(removed)))
+
+    def _read(self, files: _Files) -> Checkpoint:
+        root, router = files.root, files.path(_ROUTER)
         sources = Sources()
-        for place in (root / "system", router, root / "experts", root / "experts" / "meta.json"):
+        for place in (root / "system", router, root / "experts", files.path(_META)):
             if place.is_symlink() and not place.resolve().is_relative_to(root.resolve()):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
         parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
-        meta = _read_meta(root / "experts" / "meta.json", sources, parsed)
+        meta = _read_meta(files.path(_META), sources, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
             raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
-        shards = _list_shards(root / "experts")
+        shards = files.shards()
         num_experts = parsed.num_experts
         if num_experts is None:
             num_experts = meta["num_experts"] if meta else max(1, len(shards))
@@ -183,6 +192,41 @@ class ModularAdapter(Adapter):
         return replace(checkpoint, head=head, lifecycle=rows)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        try:
+            (path / "system").mkdir()
+            (path / "experts").mkdir()
+        except OSError as error:
+            raise StorageError.from_os_error(error, path) from error
+        for name, part in self.parts(checkpoint).items():
+            part.write(path / name)
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        return sum(part.size() for part in self.parts(checkpoint).values())
+
+    def parts(self, checkpoint: Checkpoint) -> dict[str, Part]:
+        head = checkpoint.head
+        meta = jsonfile.dumps(self._meta(checkpoint))
+        parts = {_ROUTER: _torch_part(object(), lambda: self._router(checkpoint))}  # what it holds is not looked at
+        if head is not None and head.kind is HeadKind.EXPERTS:
+            for i, expert in head.experts.items():
+                parts[f"experts/{shard_name(i)}"] = _torch_part(expert, partial(_shard, expert))
+        parts[_META] = Part(meta, lambda path: write_new(path, meta), lambda: len(meta))
+        return parts
+
+    def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
+        if name == _META:  # a loader takes the rows of its experts, by their place, and nothing else
+            if "meta" not in before.origin.local:
+                return False  # there was none, and a loader that finds none makes rows up
+            old, new = self._meta(before), self._meta(after)
+            rows = slice(0, reader.num_experts)
+            return bool(old["experts"][rows] == new["experts"][rows] and old.get("step") == new.get("step"))
+        shard = _SHARD.fullmatch(Path(name).name)
+        if reader.head is None or reader.head.kind is HeadKind.SINGLE:
+            return shard is not None
+        return shard is not None and int(shard[1]) >= reader.num_experts
+
+    def _router(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the payload that router.state holds."""
         head = checkpoint.head
         sharded = head is not None and head.kind is HeadKind.EXPERTS
         state = checkpoint.core if sharded else checkpoint.state_dict()
@@ -199,17 +243,7 @@ class ModularAdapter(Adapter):
             **names_to_record(checkpoint, router),
             dialects=dialects,
         )
-        try:
-            (path / "system").mkdir()
-            (path / "experts").mkdir()
-        except OSError as error:
-            raise StorageError.from_os_error(error, path) from error
-        torchfile.save(build_payload(checkpoint, state, router, extras), path / "system" / "router.state")
-        if head is not None and sharded:
-            for i, expert in head.experts.items():
-                shard = {leaf: _compact(tensor) for leaf, tensor in expert.items()}
-                torchfile.save(shard, path / "experts" / shard_name(i))
-        write_new(path / "experts" / "meta.json", jsonfile.dumps(self._meta(checkpoint)))
+        return build_payload(checkpoint, state, router, extras)
 
     def _meta(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return meta.json in the variant the source had, or the exploder's."""
@@ -233,7 +267,7 @@ class ModularAdapter(Adapter):
         """List what is neither a folder of the layout nor one of its files."""
         if not path.is_dir():
             return []
-        ours = {path / "system", path / "experts", path / "system" / "router.state", path / "experts" / "meta.json"}
+        ours = {path / "system", path / "experts", path / _ROUTER, path / _META}
         return [
             entry
             for entry in sorted(path.rglob("*"))
@@ -247,23 +281,58 @@ def _root(path: Path) -> Path:
     return path.parent.parent if is_router else path
 
 
-def _list_shards(folder: Path) -> dict[int, Path]:
+@dataclass(frozen=True)
+class _Files:
+    """Where a checkpoint's files are: all in its directory, or some of them staged over it."""
+
+    root: Path
+    staged: Path | None = None
+    removed: frozenset[str] = frozenset()
+
+    def path(self, name: str) -> Path:
+        """Return the place of a file, given by its path below the directory."""
+        over = self.staged / name if self.staged else None
+        return over if over is not None and over.exists() else self.root / name
+
+    def shards(self) -> dict[int, Path]:
+        """List the shards by expert; opens none."""
+        found = _list_shards(self.root / "experts", self.removed)
+        return found | (_list_shards(self.staged / "experts", frozenset()) if self.staged else {})
+
+
+def _list_shards(folder: Path, removed: frozenset[str]) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
     try:
-        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        with os.scandir(folder) as entries:
+            listed = sorted(
+                (e for e in entries if e.name.startswith("expert_") and e.name.endswith(".pt")), key=lambda e: e.name
+            )
     except OSError as error:
         raise StorageError.from_os_error(error, folder) from error
     shards: dict[int, Path] = {}
-    for name in names:
-        if not name.startswith("expert_") or not name.endswith(".pt"):
+    for entry in listed:
+        path = folder / entry.name
+        if f"experts/{entry.name}" in removed:
             continue
-        found = _SHARD.fullmatch(name)
-        path = folder / name
+        found = _SHARD.fullmatch(entry.name)
         if not found:
             raise InconsistentError("a shard is called expert_<id>.pt, its id in three digits or more", path=path)
-        if path.is_symlink() or not path.is_file():
+        if not entry.is_file(follow_symlinks=False):
             raise InconsistentError("a shard must be a regular file", path=path)
+        if not entry.stat(follow_symlinks=False).st_size:  # seen even where it need not be opened
+            raise InconsistentError(f"the shard of expert {int(found[1])} is damaged: is empty", path=path)
         shards[int(found[1])] = path
     return shards
+
+
+def _shard(expert: Expert) -> dict[str, Tensor]:
+    return {leaf: _compact(tensor) for leaf, tensor in expert.items()}
+
+
+def _torch_part(content: object, value: Callable[[], Any]) -> Part:
+    """Return a file of torch.save whose value is made when it is needed."""
+    return Part(content, lambda path: torchfile.save(value(), path), lambda: torchfile.size(value()))
 
 
 def _leaves(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
@@ -351,7 +420,7 @@ def _read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] |
 
 def _deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
     listed = (meta or {}).get("deleted", [])
-    path = root / "experts" / "meta.json"
+    path = root / _META
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < num_experts for i in listed):
         raise InconsistentError(f"must list expert ids below {num_experts}", path=path, key="deleted")
     if len(set(listed)) != len(listed):
@@ -360,7 +429,7 @@ def _deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> froze
 
 
 def _rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
-    path = root / "experts" / "meta.json"
+    path = root / _META
     rows: dict[int, Lifecycle] = {}
     for place, row in enumerate(meta["experts"]):
         key = f"experts[{place}]"
@@ -406,7 +475,7 @@ def _with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
         row_keys=tuple(rows[0]) if rows and isinstance(rows[0], dict) else MetaDialect.row_keys,
         entries={k: v for k, v in meta.items() if k not in ("num_experts", "step", "experts", "deleted")},
     )
-    own = {"meta": _META.dump_python(dialect, mode="json")}
+    own = {"meta": _META_DIALECT.dump_python(dialect, mode="json")}
     usual = replace(dialect, entries={k: v for k, v in dialect.entries.items() if k != "source_checkpoint"})
     carried = {} if usual == MetaDialect() else own
     return replace(origin, dialects={**origin.dialects, **carried}, local=own)
@@ -414,7 +483,7 @@ def _with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
 
 def _recorded_meta(origin: Origin) -> MetaDialect:
     try:
-        return _META.validate_python(origin.dialects.get("meta") or origin.local.get("meta") or MetaDialect())
+        return _META_DIALECT.validate_python(origin.dialects.get("meta") or origin.local.get("meta") or MetaDialect())
     except ValidationError:
         raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
 

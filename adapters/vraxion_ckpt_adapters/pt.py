@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -64,22 +64,30 @@ class PtAdapter(Adapter):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        dialects = {key: value for key, value in checkpoint.origin.dialects.items() if key != "pt"}
-        router = recorded_dialect(checkpoint, "router")
-        dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
-        if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
-            dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
-        if router is None or dialect.implies(router, checkpoint.head is not None):
-            dialects.pop("router", None)
-        extras = Extras(
-            history=checkpoint.history,
-            plan=checkpoint.plan,
-            lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
-            deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
-            **names_to_record(checkpoint, dialect),
-            dialects=dialects,
-        )
-        torchfile.save(build_payload(checkpoint, checkpoint.state_dict(), dialect, extras), path)
+        torchfile.save(_payload(checkpoint), path)
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        return torchfile.size(_payload(checkpoint))
+
+
+def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the file holds, in its own dialect."""
+    dialects = {key: value for key, value in checkpoint.origin.dialects.items() if key != "pt"}
+    router = recorded_dialect(checkpoint, "router")
+    dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
+    if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
+        dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
+    if router is None or dialect.implies(router, checkpoint.head is not None):
+        dialects.pop("router", None)
+    extras = Extras(
+        history=checkpoint.history,
+        plan=checkpoint.plan,
+        lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
+        deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
+        **names_to_record(checkpoint, dialect),
+        dialects=dialects,
+    )
+    return build_payload(checkpoint, checkpoint.state_dict(), dialect, extras)
 
 
 def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vraxion_ckpt import document, jsonfile, tensorfile
 from vraxion_ckpt.adapter import Adapter, Loss
-from vraxion_ckpt.commit import write_new
+from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, Lifecycle, Origin

@@ -13,15 +13,19 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.errors import CkptError, CkptWarning, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from vraxion_ckpt.summary import Summary
 
 _INTERNAL_ERROR = 70
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -68,11 +72,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         _say("error", str(error), "red")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted", "no unfinished result is left", "red")
-        return 128 + signal.SIGINT
+        return _stopped("interrupted", signal.SIGINT)
     except _Terminated as stop:
-        _say("terminated", "no unfinished result is left", "red")
-        return 128 + stop.number
+        return _stopped("terminated", stop.number)
     except BrokenPipeError:
         _drop_output()  # whoever read it has enough
         return 0
@@ -86,6 +88,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         _say("internal error", f"{type(error).__name__}: {error}", "red")
         _say("", "  → please report it; VRAXION_CKPT_DEBUG=1 shows where it happened", "")
         return _INTERNAL_ERROR
+
+
+def _stopped(how: str, number: int) -> int:
+    """Say what was left when a signal came; one that came after the commit has come too late to stop anything."""
+    commit = sys.modules.get("vraxion_ckpt.commit")
+    if commit is not None and commit.committed:
+        written = ", ".join(sorted(map(str, commit.committed)))
+        _say("warning", f"{how} too late: {written} was written", "yellow")
+        return 0
+    _say(how, "no unfinished result is left", "red")
+    return 128 + number
 
 
 def _drop_output() -> None:
@@ -145,6 +158,35 @@ def _read_options(command: _F) -> _F:
     return command
 
 
+def _chain_options(command: _F) -> _F:
+    for option in (
+        click.option(
+            "--losses",
+            type=click.Choice(["raise", "warn", "ignore"]),
+            default="raise",
+            show_default=True,
+            help="What to do about what the target format cannot hold.",
+        ),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["keep", "drop"]),
+            default="keep",
+            show_default=True,
+            help="Carry the optimizer's state along, or leave it behind.",
+        ),
+        click.option(
+            "-t",
+            "--transform",
+            "transforms",
+            multiple=True,
+            metavar="NAME[:k=v,…]",
+            help="A step of the chain; repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"})
 @click.version_option(__version__, prog_name="vraxion-ckpt")
 @click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings.")
@@ -160,25 +202,9 @@ def cli(quiet: bool, verbose: bool) -> None:
 @cli.command(short_help="Convert between formats, through a chain of transforms.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@click.option(
-    "-t", "--transform", "transforms", multiple=True, metavar="NAME[:k=v,…]", help="A step of the chain; repeatable."
-)
+@_chain_options
 @click.option(
     "--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, .safetensors, or / at the end."
-)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["keep", "drop"]),
-    default="keep",
-    show_default=True,
-    help="Carry the optimizer's state along, or leave it behind.",
-)
-@click.option(
-    "--losses",
-    type=click.Choice(["raise", "warn", "ignore"]),
-    default="raise",
-    show_default=True,
-    help="What to do about what the target format cannot hold.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing target, in one step, at the end.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
@@ -199,13 +225,50 @@ def convert(
     from vraxion_ckpt.cli import show
     from vraxion_ckpt.pipeline import convert as run
 
-    names = _load_names(param_names)
-    summary = run(src, dst, param_names=names, **options)
-    try:
+    summary = run(src, dst, param_names=_load_names(param_names), **options)
+    with _told(summary):
         if as_json:
             _print_json(show.summary_facts(summary))
         elif not context.find_root().params["quiet"]:
             show.summary(summary, verbose=context.find_root().params["verbose"])
+
+
+@cli.command(short_help="Change a checkpoint in place, through a chain of transforms.")
+@click.argument("path", type=click.Path())
+@_chain_options
+@click.option("--to", metavar="F[:k=v]", help="The same format, with options for writing.")
+@click.option("--keep-old", is_flag=True, help="Leave the previous state beside it, as PATH.old.")
+@click.option("--dry-run", is_flag=True, help="Say which files would be written and removed, and write nothing.")
+@_read_options
+@_as_json
+@click.pass_context
+def edit(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
+    """Run a chain of transforms on PATH where it lies: it is in the old state or in the new one, at every moment.
+
+    Of a modular directory, only the files that change are written. Without -t, it only cleans up what a killed run
+    has left.
+
+    \b
+    vraxion-ckpt edit run_modular/ -t arc_meta:visits=visits.json
+        -t mitosis_split:noise=0
+    """  # noqa: D301 - click reads the escape
+    _must_exist(path)
+    from vraxion_ckpt.cli import show
+    from vraxion_ckpt.inplace import edit as run
+
+    summary = run(path, param_names=_load_names(param_names), **options)
+    with _told(summary):
+        if as_json:
+            _print_json(show.edit_facts(summary))
+        elif not context.find_root().params["quiet"]:
+            show.edited(summary, verbose=context.find_root().params["verbose"])
+
+
+@contextmanager
+def _told(summary: Summary) -> Iterator[None]:
+    """Print a summary; if that fails, say that the work is done all the same."""
+    try:
+        yield
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:

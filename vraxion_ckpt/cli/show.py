@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vraxion_ckpt import plugins as plugin_registry
 from vraxion_ckpt import ring
+from vraxion_ckpt.inplace import Edited, EditKind
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Optimizer
 from vraxion_ckpt.plugins import Registered
@@ -56,7 +57,16 @@ def band(owners: Ints, width: int) -> Text:
     return text
 
 
-# --- convert ---
+# --- convert, edit ---
+
+_HOW = {
+    EditKind.NOTHING: "nothing to change",
+    EditKind.REPLACE: "replace: the file, by a rename",
+    EditKind.ROUTER_ONLY: "router only: one file, by a rename",
+    EditKind.GROW: "grow: new files first, then the router",
+    EditKind.SHRINK: "shrink: the router first, then what it no longer names",
+    EditKind.REWRITE: "rewrite: a whole new directory, exchanged with the old one",
+}
 
 
 def summary_facts(done: Summary) -> dict[str, Any]:
@@ -67,12 +77,50 @@ def summary_facts(done: Summary) -> dict[str, Any]:
     return {"schema": "vraxion-ckpt/convert/1", **facts, "source": str(done.source), "target": str(done.target)}
 
 
+def edit_facts(done: Edited) -> dict[str, Any]:
+    """Return an edit's summary as plain data."""
+    facts = {**summary_facts(done), "schema": "vraxion-ckpt/edit/1", "path": str(done.target)}
+    facts["kept"] = None if done.kept is None else str(done.kept)
+    return {key: fact for key, fact in facts.items() if key not in ("source", "target", "source_format")}
+
+
 def summary(done: Summary, *, verbose: bool = False) -> None:
     """Print a conversion's summary, a fact a line."""
-    tensors = ", ".join(f"{n} {what}" for what, n in dataclasses.asdict(done.tensors).items() if n) or "none"
     lines: list[_Line] = [
         ("would write" if done.dry_run else "wrote", f"{done.target} ({done.target_format})"),
         ("from", f"{done.source} ({done.source_format})"),
+        *_what_became(done),
+    ]
+    if not done.dry_run:
+        lines.append(("size", f"{size(done.bytes_written)} in {done.seconds:.1f} s"))
+    _print_lines([*lines, *(_steps(done) if verbose else [])])
+
+
+def edited(done: Edited, *, verbose: bool = False) -> None:
+    """Print an edit's summary, a fact a line."""
+    would = "would " if done.dry_run else ""
+    lines: list[_Line] = [
+        ("would edit" if done.dry_run else "edited", f"{done.target} ({done.target_format})"),
+        ("how", _HOW[done.kind]),
+    ]
+    if done.kind is EditKind.NOTHING:
+        _print_lines(lines)
+        return
+    files = [(f"{would}write", done.written), (f"{would}remove", done.removed)]
+    lines += [(what, _listed(names)) for what, names in files if names and names != (".",)]
+    if done.untouched:
+        lines.append(("untouched", f"{done.untouched} file{'s' * (done.untouched != 1)}"))
+    if done.kept is not None:
+        lines.append(("kept", f"the previous state, as {done.kept}"))
+    lines += _what_became(done)
+    seconds = "" if done.dry_run else f" in {done.seconds:.1f} s"
+    lines.append(("size", f"{size(done.bytes_written)} to write" if would else f"{size(done.bytes_written)}{seconds}"))
+    _print_lines([*lines, *(_steps(done) if verbose else [])])
+
+
+def _what_became(done: Summary) -> list[_Line]:
+    tensors = ", ".join(f"{n} {what}" for what, n in dataclasses.asdict(done.tensors).items() if n) or "none"
+    lines: list[_Line] = [
         ("experts", f"{done.experts_before} → {done.experts_after}, {done.addresses_moved} addresses moved"),
         ("tensors", tensors),
         ("optimizer", done.optimizer),
@@ -81,11 +129,16 @@ def summary(done: Summary, *, verbose: bool = False) -> None:
         lines.append(("function", f"preserved per address: {done.function_preserved}"))
     lines += [("lost", str(loss)) for loss in done.losses]
     lines += [("also", str(path)) for path in done.side_files]
-    if not done.dry_run:
-        lines.append(("size", f"{size(done.bytes_written)} in {done.seconds:.1f} s"))
-    if verbose:
-        lines += [("step", f"{r.name} ({r.distribution} {r.version}): {r.summary}") for r in done.history]
-    _print_lines(lines)
+    return lines
+
+
+def _steps(done: Summary) -> list[_Line]:
+    return [("step", f"{r.name} ({r.distribution} {r.version}): {r.summary}") for r in done.history]
+
+
+def _listed(names: tuple[str, ...], most: int = 8) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _print_lines(lines: list[_Line]) -> None:

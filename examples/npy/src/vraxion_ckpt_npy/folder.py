@@ -15,7 +15,7 @@ from numpy.lib.format import read_array_header_1_0, read_magic
 from torch import Tensor
 
 from vraxion_ckpt import Adapter, Checkpoint, document, hookimpl, jsonfile
-from vraxion_ckpt.commit import write_new
+from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError
 from vraxion_ckpt.sources import Fingerprint, Sources
 

@@ -1,0 +1,355 @@
+"""Edit: the same flow as a conversion, back to where the checkpoint came from.
+
+::
+
+    path ──lock──▶ Adapter.read ──▶ Checkpoint ──chain──▶ Checkpoint
+                   which files differ? ──▶ the kind of the edit, and which of them stand on which side of the commit
+                   those files ──▶ staged ──read back over the old ones, compare──▶ flush, commit
+
+The kind is found from what the chain has changed, not from what it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from vraxion_ckpt import binding, disk, invariants
+from vraxion_ckpt.adapter import Adapter, Part
+from vraxion_ckpt.commit import Change, Mark, Staged, check_target, exclusive, staged, survey
+from vraxion_ckpt.compare import differences_and_checksums
+from vraxion_ckpt.errors import InvariantError, UsageError
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.pipeline import (
+    LossPolicy,
+    check_losses,
+    check_policy,
+    check_result,
+    stage_side_files,
+    write_whole,
+)
+from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_adapter, resolve_chain
+from vraxion_ckpt.reading import OptimizerPolicy, PathLike, blamed, detect_source, os_errors_named, read, refuse
+from vraxion_ckpt.summary import Summary, TensorCount, count_tensors, optimizer_in_words
+from vraxion_ckpt.targets import check_side_files
+from vraxion_ckpt.transform import apply_chain, moved_addresses
+
+
+class EditKind(StrEnum):
+    """How the new state takes the old one's place.
+
+    NOTHING: there was nothing to change.
+    REPLACE: the checkpoint is one file, and is replaced.
+    ROUTER_ONLY: of a directory, the pivot alone changes.
+    GROW: files are added that whoever reads the old pivot does not look at; then the pivot changes.
+    SHRINK: the pivot changes; then files go that whoever reads the new pivot does not look at.
+    REWRITE: everything else: a whole new directory, exchanged with the old one.
+    """
+
+    NOTHING = "nothing"
+    REPLACE = "replace"
+    ROUTER_ONLY = "router only"
+    GROW = "grow"
+    SHRINK = "shrink"
+    REWRITE = "rewrite"
+
+
+@dataclass(frozen=True)
+class Edited(Summary):
+    """What an edit did, or with `dry_run` would do; `bytes_written` is what it writes in either case.
+
+    Attributes:
+        written: files that are written, by their path below the checkpoint; ``.`` is the checkpoint itself.
+        removed: files that are gone.
+        untouched: how many files of the checkpoint stay as they are.
+        kept: where the previous state is.
+    """
+
+    kind: EditKind = EditKind.NOTHING
+    written: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    untouched: int = 0
+    kept: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an edit has to do to the files of a checkpoint.
+
+    Attributes:
+        parts: of the new state, the files that can be written one by one; empty where only the whole can.
+        written: which of them change.
+        carried: what else the new state holds, if it is staged as a whole: unchanged files, and other people's.
+    """
+
+    kind: EditKind
+    change: Change = field(default_factory=Change)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    written: tuple[str, ...] = (".",)
+    removed: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    untouched: int = 0
+    watched: Mapping[str, Mark] = field(default_factory=dict)
+
+
+def edit(
+    path: PathLike,
+    *,
+    transforms: Sequence[TransformLike] = (),
+    from_: AdapterLike | None = None,
+    to: AdapterLike | None = None,
+    losses: LossPolicy = "raise",
+    keep_old: bool = False,
+    dry_run: bool = False,
+    param_names: Sequence[str] | None = None,
+    optimizer: OptimizerPolicy = "keep",
+    allow_globals: Sequence[str] = (),
+) -> Edited:
+    """Run a chain of transforms on a checkpoint in place; or raise, and leave it as it was.
+
+    Without a chain it only brings to an end what a killed run has left.
+
+    Args:
+        path: a file or a directory.
+        transforms: as for `convert`.
+        from_: as for `read`.
+        to: the same format, with options for writing.
+        losses: as for `convert`.
+        keep_old: leave the previous state beside it, under its name with ``.old``.
+        dry_run: do everything but write.
+        param_names: as for `read`.
+        optimizer: as for `read`.
+        allow_globals: as for `read`.
+
+    Raises:
+        CkptError: one subclass for each kind of reason, see `vraxion_ckpt.errors`.
+        BusyError: another run is at work on it.
+    """
+    started = time.monotonic()
+    with os_errors_named(path), ExitStack() as stack:
+        check_policy(losses)
+        chain = resolve_chain(transforms)
+        target = Path(os.path.realpath(path))
+        if not target.exists():
+            raise UsageError("no such file or directory", path=path)
+        if not dry_run:
+            check_target(target, overwrite=True)
+            stack.enter_context(exclusive(target))
+
+        adapter = _writer(target, from_, to)
+        marks = survey(target)
+        before = read(target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
+        root = Path(os.path.realpath(before.origin.path or target))
+        if root != target:
+            raise UsageError(f"is a part of the checkpoint {root}", path=path, hint="name that to edit it")
+        after, side_files = apply_chain(before, chain)
+        check_side_files(side_files, before, target, chain, overwrite=False)
+        preservation = check_result(before, after, chain)
+        lost = check_losses(adapter, after, losses)
+        with blamed(adapter):
+            held = adapter.held(after)
+            if not chain and optimizer == "keep" and to is None:
+                work = _Work(EditKind.NOTHING, written=(), untouched=len(marks))
+            else:
+                work = _plan(adapter, target, before, held, marks, keep_old=keep_old)
+        nothing = work.kind is EditKind.NOTHING
+        tensors = TensorCount() if nothing else count_tensors(*_limited(work, before, held))
+        kept, size = None, 0
+        if dry_run and not nothing:
+            before.sources.verify()
+            with blamed(adapter):
+                size = _size(adapter, held, work, marks, keep_old=keep_old)
+        elif not nothing:
+            kept, size = _write(adapter, target, before, held, work, side_files, keep_old=keep_old)
+        return Edited(
+            source=target,
+            target=target,
+            source_format=before.origin.format,
+            target_format=adapter.name,
+            experts_before=before.num_experts,
+            experts_after=after.num_experts,
+            addresses_moved=moved_addresses(before, after),
+            tensors=tensors,
+            optimizer=optimizer_in_words(before, after, held, dropped=optimizer == "drop"),
+            function_preserved=preservation,
+            losses=tuple(lost),
+            history=after.history[len(before.history) :],
+            side_files=tuple(side_files),
+            bytes_written=size,
+            seconds=time.monotonic() - started,
+            dry_run=dry_run,
+            kind=work.kind,
+            written=work.written,
+            removed=work.removed,
+            untouched=work.untouched,
+            kept=kept,
+        )
+
+
+def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> Adapter:
+    """Return the adapter that writes the checkpoint back."""
+    found = detect_source(target, from_)
+    adapter = resolve_adapter(to) if to is not None else found
+    if adapter.name != found.name:
+        raise UsageError(f"is of the format {found.name}, which an edit in place keeps", path=target)
+    if adapter.is_directory != target.is_dir():
+        kind = "directory" if adapter.is_directory else "file"
+        raise UsageError(
+            f"with these options {adapter.name} writes a {kind}, and this is none",
+            path=target,
+            hint=f"say how it is to be written: --to {adapter.name}:key=value, see `vraxion-ckpt describe`",
+        )
+    return adapter
+
+
+def _plan(
+    adapter: Adapter, target: Path, before: Checkpoint, held: Checkpoint, marks: Mapping[str, Mark], *, keep_old: bool
+) -> _Work:
+    """Find out which files differ, and by that the kind of the edit."""
+    if not target.is_dir():
+        return _Work(EditKind.REPLACE, watched=marks)
+    others = _others(adapter, target)
+    ours = {name: mark for name, mark in marks.items() if not _is_below(name, others)}
+    if adapter.pivot is None:
+        return _Work(EditKind.REWRITE, carried=others, watched=ours)
+    old = {name: part for name, part in adapter.parts(before).items() if name in ours}
+    new = adapter.parts(held)
+    same = {name for name, part in new.items() if name in old and old[name].content == part.content}
+    written = tuple(name for name in new if name not in same)
+    removed = tuple(name for name in old if name not in new)
+    rest = tuple(name for name in (*written, *removed) if name != adapter.pivot)
+
+    def unseen_by(reader: Checkpoint) -> bool:
+        return all(adapter.unseen(name, before, held, reader) for name in rest)
+
+    in_place = adapter.pivot in written and adapter.pivot in old and not keep_old
+    carried: tuple[str, ...] = ()
+    if in_place and not rest:
+        kind, change = EditKind.ROUTER_ONLY, Change(adapter.pivot)
+    elif in_place and not removed and unseen_by(before):
+        kind, change = EditKind.GROW, Change(adapter.pivot, first=rest)
+    elif in_place and all(name in old for name in rest) and unseen_by(held):
+        later = tuple(name for name in rest if name in new)
+        kind, change = EditKind.SHRINK, Change(adapter.pivot, later=later, removed=removed)
+    else:
+        kind, change = EditKind.REWRITE, Change()
+        carried = (*sorted(same), *others)
+    return _Work(kind, change, new, written, removed, carried, len(same), ours)
+
+
+def _others(adapter: Adapter, target: Path) -> tuple[str, ...]:
+    """List what lies in the directory and is no part of the checkpoint; it stays where it is."""
+    return tuple(str(path.relative_to(target)) for path in adapter.foreign_files(target))
+
+
+def _is_below(name: str, places: Collection[str]) -> bool:
+    known = set(places)
+    return name in known or any(str(parent) in known for parent in Path(name).parents)
+
+
+def _limited(work: _Work, *checkpoints: Checkpoint) -> list[Checkpoint]:
+    """Leave out the experts that are the same object in all checkpoints: they are in files that stay as they are."""
+    if not work.parts:
+        return list(checkpoints)
+    heads = [checkpoint.head.experts if checkpoint.head else {} for checkpoint in checkpoints]
+    same = {i for i, expert in heads[0].items() if all(head.get(i) is expert for head in heads)}
+    return [_without(checkpoint, same) for checkpoint in checkpoints]
+
+
+def _without(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
+    if checkpoint.head is None:
+        return checkpoint
+    experts = {i: expert for i, expert in checkpoint.head.experts.items() if i not in ids}
+    return replace(checkpoint, head=replace(checkpoint.head, experts=experts))
+
+
+def _size(adapter: Adapter, held: Checkpoint, work: _Work, marks: Mapping[str, Mark], *, keep_old: bool) -> int:
+    """Return how many bytes would be written; at the least, where a format cannot tell, those of the tensors."""
+    if work.parts:
+        size = sum(work.parts[name].size() for name in work.written)
+        return size + sum(marks[name][1] for name in work.carried if keep_old and name in marks)
+    told = adapter.size(held)
+    if told is not None:
+        return told
+    slots = held.optimizer.state if held.optimizer else {}
+    return sum(t.numel() * t.itemsize for _, t in named_tensors([held.state_dict(), held.payload, slots]))
+
+
+def _write(
+    adapter: Adapter,
+    target: Path,
+    before: Checkpoint,
+    held: Checkpoint,
+    work: _Work,
+    side_files: dict[Path, bytes],
+    *,
+    keep_old: bool,
+) -> tuple[Path | None, int]:
+    """Stage what changes, read it back, compare, and only then commit.
+
+    Returns:
+        Where the previous state is kept, and the bytes written.
+    """
+    with ExitStack() as stack:
+        stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True))
+        if work.parts:
+            for name in work.written:
+                (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+                with blamed(adapter):
+                    work.parts[name].write(stage.path / name)
+        else:
+            write_whole(adapter, before, held, stage)
+        written = {str(path.relative_to(stage.path)) for path in _files(stage.path)}
+        for name in work.carried:
+            _carry(target / name, stage.path / name, copy=keep_old)
+        sides = stage_side_files(stack, side_files)
+        _read_back(adapter, before, held, work, stage)
+        before.sources.verify()  # what was not carried into the result, too
+        before.sources.check_unchanged()
+        copied = _files(stage.path) if keep_old else [stage.path / name for name in written]
+        size = sum(path.stat().st_size for path in (*copied, *(side.path for side in sides)))
+        for side in sides:
+            side.publish()
+        return stage.publish(work.change, watched=work.watched, keep_old=keep_old), size
+
+
+def _carry(source: Path, target: Path, *, copy: bool) -> None:
+    """Give a file, or all files of a folder, a second name in the new state.
+
+    A previous state that is kept must have files of its own: a trainer that writes into one would write into both.
+    """
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir(parents=True, exist_ok=True)
+        for entry in source.iterdir():
+            _carry(entry, target / entry.name, copy=copy)
+    elif not os.path.lexists(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (disk.copy if copy else disk.link_or_copy)(source, target)
+
+
+def _files(path: Path) -> list[Path]:
+    return [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+
+
+def _read_back(adapter: Adapter, before: Checkpoint, held: Checkpoint, work: _Work, stage: Staged) -> None:
+    """Read the new state as anyone would, and compare what has changed with what it was made from."""
+    in_place = work.change.pivot != "."
+    with blamed(adapter):
+        found = adapter.read_over(stage.target, stage.path, work.removed) if in_place else adapter.read(stage.path)
+    if found.param_names not in (None, held.param_names):
+        raise InvariantError("param_names came back changed", path=stage.target)
+    found = binding.bind(found)
+    if not in_place:
+        found.open_experts()  # those that stay as they are, too
+    refuse(InvariantError, invariants.findings(found), stage.target)
+    if work.parts and found.head and before.head and held.head:
+        same = {i: e for i, e in held.head.experts.items() if before.head.experts.get(i) is e}
+        found, held = _without(found, same), _without(held, same)
+    refuse(InvariantError, differences_and_checksums(held, found), stage.target)
+    found.sources.verify()
