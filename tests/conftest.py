@@ -15,6 +15,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="try every single-bit flip, not a sample of them")
 
 
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
+    """Report a count, by the number of the promise that it is for; printed at the end of the run."""
+    return lambda number, text: record_property("figure", (number, text))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found = [value for report in reports for name, value in report.user_properties if name == "figure"]
+    if found:
+        terminalreporter.section("reliability", sep="-")
+    for number, text in sorted(found):
+        terminalreporter.write_line(f"{number:>3}  {text}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A run that fails must fail again; the long one looks further.
     settings.register_profile("ours", derandomize=not config.getoption("--exhaustive"), database=None)

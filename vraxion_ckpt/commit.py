@@ -97,9 +97,10 @@ def exclusive(target: Path) -> Iterator[None]:
             settle(folder, target)
         yield
     finally:
-        with suppress(OSError):
-            _twice(disk.unlink, place)  # before the release: who has opened it meanwhile then sees that it is gone
-        lock.release()
+        with uninterrupted():
+            with suppress(OSError):
+                _twice(disk.unlink, place)  # before the release: who has opened it meanwhile then sees that it is gone
+            lock.release()
 
 
 def _acquire(lock: FileLock) -> None:
@@ -210,7 +211,7 @@ class Change:
     Attributes:
         pivot: what decides which state it is; ``.`` is the target as a whole.
         first: what is put in place before the commit; who reads the old state takes no notice of it.
-        later: what is put in place after the commit; who reads the new state takes no notice of what was there.
+        later: files that are replaced after the commit; who reads the new state takes no notice of what was there.
         removed: what is removed after the commit; who reads the new state takes no notice of it.
     """
 
@@ -350,6 +351,7 @@ class Transaction:
     old: dict[str, Mark] = field(default_factory=dict)
     new: dict[str, Mark] = field(default_factory=dict)
     kept: Path | None = None
+    _sealed: dict[str, Mark] = field(default_factory=dict)  # what is live after the commit, if nobody writes
 
     def run(self) -> None:
         """Go through the steps; from the commit on, no signal stops them."""
@@ -366,6 +368,10 @@ class Transaction:
         for name in (*self.new, *self.change.removed):
             if (mark := mark_of(self._live(name))) is not None:
                 self.old[name] = mark
+        self._sealed = {self.change.pivot: self.new[self.change.pivot]}
+        if self.change.pivot == ".":  # but for what the old state has linked in, too
+            linked = {mark[0] for mark in self.watched.values()}
+            self._sealed = {name: mark for name, mark in survey(self._staged(".")).items() if mark[0] not in linked}
         _flush(self._staged("."), self.target)
         journal = self.folder / _JOURNAL
         disk.write_new(journal, self._dump())
@@ -420,28 +426,32 @@ class Transaction:
         try:
             self.verify()
         except ChangedError:
-            disk.exchange(staged, live)
-            committed.discard(self.target)
-            disk.fsync(live.parent)
+            if all(mark_of(self._live(name)) == mark for name, mark in self._sealed.items()):
+                disk.exchange(staged, live)
+                committed.discard(self.target)
+                disk.fsync(live.parent)
+            else:  # they have written into the new state already, and go on: what they leave is theirs
+                committed.discard(self.target)
+                self.undo()
             raise
 
     def finish(self) -> None:
         """Put in place what is not looked at any more, and remove or keep what the old state has left."""
-        for name in self.change.later:
-            if mark_of(self._live(name)) == self.old.get(name):
-                self._put(name)
-        for name in self.change.removed:
-            if mark_of(self._live(name)) == self.old[name]:
-                disk.unlink(self._live(name))
-        self._fsync_folders((*self.change.later, *self.change.removed))
+        if mark_of(self._live(self.change.pivot)) == self.new[self.change.pivot]:
+            for name in self.change.later:
+                if mark_of(self._live(name)) == self.old[name]:
+                    self._replace(name)
+            for name in self.change.removed:
+                if mark_of(self._live(name)) == self.old[name]:
+                    self._remove(name)
+            self._fsync_folders((*self.change.later, *self.change.removed))
         if self.keep_old and self._staged(".").exists():
             self.kept = _rename_aside(self._staged("."), self.target)
             disk.fsync(self.target.parent)
 
     def close(self) -> None:
-        """Remove the journal before anything else goes that it speaks of."""
+        """Remove the journal; one that a power loss brings back finds nothing more that is as it says."""
         disk.unlink(self.folder / _JOURNAL)
-        disk.fsync(self.folder)
 
     def undo(self) -> None:
         """Take back what was placed; done twice, it is as done once."""
@@ -481,8 +491,29 @@ class Transaction:
         try:
             disk.exchange(staged, live)
         except disk.ExchangeUnavailableError:
-            disk.link_or_copy(live, staged.with_name(f"{staged.name}.old"))
+            spare = staged.with_name(f"{staged.name}.old")
+            disk.link_or_copy(live, spare)
+            disk.fsync(spare)
+            disk.fsync(spare.parent)
             disk.rename(staged, live)
+
+    def _replace(self, name: str) -> None:
+        """Put one file in place for good, unless what it was to replace is not what it was."""
+        staged, live = self._staged(name), self._live(name)
+        try:
+            disk.exchange(staged, live)
+        except disk.ExchangeUnavailableError:
+            disk.rename(staged, live)
+            return
+        if mark_of(staged) != self.old[name]:
+            disk.exchange(staged, live)
+
+    def _remove(self, name: str) -> None:
+        """Move one file into the stage, which will be removed; back if it is not what it was."""
+        live, aside = self._live(name), self.folder / Path(name).name
+        disk.rename_new(live, aside)
+        if mark_of(aside) != self.old[name]:
+            disk.rename_new(aside, live)
 
     def _where_old(self, name: str) -> Path | None:
         """Return where a file of the old state is by now, or None if it is no more."""
@@ -491,8 +522,8 @@ class Transaction:
             return moved if moved.exists() or self._staged(".").exists() else None
         if name not in self.new or mark_of(self._live(name)) != self.new[name]:
             return self._live(name)
-        spare = self._spare(name)
-        return spare if spare.exists() else None
+        spare = mark_of(self._spare(name))
+        return self._spare(name) if spare and spare[0] == self.old[name][0] else None  # a copy of it tells nothing
 
     def _fsync_folders(self, names: Iterable[str]) -> None:
         for folder in sorted({self._live(name).parent for name in names}):

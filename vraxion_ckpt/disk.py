@@ -116,14 +116,21 @@ def unlink(path: Path) -> None:
     path.unlink()
 
 
+def rmdir(path: Path) -> None:
+    """Remove an empty directory."""
+    path.rmdir()
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it; nothing if there is nothing."""
     if not os.path.lexists(path):
         return
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    if path.is_symlink() or not path.is_dir():
+        unlink(path)
+        return
+    for entry in sorted(path.iterdir()):
+        remove(entry)
+    rmdir(path)
 
 
 def _rename2(source: Path, target: Path, flags: int) -> None:
