@@ -61,12 +61,13 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Run the command line in this process; return its exit code and what it wrote to stderr."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             with pytest.raises(SystemExit) as stop:
                 main(list(map(str, arguments)))
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return int(stop.value.code or 0), capsys.readouterr().err
 
     return run

@@ -22,6 +22,7 @@ FLOORS = [
     "sources",
     "jsonfile",
     "disk",
+    "signals",
     "commit",
     "container",
     "ring",
@@ -94,7 +95,9 @@ def test_the_core_names_no_plugin():
         assert not names & set(table), path
 
 
-@pytest.mark.parametrize("module", ["errors", "sources", "jsonfile", "disk", "commit", "container", "rehearsal"])
+@pytest.mark.parametrize(
+    "module", ["errors", "sources", "jsonfile", "disk", "signals", "commit", "container", "rehearsal"]
+)
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -30,21 +30,18 @@ import json
 import os
 import re
 import secrets
-import signal
 import stat
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from filelock import FileLock, Timeout
 
-from vraxion_ckpt import disk
+from vraxion_ckpt import disk, signals
 from vraxion_ckpt.errors import BusyError, ChangedError, CkptError, CkptWarning, StorageError, UsageError
 
 _JOURNAL = "journal.json"
@@ -97,7 +94,7 @@ def exclusive(target: Path) -> Iterator[None]:
             settle(folder, target)
         yield
     finally:
-        with uninterrupted():
+        with signals.put_off():
             with suppress(OSError):
                 _twice(disk.unlink, place)  # before the release: who has opened it meanwhile then sees that it is gone
             lock.release()
@@ -136,7 +133,7 @@ def settle(folder: Path, target: Path) -> None:
     Raises:
         StorageError: the target could be brought neither to the old state nor to the new one.
     """
-    with uninterrupted():
+    with signals.put_off():
         if not _is_ours(folder, target):
             warnings.warn(f"{folder} is another user's and is left alone", CkptWarning, stacklevel=2)
             return
@@ -174,31 +171,6 @@ def _is_ours(folder: Path, target: Path) -> bool:
     if target.exists():
         owners.add(target.stat().st_uid)
     return folder.stat().st_uid in owners
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off signals to the end of a ``with`` block: what is in it is done, or fails, as a whole."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal is ever handled
-        yield
-        return
-    caught: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def put_off(number: int, _: FrameType | None) -> None:
-        caught.append(number)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if (handler := signal.getsignal(number)) is not None:
-                before[number] = handler
-                signal.signal(number, put_off)
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
-    if caught:
-        signal.raise_signal(caught[0])
 
 
 # --- a result in the making ---
@@ -270,7 +242,8 @@ class Staged:
             _flush(self.path, self.target)
             if check is not None:
                 check()
-            with uninterrupted():
+            signals.check()
+            with signals.put_off():
                 disk.rename_new(self.path, self.target)
                 committed.add(self.target)
                 disk.fsync(self.target.parent)
@@ -358,7 +331,7 @@ class Transaction:
         with ExitStack() as stack:
             for step in self.STEPS:
                 if step == "commit":
-                    stack.enter_context(uninterrupted())
+                    stack.enter_context(signals.put_off())
                 getattr(self, step)()
 
     def seal(self) -> None:
@@ -389,6 +362,7 @@ class Transaction:
         """Refuse to go on if anybody has written meanwhile."""
         if self.check is not None:
             self.check()
+        signals.check()
         for name, mark in self.watched.items():
             place = self._where_old(name)
             if place is not None and mark_of(place) != mark:

@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from vraxion_ckpt import signals
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.errors import CkptError, CkptWarning, StorageError, UsageError
 
@@ -31,17 +31,9 @@ _INTERNAL_ERROR = 70
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP, raised where it arrived, so that everything staged is removed on the way out."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code of what happened."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+    signals.raise_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow must not fail on a terminal that has none
@@ -50,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         warnings.simplefilter("always", CkptWarning)
         warnings.showwarning = _show_warning
         code = _run(arguments)
+    signals.ignore_signals()
     sys.exit(code)
 
 
@@ -71,10 +64,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         _debug()
         _say("error", str(error), "red")
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _stopped("interrupted", signal.SIGINT)
-    except _Terminated as stop:
-        return _stopped("terminated", stop.number)
+    except signals.Interrupted as stop:
+        return _stopped(stop.number)
+    except click.Abort:
+        return _stopped(signal.SIGINT)
     except BrokenPipeError:
         _drop_output()  # whoever read it has enough
         return 0
@@ -90,8 +83,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _INTERNAL_ERROR
 
 
-def _stopped(how: str, number: int) -> int:
+def _stopped(number: int) -> int:
     """Say what was left when a signal came; one that came after the commit has come too late to stop anything."""
+    how = "interrupted" if number == signal.SIGINT else "terminated"
     commit = sys.modules.get("vraxion_ckpt.commit")
     if commit is not None and commit.committed:
         written = ", ".join(sorted(map(str, commit.committed)))
@@ -105,10 +99,6 @@ def _drop_output() -> None:
     """Point standard output nowhere, so that the interpreter does not fail on what is left of it at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _terminate(number: int, _: FrameType | None) -> None:
-    raise _Terminated(number)
 
 
 def _debug() -> None:

@@ -14,6 +14,7 @@ from vraxion_ckpt import binding, invariants
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.compare import checkpoint_differences
 from vraxion_ckpt.errors import CkptError, CkptWarning, LossError, OptionError
+from vraxion_ckpt.inplace import edit
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
 from vraxion_ckpt.pipeline import convert
@@ -39,6 +40,15 @@ _NAMES = (
     "x" * 300,
     "\ud800",
 )
+
+
+_EDITS: dict[str, list[tuple[str, dict[str, object]]]] = {
+    "grow": [("mitosis_split", {"parent": 0, "addresses": [0, 3], "noise": 0})],
+    "shrink": [("prune_merge", {"merge_into": 0, "allow_tenured": True})],
+    "renumber": [
+        ("prune_merge", {"merge_from": 1, "merge_into": 0, "renumber": True, "allow_tenured": True}),
+    ],
+}
 
 
 class AdapterTests:
@@ -110,6 +120,18 @@ class AdapterTests:
         assert [record.name for record in found.history] == ["mitosis_split"]
         assert found.router_map is not None
         assert found.router_map.tolist() == [3 if a in (0, 3) else a % 3 for a in range(12)]
+
+    @pytest.mark.parametrize("kind", list(_EDITS))
+    def test_an_edit_in_place_is_what_a_conversion_gives(self, kind: str, tmp_path: Path) -> None:
+        source = self.written(make(), tmp_path / "source")
+        target = self.place(tmp_path)
+        convert(source, target, from_=self.adapter, to=self.adapter, transforms=_EDITS[kind], losses="ignore")
+        edit(source, from_=self.adapter, to=self.adapter, transforms=_EDITS[kind], losses="ignore")
+        found, expected = self.read_all(source), self.read_all(target)
+        listed = list(checkpoint_differences(expected, found))
+        assert not listed, "\n".join(listed)
+        assert contents(source).keys() == contents(target).keys()
+        assert list(source.parent.iterdir()) == [source]
 
     # --- what it must leave alone ---
 
