@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test reliability lint bench clean
 
 demo: .venv/ready
 	$(BIN)/vraxion-ckpt demo build/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(TEST_WORKERS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --ignore tests/reliability
+
+reliability: .venv/ready
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal tests/reliability
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ EXAMPLES = 40  # a pair: 640 in all; --exhaustive tries fifty times as many
 
 @pytest.mark.parametrize("there", FORMATS)
 @pytest.mark.parametrize("here", FORMATS)
-def test_there_and_back_again(here, there, tmp_path_factory, exhaustive):
+def test_there_and_back_again(here, there, tmp_path_factory, exhaustive, figure):
     """From one format into another and back, twice: bit-exact up to declared losses, and the second time idle."""
     one, other = FORMATS[here], FORMATS[there]
     tried = 0
@@ -67,6 +67,7 @@ def test_there_and_back_again(here, there, tmp_path_factory, exhaustive):
         stays_the_same = seed(zlib.crc32(f"{here} {there}".encode()))(stays_the_same)
     stays_the_same()
     assert tried >= EXAMPLES
+    figure(8, f"{tried} generated checkpoints from {here} to {there} and back, twice: 0 differences")
 
 
 def assert_same_files(a, b):

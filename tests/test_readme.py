@@ -50,6 +50,8 @@ def test_every_command_works_in_order(newcomer):
         "two_experts.pt",
         "four_experts.pt",
         "by_hand.pt",
+        "run",
+        "run.old",
         "plan.json",
         "modular",
         "all.safetensors",
@@ -89,7 +91,7 @@ def test_the_transform_passes_the_suite_that_is_shown_beside_it(newcomer):
 def test_every_make_target_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"make (\w+)", (ROOT / "README.md").read_text()))
-    assert {"demo", "test", "lint", "bench"} <= named
+    assert {"demo", "test", "reliability", "lint", "bench"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 

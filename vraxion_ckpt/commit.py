@@ -114,8 +114,11 @@ def _acquire(lock: FileLock) -> None:
 def leftovers(target: Path) -> list[Path]:
     """List the stages beside a target: those of a run that is at work, and those of dead ones."""
     staged = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.stage")
-    with os.scandir(target.parent) as entries:
-        names = [e.name for e in entries if staged.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    try:
+        with os.scandir(target.parent) as entries:
+            names = [e.name for e in entries if staged.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        raise StorageError.from_os_error(error, target.parent) from error
     return [target.with_name(name) for name in sorted(names)]
 
 
@@ -123,7 +126,7 @@ def was_interrupted(target: Path) -> bool:
     """Tell whether a run has begun to change a target and has not brought it to an end."""
     try:
         return any((folder / _JOURNAL).exists() for folder in leftovers(target))
-    except OSError:
+    except StorageError:
         return False
 
 
