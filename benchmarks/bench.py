@@ -155,7 +155,47 @@ def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
     return {"seconds": min(ours for ours, _ in pairs), "ratio": statistics.median(ours / sums for ours, sums in pairs)}
 
 
-CHILDREN: dict[str, Callable[..., dict[str, float]]] = {"convert": convert, "naive": naive, "arc_meta": arc_meta}
+def edit(root: str, address: str) -> dict[str, float]:
+    """Split expert 0 of a modular directory in place; count what is opened, read and written of it."""
+    import vraxion_ckpt.inplace
+    import vraxion_ckpt.plugins
+
+    vraxion_ckpt.plugins.adapters()
+    place = Path(root)
+    before = {str(file): file.stat().st_size for file in place.rglob("*") if file.is_file()}
+    opened: set[str] = set()
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]) in before:
+            opened.add(str(arguments[0]))
+
+    sys.addaudithook(note)
+    wrote = _bytes_written()
+    split = f"mitosis_split:parent=0,addresses=[{address}],noise=0"
+    found = watched(lambda: vraxion_ckpt.inplace.edit(place, transforms=[split]))
+    wrote = _bytes_written() - wrote
+    experts = sum(1 for name in before if name.endswith(".pt"))
+    new = ["system/router.state", "experts/meta.json", f"experts/expert_{experts:03d}.pt"]
+    needed = ["system/router.state", "experts/meta.json", "experts/expert_000.pt"]
+    return {
+        "seconds": found["seconds"],
+        "shards": sum(1 for name in opened if name.endswith(".pt")),
+        "read": sum(before[name] for name in opened) / sum(before[str(place / name)] for name in needed),
+        "written": wrote / sum((place / name).stat().st_size for name in new),
+    }
+
+
+def _bytes_written() -> int:
+    """Return how many bytes this process has written so far."""
+    return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+
+
+CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
+    "convert": convert,
+    "naive": naive,
+    "arc_meta": arc_meta,
+    "edit": edit,
+}
 
 
 # --- What is converted ---
@@ -179,10 +219,11 @@ def make_monolith(path: Path, gib: float) -> None:
     torch.save(payload, path)
 
 
-def make_sparse_directory(root: Path, experts: int, size: int) -> None:
+def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, ring: int = 0) -> None:
     """Write a modular directory whose shards together seem to hold `size` bytes: zeros that take no room.
 
-    The optimizer has no state, as plain SGD: where it has, ``router.state`` holds tensors of every expert.
+    The model has `core` rows outside its experts, and a ring of `ring` addresses or 16 for each expert. The optimizer
+    has no state, as plain SGD: where it has, ``router.state`` holds tensors of every expert.
     """
     import torch
 
@@ -192,7 +233,7 @@ def make_sparse_directory(root: Path, experts: int, size: int) -> None:
     (root / "experts").mkdir()
     names = ["embed.weight", *(f"head.experts.{i}.weight" for i in range(experts))]
     optim = {"state": {}, "param_groups": [{"lr": 0.001, "params": list(range(len(names)))}]}
-    model = {"router_map": torch.arange(16 * experts) % experts, "embed.weight": torch.zeros(64, WIDTH)}
+    model = {"router_map": torch.arange(ring or 16 * experts) % experts, "embed.weight": torch.zeros(core, WIDTH)}
     payload = {"model": model, "optim": optim, "step": 4, "num_experts": experts, "param_names": names}
     torch.save(payload, root / "system" / "router.state")
     row = {"tenured": False, "created_step": 0, "last_used_step": 4, "contrib": 0.5}
@@ -268,6 +309,24 @@ class Bench:
         self.add(Row(f"{what} / cp", _ratio(seconds, copies), 1.6))
         bound = min(each["before"] for each in ours) + 64 * MIB + created
         self.add(Row(f"{what}, peak memory", max(each["peak"] for each in ours) / MIB, bound / MIB, "MiB"))
+
+    def editing(self, gib: float, experts: int) -> None:
+        """Grow a modular directory of few and of many experts in place, its router.state of the same size."""
+        few = min(64, experts)
+        core = max(64, round(gib * 2**30 / 4 / WIDTH))
+        seconds: dict[int, list[float]] = {few: [], experts: []}
+        found: list[dict[str, float]] = []
+        for number in seconds:
+            root = self.folder / f"edit{number}"
+            make_sparse_directory(root, number, number * 2**16, core, 32 * experts)
+            for turn in range(self.repeat):
+                found.append(child("edit", root, 2 * number * (turn + 1)))
+                seconds[number].append(found[-1]["seconds"])
+            shutil.rmtree(root)
+        self.add(Row("edit, grow: read / three files", max(each["read"] for each in found), 1.1))
+        self.add(Row("edit, grow: written / three files", max(each["written"] for each in found), 1.1))
+        self.add(Row("edit, grow: shards opened", max(each["shards"] for each in found), 1, ""))
+        self.add(Row("edit, grow: many / few experts, time", _ratio(seconds[experts], seconds[few]), 1))
 
     def commands(self, experts: int) -> None:
         """Measure commands that open little or nothing, against the import of torch."""
@@ -357,6 +416,7 @@ def main() -> int:
         print(f"a ring of {options.ring}; median of {options.repeat}")
         print(f"{'work':<39} {'measured':>10} {'to reach':>13}")
         bench.conversions(options.gib)
+        bench.editing(options.gib, options.experts)
         bench.commands(options.experts)
         bench.planning(options.ring)
     if options.json:

@@ -15,6 +15,8 @@ ROWS = [
     *(f"{conversion}, peak memory" for conversion in CONVERSIONS),
     *(f"{command} / import torch" for command in ("inspect, many experts", "--help", "--version", "a usage error")),
     "arc_meta / numpy.cumsum",
+    *(f"edit, grow: {what}" for what in ("read / three files", "written / three files", "shards opened")),
+    "edit, grow: many / few experts, time",
 ]
 
 

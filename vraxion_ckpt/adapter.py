@@ -99,7 +99,8 @@ class Adapter(Plugin):
     def foreign_files(self, path: Path) -> list[Path]:
         """List what lies in an existing directory `path` and is not part of a checkpoint of this format.
 
-        Asked before a directory is replaced, so that nobody else's files go with it.
+        Asked before a directory is replaced, so that nobody else's files go with it, and when one is edited, where they
+        stay. A format that does not say cannot be edited in place if it is a directory.
         """
         return sorted(path.iterdir()) if path.is_dir() else []
 

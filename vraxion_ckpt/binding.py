@@ -225,12 +225,8 @@ def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:
 
 def _check_known(names: Sequence[str], head: Head | None, known: Mapping[str, Shape]) -> None:
     """Every name must be a tensor's, or of an expert that is not open or was deleted."""
-    closed: tuple[str, ...] = ()
-    if head is not None:
-        closed = tuple(head.prefix(i) for i, expert in head.experts.items() if not expert.is_open)
-        closed += tuple(head.prefix(i) for i in head.deleted)
     for name in names:
-        if name not in known and not name.startswith(closed):
+        if name not in known and not (head and head.is_not_at_hand(name)):
             raise BindingError("the model has no such parameter", key=name, hint=THREE_WAYS_OUT)
 
 

@@ -531,10 +531,10 @@ class Transaction:
         return cls(folder, target, change, keep_old, old=old, new=new)
 
 
-def mark_of(path: Path) -> Mark | None:
+def mark_of(path: Path | str) -> Mark | None:
     """Return what changes when a file is written or replaced; None where there is nothing."""
     try:
-        status = path.lstat()
+        status = os.lstat(path)
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(status.st_mode):
@@ -546,11 +546,15 @@ def survey(target: Path) -> dict[str, Mark]:
     """Mark every file of a target by its path below it; of a target that is a file, ``.``."""
     if not target.is_dir():
         return {".": _expect(target)}
-    files = (Path(folder, name) for folder, _, names in os.walk(target) for name in names)
-    return {str(path.relative_to(target)): _expect(path) for path in files}
+    found: dict[str, Mark] = {}
+    for folder, _, names in os.walk(target):
+        below = os.path.relpath(folder, target)
+        for name in names:
+            found[name if below == "." else f"{below}/{name}"] = _expect(f"{folder}/{name}")
+    return found
 
 
-def _expect(path: Path) -> Mark:
+def _expect(path: Path | str) -> Mark:
     mark = mark_of(path)
     if mark is None:
         raise FileNotFoundError(2, os.strerror(2), str(path))

@@ -198,6 +198,12 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
     adapter = resolve_adapter(to) if to is not None else found
     if adapter.name != found.name:
         raise UsageError(f"is of the format {found.name}, which an edit in place keeps", path=target)
+    if target.is_dir() and type(adapter).foreign_files is Adapter.foreign_files:
+        raise UsageError(
+            f"the format {adapter.name} does not tell its own files from others', which would be lost",
+            path=target,
+            hint="use convert to a new path",
+        )
     if adapter.is_directory != target.is_dir():
         kind = "directory" if adapter.is_directory else "file"
         raise UsageError(
@@ -214,8 +220,9 @@ def _plan(
     """Find out which files differ, and by that the kind of the edit."""
     if not target.is_dir():
         return _Work(EditKind.REPLACE, watched=marks)
-    others = _others(adapter, target)
-    ours = {name: mark for name, mark in marks.items() if not _is_below(name, others)}
+    others = tuple(str(path.relative_to(target)) for path in adapter.foreign_files(target))  # stay where they are
+    known = set(others)
+    ours = {name: mark for name, mark in marks.items() if not known or not _is_below(name, known)}
     if adapter.pivot is None:
         return _Work(EditKind.REWRITE, carried=others, watched=ours)
     old = {name: part for name, part in adapter.parts(before).items() if name in ours}
@@ -243,14 +250,8 @@ def _plan(
     return _Work(kind, change, new, written, removed, carried, len(same), ours)
 
 
-def _others(adapter: Adapter, target: Path) -> tuple[str, ...]:
-    """List what lies in the directory and is no part of the checkpoint; it stays where it is."""
-    return tuple(str(path.relative_to(target)) for path in adapter.foreign_files(target))
-
-
 def _is_below(name: str, places: Collection[str]) -> bool:
-    known = set(places)
-    return name in known or any(str(parent) in known for parent in Path(name).parents)
+    return name in places or any(str(parent) in places for parent in Path(name).parents)
 
 
 def _limited(work: _Work, *checkpoints: Checkpoint) -> list[Checkpoint]:

@@ -99,11 +99,9 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer lists {Counter(params).most_common(1)[0][0]} twice"
     for name in optimizer.state.keys() - set(params):
         yield f"the optimizer has state for {name}, which is in no param group"
-    gone = tuple(head.prefix(i) for i in head.deleted) if head else ()
-    closed = tuple(head.prefix(i) for i, e in head.experts.items() if not e.is_open) if head else ()
     tensors = checkpoint.open_tensors()
     for name in params:
-        if name not in tensors and not name.startswith(gone + closed):
+        if name not in tensors and not (head and head.is_not_at_hand(name)):
             yield f"the optimizer lists {name}, which the model does not have"
     for name, slots in optimizer.state.items():
         for slot, value in slots.items():

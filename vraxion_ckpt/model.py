@@ -99,6 +99,16 @@ class Head:
         """Return what stands before an expert's leaf names in the state dict."""
         return self.names.single if self.kind is HeadKind.SINGLE else f"{self.names.experts}{expert}."
 
+    def is_not_at_hand(self, name: str) -> bool:
+        """Tell whether a state-dict name is of an expert that is not open, or was garbage-collected."""
+        if self.kind is HeadKind.SINGLE:
+            return name.startswith(self.names.single) and not self.experts[0].is_open
+        number = name.removeprefix(self.names.experts).partition(".")[0]
+        if not number.isdecimal() or len(number) > 9 or not name.startswith(f"{self.names.experts}{int(number)}."):
+            return False
+        expert = self.experts.get(int(number))
+        return int(number) in self.deleted if expert is None else not expert.is_open
+
     def copy(self) -> Head:
         """Return a head whose dict of experts may be changed freely."""
         return replace(self, experts=dict(self.experts))

@@ -205,12 +205,12 @@ class ModularAdapter(Adapter):
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, Part]:
         head = checkpoint.head
-        meta = jsonfile.dumps(self._meta(checkpoint))
+        meta = self._meta(checkpoint)
         parts = {_ROUTER: _torch_part(object(), lambda: self._router(checkpoint))}  # what it holds is not looked at
         if head is not None and head.kind is HeadKind.EXPERTS:
             for i, expert in head.experts.items():
                 parts[f"experts/{shard_name(i)}"] = _torch_part(expert, partial(_shard, expert))
-        parts[_META] = Part(meta, lambda path: write_new(path, meta), lambda: len(meta))
+        parts[_META] = Part(meta, lambda path: write_new(path, jsonfile.dumps(meta)), lambda: len(jsonfile.dumps(meta)))
         return parts
 
     def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
