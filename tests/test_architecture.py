@@ -23,6 +23,7 @@ FLOORS = [
     "jsonfile",
     "disk",
     "signals",
+    "transaction",
     "commit",
     "container",
     "ring",
@@ -96,7 +97,7 @@ def test_the_core_names_no_plugin():
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "sources", "jsonfile", "disk", "signals", "commit", "container", "rehearsal"]
+    "module", ["errors", "sources", "jsonfile", "disk", "signals", "transaction", "commit", "container", "rehearsal"]
 )
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"

@@ -9,7 +9,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
 `jsonfile`                strict JSON (no torch)
 `disk`, `signals`         system calls; signals that end a run (no torch)
-`commit`                  stage, lock, commit, clean up: the old state or the new one, never a mix (no torch)
+`transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
 `ring`                    arcs, windows, owners: numpy

@@ -9,8 +9,9 @@ import ctypes
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -136,6 +137,14 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
         same = all(list(pool.map(look, aside.values())))
     if others or not same:  # once more, in order
         yield from checkpoint_differences(a, b)
+
+
+def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
+    """Leave some experts' tensors out, so that they are neither compared nor opened."""
+    if checkpoint.head is None or not ids:
+        return checkpoint
+    experts = {i: expert for i, expert in checkpoint.head.experts.items() if i not in ids}
+    return replace(checkpoint, head=replace(checkpoint.head, experts=experts))
 
 
 def _brief(value: Any) -> str:

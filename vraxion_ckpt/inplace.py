@@ -15,30 +15,29 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from vraxion_ckpt import binding, disk, invariants
+from vraxion_ckpt import disk
 from vraxion_ckpt.adapter import Adapter, Part
-from vraxion_ckpt.commit import Change, Mark, Staged, check_target, exclusive, staged, survey
-from vraxion_ckpt.compare import differences_and_checksums
-from vraxion_ckpt.errors import InvariantError, UsageError
+from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
+from vraxion_ckpt.compare import without_experts
+from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
     LossPolicy,
-    check_losses,
     check_policy,
-    check_result,
+    check_read_back,
+    run_chain,
     stage_side_files,
     write_whole,
 )
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_adapter, resolve_chain
-from vraxion_ckpt.reading import OptimizerPolicy, PathLike, blamed, detect_source, os_errors_named, read, refuse
-from vraxion_ckpt.summary import Summary, TensorCount, count_tensors, optimizer_in_words
-from vraxion_ckpt.targets import check_side_files
-from vraxion_ckpt.transform import apply_chain, moved_addresses
+from vraxion_ckpt.reading import OptimizerPolicy, PathLike, allowing, blamed, detect_source, os_errors_named, read
+from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
+from vraxion_ckpt.transaction import Change, Mark, survey
 
 
 class EditKind(StrEnum):
@@ -142,48 +141,38 @@ def edit(
             check_target(target, overwrite=True)
             stack.enter_context(exclusive(target))
 
-        adapter = _writer(target, from_, to)
+        adapter = allowing(_writer(target, from_, to), allow_globals)
         marks = survey(target)
         before = read(target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
         root = Path(os.path.realpath(before.origin.path or target))
         if root != target:
             raise UsageError(f"is a part of the checkpoint {root}", path=path, hint="name that to edit it")
-        after, side_files = apply_chain(before, chain)
-        check_side_files(side_files, before, target, chain, overwrite=False)
-        preservation = check_result(before, after, chain)
-        lost = check_losses(adapter, after, losses)
+        outcome = run_chain(before, chain, adapter, target, losses, overwrite=False)
+        held = outcome.held
         with blamed(adapter):
-            held = adapter.held(after)
             if not chain and optimizer == "keep" and to is None:
                 work = _Work(EditKind.NOTHING, written=(), untouched=len(marks))
             else:
                 work = _plan(adapter, target, before, held, marks, keep_old=keep_old)
-        nothing = work.kind is EditKind.NOTHING
-        tensors = TensorCount() if nothing else count_tensors(*_limited(work, before, held))
-        kept, size = None, 0
-        if dry_run and not nothing:
-            before.sources.verify()
-            with blamed(adapter):
-                size = _size(adapter, held, work, marks, keep_old=keep_old)
-        elif not nothing:
-            kept, size = _write(adapter, target, before, held, work, side_files, keep_old=keep_old)
+        tensors, kept, size = TensorCount(), None, 0
+        if work.kind is not EditKind.NOTHING:
+            same = _untouched(work, before, held)
+            tensors = count_tensors(without_experts(before, same), without_experts(held, same))
+            if dry_run:
+                before.sources.verify()
+                with blamed(adapter):
+                    size = _size(adapter, held, work, marks, keep_old=keep_old)
+            else:
+                kept, size = _write(adapter, target, outcome, work, keep_old=keep_old)
         return Edited(
             source=target,
             target=target,
-            source_format=before.origin.format,
             target_format=adapter.name,
-            experts_before=before.num_experts,
-            experts_after=after.num_experts,
-            addresses_moved=moved_addresses(before, after),
             tensors=tensors,
-            optimizer=optimizer_in_words(before, after, held, dropped=optimizer == "drop"),
-            function_preserved=preservation,
-            losses=tuple(lost),
-            history=after.history[len(before.history) :],
-            side_files=tuple(side_files),
             bytes_written=size,
             seconds=time.monotonic() - started,
             dry_run=dry_run,
+            **outcome.facts(dropped=optimizer == "drop"),
             kind=work.kind,
             written=work.written,
             removed=work.removed,
@@ -254,20 +243,11 @@ def _is_below(name: str, places: Collection[str]) -> bool:
     return name in places or any(str(parent) in places for parent in Path(name).parents)
 
 
-def _limited(work: _Work, *checkpoints: Checkpoint) -> list[Checkpoint]:
-    """Leave out the experts that are the same object in all checkpoints: they are in files that stay as they are."""
-    if not work.parts:
-        return list(checkpoints)
-    heads = [checkpoint.head.experts if checkpoint.head else {} for checkpoint in checkpoints]
-    same = {i for i, expert in heads[0].items() if all(head.get(i) is expert for head in heads)}
-    return [_without(checkpoint, same) for checkpoint in checkpoints]
-
-
-def _without(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
-    if checkpoint.head is None:
-        return checkpoint
-    experts = {i: expert for i, expert in checkpoint.head.experts.items() if i not in ids}
-    return replace(checkpoint, head=replace(checkpoint.head, experts=experts))
+def _untouched(work: _Work, before: Checkpoint, held: Checkpoint) -> set[int]:
+    """Return the experts that are the same object before and after: they are in files that stay as they are."""
+    if not work.parts or before.head is None or held.head is None:
+        return set()
+    return {i for i, expert in held.head.experts.items() if before.head.experts.get(i) is expert}
 
 
 def _size(adapter: Adapter, held: Checkpoint, work: _Work, marks: Mapping[str, Mark], *, keep_old: bool) -> int:
@@ -282,21 +262,13 @@ def _size(adapter: Adapter, held: Checkpoint, work: _Work, marks: Mapping[str, M
     return sum(t.numel() * t.itemsize for _, t in named_tensors([held.state_dict(), held.payload, slots]))
 
 
-def _write(
-    adapter: Adapter,
-    target: Path,
-    before: Checkpoint,
-    held: Checkpoint,
-    work: _Work,
-    side_files: dict[Path, bytes],
-    *,
-    keep_old: bool,
-) -> tuple[Path | None, int]:
+def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, keep_old: bool) -> tuple[Path | None, int]:
     """Stage what changes, read it back, compare, and only then commit.
 
     Returns:
         Where the previous state is kept, and the bytes written.
     """
+    before, held = outcome.before, outcome.held
     with ExitStack() as stack:
         stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True))
         if work.parts:
@@ -309,8 +281,8 @@ def _write(
         written = {str(path.relative_to(stage.path)) for path in _files(stage.path)}
         for name in work.carried:
             _carry(target / name, stage.path / name, copy=keep_old)
-        sides = stage_side_files(stack, side_files)
-        _read_back(adapter, before, held, work, stage)
+        sides = stage_side_files(stack, outcome.side_files)
+        _read_back(adapter, held, work, stage, _untouched(work, before, held))
         before.sources.verify()  # what was not carried into the result, too
         before.sources.check_unchanged()
         copied = _files(stage.path) if keep_old else [stage.path / name for name in written]
@@ -338,19 +310,11 @@ def _files(path: Path) -> list[Path]:
     return [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
 
 
-def _read_back(adapter: Adapter, before: Checkpoint, held: Checkpoint, work: _Work, stage: Staged) -> None:
+def _read_back(adapter: Adapter, held: Checkpoint, work: _Work, stage: Staged, untouched: set[int]) -> None:
     """Read the new state as anyone would, and compare what has changed with what it was made from."""
     in_place = work.change.pivot != "."
     with blamed(adapter):
         found = adapter.read_over(stage.target, stage.path, work.removed) if in_place else adapter.read(stage.path)
-    if found.param_names not in (None, held.param_names):
-        raise InvariantError("param_names came back changed", path=stage.target)
-    found = binding.bind(found)
-    if not in_place:
-        found.open_experts()  # those that stay as they are, too
-    refuse(InvariantError, invariants.findings(found), stage.target)
-    if work.parts and found.head and before.head and held.head:
-        same = {i: e for i, e in held.head.experts.items() if before.head.experts.get(i) is e}
-        found, held = _without(found, same), _without(held, same)
-    refuse(InvariantError, differences_and_checksums(held, found), stage.target)
-    found.sources.verify()
+        if not in_place:
+            found.open_experts()  # those that stay as they are, too
+    check_read_back(found, held, stage.target, untouched=untouched)

@@ -79,9 +79,7 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
     place = Path(path)
     try:
         with os_errors_named(path):
-            adapter = detect_source(place, from_)
-            if allow_globals:
-                adapter = _allow(adapter, allow_globals)
+            adapter = allowing(detect_source(place, from_), allow_globals)
             with blamed(adapter):
                 checkpoint = adapter.read(place)
         refuse(InconsistentError, invariants.findings(checkpoint), place)
@@ -132,7 +130,10 @@ def file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
     return tuple(suffix for suffix in adapter.suffixes if not suffix.endswith("/"))
 
 
-def _allow(adapter: Adapter, names: Sequence[str]) -> Adapter:
+def allowing(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """Return an adapter whose pickles may use further classes; refuse names where there are no pickles."""
+    if not names:
+        return adapter
     if "allow_global" not in type(adapter).model_fields:
         raise OptionError(f"the format {adapter.name} loads no pickles; --allow-global has no meaning for it")
     return adapter.model_copy(update={"allow_global": tuple(names)})

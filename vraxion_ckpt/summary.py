@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.invariants import Preservation
 from vraxion_ckpt.model import Checkpoint, Record
+from vraxion_ckpt.transform import moved_addresses
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,40 @@ class Summary:
     bytes_written: int
     seconds: float
     dry_run: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a chain has made of a checkpoint, before anything is written.
+
+    Attributes:
+        after: what the chain returned.
+        held: what the target's format makes of that.
+        side_files: what else is to be written.
+        preservation: whether the function is the same.
+        losses: what the format cannot hold.
+    """
+
+    before: Checkpoint
+    after: Checkpoint
+    held: Checkpoint
+    side_files: dict[Path, bytes]
+    preservation: Preservation | None
+    losses: tuple[Loss, ...]
+
+    def facts(self, *, dropped: bool) -> dict[str, Any]:
+        """Return what every `Summary` tells of it; `dropped` if the caller asked to leave the optimizer behind."""
+        return {
+            "source_format": self.before.origin.format,
+            "experts_before": self.before.num_experts,
+            "experts_after": self.after.num_experts,
+            "addresses_moved": moved_addresses(self.before, self.after),
+            "optimizer": optimizer_in_words(self.before, self.after, self.held, dropped=dropped),
+            "function_preserved": self.preservation,
+            "losses": self.losses,
+            "history": self.after.history[len(self.before.history) :],
+            "side_files": tuple(self.side_files),
+        }
 
 
 def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from vraxion_ckpt import disk
-from vraxion_ckpt.commit import Change, exclusive, staged, survey
+from vraxion_ckpt.commit import exclusive, staged
 from vraxion_ckpt.errors import CkptError
+from vraxion_ckpt.transaction import Change, survey
 
 target, new = Path(sys.argv[1]), Path(sys.argv[2])
 facts = json.loads(sys.argv[3])

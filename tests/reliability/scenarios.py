@@ -18,7 +18,8 @@ from support import DATA
 
 import vraxion_ckpt as vc
 from vraxion_ckpt import disk
-from vraxion_ckpt.commit import Change, exclusive, staged, survey
+from vraxion_ckpt.commit import exclusive, staged
+from vraxion_ckpt.transaction import Change, survey
 
 Tree = Mapping[str, bytes]  # by path below the target; of a target that is a file, "."
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from scenarios import Scenario, beside, read_tree, trainer_writes, watched_disk
 
-from vraxion_ckpt import commit
+from vraxion_ckpt.commit import exclusive
 from vraxion_ckpt.errors import ChangedError, StorageError
+from vraxion_ckpt.transaction import committed
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
@@ -131,7 +132,7 @@ def _with_error_at(case: Scenario, target: Path, number: int, code: int) -> tupl
             error = caught
     which = case.judge(target)
     if case.touched and beside(target):  # the second thing to go wrong, on the way back from the first
-        with commit.exclusive(target):
+        with exclusive(target):
             pass
     tree = read_tree(target) if target.exists() else {}
     left = [name for name in beside(target) if not (case.keep_old and name == f"{target.name}.old")]
@@ -170,7 +171,7 @@ def test_a_signal_at_any_call_leaves_the_old_state_or_comes_too_late(cases, ram,
             while reached:
                 at += 1
                 target = case.lay(ram(case.name))
-                commit.committed.discard(target)
+                committed.discard(target)
                 reached, stopped = False, False
 
                 def hook(now: int, _: str, __: tuple[Path, ...], at: int = at) -> None:
@@ -184,7 +185,7 @@ def test_a_signal_at_any_call_leaves_the_old_state_or_comes_too_late(cases, ram,
                         case.perform(target)
                     except Stopped:
                         stopped = True
-                which, told = case.judge(target), "new" if target in commit.committed else "old"
+                which, told = case.judge(target), "new" if target in committed else "old"
                 sent += reached
                 late += reached and told == "new"
                 if reached and (not stopped or which != told):

@@ -17,21 +17,22 @@ from powerloss import bad_states, record
 from scenarios import Scenario
 from trainer import saves_at_any_call
 
-from vraxion_ckpt import commit
-from vraxion_ckpt.commit import Transaction
+from vraxion_ckpt import commit, transaction
+from vraxion_ckpt.transaction import Transaction
 
-Site = tuple[str, int]  # the function that an fsync is needed by, and the line of the call
+LAYER = (transaction, commit)
+Site = tuple[str, tuple[str, int]]  # the function that an fsync is needed by, and the module and line of the call
 
 
 def test_without_any_single_fsync_a_power_loss_can_leave_a_mix(cases, ram, figure):
     sites = _sites(cases, ram)
-    lines = {line for _, line in sites}
-    calls = [
-        node.lineno
-        for node in ast.walk(ast.parse(inspect.getsource(commit)))
+    calls = {
+        (module.__name__, node.lineno)
+        for module in LAYER
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "disk.fsync"
-    ]
-    assert lines == set(calls), "a call of fsync is never made"
+    }
+    assert {place for _, place in sites} == calls, "a call of fsync is never made"
     survivors = [site for site in sites if not _is_needed(site, cases, ram)]
     figure(3, f"{len(sites)} mutants without one fsync: {len(sites) - len(survivors)} found out")
     assert survivors == []
@@ -48,16 +49,16 @@ def _sites(cases: list[Scenario], ram: Callable[[str], Path]) -> list[Site]:
 def _site(path: Path) -> Site:
     """Say who flushes: of what flushes files and folders alike, which; of what is shared, for whom."""
     frame = sys._getframe()
-    while frame.f_code.co_filename != commit.__file__:
+    while frame.f_globals["__name__"] not in {module.__name__ for module in LAYER}:
         assert frame.f_back is not None
         frame = frame.f_back
-    name, line = frame.f_code.co_name, frame.f_lineno
+    name, place = frame.f_code.co_name, (frame.f_globals["__name__"], frame.f_lineno)
     if name == "_fsync_folders":
         assert frame.f_back is not None
         name = frame.f_back.f_code.co_name
-    if name == "_flush":
-        name = "_flush, folders" if path.is_dir() else "_flush, files"
-    return name, line
+    if name == "flush":
+        name = "flush, folders" if path.is_dir() else "flush, files"
+    return name, place
 
 
 def _is_needed(site: Site, cases: list[Scenario], ram: Callable[[str], Path]) -> bool:

@@ -86,9 +86,9 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _stopped(number: int) -> int:
     """Say what was left when a signal came; one that came after the commit has come too late to stop anything."""
     how = "interrupted" if number == signal.SIGINT else "terminated"
-    commit = sys.modules.get("vraxion_ckpt.commit")
-    if commit is not None and commit.committed:
-        written = ", ".join(sorted(map(str, commit.committed)))
+    transaction = sys.modules.get("vraxion_ckpt.transaction")
+    if transaction is not None and transaction.committed:
+        written = ", ".join(sorted(map(str, transaction.committed)))
         _say("warning", f"{how} too late: {written} was written", "yellow")
         return 0
     _say(how, "no unfinished result is left", "red")
