@@ -53,25 +53,23 @@ def exclusive(target: Path) -> Iterator[None]:
     """
     place = target.with_name(f".{target.name}.vraxion-ckpt.lock")
     lock = FileLock(place, fallback_to_soft=False, is_singleton=False, thread_local=False)
+    held = False
     try:
-        _acquire(lock)
-    except Timeout:
-        hint = "wait for it to end; if none is running on this machine, one on another may be"
-        raise BusyError("another run is at work on it", path=target, hint=hint) from None
-    except OSError as error:
-        raise StorageError.from_os_error(error, place) from error
-    try:
+        with signals.put_off():
+            _acquire(lock, place, target)
+            held = True
         for folder in leftovers(target):
             settle(folder, target)
         yield
     finally:
-        with signals.put_off():
-            with suppress(OSError):
-                _twice(disk.unlink, place)  # before the release: who has opened it meanwhile then sees that it is gone
-            lock.release()
+        if held:
+            with signals.put_off():
+                with suppress(OSError):
+                    _twice(disk.unlink, place)  # before the release: who has it open then sees that it is gone
+                lock.release()
 
 
-def _acquire(lock: FileLock) -> None:
+def _acquire(lock: FileLock, place: Path, target: Path) -> None:
     """Take the lock at once, or not at all; a holder that has just removed its file is no reason to give up."""
     for last in (False, False, True):
         try:
@@ -79,7 +77,10 @@ def _acquire(lock: FileLock) -> None:
             return
         except Timeout:
             if last:
-                raise
+                hint = "wait for it to end; if none is running on this machine, one on another may be"
+                raise BusyError("another run is at work on it", path=target, hint=hint) from None
+        except OSError as error:
+            raise StorageError.from_os_error(error, place) from error
 
 
 def leftovers(target: Path) -> list[Path]:
@@ -214,6 +215,7 @@ def staged(target: Path, *, directory: bool, overwrite: bool) -> Iterator[Staged
     """Make a place to write a result to; at the end it is gone, whatever has become of the result."""
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
     stage = Staged(folder / target.name, target, overwrite)
+    committed.discard(target)
     try:
         disk.mkdir(folder)
         if directory:

@@ -182,7 +182,10 @@ def save(value: Any, path: Path) -> None:
     try:
         with path.open("xb") as file, ThreadPoolExecutor(1) as pool, _no_checksums_of_torch():
             writer = _Writer(file, pool)
-            torch.save(value, cast("BinaryIO", writer))
+            try:
+                torch.save(value, cast("BinaryIO", writer))
+            finally:
+                writer.end()
         fill_in_checksums(path, writer.checksums)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
@@ -238,10 +241,17 @@ class _Writer:
         self._file = file
         self._pool = pool
         self._size = 0
+        self._ended = False
         self.checksums: dict[tuple[int, int], int] = {}
         self.error: BaseException | None = None
 
+    def end(self) -> None:
+        """Let further writes go nowhere: torch ends an archive even when it is cleaned up, and aborts if it cannot."""
+        self._ended = True
+
     def write(self, data: memoryview) -> int:
+        if self._ended:
+            return len(data)
         try:
             if len(data) < _LARGE:
                 self._file.write(data)
@@ -258,4 +268,5 @@ class _Writer:
         return len(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self._ended:
+            self._file.flush()

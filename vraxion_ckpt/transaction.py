@@ -101,6 +101,9 @@ class Transaction:
 
     def seal(self) -> None:
         """Flush what is staged, and the journal, so that no power loss can take them away from here on."""
+        if self.folder.stat().st_dev != self.target.stat().st_dev:
+            message = "lies on another file system than its folder, and cannot be changed from there"
+            raise StorageError(message, path=self.target, hint="use convert to a new path")
         for name in (self.change.pivot, *self.change.first, *self.change.later):
             self.new[name] = _expect(self._staged(name))
         for name in (*self.new, *self.change.removed):
@@ -249,7 +252,7 @@ class Transaction:
 
     def _remove(self, name: str) -> None:
         """Move one file into the stage, which will be removed; back if it is not what it was."""
-        live, aside = self._live(name), self.folder / Path(name).name
+        live, aside = self._live(name), self.folder / f"removed{self.change.removed.index(name)}"
         disk.rename_new(live, aside)
         if mark_of(aside) != self.old[name]:
             disk.rename_new(aside, live)
@@ -279,18 +282,27 @@ class Transaction:
         """Return the transaction that a stage holds the journal of; None if it has none, or not a whole one.
 
         A journal is flushed before anything of the target is touched, so one that is not whole speaks of nothing.
+
+        Raises:
+            StorageError: it is whole, and not what this version writes.
         """
         try:
             facts = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        try:
             parts = facts["change"]
             change = Change(parts["pivot"], tuple(parts["first"]), tuple(parts["later"]), tuple(parts["removed"]))
             old, new = ({name: tuple(mark) for name, mark in facts[key].items()} for key in ("old", "new"))
-            keep_old = bool(facts["keep_old"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in {*old, *new, *change.removed}):
-            return None
-        return cls(folder, target, change, keep_old, old=old, new=new)
+            known = facts["version"] == 1 and {change.pivot, *change.first, *change.later} == new.keys()
+            known &= {*change.later, *change.removed} <= old.keys()
+            known &= not any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*old, *new))
+            if known:
+                return cls(folder, target, change, facts["keep_old"], old=old, new=new)
+        except (TypeError, KeyError, AttributeError):
+            pass
+        hint = "a newer version may have written it; use that, or see the manual on how to recover by hand"
+        raise StorageError("is no journal of this version", path=folder / JOURNAL, hint=hint)
 
 
 def mark_of(path: Path | str) -> Mark | None:
@@ -329,11 +341,12 @@ def flush(path: Path, target: Path) -> None:
     An fsync that failed is never tried again: the kernel may have dropped what it could not write.
     """
     for entry in (*_tree(path), path):
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            continue  # other people's: a link, a pipe
         old = target / entry.relative_to(path)
         if old.exists() and not old.samefile(entry) and old.is_dir() == entry.is_dir():
             disk.like(entry, old)
-        if not entry.is_symlink():
-            disk.fsync(entry)
+        disk.fsync(entry)
 
 
 def _tree(path: Path) -> list[Path]:

@@ -84,15 +84,22 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _stopped(number: int) -> int:
-    """Say what was left when a signal came; one that came after the commit has come too late to stop anything."""
-    how = "interrupted" if number == signal.SIGINT else "terminated"
-    transaction = sys.modules.get("vraxion_ckpt.transaction")
-    if transaction is not None and transaction.committed:
-        written = ", ".join(sorted(map(str, transaction.committed)))
-        _say("warning", f"{how} too late: {written} was written", "yellow")
-        return 0
-    _say(how, "no unfinished result is left", "red")
+    _say("interrupted" if number == signal.SIGINT else "terminated", "no unfinished result is left", "red")
     return 128 + number
+
+
+@contextmanager
+def _unless_too_late(target: str) -> Iterator[None]:
+    """End with 0, and say so, where a signal comes when the target is already in its new state."""
+    try:
+        yield
+    except signals.Interrupted:
+        from vraxion_ckpt.transaction import committed
+
+        if Path(os.path.realpath(target)) not in committed:
+            raise
+        _say("warning", f"the signal came too late: {target} was written", "yellow")
+        raise click.exceptions.Exit(0) from None
 
 
 def _drop_output() -> None:
@@ -215,12 +222,14 @@ def convert(
     from vraxion_ckpt.cli import show
     from vraxion_ckpt.pipeline import convert as run
 
-    summary = run(src, dst, param_names=_load_names(param_names), **options)
-    with _told(summary):
-        if as_json:
-            _print_json(show.summary_facts(summary))
-        elif not context.find_root().params["quiet"]:
-            show.summary(summary, verbose=context.find_root().params["verbose"])
+    names = _load_names(param_names)
+    with _unless_too_late(dst):
+        summary = run(src, dst, param_names=names, **options)
+        with _told(summary):
+            if as_json:
+                _print_json(show.summary_facts(summary))
+            elif not context.find_root().params["quiet"]:
+                show.summary(summary, verbose=context.find_root().params["verbose"])
 
 
 @cli.command(short_help="Change a checkpoint in place, through a chain of transforms.")
@@ -246,12 +255,14 @@ def edit(context: click.Context, /, path: str, param_names: Path | None, as_json
     from vraxion_ckpt.cli import show
     from vraxion_ckpt.inplace import edit as run
 
-    summary = run(path, param_names=_load_names(param_names), **options)
-    with _told(summary):
-        if as_json:
-            _print_json(show.edit_facts(summary))
-        elif not context.find_root().params["quiet"]:
-            show.edited(summary, verbose=context.find_root().params["verbose"])
+    names = _load_names(param_names)
+    with _unless_too_late(path):
+        summary = run(path, param_names=names, **options)
+        with _told(summary):
+            if as_json:
+                _print_json(show.edit_facts(summary))
+            elif not context.find_root().params["quiet"]:
+                show.edited(summary, verbose=context.find_root().params["verbose"])
 
 
 @contextmanager
