@@ -59,7 +59,9 @@ def exclusive(target: Path) -> Iterator[None]:
             _acquire(lock, place, target)
             held = True
         for folder in leftovers(target):
-            settle(folder, target)
+            if how := settle(folder, target):
+                message = f"{target}: an edit that was interrupted has been {how}"
+                warnings.warn(message, CkptWarning, stacklevel=3)
         yield
     finally:
         if held:
@@ -102,8 +104,11 @@ def was_interrupted(target: Path) -> bool:
         return False
 
 
-def settle(folder: Path, target: Path) -> None:
+def settle(folder: Path, target: Path) -> str | None:
     """Bring a stage to an end, whoever has left it: take back or finish what its journal says, and remove it.
+
+    Returns:
+        Which of the two it was; None if there was no journal.
 
     Raises:
         StorageError: the target could be brought neither to the old state nor to the new one.
@@ -111,14 +116,17 @@ def settle(folder: Path, target: Path) -> None:
     with signals.put_off():
         if not _is_ours(folder, target):
             warnings.warn(f"{folder} is another user's and is left alone", CkptWarning, stacklevel=2)
-            return
+            return None
+        how = None
         transaction = Transaction.load(folder, target)
         try:
             if transaction is not None:
                 if transaction.is_committed():
                     transaction.finish()
+                    how = "finished"
                 else:
                     transaction.undo()
+                    how = "taken back"
                 transaction.close()
         except OSError as error:
             raise StorageError(
@@ -130,6 +138,7 @@ def settle(folder: Path, target: Path) -> None:
             _twice(disk.remove, folder)
         except OSError as error:
             warnings.warn(f"{folder} could not be removed: {error.strerror}", CkptWarning, stacklevel=2)
+    return how
 
 
 def _twice(remove: Callable[[Path], None], path: Path) -> None:

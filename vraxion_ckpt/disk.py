@@ -98,8 +98,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file with its times and mode; a symbolic link is copied as such."""
-    shutil.copy2(source, target, follow_symlinks=False)
+    """Copy a file with its times and mode; a symbolic link is copied as such, and a pipe gets a second name."""
+    if source.is_symlink() or source.is_file():
+        shutil.copy2(source, target, follow_symlinks=False)
+    else:
+        os.link(source, target)
 
 
 def like(path: Path, model: Path) -> None:
@@ -128,6 +131,8 @@ def remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         unlink(path)
         return
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        path.chmod(0o700)
     for entry in sorted(path.iterdir()):
         remove(entry)
     rmdir(path)

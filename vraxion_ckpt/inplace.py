@@ -12,18 +12,19 @@ The kind is found from what the chain has changed, not from what it is called.
 from __future__ import annotations
 
 import os
+import stat
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from vraxion_ckpt import disk
+from vraxion_ckpt import disk, invariants
 from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
 from vraxion_ckpt.compare import without_experts
-from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.errors import InconsistentError, UsageError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
     LossPolicy,
@@ -35,7 +36,16 @@ from vraxion_ckpt.pipeline import (
 )
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_adapter, resolve_chain
-from vraxion_ckpt.reading import OptimizerPolicy, PathLike, allowing, blamed, detect_source, os_errors_named, read
+from vraxion_ckpt.reading import (
+    OptimizerPolicy,
+    PathLike,
+    allowing,
+    blamed,
+    detect_source,
+    os_errors_named,
+    read,
+    refuse,
+)
 from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
 from vraxion_ckpt.transaction import Change, Mark, survey
 
@@ -85,6 +95,9 @@ class _Work:
         parts: of the new state, the files that can be written one by one; empty where only the whole can.
         written: which of them change.
         carried: what else the new state holds, if it is staged as a whole: unchanged files, and other people's.
+        copied: how many bytes of that must be copied.
+        untouched: how many files of the checkpoint stay as they are.
+        watched: what must not change meanwhile.
     """
 
     kind: EditKind
@@ -93,6 +106,7 @@ class _Work:
     written: tuple[str, ...] = (".",)
     removed: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    copied: int = 0
     untouched: int = 0
     watched: Mapping[str, Mark] = field(default_factory=dict)
 
@@ -137,23 +151,24 @@ def edit(
         target = Path(os.path.realpath(path))
         if not target.exists():
             raise UsageError("no such file or directory", path=path)
+        if not target.name:
+            raise UsageError("is no place to edit", path=path)
+        adapter = allowing(_writer(target, from_, to), allow_globals)
         if not dry_run:
             check_target(target, overwrite=True)
             stack.enter_context(exclusive(target))
 
-        adapter = allowing(_writer(target, from_, to), allow_globals)
         marks = survey(target)
         before = read(target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
-        root = Path(os.path.realpath(before.origin.path or target))
-        if root != target:
-            raise UsageError(f"is a part of the checkpoint {root}", path=path, hint="name that to edit it")
+        _refuse_a_part(target, before)
         outcome = run_chain(before, chain, adapter, target, losses, overwrite=False)
+        refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
         held = outcome.held
         with blamed(adapter):
-            if not chain and optimizer == "keep" and to is None:
-                work = _Work(EditKind.NOTHING, written=(), untouched=len(marks))
-            else:
-                work = _plan(adapter, target, before, held, marks, keep_old=keep_old)
+            idle = not chain and optimizer == "keep" and to is None
+            work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
+        if not dry_run:
+            _refuse_unwritable(target, work)
         tensors, kept, size = TensorCount(), None, 0
         if work.kind is not EditKind.NOTHING:
             same = _untouched(work, before, held)
@@ -161,7 +176,7 @@ def edit(
             if dry_run:
                 before.sources.verify()
                 with blamed(adapter):
-                    size = _size(adapter, held, work, marks, keep_old=keep_old)
+                    size = _size(adapter, held, work) + sum(map(len, outcome.side_files.values()))
             else:
                 kept, size = _write(adapter, target, outcome, work, keep_old=keep_old)
         return Edited(
@@ -184,6 +199,9 @@ def edit(
 def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> Adapter:
     """Return the adapter that writes the checkpoint back."""
     found = detect_source(target, from_)
+    if found.is_directory and not target.is_dir():
+        with blamed(found):
+            _refuse_a_part(target, found.read(target))
     adapter = resolve_adapter(to) if to is not None else found
     if adapter.name != found.name:
         raise UsageError(f"is of the format {found.name}, which an edit in place keeps", path=target)
@@ -203,17 +221,35 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
     return adapter
 
 
+def _refuse_a_part(target: Path, checkpoint: Checkpoint) -> None:
+    root = Path(os.path.realpath(checkpoint.origin.path or target))
+    if root != target:
+        raise UsageError(f"is a part of the checkpoint {root}", path=target, hint="name that to edit it")
+
+
 def _plan(
-    adapter: Adapter, target: Path, before: Checkpoint, held: Checkpoint, marks: Mapping[str, Mark], *, keep_old: bool
+    adapter: Adapter,
+    target: Path,
+    before: Checkpoint,
+    held: Checkpoint,
+    marks: Mapping[str, Mark],
+    *,
+    keep_old: bool,
+    idle: bool,
 ) -> _Work:
     """Find out which files differ, and by that the kind of the edit."""
+    foreign = {str(path.relative_to(target)) for path in adapter.foreign_files(target)} if target.is_dir() else set()
+    others = tuple(sorted(name for name in foreign if not _is_below(str(Path(name).parent), foreign)))
+    ours = {name: mark for name, mark in marks.items() if not foreign or not _is_below(name, foreign)}
+    if idle:
+        return _Work(EditKind.NOTHING, written=(), untouched=len(ours))
     if not target.is_dir():
         return _Work(EditKind.REPLACE, watched=marks)
-    others = tuple(str(path.relative_to(target)) for path in adapter.foreign_files(target))  # stay where they are
-    known = set(others)
-    ours = {name: mark for name, mark in marks.items() if not known or not _is_below(name, known)}
+    # Of what is not ours, it counts which file it is: it keeps its name and its contents, whatever is written into it.
+    everything = ours | {name: mark[:1] for name, mark in marks.items() if name not in ours}
     if adapter.pivot is None:
-        return _Work(EditKind.REWRITE, carried=others, watched=ours)
+        copied = _bytes_of_files(target, marks.keys() - ours.keys()) if keep_old else 0
+        return _Work(EditKind.REWRITE, carried=others, copied=copied, watched=everything)
     old = {name: part for name, part in adapter.parts(before).items() if name in ours}
     new = adapter.parts(held)
     same = {name for name, part in new.items() if name in old and old[name].content == part.content}
@@ -224,19 +260,30 @@ def _plan(
     def unseen_by(reader: Checkpoint) -> bool:
         return all(adapter.unseen(name, before, held, reader) for name in rest)
 
+    work = _Work(EditKind.REWRITE, Change(), new, written, removed, untouched=len(same), watched=ours)
     in_place = adapter.pivot in written and adapter.pivot in old and not keep_old
-    carried: tuple[str, ...] = ()
     if in_place and not rest:
-        kind, change = EditKind.ROUTER_ONLY, Change(adapter.pivot)
-    elif in_place and not removed and unseen_by(before):
-        kind, change = EditKind.GROW, Change(adapter.pivot, first=rest)
-    elif in_place and all(name in old for name in rest) and unseen_by(held):
+        return replace(work, kind=EditKind.ROUTER_ONLY, change=Change(adapter.pivot))
+    if in_place and not removed and unseen_by(before):
+        return replace(work, kind=EditKind.GROW, change=Change(adapter.pivot, first=rest))
+    if in_place and all(name in old for name in rest) and unseen_by(held):
         later = tuple(name for name in rest if name in new)
-        kind, change = EditKind.SHRINK, Change(adapter.pivot, later=later, removed=removed)
-    else:
-        kind, change = EditKind.REWRITE, Change()
-        carried = (*sorted(same), *others)
-    return _Work(kind, change, new, written, removed, carried, len(same), ours)
+        return replace(work, kind=EditKind.SHRINK, change=Change(adapter.pivot, later=later, removed=removed))
+    copied = _bytes_of_files(target, same | (marks.keys() - ours.keys())) if keep_old else 0
+    return replace(work, carried=(*sorted(same), *others), copied=copied, watched=everything)
+
+
+def _refuse_unwritable(target: Path, work: _Work) -> None:
+    """Refuse before a byte is written what would fail when files are put in place."""
+    names = (*work.change.first, *work.change.later, *work.change.removed)
+    for folder in sorted({(target / name).parent for name in (work.change.pivot, *names) if name != "."}):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError("the folder is not writable", path=folder)
+
+
+def _bytes_of_files(target: Path, names: Iterable[str]) -> int:
+    found = ((target / name).lstat() for name in names)
+    return sum(status.st_size for status in found if stat.S_ISREG(status.st_mode))
 
 
 def _is_below(name: str, places: Collection[str]) -> bool:
@@ -250,16 +297,13 @@ def _untouched(work: _Work, before: Checkpoint, held: Checkpoint) -> set[int]:
     return {i for i, expert in held.head.experts.items() if before.head.experts.get(i) is expert}
 
 
-def _size(adapter: Adapter, held: Checkpoint, work: _Work, marks: Mapping[str, Mark], *, keep_old: bool) -> int:
+def _size(adapter: Adapter, held: Checkpoint, work: _Work) -> int:
     """Return how many bytes would be written; at the least, where a format cannot tell, those of the tensors."""
-    if work.parts:
-        size = sum(work.parts[name].size() for name in work.written)
-        return size + sum(marks[name][1] for name in work.carried if keep_old and name in marks)
-    told = adapter.size(held)
-    if told is not None:
-        return told
-    slots = held.optimizer.state if held.optimizer else {}
-    return sum(t.numel() * t.itemsize for _, t in named_tensors([held.state_dict(), held.payload, slots]))
+    told = sum(work.parts[name].size() for name in work.written) if work.parts else adapter.size(held)
+    if told is None:
+        slots = held.optimizer.state if held.optimizer else {}
+        told = sum(t.numel() * t.itemsize for _, t in named_tensors([held.state_dict(), held.payload, slots]))
+    return told + work.copied
 
 
 def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, keep_old: bool) -> tuple[Path | None, int]:
@@ -278,15 +322,14 @@ def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, kee
                     work.parts[name].write(stage.path / name)
         else:
             write_whole(adapter, before, held, stage)
-        written = {str(path.relative_to(stage.path)) for path in _files(stage.path)}
+        sides = stage_side_files(stack, outcome.side_files)
+        written = [*_files(stage.path), *(side.path for side in sides)]
+        size = work.copied + sum(path.stat().st_size for path in written)
         for name in work.carried:
             _carry(target / name, stage.path / name, copy=keep_old)
-        sides = stage_side_files(stack, outcome.side_files)
         _read_back(adapter, held, work, stage, _untouched(work, before, held))
         before.sources.verify()  # what was not carried into the result, too
         before.sources.check_unchanged()
-        copied = _files(stage.path) if keep_old else [stage.path / name for name in written]
-        size = sum(path.stat().st_size for path in (*copied, *(side.path for side in sides)))
         for side in sides:
             side.publish()
         return stage.publish(work.change, watched=work.watched, keep_old=keep_old), size
@@ -301,7 +344,10 @@ def _carry(source: Path, target: Path, *, copy: bool) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for entry in source.iterdir():
             _carry(entry, target / entry.name, copy=copy)
-    elif not os.path.lexists(target):
+    elif os.path.lexists(target):
+        message = "is no part of the checkpoint, and has the name of a file of its new state"
+        raise UsageError(message, path=source, hint="move it away, or use convert to a new path")
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
         (disk.copy if copy else disk.link_or_copy)(source, target)
 

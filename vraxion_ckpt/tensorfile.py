@@ -228,23 +228,12 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         LimitError: the header would be larger than readers accept.
         StorageError: the file cannot be written; the message has the reason.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
-    end = 0
-    for name, tensor in ordered:
-        if not is_name(name):
-            raise InconsistentError(f"a tensor cannot be called {name!r}", path=path)
-        size = tensor.numel() * tensor.itemsize
-        place = [end, end + size]
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        end += size
+    ordered = _in_order(tensors)
     try:
-        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise InconsistentError("holds text that is not Unicode", path=path, key=_METADATA) from error
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > LARGEST_HEADER:
-        raise LimitError(f"its header would take {len(raw)} bytes; {LARGEST_HEADER} is the format's bound", path=path)
+        raw = _header(ordered, metadata)
+    except (InconsistentError, LimitError) as error:
+        error.path = path
+        raise
     try:
         with path.open("xb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
@@ -253,6 +242,33 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
                     file.write(piece)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
+
+
+def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Return how many bytes `save` would write."""
+    return 8 + len(_header(_in_order(tensors), metadata)) + sum(t.numel() * t.itemsize for t in tensors.values())
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+
+
+def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    end = 0
+    for name, tensor in ordered:
+        if not is_name(name):
+            raise InconsistentError(f"a tensor cannot be called {name!r}")
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    try:
+        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise InconsistentError("holds text that is not Unicode", key=_METADATA) from error
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > LARGEST_HEADER:
+        raise LimitError(f"its header would take {len(raw)} bytes; {LARGEST_HEADER} is the format's bound")
+    return raw
 
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:

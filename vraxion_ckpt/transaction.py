@@ -32,7 +32,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from vraxion_ckpt import disk, signals
 from vraxion_ckpt.errors import ChangedError, StorageError
@@ -72,7 +72,8 @@ class Transaction:
         change: which of its files, and on which side of the commit.
         keep_old: leave the previous state beside the target, where that is exchanged as a whole.
         check: raises if something outside has changed that the new state was made from.
-        watched: files of the target that must not change meanwhile.
+        watched: files of the target that must not change meanwhile; a mark of an inode alone means that it must stay
+            the same file. Where the target is exchanged as a whole, no others must come.
         old: what is going to be replaced or removed.
         new: what takes its place.
         kept: where the previous state was left.
@@ -113,7 +114,7 @@ class Transaction:
         if self.change.pivot == ".":  # but for what the old state has linked in, too
             linked = {mark[0] for mark in self.watched.values()}
             self._sealed = {name: mark for name, mark in survey(self._staged(".")).items() if mark[0] not in linked}
-        flush(self._staged("."), self.target)
+        flush(self._staged("."), self.target, folders=self.change.pivot == ".")
         journal = self.folder / JOURNAL
         disk.write_new(journal, self._dump())
         disk.fsync(journal)
@@ -133,12 +134,19 @@ class Transaction:
         signals.check()
         for name, mark in self.watched.items():
             place = self._where_old(name)
-            if place is not None and mark_of(place) != mark:
-                raise ChangedError(
-                    "changed meanwhile; nothing was written",
-                    path=self._live(name),
-                    hint="wait for the trainer to finish saving, then run again",
-                )
+            if place is not None and (mark_of(place) or ())[: len(mark)] != mark:
+                self._give_up(name)
+        if self.change.pivot == "." and self.watched and self._live(".").is_dir():
+            old = self._where_old(".")
+            for name in sorted(survey(old).keys() - self.watched.keys() if old else ()):
+                self._give_up(name)  # it would go with the old state
+
+    def _give_up(self, name: str) -> NoReturn:
+        raise ChangedError(
+            "changed meanwhile; nothing was written",
+            path=self._live(name),
+            hint="wait for the trainer to finish saving, then run again",
+        )
 
     def commit(self) -> None:
         """Let the pivot and its successor change places."""
@@ -321,9 +329,9 @@ def survey(target: Path) -> dict[str, Mark]:
     if not target.is_dir():
         return {".": _expect(target)}
     found: dict[str, Mark] = {}
-    for folder, _, names in os.walk(target):
+    for folder, folders, names in os.walk(target):
         below = os.path.relpath(folder, target)
-        for name in names:
+        for name in (*names, *(name for name in folders if Path(folder, name).is_symlink())):
             found[name if below == "." else f"{below}/{name}"] = _expect(f"{folder}/{name}")
     return found
 
@@ -335,18 +343,28 @@ def _expect(path: Path | str) -> Mark:
     return mark
 
 
-def flush(path: Path, target: Path) -> None:
+def flush(path: Path, target: Path, *, folders: bool = True) -> None:
     """Give what is staged the mode bits and the owner of what it replaces, and flush it, files before folders.
 
+    A new file beside old ones is made like one of them. `folders` tells whether the staged ones will be in the target.
     An fsync that failed is never tried again: the kernel may have dropped what it could not write.
     """
     for entry in (*_tree(path), path):
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             continue  # other people's: a link, a pipe
         old = target / entry.relative_to(path)
-        if old.exists() and not old.samefile(entry) and old.is_dir() == entry.is_dir():
-            disk.like(entry, old)
+        model = old if old.exists() else _sibling(old)
+        if model and not model.samefile(entry) and model.is_dir() == entry.is_dir() and (folders or entry.is_file()):
+            disk.like(entry, model)
         disk.fsync(entry)
+
+
+def _sibling(path: Path) -> Path | None:
+    """Return a file beside a new one, of its own kind if there is one; None in a new folder."""
+    if path.parent.is_symlink() or not path.parent.is_dir() or path.is_dir():
+        return None
+    files = [file for file in sorted(path.parent.iterdir()) if file.is_file() and not file.is_symlink()]
+    return next((file for file in files if file.suffix == path.suffix), files[0] if files else None)
 
 
 def _tree(path: Path) -> list[Path]:

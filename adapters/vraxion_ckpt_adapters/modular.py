@@ -155,6 +155,10 @@ class ModularAdapter(Adapter):
 
         def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
             tensors = _open_shard(path, expert, leaves.get(expert), sources, self.allow_global)
+            other = _of_another_size(expert, tensors, shards)
+            if not first and other is not None:
+                more = _open_shard(shards[other], other, leaves.get(other), sources, self.allow_global)
+                _check_fit(shards[other], other, more, expert, tensors)
             first[:] = first or [(expert, tensors)]
             _check_fit(path, expert, tensors, *first[0])
             return tensors
@@ -363,6 +367,17 @@ def _open_shard(
     return shard
 
 
+def _of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, Path]) -> int | None:
+    """Return another expert whose shard is not as large, though plain linear experts are alike: there, look closer.
+
+    So that a shard that does not fit is seen even where no other need be opened.
+    """
+    other = next((i for i in shards if i != expert), None)
+    if other is None or any("." in leaf for leaf in tensors):
+        return None
+    return other if shards[other].stat().st_size != shards[expert].stat().st_size else None
+
+
 def _check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
     """Refuse a shard that a loader would skip because it does not fit in where another one does."""
     if odd := tensors.keys() ^ model.keys():
@@ -408,7 +423,7 @@ def _read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] |
     if parsed.num_experts not in (None, stated):
         raise InconsistentError(f"is {stated}, router.state says {parsed.num_experts}", path=path, key="num_experts")
     step = parsed.checkpoint.payload.get("step")
-    if "step" in meta and (meta["step"] != step or type(meta["step"]) is not type(step)):
+    if "step" in meta and (type(meta["step"]) is not type(step) or meta["step"] != step):
         raise InconsistentError(
             f"is {meta['step']!r}, router.state has step {step!r}: parts of two saves",
             path=path,

@@ -31,6 +31,7 @@ from vraxion_ckpt.payload import OUR_KEY, PayloadDialect, dump_dialect
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.sources import Fingerprint, Sources
 
+_Content = tuple[dict[str, Tensor], dict[str, str]]
 _INDEX = ".safetensors.index.json"
 _MODEL = "model.safetensors"
 _SHARD = re.compile(r".*-[0-9]{5}-of-([0-9]{5})(\..*)?\.safetensors")
@@ -114,22 +115,31 @@ class SafetensorsAdapter(Adapter):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        files, index = self._files(checkpoint)
+        for name, (tensors, metadata) in files.items():
+            tensorfile.save(tensors, metadata, path / name)
+        if index is not None:
+            write_new(path / f"model{_INDEX}", index)
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        files, index = self._files(checkpoint)
+        return sum(tensorfile.size(*content) for content in files.values()) + len(index or b"")
+
+    def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
+        """Return each file's tensors and metadata by its name, ``.`` for a single one, and the index of shards."""
         tensors, facts = document.dump(checkpoint, tensorfile.DTYPES, tensorfile.is_name)
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
         if self.max_shard_size is None:
             texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
-            tensorfile.save(tensors, {**texts, OUR_KEY: document.dumps(facts)}, path)
-            return
+            return {".": (dict(tensors), {**texts, OUR_KEY: document.dumps(facts)})}, None
         save = _digest(tensors, facts)
         shards = list(_shards(tensors, self.max_shard_size))
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensorfile.save(shard, {"format": "pt", _SAVE: save}, path / name)
-            weight_map |= dict.fromkeys(shard, name)
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         head = {**metadata, "total_size": total, _SAVE: save, OUR_KEY: facts}
-        write_new(path / f"model{_INDEX}", jsonfile.dumps({"metadata": head, "weight_map": weight_map}))
+        files = {name: (shard, {"format": "pt", _SAVE: save}) for name, shard in zip(names, shards, strict=True)}
+        return files, jsonfile.dumps({"metadata": head, "weight_map": weight_map})
 
     def foreign_files(self, path: Path) -> list[Path]:
         """List what is neither an index nor a shard that it names."""

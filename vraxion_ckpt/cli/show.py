@@ -98,23 +98,23 @@ def summary(done: Summary, *, verbose: bool = False) -> None:
 
 def edited(done: Edited, *, verbose: bool = False) -> None:
     """Print an edit's summary, a fact a line."""
-    would = "would " if done.dry_run else ""
-    lines: list[_Line] = [
-        ("would edit" if done.dry_run else "edited", f"{done.target} ({done.target_format})"),
-        ("how", _HOW[done.kind]),
-    ]
+    where = f"{done.target} ({done.target_format})"
     if done.kind is EditKind.NOTHING:
-        _print_lines(lines)
+        _print_lines([("unchanged", where), ("how", _HOW[done.kind])])
         return
-    files = [(f"{would}write", done.written), (f"{would}remove", done.removed)]
+    edited, wrote, removed = (
+        ("would edit", "would write", "would remove") if done.dry_run else ("edited", "wrote", "removed")
+    )
+    lines: list[_Line] = [(edited, where), ("how", _HOW[done.kind])]
+    files = [(wrote, done.written), (removed, done.removed)]
     lines += [(what, _listed(names)) for what, names in files if names and names != (".",)]
     if done.untouched:
         lines.append(("untouched", f"{done.untouched} file{'s' * (done.untouched != 1)}"))
     if done.kept is not None:
         lines.append(("kept", f"the previous state, as {done.kept}"))
     lines += _what_became(done)
-    seconds = "" if done.dry_run else f" in {done.seconds:.1f} s"
-    lines.append(("size", f"{size(done.bytes_written)} to write" if would else f"{size(done.bytes_written)}{seconds}"))
+    how_long = "to write" if done.dry_run else f"in {done.seconds:.1f} s"
+    lines.append(("size", f"{size(done.bytes_written)} {how_long}"))
     _print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
@@ -216,7 +216,7 @@ def _optimizer_facts(checkpoint: Checkpoint, error: str | None) -> dict[str, Any
     optimizer = checkpoint.optimizer
     if optimizer is None:
         return None
-    slots = sorted({slot for slots in optimizer.state.values() for slot in slots})
+    slots = sorted({slot for slots in optimizer.state.values() for slot in slots}, key=str)
     return {
         "bound": True,
         "how": optimizer.bound_by,
@@ -289,7 +289,7 @@ def _optimizer_in_words(facts: dict[str, Any] | None) -> str:
         return "none"
     if not facts["bound"]:
         return f"NOT BOUND to names: {facts['why']}"
-    slots = ", ".join(facts["slots"]) or "no slots"
+    slots = ", ".join(map(str, facts["slots"])) or "no slots"
     groups = len(facts["groups"])
     return (
         f"{facts['parameters']} parameters in {groups} group{'s' * (groups != 1)}, {facts['with_state']} with state "
