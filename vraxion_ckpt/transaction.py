@@ -294,9 +294,14 @@ class Transaction:
         Raises:
             StorageError: it is whole, and not what this version writes.
         """
+        journal = folder / JOURNAL
+        if not journal.exists():
+            return None
         try:
-            facts = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            facts = json.loads(journal.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StorageError.from_os_error(error, journal) from error
+        except ValueError:
             return None
         try:
             parts = facts["change"]
@@ -310,7 +315,7 @@ class Transaction:
         except (TypeError, KeyError, AttributeError):
             pass
         hint = "a newer version may have written it; use that, or see the manual on how to recover by hand"
-        raise StorageError("is no journal of this version", path=folder / JOURNAL, hint=hint)
+        raise StorageError("is no journal of this version", path=journal, hint=hint)
 
 
 def mark_of(path: Path | str) -> Mark | None:

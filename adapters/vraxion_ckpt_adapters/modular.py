@@ -158,7 +158,8 @@ class ModularAdapter(Adapter):
             other = _of_another_size(expert, tensors, shards)
             if not first and other is not None:
                 more = _open_shard(shards[other], other, leaves.get(other), sources, self.allow_global)
-                _check_fit(shards[other], other, more, expert, tensors)
+                (one, its), (two, others) = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
+                _check_fit(shards[two], two, others, one, its)
             first[:] = first or [(expert, tensors)]
             _check_fit(path, expert, tensors, *first[0])
             return tensors

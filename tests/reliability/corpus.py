@@ -468,8 +468,6 @@ WITHIN = {
     **dict.fromkeys(("a leaf too many", "wrong shape", "wrong dtype"), 1),
     **{"wrong shape, the first": 0, "dtype of counts": 2},
 }
-# An edit has no other shard at hand that this one could be compared with.
-ALONE = {"a leaf too many", "wrong shape", "wrong shape, the first", "wrong dtype", "dtype of counts"}
 BILLION = of_modular.router(lambda payload: payload.update(num_experts=10**9))
 
 MODULAR: Entries = {
@@ -479,7 +477,6 @@ MODULAR: Entries = {
             InconsistentError,
             (says,),
             parent=WITHIN.get(name, 0),
-            unseen=EDIT if name in ALONE else frozenset(),
         )
         for name, (damage, says) in of_modular.SHARDS.items()
     },
