@@ -204,7 +204,8 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
             _refuse_a_part(target, found.read(target))
     adapter = resolve_adapter(to) if to is not None else found
     if adapter.name != found.name:
-        raise UsageError(f"is of the format {found.name}, which an edit in place keeps", path=target)
+        message = f"is of the format {found.name}, which an edit in place keeps"
+        raise UsageError(message, path=target, hint=f"use convert to a new path for {adapter.name}")
     if target.is_dir() and type(adapter).foreign_files is Adapter.foreign_files:
         raise UsageError(
             f"the format {adapter.name} does not tell its own files from others', which would be lost",

@@ -8,22 +8,23 @@ import shutil
 import signal
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from scenarios import Scenario, beside, read_tree, trainer_writes, watched_disk
 
-from vraxion_ckpt.commit import exclusive
+from vraxion_ckpt.commit import exclusive, was_interrupted
 from vraxion_ckpt.errors import ChangedError, StorageError
 from vraxion_ckpt.transaction import committed
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
-def killed_at(case: Scenario, target: Path, number: int, *, half: bool) -> bool:
+def killed_at(case: Scenario, target: Path, number: int, *, half: bool = False, again: bool = False) -> bool:
     """Run an edit in a process of its own that is killed before its call `number`, or in the middle of what it writes.
 
-    Return false if it has ended before.
+    With `again`, it only cleans up what another run has left. Return false if it has ended before.
     """
     trainer = trainer_writes(case, target)
 
@@ -38,8 +39,9 @@ def killed_at(case: Scenario, target: Path, number: int, *, half: bool) -> bool:
     if not child:
         code = 1
         try:
-            with watched_disk(hook, case):
-                case.perform(target)
+            with watched_disk(hook, case), exclusive(target) if again else nullcontext():
+                if not again:
+                    case.perform(target)
             code = 0
         except ChangedError:
             code = 0 if case.touched else 1
@@ -88,6 +90,34 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new_one(cases, ram, figu
     assert not bad, "\n".join(bad[:20])
     assert points >= 1000
     assert min(states["old"], states["new"]) > 50
+
+
+def test_a_run_that_is_killed_while_it_cleans_up_is_cleaned_up_by_the_next(cases, ram, figure):
+    kinds = ("grow", "grow, no exchange", "shrink", "rewrite", "grow, kept", "shrink, a trainer writes last")
+    points, bad = 0, []
+    for case in (case for case in cases if case.name.replace(": modular_experts3", "") in kinds):
+        first = 0
+        while True:
+            first += 1
+            target = case.lay(ram(case.name))
+            if not killed_at(case, target, first):
+                break
+            second, alive = 0, False
+            while not alive and was_interrupted(target):  # each kill leaves the rest to the next
+                second += 1
+                alive = not killed_at(case, target, min(second, 4), again=True)
+                points += not alive
+                if second > 40:
+                    bad.append(f"{case.name}, call {first}: cleaning up comes to no end")
+                    break
+                if case.judge(target) not in ("old", "new"):
+                    bad.append(f"{case.name}, call {first}: a trainer resumes {case.judge(target)}")
+            if wrong := wrong_after(case, target):
+                bad.append(f"{case.name}, call {first}: {wrong}")
+            shutil.rmtree(target.parent)
+    figure(4, f"runs killed while they cleaned up: {points}, {len(bad)} bad")
+    assert not bad, "\n".join(bad[:20])
+    assert points > 50
 
 
 def test_an_error_at_any_call_leaves_the_old_state_and_says_why(cases, ram, figure):
