@@ -839,3 +839,24 @@ def test_other_peoples_files_are_not_counted_as_the_checkpoints(tmp_path):
     target = lay(tmp_path)
     (target / "notes.txt").write_text("mine")
     assert vc.edit(target).untouched == 5
+
+
+# --- transforms that cheat: what an edit leaves where it is must be what it was ---
+
+
+def write_into_a_shard(checkpoint: vc.Checkpoint) -> None:
+    checkpoint.head.experts[1]["weight"].mul_(2)
+
+
+def change_an_expert(checkpoint: vc.Checkpoint) -> None:
+    checkpoint.head.experts[1].tensors["weight"] = torch.zeros(4, 16)
+
+
+@pytest.mark.parametrize("change", [write_into_a_shard, change_an_expert])
+def test_an_expert_that_was_changed_instead_of_replaced_is_refused(change, tmp_path):
+    target = lay(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(vc.CkptError) as refused:
+        vc.edit(target, transforms=[by_hand(change)])
+    assert refused.value.exit_code == 15
+    assert snapshot(tmp_path) == before

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +41,19 @@ class Expert(Mapping[str, Tensor]):
     """One expert's tensors by leaf name (``weight``, ``down.bias``), opened at the first look.
 
     Two experts that are the same object are the same tensors; so whether an expert is untouched can be told
-    without opening it.
+    without opening it. Hence it cannot be changed, only replaced by another.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
         self._open = tensors if callable(tensors) else None
-        self._tensors = None if callable(tensors) else dict(tensors)
+        self._tensors: Mapping[str, Tensor] | None = None
+        self._versions: list[int] = []
+        if not callable(tensors):
+            self._take(tensors)
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = MappingProxyType(dict(tensors))
+        self._versions = [tensor._version for tensor in self._tensors.values()]
 
     @property
     def is_open(self) -> bool:
@@ -53,11 +61,17 @@ class Expert(Mapping[str, Tensor]):
         return self._tensors is not None
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def was_written_into(self) -> bool:
+        """Tell whether somebody has written into a tensor since it was opened or made; torch counts that."""
+        return self._tensors is not None and self._versions != [t._version for t in self._tensors.values()]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
         """The tensors in state-dict order; opens them."""
         if self._tensors is None:
             assert self._open is not None
-            self._tensors = dict(self._open())
+            self._take(self._open())
+            assert self._tensors is not None
         return self._tensors
 
     def __getitem__(self, leaf: str) -> Tensor:

@@ -82,7 +82,8 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
             raise PluginError(f"{type(error).__name__}: {error}", key=name, hint=blame) from error
         if not isinstance(after, Checkpoint):
             raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name, hint=blame)
-        if any(tensor._version != version for tensor, version in versions):
+        experts = before.head.experts.values() if before.head else ()
+        if any(tensor._version != version for tensor, version in versions) or any(e.was_written_into for e in experts):
             raise PluginError("wrote into a tensor of its input", key=name, hint=blame)
         record = Record(
             name=name,
@@ -98,8 +99,8 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
 
 
 def _versions(checkpoint: Checkpoint) -> list[tuple[Tensor, int]]:
-    """Take the version counters of all tensors at hand; torch counts a tensor up when it is written into."""
-    tensors = list(checkpoint.open_tensors().values())
+    """Take the version counters of all tensors outside experts; torch counts a tensor up when it is written into."""
+    tensors = list(checkpoint.core.values())
     if checkpoint.optimizer is not None:
         slots = checkpoint.optimizer.state.values()
         tensors += [value for entries in slots for value in entries.values() if isinstance(value, Tensor)]

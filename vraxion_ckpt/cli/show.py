@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from itertools import groupby, islice
 from typing import Any
 
@@ -266,7 +267,7 @@ def inspection(facts: dict[str, Any]) -> None:
         out.print(_expert_table(facts))
 
 
-def _total_bytes(tensors: dict[str, Tensor]) -> int:
+def _total_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Sum the sizes of tensors."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
