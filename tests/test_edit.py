@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +26,8 @@ from vraxion_ckpt import disk
 from vraxion_ckpt.cli import main
 from vraxion_ckpt.commit import exclusive
 from vraxion_ckpt.compare import checkpoint_differences
-from vraxion_ckpt.errors import BusyError, ChangedError, CkptWarning, InconsistentError, UsageError
+from vraxion_ckpt.errors import BusyError, ChangedError, CkptWarning, InconsistentError, StorageError, UsageError
+from vraxion_ckpt.transaction import mark_of
 
 EXPERTS3 = DATA / "modular_experts3"
 SPLIT = "mitosis_split:parent=0,addresses=[0],noise=0"
@@ -543,6 +545,7 @@ def test_quiet_and_verbose_and_defaults_from_the_environment(tmp_path, command, 
     monkeypatch.chdir(target)
     assert command("-q", "edit", ".", "-t", SPLIT) == (0, "", "")
     assert "mitosis_split (vraxion-ckpt" in command("-v", "edit", target, "-t", AGAIN)[1]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VRAXION_CKPT_EDIT_KEEP_OLD", "1")
     assert command("edit", target, "-t", PRUNE)[0] == 0
     assert beside(target) == ["run.old"]
@@ -860,3 +863,83 @@ def test_an_expert_that_was_changed_instead_of_replaced_is_refused(change, tmp_p
         vc.edit(target, transforms=[by_hand(change)])
     assert refused.value.exit_code == 15
     assert snapshot(tmp_path) == before
+
+
+# --- what must not be edited from here ---
+
+
+def test_a_directory_that_one_stands_in_is_not_exchanged_under_ones_feet(tmp_path, monkeypatch):
+    target = lay(tmp_path)
+    for here in (target, target / "experts"):
+        monkeypatch.chdir(here)
+        with pytest.raises(UsageError, match="the current directory"):
+            vc.edit(target, transforms=[RENUMBER])
+    assert vc.edit(target, transforms=[SPLIT]).kind == "grow"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs leave to mount")
+@pytest.mark.parametrize("chain", [SPLIT, RENUMBER])
+def test_what_is_mounted_inside_is_not_touched(chain, tmp_path):
+    target, disk_of_others = lay(tmp_path), tmp_path / "disk of others"
+    disk_of_others.mkdir()
+    (disk_of_others / "log").write_text("mine")
+    (target / "my logs").mkdir()
+    if subprocess.run(["mount", "--bind", disk_of_others, target / "my logs"], check=False).returncode:
+        pytest.skip("no leave to mount")
+    try:
+        before = snapshot(target)
+        with pytest.raises(StorageError, match="mounted"):
+            vc.edit(target, transforms=[chain])
+        assert snapshot(target) == before
+    finally:
+        subprocess.run(["umount", target / "my logs"], check=True)
+    assert beside(target) == ["disk of others"]
+    assert (disk_of_others / "log").read_text() == "mine"
+
+
+def test_a_journal_that_leads_out_by_a_link_is_not_followed(tmp_path):
+    target, victim = lay(tmp_path), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("mine")
+    (target / "x").symlink_to(victim)
+    stage = tmp_path / ".run.0123456789abcdef.stage"
+    (stage / "run").mkdir(parents=True)
+    router, precious = ([*mark_of(path)] for path in (target / ROUTER, victim / "precious"))
+    change = {"pivot": ROUTER, "first": [], "later": [], "removed": ["x/precious"]}
+    facts = {"version": 1, "stage": stage.stat().st_ino, "change": change, "keep_old": False}
+    facts |= {"old": {ROUTER: router, "x/precious": precious}, "new": {ROUTER: router}}
+    (stage / "journal.json").write_text(json.dumps(facts))
+    with pytest.raises(StorageError, match="no journal of this version"):
+        vc.edit(target)
+    assert (victim / "precious").read_text() == "mine"
+
+
+def test_a_checkpoint_that_was_copied_after_a_kill_is_not_guessed_about(tmp_path):
+    target = lay(tmp_path / "here")
+    die_before_the_pivot(target)
+    shutil.copytree(tmp_path / "here", tmp_path / "copy")
+    (tmp_path / "copy" / ".run.vraxion-ckpt.lock").unlink()
+    left = contents(tmp_path / "copy")
+    with pytest.raises(StorageError, match="copied or restored"):
+        vc.edit(tmp_path / "copy" / "run")
+    assert contents(tmp_path / "copy") == left
+    with pytest.warns(CkptWarning, match="taken back"):
+        vc.edit(target)
+    assert contents(target) == contents(DATA / "modular_experts3")
+
+
+def test_a_checkpoint_that_was_removed_after_a_kill_can_be_made_anew(tmp_path):
+    target = lay(tmp_path)
+    die_before_the_pivot(target)
+    shutil.rmtree(target)
+    with pytest.warns(CkptWarning, match="taken back"):
+        vc.convert(DATA / "named_experts3.pt", f"{target}/")
+    assert beside(target) == []
+
+
+def test_an_expert_that_was_not_opened_before_an_edit_is_not_taken_for_the_one_before(tmp_path):
+    target = lay(tmp_path)
+    checkpoint = vc.open(target)
+    vc.edit(target, transforms=[RENUMBER])
+    with pytest.raises(ChangedError):
+        _ = checkpoint.head.experts[1]["weight"]

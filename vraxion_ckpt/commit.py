@@ -30,7 +30,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         UsageError: it exists and `overwrite` is false, or its folder is missing or read-only.
     """
     if target.exists() and not overwrite:
-        raise UsageError("exists already", path=target, hint="choose a new name, or pass --overwrite to replace it")
+        hint = "choose a new name, or, where the command has it, pass --overwrite to replace it"
+        raise UsageError("exists already", path=target, hint=hint)
     folder = target.parent
     if not folder.is_dir():
         raise UsageError("there is no such folder to write into", path=folder, hint=f"mkdir -p {folder}")
@@ -52,7 +53,8 @@ def exclusive(target: Path) -> Iterator[None]:
         StorageError: the file system refuses, or has no locks.
     """
     place = target.with_name(f".{target.name}.vraxion-ckpt.lock")
-    lock = FileLock(place, fallback_to_soft=False, is_singleton=False, thread_local=False)
+    # Whoever comes after a run that was killed must be able to open the file that it has left.
+    lock = FileLock(place, mode=0o666, fallback_to_soft=False, is_singleton=False, thread_local=False)
     held = False
     try:
         with signals.put_off():
@@ -108,13 +110,13 @@ def settle(folder: Path, target: Path) -> str | None:
     """Bring a stage to an end, whoever has left it: take back or finish what its journal says, and remove it.
 
     Returns:
-        Which of the two it was; None if there was no journal.
+        What has become of it; None if there was no journal.
 
     Raises:
         StorageError: the target could be brought neither to the old state nor to the new one.
     """
     with signals.put_off():
-        if not _is_ours(folder, target):
+        if folder.stat().st_uid != os.geteuid():  # anybody could leave a journal where others may write
             warnings.warn(f"{folder} is another user's and is left alone", CkptWarning, stacklevel=2)
             return None
         how = None
@@ -123,7 +125,7 @@ def settle(folder: Path, target: Path) -> str | None:
             if transaction is not None:
                 if transaction.is_committed():
                     transaction.finish()
-                    how = "finished"
+                    how = "finished" if transaction.is_in_place() else "left as it is, for it has been saved since"
                 else:
                     transaction.undo()
                     how = "taken back"
@@ -147,14 +149,6 @@ def _twice(remove: Callable[[Path], None], path: Path) -> None:
         remove(path)
     except OSError:
         remove(path)
-
-
-def _is_ours(folder: Path, target: Path) -> bool:
-    """Tell whether a journal may be believed: in a folder that others may write into, anybody could leave one."""
-    owners = {os.geteuid()}
-    if target.exists():
-        owners.add(target.stat().st_uid)
-    return folder.stat().st_uid in owners
 
 
 # --- a result in the making ---
@@ -226,7 +220,7 @@ def staged(target: Path, *, directory: bool, overwrite: bool) -> Iterator[Staged
     stage = Staged(folder / target.name, target, overwrite)
     committed.discard(target)
     try:
-        disk.mkdir(folder)
+        disk.mkdir(folder, 0o700)  # what is in it may be meant for fewer eyes than its mode bits say yet
         if directory:
             disk.mkdir(stage.path)
         yield stage

@@ -44,9 +44,9 @@ def write_new(path: Path, content: bytes) -> None:
         raise StorageError.from_os_error(error, path) from error
 
 
-def mkdir(path: Path) -> None:
+def mkdir(path: Path, mode: int = 0o777) -> None:
     """Make a directory; its parent must exist."""
-    path.mkdir()
+    path.mkdir(mode)
 
 
 def fsync(path: Path) -> None:
@@ -106,11 +106,14 @@ def copy(source: Path, target: Path) -> None:
 
 
 def like(path: Path, model: Path) -> None:
-    """Give a file or directory the mode bits of another, and as far as this user may, its owner."""
+    """Give a file or directory the mode bits of another, and as far as this user may, its group and its owner."""
     wanted, found = model.stat(), path.stat()
-    if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
-        with contextlib.suppress(PermissionError):
-            os.chown(path, wanted.st_uid, wanted.st_gid)
+    if wanted.st_gid != found.st_gid:
+        with contextlib.suppress(OSError):
+            os.chown(path, -1, wanted.st_gid)
+    if wanted.st_uid != found.st_uid:
+        with contextlib.suppress(OSError):
+            os.chown(path, wanted.st_uid, -1)
     path.chmod(stat.S_IMODE(wanted.st_mode))  # last: a change of owner clears some bits
 
 

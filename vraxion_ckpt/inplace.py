@@ -47,7 +47,7 @@ from vraxion_ckpt.reading import (
     refuse,
 )
 from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
-from vraxion_ckpt.transaction import Change, Mark, survey
+from vraxion_ckpt.transaction import Change, Mark, mark_of, survey
 
 
 class EditKind(StrEnum):
@@ -246,11 +246,9 @@ def _plan(
         return _Work(EditKind.NOTHING, written=(), untouched=len(ours))
     if not target.is_dir():
         return _Work(EditKind.REPLACE, watched=marks)
-    # Of what is not ours, it counts which file it is: it keeps its name and its contents, whatever is written into it.
-    everything = ours | {name: mark[:1] for name, mark in marks.items() if name not in ours}
     if adapter.pivot is None:
         copied = _bytes_of_files(target, marks.keys() - ours.keys()) if keep_old else 0
-        return _Work(EditKind.REWRITE, carried=others, copied=copied, watched=everything)
+        return _Work(EditKind.REWRITE, carried=others, copied=copied, watched=marks)
     old = {name: part for name, part in adapter.parts(before).items() if name in ours}
     new = adapter.parts(held)
     same = {name for name, part in new.items() if name in old and old[name].content == part.content}
@@ -271,11 +269,15 @@ def _plan(
         later = tuple(name for name in rest if name in new)
         return replace(work, kind=EditKind.SHRINK, change=Change(adapter.pivot, later=later, removed=removed))
     copied = _bytes_of_files(target, same | (marks.keys() - ours.keys())) if keep_old else 0
-    return replace(work, carried=(*sorted(same), *others), copied=copied, watched=everything)
+    return replace(work, carried=(*sorted(same), *others), copied=copied, watched=marks)
 
 
 def _refuse_unwritable(target: Path, work: _Work) -> None:
-    """Refuse before a byte is written what would fail when files are put in place."""
+    """Refuse before a byte is written what would fail, or go wrong, when files are put in place."""
+    here = Path.cwd()
+    if work.kind is EditKind.REWRITE and (here == target or target in here.parents):
+        message = "is, or holds, the current directory, which would be another one afterwards"
+        raise UsageError(message, path=target, hint="cd out of it")
     names = (*work.change.first, *work.change.later, *work.change.removed)
     for folder in sorted({(target / name).parent for name in (work.change.pivot, *names) if name != "."}):
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -333,7 +335,12 @@ def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, kee
         before.sources.check_unchanged()
         for side in sides:
             side.publish()
-        return stage.publish(work.change, watched=work.watched, keep_old=keep_old), size
+        watched = dict(work.watched)
+        for name in work.watched.keys() - work.parts.keys() if work.carried else ():
+            linked = mark_of(stage.path / name)
+            if linked and linked[0] == watched[name][0]:  # another's: what is written into it is in both states
+                watched[name] = linked[:1]
+        return stage.publish(work.change, watched=watched, keep_old=keep_old), size
 
 
 def _carry(source: Path, target: Path, *, copy: bool) -> None:

@@ -46,13 +46,13 @@ class Expert(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
         self._open = tensors if callable(tensors) else None
-        self._tensors: Mapping[str, Tensor] | None = None
+        self._tensors: dict[str, Tensor] | None = None
         self._versions: list[int] = []
         if not callable(tensors):
             self._take(tensors)
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = MappingProxyType(dict(tensors))
+        self._tensors = dict(tensors)
         self._versions = [tensor._version for tensor in self._tensors.values()]
 
     @property
@@ -72,7 +72,7 @@ class Expert(Mapping[str, Tensor]):
             assert self._open is not None
             self._take(self._open())
             assert self._tensors is not None
-        return self._tensors
+        return MappingProxyType(self._tensors)
 
     def __getitem__(self, leaf: str) -> Tensor:
         return self.tensors[leaf]

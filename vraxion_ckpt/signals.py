@@ -27,7 +27,8 @@ def raise_on_signals() -> None:
     """Let the signals that end a run raise `Interrupted`, from here on; for a program, not for a library."""
     _received.clear()
     for number in _ENDING:
-        signal.signal(number, _raise)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a shell for what runs behind it, wants it
+            signal.signal(number, _raise)
 
 
 def ignore_signals() -> None:

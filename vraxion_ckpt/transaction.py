@@ -102,8 +102,8 @@ class Transaction:
 
     def seal(self) -> None:
         """Flush what is staged, and the journal, so that no power loss can take them away from here on."""
-        if self.folder.stat().st_dev != self.target.stat().st_dev:
-            message = "lies on another file system than its folder, and cannot be changed from there"
+        for place in mounts_within(self.target):
+            message = f"has a file system mounted on it, or in it ({place}), and cannot be changed from beside it"
             raise StorageError(message, path=self.target, hint="use convert to a new path")
         for name in (self.change.pivot, *self.change.first, *self.change.later):
             self.new[name] = _expect(self._staged(name))
@@ -183,11 +183,12 @@ class Transaction:
             else:  # they have written into the new state already, and go on: what they leave is theirs
                 committed.discard(self.target)
                 self.undo()
+                self.close()
             raise
 
     def finish(self) -> None:
         """Put in place what is not looked at any more, and remove or keep what the old state has left."""
-        if mark_of(self._live(self.change.pivot)) == self.new[self.change.pivot]:
+        if self.is_in_place():
             for name in self.change.later:
                 if mark_of(self._live(name)) == self.old[name]:
                     self._replace(name)
@@ -219,6 +220,10 @@ class Transaction:
         mark = mark_of(self._staged(self.change.pivot))
         return mark is None or mark[0] != self.new[self.change.pivot][0]
 
+    def is_in_place(self) -> bool:
+        """Tell whether the pivot is the new one, as it was made; after the commit it is not if somebody has saved."""
+        return mark_of(self._live(self.change.pivot)) == self.new[self.change.pivot]
+
     # --- where things are ---
 
     def _live(self, name: str) -> Path:
@@ -236,7 +241,10 @@ class Transaction:
         """Put one file in place; of one that it replaces, the old is in the stage afterwards."""
         staged, live = self._staged(name), self._live(name)
         if name not in self.old:
-            disk.rename_new(staged, live)
+            try:
+                disk.rename_new(staged, live)
+            except FileExistsError:
+                self._give_up(name)
             return
         try:
             disk.exchange(staged, live)
@@ -277,13 +285,14 @@ class Transaction:
 
     def _fsync_folders(self, names: Iterable[str]) -> None:
         for folder in sorted({self._live(name).parent for name in names}):
-            disk.fsync(folder)
+            if folder.is_dir():  # a checkpoint may have been removed since a run on it was killed
+                disk.fsync(folder)
 
     # --- the journal ---
 
     def _dump(self) -> bytes:
         facts = {"change": asdict(self.change), "keep_old": self.keep_old, "old": self.old, "new": self.new}
-        return json.dumps({"version": 1, **facts}, indent=2).encode()
+        return json.dumps({"version": 1, "stage": self.folder.stat().st_ino, **facts}, indent=2).encode()
 
     @classmethod
     def load(cls, folder: Path, target: Path) -> Transaction | None:
@@ -295,34 +304,57 @@ class Transaction:
             StorageError: it is whole, and not what this version writes.
         """
         journal = folder / JOURNAL
-        if not journal.exists():
+        if not os.path.lexists(journal):
             return None
         try:
-            facts = json.loads(journal.read_text(encoding="utf-8"))
+            facts = json.loads(journal.read_text(encoding="utf-8")) if journal.is_file() else {}
         except OSError as error:
             raise StorageError.from_os_error(error, journal) from error
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         try:
             parts = facts["change"]
             change = Change(parts["pivot"], tuple(parts["first"]), tuple(parts["later"]), tuple(parts["removed"]))
             old, new = ({name: tuple(mark) for name, mark in facts[key].items()} for key in ("old", "new"))
             known = facts["version"] == 1 and {change.pivot, *change.first, *change.later} == new.keys()
-            known &= {*change.later, *change.removed} <= old.keys()
-            known &= not any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*old, *new))
+            known &= {change.pivot, *change.later, *change.removed} <= old.keys()
+            known &= all(len(mark) in (1, 3) for mark in (*old.values(), *new.values()))
+            known &= all(_lies_within(target, name) for name in (*old, *new))
+            if known and facts["stage"] != folder.stat().st_ino:
+                message = "a run was killed, and then its files were copied or restored: nobody can tell what it did"
+                hint = "see the manual on how to recover by hand, or use the original"
+                raise StorageError(message, path=folder, hint=hint)
             if known:
                 return cls(folder, target, change, facts["keep_old"], old=old, new=new)
-        except (TypeError, KeyError, AttributeError):
+        except (TypeError, KeyError, AttributeError, ValueError):
             pass
         hint = "a newer version may have written it; use that, or see the manual on how to recover by hand"
         raise StorageError("is no journal of this version", path=journal, hint=hint)
+
+
+def _lies_within(target: Path, name: str) -> bool:
+    """Tell whether a name leads to a file below the target, and not through a link out of it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        return False
+    return name == "." or (target / name).parent.resolve().is_relative_to(target.resolve())
+
+
+def mounts_within(target: Path) -> list[str]:
+    """List the mount points at and below a path: from there nothing can be renamed to beside it, or back."""
+    try:
+        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # no Linux, or no /proc; then a rename fails where a file system ends
+        return []
+    escaped = str(target).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    points = (line.split(" ")[4] for line in table.splitlines())
+    return [point for point in points if point == escaped or point.startswith(f"{escaped}/")]
 
 
 def mark_of(path: Path | str) -> Mark | None:
     """Return what changes when a file is written or replaced; None where there is nothing."""
     try:
         status = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if stat.S_ISDIR(status.st_mode):
         return (status.st_ino,)
@@ -358,7 +390,7 @@ def flush(path: Path, target: Path, *, folders: bool = True) -> None:
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             continue  # other people's: a link, a pipe
         old = target / entry.relative_to(path)
-        model = old if old.exists() else _sibling(old)
+        model = old if old.exists() else _sibling(old) if entry != path else None
         if model and not model.samefile(entry) and model.is_dir() == entry.is_dir() and (folders or entry.is_file()):
             disk.like(entry, model)
         disk.fsync(entry)

@@ -154,6 +154,7 @@ class ModularAdapter(Adapter):
         first: list[tuple[int, dict[str, Tensor]]] = []  # the shard that was opened first: what the others must fit
 
         def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
+            Sources(sources.files[:1]).check_unchanged()  # the router: a shard must be of the same state
             tensors = _open_shard(path, expert, leaves.get(expert), sources, self.allow_global)
             other = _of_another_size(expert, tensors, shards)
             if not first and other is not None:

@@ -191,6 +191,7 @@ class Log:
     def _translated(self, journal: bytes, places: dict[int, Path]) -> bytes:
         facts = json.loads(journal)
         inodes = {self.stamps[node][0]: path.lstat().st_ino for node, path in places.items()}
+        facts["stage"] = inodes.get(facts["stage"], 0)
         for marks in (facts["old"], facts["new"]):
             for mark in marks.values():
                 mark[0] = inodes.get(mark[0], -mark[0])
