@@ -113,8 +113,10 @@ def misdeeds(path: Path, out: Path, seen: Seen) -> Iterator[Finding]:
 def is_allowed(place: Path, path: Path, out: Path) -> bool:
     """Tell whether a place is in the checkpoint, in the target's folder, or a lock or stage beside the checkpoint.
 
-    A module that is first needed now may be imported.
+    A module that is first needed now may be imported, and the kernel be asked what is mounted where.
     """
+    if str(place) == "/proc/self/mountinfo":
+        return True
     real, folder = Path(os.path.realpath(place)), path.parent
     if real == folder or {out, path} & {real, *real.parents} or real.suffix in (".py", ".pyc", ".so"):
         return True
