@@ -943,3 +943,45 @@ def test_an_expert_that_was_not_opened_before_an_edit_is_not_taken_for_the_one_b
     vc.edit(target, transforms=[RENUMBER])
     with pytest.raises(ChangedError):
         _ = checkpoint.head.experts[1]["weight"]
+
+
+def test_a_signal_that_is_ignored_when_the_command_starts_stays_ignored():
+    """As with nohup."""
+    script = (
+        "import signal; from vraxion_ckpt import signals\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); signals.raise_on_signals()\n"
+        "signal.raise_signal(signal.SIGHUP); print('still here')\n"
+        "try: signal.raise_signal(signal.SIGTERM)\n"
+        "except signals.Interrupted as stop: print(stop.number)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["still here", str(int(signal.SIGTERM))]
+
+
+def test_nobody_else_reads_what_is_staged(tmp_path, monkeypatch):
+    modes, exchange = [], disk.exchange
+
+    def look(one: Path, other: Path) -> None:
+        stage = next(path for path in one.parents if path.name.endswith(".stage"))
+        modes.append(stage.stat().st_mode & 0o777)
+        exchange(one, other)
+
+    monkeypatch.setattr(disk, "exchange", look)
+    vc.edit(lay(tmp_path), transforms=[SPLIT])
+    assert set(modes) == {0o700}
+
+
+def test_a_trainer_that_makes_the_same_shard_meanwhile_keeps_it(tmp_path, monkeypatch):
+    target, rename_new = lay(tmp_path), disk.rename_new
+    theirs = target / "experts/expert_003.pt"
+
+    def after_them(one: Path, other: Path) -> None:
+        theirs.write_text("theirs")
+        rename_new(one, other)
+
+    monkeypatch.setattr(disk, "rename_new", after_them)
+    with pytest.raises(ChangedError, match=r"expert_003.pt: changed meanwhile"):
+        vc.edit(target, transforms=[SPLIT])
+    assert theirs.read_text() == "theirs"
+    theirs.unlink()
+    assert contents(target) == contents(DATA / "modular_experts3")
