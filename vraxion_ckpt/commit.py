@@ -61,7 +61,9 @@ def exclusive(target: Path) -> Iterator[None]:
             _acquire(lock, place, target)
             held = True
         for folder in leftovers(target):
-            if how := settle(folder, target):
+            if folder.stat().st_uid != os.geteuid():  # anybody could leave a journal where others may write
+                warnings.warn(f"{folder} is another user's and is left alone", CkptWarning, stacklevel=3)
+            elif how := settle(folder, target):
                 message = f"{target}: an edit that was interrupted has been {how}"
                 warnings.warn(message, CkptWarning, stacklevel=3)
         yield
@@ -116,9 +118,6 @@ def settle(folder: Path, target: Path) -> str | None:
         StorageError: the target could be brought neither to the old state nor to the new one.
     """
     with signals.put_off():
-        if folder.stat().st_uid != os.geteuid():  # anybody could leave a journal where others may write
-            warnings.warn(f"{folder} is another user's and is left alone", CkptWarning, stacklevel=2)
-            return None
         how = None
         transaction = Transaction.load(folder, target)
         try:
