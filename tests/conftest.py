@@ -57,10 +57,10 @@ def no_reader_waits_for_ever() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run the command line in this process; return its exit code and what it wrote to stderr."""
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return its exit code and what it wrote to stdout and stderr."""
 
-    def run(*arguments: object) -> tuple[int, str]:
+    def run(*arguments: object) -> tuple[int, str, str]:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             with pytest.raises(SystemExit) as stop:
@@ -68,6 +68,18 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return int(stop.value.code or 0), capsys.readouterr().err
+        told = capsys.readouterr()
+        return int(stop.value.code or 0), told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def cli(run_cli: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process; return its exit code and what it wrote to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        code, _, said = run_cli(*arguments)
+        return code, said
 
     return run

@@ -23,7 +23,6 @@ from vraxion_ckpt_adapters.modular import ModularAdapter
 
 import vraxion_ckpt as vc
 from vraxion_ckpt import disk
-from vraxion_ckpt.cli import main
 from vraxion_ckpt.commit import exclusive
 from vraxion_ckpt.compare import checkpoint_differences
 from vraxion_ckpt.errors import BusyError, ChangedError, CkptWarning, InconsistentError, StorageError, UsageError
@@ -126,22 +125,12 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process; return its exit code and what it printed."""
+def command(
+    run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process, as wide as a terminal; return its exit code and what it printed."""
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        try:
-            with pytest.raises(SystemExit) as stop:
-                main(list(map(str, arguments)))
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        told = capsys.readouterr()
-        return int(stop.value.code or 0), told.out, told.err
-
-    return run
+    return run_cli
 
 
 def by_hand(change: Callable[[vc.Checkpoint], object]) -> vc.Transform:

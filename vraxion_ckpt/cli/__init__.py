@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _INTERNAL_ERROR = 70
 _F = TypeVar("_F", bound=Callable[..., Any])
+_S = TypeVar("_S", bound="Summary")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -224,12 +225,8 @@ def convert(
 
     names = _load_names(param_names)
     with _unless_too_late(dst):
-        summary = run(src, dst, param_names=names, **options)
-        with _told(summary):
-            if as_json:
-                _print_json(show.summary_facts(summary))
-            elif not context.find_root().params["quiet"]:
-                show.summary(summary, verbose=context.find_root().params["verbose"])
+        done = run(src, dst, param_names=names, **options)
+        _tell(context, done, show.summary_facts if as_json else None, show.summary)
 
 
 @cli.command(short_help="Change a checkpoint in place, through a chain of transforms.")
@@ -257,27 +254,28 @@ def edit(context: click.Context, /, path: str, param_names: Path | None, as_json
 
     names = _load_names(param_names)
     with _unless_too_late(path):
-        summary = run(path, param_names=names, **options)
-        with _told(summary):
-            if as_json:
-                _print_json(show.edit_facts(summary))
-            elif not context.find_root().params["quiet"]:
-                show.edited(summary, verbose=context.find_root().params["verbose"])
+        done = run(path, param_names=names, **options)
+        _tell(context, done, show.edit_facts if as_json else None, show.edited)
 
 
-@contextmanager
-def _told(summary: Summary) -> Iterator[None]:
-    """Print a summary; if that fails, say that the work is done all the same."""
+def _tell(
+    context: click.Context, done: _S, facts: Callable[[_S], dict[str, Any]] | None, text: Callable[..., None]
+) -> None:
+    """Print a summary, as JSON if `facts` is given; if that fails, say that the work is done all the same."""
+    options = context.find_root().params
     try:
-        yield
+        if facts is not None:
+            _print_json(facts(done))
+        elif not options["quiet"]:
+            text(done, verbose=options["verbose"])
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         _drop_output()
-        done = "nothing was to be written" if summary.dry_run else f"{summary.target} was written"
-        raise StorageError(f"{done}, but not this summary: {error.strerror}", path="the output") from error
+        what = "nothing was to be written" if done.dry_run else f"{done.target} was written"
+        raise StorageError(f"{what}, but not this summary: {error.strerror}", path="the output") from error
 
 
 @cli.command(short_help="Show what a checkpoint is and holds.")
