@@ -21,12 +21,14 @@ FLOORS = [
     "errors",
     "sources",
     "jsonfile",
+    "facts",
     "disk",
     "signals",
     "transaction",
     "commit",
     "container",
     "ring",
+    "balance",
     "model",
     "plain",
     "binding",
@@ -38,6 +40,7 @@ FLOORS = [
     "transform",
     "hookspecs",
     "plugins",
+    "catalogue",
     "rehearsal",
     "torchfile",
     "tensorfile",
@@ -46,6 +49,7 @@ FLOORS = [
     "plan",
     "visits",
     "reading",
+    "inspection",
     "targets",
     "summary",
     "pipeline",
@@ -97,7 +101,7 @@ def test_the_core_names_no_plugin():
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "sources", "jsonfile", "disk", "signals", "transaction", "commit", "container", "rehearsal"]
+    "module", ["errors", "sources", "jsonfile", "facts", "disk", "signals", "transaction", "commit", "container", "rehearsal"]
 )
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"

@@ -30,7 +30,7 @@ def test_inspect_tells_the_facts_of_every_real_checkpoint(source):
     state = load(source / "system/router.state" if source.is_dir() else source)
     model = state.get("model", state)
     assert facts["ring"]["owners"] == model["router_map"].tolist()
-    assert sum(facts["ring"]["addresses_per_expert"]) == 64
+    assert sum(expert["addresses"] for expert in facts["experts"]) == 64
     single = "head.single.weight" in model
     assert facts["head"] == ("single" if single else "experts")
     optimizer = state.get("optim", state.get("optimizer"))
@@ -61,7 +61,7 @@ def test_inspect_says_that_and_why_an_optimizer_is_not_bound(tmp_path):
     assert "NOT BOUND" in done.stdout
     facts = json.loads(vraxion("inspect", tmp_path / "x.pt", "--json").stdout)
     assert facts["optimizer"]["bound"] is False
-    assert "a [2] could be" in facts["optimizer"]["why"]
+    assert "a [2] could be" in facts["optimizer"]["how"]
     (tmp_path / "names.txt").write_text("b\n")
     facts = json.loads(vraxion("inspect", tmp_path / "x.pt", "--json", "--param-names", tmp_path / "names.txt").stdout)
     assert facts["optimizer"]["how"] == "given names"

@@ -517,7 +517,7 @@ def test_the_command_tells_people_and_scripts_the_same(tmp_path, command):
         assert part in text
     code, said, _ = command("edit", b, "-t", SPLIT, "--keep-old", "--json")
     facts = json.loads(said)
-    assert (code, facts["schema"], facts["path"]) == (0, "vraxion-ckpt/edit/1", str(b))
+    assert (code, facts["schema"], facts["target"]) == (0, "vraxion-ckpt/edit/1", str(b))
     assert (facts["kind"], facts["kept"], facts["untouched"]) == ("rewrite", f"{b}.old", 3)
     assert facts["written"] == [ROUTER, "experts/expert_003.pt", META]
     assert (facts["removed"], facts["dry_run"], facts["side_files"]) == ([], False, [])

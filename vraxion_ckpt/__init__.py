@@ -8,23 +8,26 @@ core knows neither any format nor any transform by name. The modules, from the g
 `sources`                 the files that were read, and whether they changed (no torch)
 `container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
 `jsonfile`                strict JSON (no torch)
+`facts`                   what ``--json`` prints: models that are their own JSON Schema (no torch)
 `disk`, `signals`         system calls; signals that end a run (no torch)
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
-`ring`                    arcs, windows, owners: numpy
+`ring`, `balance`         arcs, windows, owners; how visits fall on experts: numpy
 `binding`                 optimizer ids ↔ parameter names
 `surgery`                 rename a head, clone or remove an expert with all that belongs to it
 `compare`, `invariants`   where two checkpoints differ; what must be true of one
 `options`                 plugins whose fields are their options; ``NAME:key=value``
 `adapter`, `transform`    the two base classes, and the chain
 `hookspecs`, `plugins`    the plugin contract; discovery and names
+`catalogue`               what is installed, and the options of one plugin
 `torchfile`               the one door to ``.pt``
 `tensorfile`              the one door to safetensors
 `payload`                 the payload dict of VRAXION's trainers
 `document`                a checkpoint as named tensors and one JSON document
 `plan`, `visits`          split plans as files; files of visits per address
 `reading`                 open a checkpoint of any format
+`inspection`              what a checkpoint is and holds
 `targets`, `summary`      where a result may go; what was done
 `pipeline`, `inplace`     convert and edit, top to bottom
 `testing`                 suites that adapters and transforms subclass; sample checkpoints
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from vraxion_ckpt.errors import CkptError, CkptWarning, TransformError
     from vraxion_ckpt.hookspecs import hookimpl
     from vraxion_ckpt.inplace import Edited, edit
+    from vraxion_ckpt.inspection import Inspection, inspect
     from vraxion_ckpt.model import (
         Checkpoint,
         Expert,
@@ -57,7 +61,6 @@ if TYPE_CHECKING:
         SplitPlan,
     )
     from vraxion_ckpt.pipeline import convert
-    from vraxion_ckpt.reading import inspect
     from vraxion_ckpt.reading import read as open
     from vraxion_ckpt.ring import Visits
     from vraxion_ckpt.summary import Summary
@@ -72,6 +75,7 @@ __all__ = [
     "Expert",
     "Head",
     "HeadKind",
+    "Inspection",
     "Lifecycle",
     "Loss",
     "Optimizer",
@@ -98,6 +102,7 @@ _HOME = {
     "Expert": "model",
     "Head": "model",
     "HeadKind": "model",
+    "Inspection": "inspection",
     "Lifecycle": "model",
     "Loss": "adapter",
     "Optimizer": "model",
@@ -110,7 +115,7 @@ _HOME = {
     "convert": "pipeline",
     "edit": "inplace",
     "hookimpl": "hookspecs",
-    "inspect": "reading",
+    "inspect": "inspection",
     "open": "reading",
 }
 

@@ -73,6 +73,10 @@ class Adapter(Plugin):
             SourceError: what is wrong with the file, and where.
         """
 
+    def dialect(self, checkpoint: Checkpoint) -> str:  # noqa: ARG002 - most formats are spelt in one way only
+        """Tell in words how this format is spelt in a checkpoint that was read from it; empty if there is one way."""
+        return ""
+
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:  # noqa: ARG002 - most formats lose nothing
         """List what this format cannot hold of `checkpoint`; asked before anything is written."""
         return []

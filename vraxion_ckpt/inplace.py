@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
 from vraxion_ckpt import disk, invariants
 from vraxion_ckpt.adapter import Adapter, Part
@@ -69,22 +70,20 @@ class EditKind(StrEnum):
     REWRITE = "rewrite"
 
 
-@dataclass(frozen=True)
 class Edited(Summary):
-    """What an edit did, or with `dry_run` would do; `bytes_written` is what it writes in either case.
+    """What an edit did, or with `dry_run` would do; `bytes_written` is what it writes in either case."""
 
-    Attributes:
-        written: files that are written, by their path below the checkpoint; ``.`` is the checkpoint itself.
-        removed: files that are gone.
-        untouched: how many files of the checkpoint stay as they are.
-        kept: where the previous state is.
-    """
+    kind_of_facts: ClassVar[str] = "edit"
 
     kind: EditKind = EditKind.NOTHING
     written: tuple[str, ...] = ()
+    """Files that are written, by their path below the checkpoint; ``.`` is the checkpoint itself."""
     removed: tuple[str, ...] = ()
+    """Files that are gone."""
     untouched: int = 0
+    """How many files of the checkpoint stay as they are."""
     kept: Path | None = None
+    """Where the previous state is."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vraxion_ckpt.compare import same_bits
+from vraxion_ckpt.facts import Number
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
 from vraxion_ckpt.ring import Ints
 
@@ -191,7 +192,7 @@ class Preservation:
 
     addresses: int
     changed: int
-    max_abs: float
+    max_abs: Number
     noise: float | None = 0.0
 
     @property

@@ -67,6 +67,11 @@ class PayloadDialect:
         known = tuple(key for key in self.as_router().keys if key not in unknown or key in router.keys)
         return replace(self.as_router(), keys=known) == router
 
+    def __str__(self) -> str:
+        if self.bare:
+            return "a bare state dict"
+        return f"a payload dict of {', '.join(self.keys)}"
+
 
 _DIALECT = TypeAdapter(PayloadDialect)
 

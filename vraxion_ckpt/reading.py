@@ -6,13 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from vraxion_ckpt import binding, invariants
-from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import was_interrupted
 from vraxion_ckpt.errors import (
     BindingError,
@@ -139,52 +139,13 @@ def allowing(adapter: Adapter, names: Sequence[str]) -> Adapter:
     return adapter.model_copy(update={"allow_global": tuple(names)})
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What is known of a checkpoint without reading its tensors' values."""
-
-    checkpoint: Checkpoint
-    binding_error: str | None = None
-    losses: dict[str, list[Loss]] = field(default_factory=dict)
-
-
-def inspect(
-    path: PathLike,
-    *,
-    from_: AdapterLike | None = None,
-    param_names: Sequence[str] | None = None,
-    allow_globals: Sequence[str] = (),
-) -> Inspection:
-    """Open a checkpoint for people: an optimizer that cannot be bound is a finding, not an error.
-
-    Args:
-        path: a file or a directory.
-        from_: as for `read`.
-        param_names: as for `read`.
-        allow_globals: as for `read`.
-
-    Raises:
-        UsageError: there is no such file, or an unknown format.
-        SourceError: what is wrong with it, and where.
-    """
-    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
-    error = None
-    try:
-        checkpoint = binding.bind(checkpoint, param_names)
-    except BindingError as refused:
-        error = str(refused)
-    return Inspection(checkpoint, error, _losses_by_format(checkpoint))
-
-
-def _losses_by_format(checkpoint: Checkpoint) -> dict[str, list[Loss]]:
-    """Ask every format, with its default options, what it would lose; one that cannot tell is left out."""
-    lost: dict[str, list[Loss]] = {}
-    for name, adapter in sorted(adapters().items()):
-        try:
-            lost[name] = configure(adapter, {}).losses(checkpoint)
-        except Exception as error:  # an option without a default, or a defect: no reason not to show the rest
-            warnings.warn(f"format {name} does not say what it would lose: {error}", CkptWarning, stacklevel=3)
-    return lost
+def files_of(adapter: Adapter, path: Path) -> list[Path]:
+    """List the files of a checkpoint, without other people's files in its directory."""
+    if not path.is_dir():
+        return [path]
+    foreign = set(adapter.foreign_files(path))
+    below = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    return sorted(file for file in below if file not in foreign and not foreign.intersection(file.parents))
 
 
 @contextmanager

@@ -162,3 +162,12 @@ def runs(owners: Ints) -> list[tuple[int, int, int]]:
     starts = [0, *edges.tolist()]
     ends = [*edges.tolist(), len(owners)]
     return [(s, e - s, int(owners[s])) for s, e in zip(starts, ends, strict=True)]
+
+
+def arcs(owners: Ints) -> list[tuple[int, int, int]]:
+    """Return the ring as arcs of one owner each: (start, length, owner); the last one may wrap."""
+    found = runs(owners)
+    if len(found) > 1 and found[0][2] == found[-1][2]:
+        (_, head, _), *middle, (start, tail, owner) = found
+        return [*middle, (start, tail + head, owner)]
+    return found

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.compare import same_bits
+from vraxion_ckpt.facts import Fact, Facts
 from vraxion_ckpt.invariants import Preservation
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.transform import moved_addresses
 
 
-@dataclass(frozen=True)
-class TensorCount:
-    """What became of the model's tensors. `renamed` ones are bit-identical under another name."""
+class TensorCount(Fact):
+    """What became of the model's tensors."""
 
     copied: int = 0
     renamed: int = 0
+    """Bit-identical under another name."""
     created: int = 0
     changed: int = 0
     dropped: int = 0
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion did, or with `dry_run` would do. `bytes_written` is 0 for a dry run."""
+class Summary(Facts):
+    """What a conversion did, or with `dry_run` would do."""
+
+    kind_of_facts: ClassVar[str] = "convert"
 
     source: Path
     target: Path
@@ -35,13 +37,20 @@ class Summary:
     experts_before: int
     experts_after: int
     addresses_moved: int
+    """How many ring addresses have another owner now."""
     tensors: TensorCount
     optimizer: str
+    """Whether the optimizer's state was carried, and if not, why."""
     function_preserved: Preservation | None
+    """Whether the expert tensors behind each address are the same; null where there is no ring to compare."""
     losses: tuple[Loss, ...]
+    """What the target's format cannot hold."""
     history: tuple[Record, ...]
+    """The steps of this run."""
     side_files: tuple[Path, ...]
+    """What was written beside the target."""
     bytes_written: int
+    """0 for a dry run of a conversion."""
     seconds: float
     dry_run: bool
 

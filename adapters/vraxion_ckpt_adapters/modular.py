@@ -178,6 +178,9 @@ class ModularAdapter(Adapter):
 
     # --- write ---
 
+    def dialect(self, checkpoint: Checkpoint) -> str:
+        return str(recorded_dialect(checkpoint, "router") or "")
+
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:
         tied = sorted(_tied_across_files(checkpoint))
         lost = []

@@ -63,6 +63,9 @@ class PtAdapter(Adapter):
             sources=sources,
         )
 
+    def dialect(self, checkpoint: Checkpoint) -> str:
+        return str(recorded_dialect(checkpoint, "pt") or "")
+
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         torchfile.save(_payload(checkpoint), path)
 

@@ -79,6 +79,10 @@ class SafetensorsAdapter(Adapter):
             found.origin = replace(found.origin, dialects={"pt": state_dict})
         return replace(found, origin=_with_metadata(found.origin, self.name, metadata), sources=sources)
 
+    def dialect(self, checkpoint: Checkpoint) -> str:
+        root = checkpoint.origin.path
+        return "shards and an index" if root is not None and root.is_dir() else "one file"
+
     # --- write ---
 
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:

@@ -27,7 +27,6 @@ from test_safetensors import PIECES as TEXTS
 from watch import MEMORY, SECONDS, size, watched
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.cli.show import inspection_facts
 from vraxion_ckpt.errors import CkptError, PluginError
 
 SPLIT = "mitosis_split:parent=0,addresses=[0],noise=0"
@@ -36,10 +35,7 @@ TO = {"pt": "pt", "safetensors": "safetensors", "shards": "safetensors:max_shard
 
 def look(path: Path, target: Path) -> None:
     """Read all of a checkpoint in every way there is: as ``inspect`` does, and as a conversion to another format."""
-    found = vc.inspect(path)
-    inspection_facts(found)
-    found.checkpoint.open_experts()
-    found.checkpoint.sources.verify()
+    vc.inspect(path, values=True).as_json()
     vc.convert(path, target, dry_run=True, losses="ignore")
 
 

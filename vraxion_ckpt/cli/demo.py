@@ -11,13 +11,14 @@ from rich.text import Text
 from torch import nn
 
 from vraxion_ckpt import torchfile
-from vraxion_ckpt.cli import show
+from vraxion_ckpt.cli import show_changes, show_inspection
+from vraxion_ckpt.cli.terminal import band, console
 from vraxion_ckpt.errors import InvariantError
+from vraxion_ckpt.inspection import inspect
 from vraxion_ckpt.invariants import preservation, router_owners
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import convert
 from vraxion_ckpt.plugins import TransformLike
-from vraxion_ckpt.reading import inspect as look
 from vraxion_ckpt.reading import read
 from vraxion_ckpt.sources import Sources
 
@@ -28,7 +29,7 @@ def run(directory: Path | None) -> None:
     Raises:
         InvariantError: the result is not what the loop promises.
     """
-    out = show.console()
+    out = console()
     folder = directory or Path(tempfile.mkdtemp(prefix="vraxion-ckpt-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("vraxion_ckpt") / "demo_data") as data:
@@ -39,12 +40,12 @@ def run(directory: Path | None) -> None:
             "mitosis_split:noise=0",
         ]
         _headline("1. A real checkpoint with a single head")
-        show.inspection(show.inspection_facts(look(source)))
+        show_inspection.inspection(inspect(source))
 
         _headline("2. single_to_experts → arc_meta → mitosis_split, to .pt and to modular")
         targets = [folder / "ckpt_post_split.pt", folder / "ckpt_post_split_modular"]
         for target, to in zip(targets, ("pt", "modular"), strict=True):
-            show.summary(convert(source, target, transforms=chain, to=to, overwrite=True), verbose=to == "pt")
+            show_changes.converted(convert(source, target, transforms=chain, to=to, overwrite=True), verbose=to == "pt")
             out.print()
 
         before = read(source)
@@ -52,7 +53,7 @@ def run(directory: Path | None) -> None:
         _headline("3. The ring, before and after")
         for label, checkpoint in (("before", before), ("after", afters[0])):
             if checkpoint.router_map is not None:
-                line = show.band(router_owners(checkpoint.router_map), out.width - 10)
+                line = band(router_owners(checkpoint.router_map), out.width - 10)
                 out.print(Text(f"{label:8}", style="bold") + line, soft_wrap=True)
 
         _headline("4. The proof")
@@ -62,7 +63,7 @@ def run(directory: Path | None) -> None:
 
 
 def _headline(text: str) -> None:
-    show.console().print(Text(f"\n{text}\n", style="bold cyan"))
+    console().print(Text(f"\n{text}\n", style="bold cyan"))
 
 
 def _prove(before: Checkpoint, after: Checkpoint, target: Path) -> None:
@@ -70,7 +71,7 @@ def _prove(before: Checkpoint, after: Checkpoint, target: Path) -> None:
     if kept is None or kept.changed:
         raise InvariantError(f"the function is not preserved: {kept}", path=target)
     resumed = _resume_and_step(after, target)
-    show.console().print(
+    console().print(
         Text.assemble(
             (f"{target.name}\n", "bold"),
             f"  function preserved per address: {kept}\n"

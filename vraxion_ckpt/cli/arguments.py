@@ -1,0 +1,125 @@
+"""Arguments that several commands take, and how a command prints what it found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vraxion_ckpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from vraxion_ckpt.facts import Facts
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_S = TypeVar("_S", bound="Facts")
+
+
+def as_json(option: _F) -> _F:
+    """Take ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")(option)
+
+
+def read_options(command: _F) -> _F:
+    """Take what says how a source is to be read."""
+    for option in (
+        click.option("--from", "from_", metavar="F[:k=v]", help="Format of the source; found from its content."),
+        click.option(
+            "--param-names",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Names of the optimizer's parameters in its order: one a line, or a JSON list.",
+        ),
+        click.option(
+            "--allow-global",
+            "allow_globals",
+            multiple=True,
+            allow_from_autoenv=False,  # what may be loaded is said in the call, never by the surroundings
+            metavar="NAME",
+            help="A class the source's pickle may use, by full name; repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def chain_options(command: _F) -> _F:
+    """Take a chain of transforms, and what may be lost on the way."""
+    for option in (
+        click.option(
+            "--losses",
+            type=click.Choice(["raise", "warn", "ignore"]),
+            default="raise",
+            show_default=True,
+            help="What to do about what the target format cannot hold.",
+        ),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["keep", "drop"]),
+            default="keep",
+            show_default=True,
+            help="Carry the optimizer's state along, or leave it behind.",
+        ),
+        click.option(
+            "-t",
+            "--transform",
+            "transforms",
+            multiple=True,
+            metavar="NAME[:k=v,…]",
+            help="A step of the chain; repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def visits_options(command: _F) -> _F:
+    """Take files of visits, before a split and after training was resumed, and the checkpoint before the split."""
+    for option in (
+        click.option("--against", type=click.Path(), metavar="OLD", help="The checkpoint before the split."),
+        click.option("--visits-after", type=click.Path(), metavar="FILE", help="Visits counted after the resume."),
+        click.option(
+            "--visits",
+            type=click.Path(),
+            metavar="FILE",
+            help="Visits counted before the split, one number an address.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def must_exist(path: str) -> None:
+    """Refuse a missing source before torch is imported."""
+    if not Path(path).exists():
+        raise UsageError("no such file or directory", path=path)
+
+
+def load_names(path: Path | None) -> list[str] | None:
+    """Read the names of ``--param-names``."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise UsageError(f"--param-names: {reason}", path=path) from error
+    if not text.lstrip().startswith("["):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    from vraxion_ckpt import jsonfile
+
+    names = jsonfile.loads(text, path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError("--param-names: must be a list of names", path=path)
+    return list(names)
+
+
+def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
+    """Print facts to standard output: as JSON, or for people by `show`."""
+    if as_json:
+        click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
+    else:
+        show(facts)

@@ -1,0 +1,33 @@
+"""Where messages go: standard error, whole lines in a log, broken at words on a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+
+def say(label: str, message: str, colour: str) -> None:
+    """Print a message to standard error."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(f"{label}: ", style=f"bold {colour}") if label else Text()
+    console = Console(stderr=True)
+    # A terminal would break lines within words; a log keeps them whole.
+    console.print(text + Text(message), soft_wrap=not console.is_terminal)
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning, unless ``--quiet`` is given."""
+    context = click.get_current_context(silent=True)
+    if not (context and context.find_root().params.get("quiet")):
+        say("warning", str(message), "yellow")
+
+
+def drop_output() -> None:
+    """Point standard output nowhere, so that the interpreter does not fail on what is left of it at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

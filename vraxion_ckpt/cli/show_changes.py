@@ -1,0 +1,68 @@
+"""What convert and edit did, in words."""
+
+from __future__ import annotations
+
+from vraxion_ckpt.cli.terminal import Line, listed, print_lines, size
+from vraxion_ckpt.inplace import Edited, EditKind
+from vraxion_ckpt.summary import Summary
+
+_HOW = {
+    EditKind.NOTHING: "nothing to change",
+    EditKind.REPLACE: "replace: the file, by a rename",
+    EditKind.ROUTER_ONLY: "router only: one file, by a rename",
+    EditKind.GROW: "grow: new files first, then the router",
+    EditKind.SHRINK: "shrink: the router first, then what it no longer names",
+    EditKind.REWRITE: "rewrite: a whole new directory, exchanged with the old one",
+}
+
+
+def converted(done: Summary, *, verbose: bool = False) -> None:
+    """Print a conversion's summary, a fact a line."""
+    lines: list[Line] = [
+        ("would write" if done.dry_run else "wrote", f"{done.target} ({done.target_format})"),
+        ("from", f"{done.source} ({done.source_format})"),
+        *_what_became(done),
+    ]
+    if not done.dry_run:
+        lines.append(("size", f"{size(done.bytes_written)} in {done.seconds:.1f} s"))
+    print_lines([*lines, *(_steps(done) if verbose else [])])
+
+
+def edited(done: Edited, *, verbose: bool = False) -> None:
+    """Print an edit's summary, a fact a line."""
+    where = f"{done.target} ({done.target_format})"
+    if done.kind is EditKind.NOTHING:
+        print_lines([("unchanged", where), ("how", _HOW[done.kind])])
+        return
+    edited, wrote, removed = (
+        ("would edit", "would write", "would remove") if done.dry_run else ("edited", "wrote", "removed")
+    )
+    lines: list[Line] = [(edited, where), ("how", _HOW[done.kind])]
+    files = [(wrote, done.written), (removed, done.removed)]
+    lines += [(what, listed(names)) for what, names in files if names and names != (".",)]
+    if done.untouched:
+        lines.append(("untouched", f"{done.untouched} file{'s' * (done.untouched != 1)}"))
+    if done.kept is not None:
+        lines.append(("kept", f"the previous state, as {done.kept}"))
+    lines += _what_became(done)
+    how_long = "to write" if done.dry_run else f"in {done.seconds:.1f} s"
+    lines.append(("size", f"{size(done.bytes_written)} {how_long}"))
+    print_lines([*lines, *(_steps(done) if verbose else [])])
+
+
+def _what_became(done: Summary) -> list[Line]:
+    tensors = ", ".join(f"{n} {what}" for what, n in done.tensors if n) or "none"
+    lines: list[Line] = [
+        ("experts", f"{done.experts_before} → {done.experts_after}, {done.addresses_moved} addresses moved"),
+        ("tensors", tensors),
+        ("optimizer", done.optimizer),
+    ]
+    if done.function_preserved is not None:
+        lines.append(("function", f"preserved per address: {done.function_preserved}"))
+    lines += [("lost", str(loss)) for loss in done.losses]
+    lines += [("also", str(path)) for path in done.side_files]
+    return lines
+
+
+def _steps(done: Summary) -> list[Line]:
+    return [("step", f"{r.name} ({r.distribution} {r.version}): {r.summary}") for r in done.history]

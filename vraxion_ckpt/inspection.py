@@ -1,0 +1,457 @@
+"""What a checkpoint is and holds, as facts; reads no tensor's data unless asked to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vraxion_ckpt import binding, ring
+from vraxion_ckpt.adapter import Loss
+from vraxion_ckpt.balance import Signs, balance, signs
+from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
+from vraxion_ckpt.facts import Fact, Facts, Number, Plain
+from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
+from vraxion_ckpt.options import configure
+from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.plugins import AdapterLike, adapters
+from vraxion_ckpt.reading import PathLike, blamed, files_of, os_errors_named, read_unbound
+from vraxion_ckpt.ring import Ints
+from vraxion_ckpt.visits import load as load_visits
+
+# An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
+MOST_OPENED = 16
+_MOST_OWNERS = 4096
+_PIECE = 2**20
+
+
+class ValueFacts(Fact):
+    """What a tensor's values are like."""
+
+    minimum: Number | None
+    """Of the finite values; null if there are none, and for complex numbers."""
+    maximum: Number | None
+    nans: int
+    """How many are not a number."""
+    infinities: int
+
+
+class TensorFacts(Fact):
+    """One tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    values: ValueFacts | None = None
+    """Null unless asked for."""
+
+
+class TensorTree(Fact):
+    """Every tensor by its name."""
+
+    model: dict[str, TensorFacts]
+    """In state-dict order."""
+    optimizer: dict[str, TensorFacts]
+    """Slots, called ``parameter:slot``; of an optimizer that is not bound, ``number:slot``."""
+    payload: dict[str, TensorFacts]
+
+
+class LifecycleFacts(Fact):
+    """One expert's bookkeeping; steps are training steps."""
+
+    contrib: Number
+    created_step: int
+    last_used_step: int
+    tenured: bool
+    age_steps: int | None
+    probation: bool | None
+    extra: Plain
+
+
+class ExpertFacts(Fact):
+    """One expert."""
+
+    id: int
+    deleted: bool
+    """Garbage-collected: it has no tensors any more, but may own addresses."""
+    addresses: int | None
+    """How many ring addresses it owns; null without a ring."""
+    share: float | None
+    """The same as a part of the ring."""
+    lifecycle: LifecycleFacts | None
+    bytes: int | None
+    """Null where its file was not opened; ``--tensors`` opens all."""
+    tensors: dict[str, TensorFacts] | None
+    """By leaf name; null as `bytes`."""
+
+
+class RingFacts(Fact):
+    """The ring of addresses."""
+
+    length: int
+    arcs: int
+    """How many arcs of one owner it consists of, going round."""
+    longest_arc: int
+    owners: tuple[int, ...] | None
+    """The owner of each address; null for more than 4,096."""
+
+
+class GroupFacts(Fact):
+    """One param group."""
+
+    params: int
+    options: Plain
+
+
+class OptimizerFacts(Fact):
+    """The optimizer's state."""
+
+    bound: bool
+    """Whether every position is bound to a parameter's name; only then can a chain carry it."""
+    how: str
+    """How it was bound, or why not."""
+    parameters: int
+    with_state: int
+    slots: tuple[str, ...]
+    bytes: int
+    groups: tuple[GroupFacts, ...]
+
+
+class PlanFacts(Fact):
+    """A split that was planned and not yet carried out."""
+
+    parent: int
+    addresses: tuple[int, ...]
+    arc: tuple[int, int]
+    """Start and length."""
+    policy: str
+    metrics: Plain
+
+
+class CoreFacts(Fact):
+    """The model outside the head's experts."""
+
+    tensors: int
+    bytes: int
+
+
+class Inspection(Facts):
+    """What a checkpoint is and holds."""
+
+    kind_of_facts: ClassVar[str] = "inspect"
+
+    path: Path
+    format: str
+    dialect: str
+    """How its format is spelt, in words."""
+    files: int
+    bytes_on_disk: int
+    """Of its own files; other people's files in its directory do not count."""
+    step: Plain
+    core: CoreFacts
+    payload: tuple[str, ...]
+    """The names of the further entries."""
+    head: HeadKind | None
+    num_experts: int
+    experts: tuple[ExpertFacts, ...]
+    ring: RingFacts | None
+    signs: Signs | None
+    """How visits fall on the experts; null unless visits were given."""
+    optimizer: OptimizerFacts | None
+    plan: PlanFacts | None
+    history: tuple[Record, ...]
+    losses: dict[str, tuple[Loss, ...]]
+    """What each format would lose."""
+    tensors: TensorTree | None
+    """Null unless asked for."""
+
+
+def inspect(
+    path: PathLike,
+    *,
+    tensors: bool = False,
+    values: bool = False,
+    visits: PathLike | None = None,
+    visits_after: PathLike | None = None,
+    against: PathLike | None = None,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Inspection:
+    """Look at a checkpoint; an optimizer that cannot be bound is a fact, not an error.
+
+    Args:
+        path: a file or a directory.
+        tensors: list every tensor, and open the experts' files for that.
+        values: with `tensors`, read them and tell minimum, maximum and what is not finite.
+        visits: a file of visits that were counted before a split, see `vraxion_ckpt.visits`.
+        visits_after: one of visits counted after training was resumed.
+        against: the checkpoint before the split; if not given, what the payload records of the last split is undone.
+        from_: as for `read`.
+        param_names: as for `read`.
+        allow_globals: as for `read`.
+
+    Raises:
+        UsageError: there is no such file, or an unknown format.
+        SourceError: what is wrong with it, and where.
+    """
+    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+    why = ""
+    try:
+        checkpoint = binding.bind(checkpoint, param_names)
+    except BindingError as refused:
+        why = str(refused)
+    if tensors or values:
+        checkpoint.open_experts()
+    root = checkpoint.origin.path or Path(path)
+    format_ = checkpoint.origin.format
+    with os_errors_named(path):
+        adapter = configure(adapters()[format_], {})
+        with blamed(adapter):
+            files = files_of(adapter, root)
+            dialect = adapter.dialect(checkpoint)
+        size = sum(file.stat().st_size for file in files)
+    facts = Inspection(
+        path=root,
+        format=format_,
+        dialect=dialect,
+        files=len(files),
+        bytes_on_disk=size,
+        step=checkpoint.payload.get("step"),
+        core=CoreFacts(tensors=len(checkpoint.core), bytes=_bytes_of(checkpoint.core.values())),
+        payload=tuple(map(str, checkpoint.payload)),
+        head=checkpoint.head.kind if checkpoint.head else None,
+        num_experts=checkpoint.num_experts,
+        experts=_expert_facts(checkpoint, opening=None if tensors or values else MOST_OPENED),
+        ring=_ring_facts(checkpoint),
+        signs=signs_of_life(checkpoint, against=against, visits_file=visits, visits_after=visits_after),
+        optimizer=_optimizer_facts(checkpoint, why),
+        plan=_plan_facts(checkpoint),
+        history=checkpoint.history,
+        losses=_losses_by_format(checkpoint),
+        tensors=_tree(checkpoint, values=values) if tensors or values else None,
+    )
+    if values:
+        checkpoint.sources.verify()
+        checkpoint.sources.check_unchanged()
+    return facts
+
+
+def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFacts, ...]:
+    head, router = checkpoint.head, checkpoint.router_map
+    if head is None:
+        return ()
+    counts = None
+    if router is not None:
+        owners = router_owners(router)
+        counts = np.bincount(owners, minlength=head.num_experts).tolist()
+    opened = set(islice(sorted(head.experts), opening))
+    facts = []
+    for i in sorted({*head.experts, *head.deleted}):
+        row = checkpoint.lifecycle.get(i)
+        held = head.experts[i].tensors if i in opened else None
+        facts.append(
+            ExpertFacts(
+                id=i,
+                deleted=i in head.deleted,
+                addresses=counts[i] if counts else None,
+                share=counts[i] / sum(counts) if counts else None,
+                lifecycle=LifecycleFacts.model_validate(vars(row)) if row else None,
+                bytes=None if held is None else _bytes_of(held.values()),
+                tensors=None if held is None else {leaf: _tensor_facts(t) for leaf, t in held.items()},
+            )
+        )
+    return tuple(facts)
+
+
+def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:
+    if checkpoint.router_map is None:
+        return None
+    owners = router_owners(checkpoint.router_map)
+    lengths = [length for _, length, _ in ring.arcs(owners)]
+    return RingFacts(
+        length=len(owners),
+        arcs=len(lengths),
+        longest_arc=max(lengths, default=0),
+        owners=tuple(owners.tolist()) if len(owners) <= _MOST_OWNERS else None,
+    )
+
+
+def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
+    optimizer = checkpoint.optimizer
+    if optimizer is None and checkpoint.unbound is None:
+        return None
+    if optimizer is None:
+        saved = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+        state, groups = saved.get("state", {}), saved.get("param_groups", [])
+        sizes = [len(group["params"]) for group in groups]
+        options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in groups]
+    else:
+        state = optimizer.state
+        sizes = [len(group.params) for group in optimizer.groups]
+        options = [group.options for group in optimizer.groups]
+    return OptimizerFacts(
+        bound=optimizer is not None,
+        how=optimizer.bound_by if optimizer else why,
+        parameters=sum(sizes),
+        with_state=len(state),
+        slots=tuple(sorted({str(slot) for slots in state.values() for slot in slots})),
+        bytes=_bytes_of(tensor for _, tensor in named_tensors(state)),
+        groups=tuple(GroupFacts(params=n, options=o) for n, o in zip(sizes, options, strict=True)),
+    )
+
+
+def _plan_facts(checkpoint: Checkpoint) -> PlanFacts | None:
+    plan = checkpoint.plan
+    if plan is None:
+        return None
+    return PlanFacts(
+        parent=plan.parent, addresses=plan.addresses, arc=plan.arc, policy=plan.policy, metrics=dict(plan.metrics)
+    )
+
+
+def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
+    """Ask every format, with its default options, what it would lose; one that cannot tell is left out."""
+    lost: dict[str, tuple[Loss, ...]] = {}
+    for name, adapter in sorted(adapters().items()):
+        try:
+            lost[name] = tuple(configure(adapter, {}).losses(checkpoint))
+        except Exception as error:  # an option without a default, or a defect: no reason not to show the rest
+            warnings.warn(f"format {name} does not say what it would lose: {error}", CkptWarning, stacklevel=3)
+    return lost
+
+
+# --- signs of life ---
+
+
+def signs_of_life(
+    checkpoint: Checkpoint,
+    *,
+    against: PathLike | Checkpoint | None = None,
+    visits_file: PathLike | None = None,
+    visits_after: PathLike | None = None,
+) -> Signs | None:
+    """Compare how visits fell on the experts before a split, how they are predicted to fall, and how they fell.
+
+    Of a checkpoint that is not known to have been split, the load before is its own, and a plan predicts.
+
+    Args:
+        checkpoint: after the split, or one that is to be split.
+        against: before it; if not given, what the payload records of the last split is undone.
+        visits_file: visits counted before the split.
+        visits_after: visits counted after training was resumed.
+
+    Raises:
+        UsageError: the checkpoint has no ring, or that of `against` is another one.
+    """
+    if visits_file is None and visits_after is None:
+        return None
+    if checkpoint.router_map is None or checkpoint.head is None:
+        raise UsageError("has no ring of experts to count visits on", path=checkpoint.origin.path)
+    owners = router_owners(checkpoint.router_map)
+    old = _split_undone(checkpoint, owners)
+    if against is not None:
+        former = against if isinstance(against, Checkpoint) else read_unbound(against)
+        if former.router_map is None or len(former.router_map) != len(owners):
+            raise UsageError("has no ring of the same length", path=former.origin.path)
+        old = router_owners(former.router_map), former.num_experts
+    before, after = (
+        load_visits(Path(file), len(owners)).visits if file is not None else None
+        for file in (visits_file, visits_after)
+    )
+    now = owners, checkpoint.num_experts
+    if old is not None:
+        return signs(before, after, old, now)
+    found = signs(before, after, now, now)
+    planned = _split_planned(checkpoint, owners)
+    predicted = balance(before, *planned) if before is not None and planned is not None else None
+    return replace(found, predicted=predicted)
+
+
+def _split_planned(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
+    """Return the router map and the number of experts that a plan would give."""
+    if checkpoint.plan is None or any(not 0 <= a < len(owners) for a in checkpoint.plan.addresses):
+        return None
+    future = owners.copy()
+    future[list(checkpoint.plan.addresses)] = checkpoint.num_experts
+    return future, checkpoint.num_experts + 1
+
+
+def _split_undone(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
+    """Return the router map and the number of experts before the split that the payload records, if that fits."""
+    done = checkpoint.payload.get("mitosis")
+    if not isinstance(done, Mapping) or not {"parent", "child", "addresses"} <= done.keys():
+        return None
+    parent, child, addresses = done["parent"], done["child"], done["addresses"]
+    if not isinstance(addresses, list | tuple) or not all(type(a) is int and 0 <= a < len(owners) for a in addresses):
+        return None
+    if type(parent) is not int or not 0 <= parent < child or child != checkpoint.num_experts - 1:
+        return None
+    if sorted(addresses) != np.flatnonzero(owners == child).tolist():
+        return None  # something has moved since
+    former = owners.copy()
+    former[list(addresses)] = parent
+    return former, child
+
+
+# --- tensors ---
+
+
+def _tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
+    optimizer: Optimizer | None = checkpoint.optimizer
+    slots = (
+        optimizer.state if optimizer else checkpoint.unbound.state_dict.get("state", {}) if checkpoint.unbound else {}
+    )
+    return TensorTree(
+        model={name: _tensor_facts(tensor, values=values) for name, tensor in checkpoint.state_dict().items()},
+        optimizer={
+            f"{name}:{slot}": _tensor_facts(value, values=values)
+            for name, entries in slots.items()
+            for slot, value in entries.items()
+            if isinstance(value, Tensor)
+        },
+        payload={name: _tensor_facts(tensor, values=values) for name, tensor in named_tensors(checkpoint.payload)},
+    )
+
+
+def _tensor_facts(tensor: Tensor, *, values: bool = False) -> TensorFacts:
+    return TensorFacts(
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        bytes=tensor.numel() * tensor.itemsize,
+        values=value_facts(tensor) if values else None,
+    )
+
+
+def value_facts(tensor: Tensor) -> ValueFacts:
+    """Read a tensor, a piece at a time, and tell its extremes and what in it is not finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        whole = tensor.detach().to(torch.int64) if tensor.dtype == torch.bool else tensor.detach()
+        ends = (whole.min().item(), whole.max().item()) if tensor.numel() else (None, None)
+        return ValueFacts(minimum=ends[0], maximum=ends[1], nans=0, infinities=0)
+    nans = infinities = 0
+    low, high = float("inf"), float("-inf")
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
+        piece = piece if piece.is_complex() else piece.to(torch.float64)
+        nan, finite = piece.isnan(), piece.isfinite()
+        nans += int(nan.sum())
+        infinities += int((~finite & ~nan).sum())
+        if not piece.is_complex() and bool(finite.any()):
+            kept = piece[finite]
+            low, high = min(low, float(kept.min())), max(high, float(kept.max()))
+    some = low <= high
+    return ValueFacts(minimum=low if some else None, maximum=high if some else None, nans=nans, infinities=infinities)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
