@@ -24,6 +24,7 @@ FLOORS = [
     "facts",
     "disk",
     "signals",
+    "progress",
     "transaction",
     "commit",
     "container",
@@ -50,10 +51,16 @@ FLOORS = [
     "visits",
     "reading",
     "inspection",
+    "matching",
+    "measure",
+    "difference",
+    "manifest",
+    "checking",
     "targets",
     "summary",
     "pipeline",
     "inplace",
+    "schemas",
     "testing",
     "cli",
 ]
@@ -101,7 +108,20 @@ def test_the_core_names_no_plugin():
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "sources", "jsonfile", "facts", "disk", "signals", "transaction", "commit", "container", "rehearsal"]
+    "module",
+    [
+        "errors",
+        "sources",
+        "jsonfile",
+        "facts",
+        "disk",
+        "signals",
+        "progress",
+        "transaction",
+        "commit",
+        "container",
+        "rehearsal",
+    ],
 )
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"

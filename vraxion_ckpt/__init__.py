@@ -10,6 +10,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `jsonfile`                strict JSON (no torch)
 `facts`                   what ``--json`` prints: models that are their own JSON Schema (no torch)
 `disk`, `signals`         system calls; signals that end a run (no torch)
+`progress`                signs of progress on a terminal (no torch)
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
@@ -28,8 +29,12 @@ core knows neither any format nor any transform by name. The modules, from the g
 `plan`, `visits`          split plans as files; files of visits per address
 `reading`                 open a checkpoint of any format
 `inspection`              what a checkpoint is and holds
+`matching`, `measure`     which expert is which of another checkpoint; how much tensors differ
+`difference`              what is different in a second checkpoint
+`manifest`, `checking`    digests of files; every finding about a checkpoint at once
 `targets`, `summary`      where a result may go; what was done
 `pipeline`, `inplace`     convert and edit, top to bottom
+`schemas`                 the JSON Schemas of all that
 `testing`                 suites that adapters and transforms subclass; sample checkpoints
 `cli`                     the commands
 ========================  ==============================================================================
@@ -46,6 +51,8 @@ from vraxion_ckpt._version import __version__
 
 if TYPE_CHECKING:
     from vraxion_ckpt.adapter import Adapter, Loss
+    from vraxion_ckpt.checking import Checked, check
+    from vraxion_ckpt.difference import Difference, diff
     from vraxion_ckpt.errors import CkptError, CkptWarning, TransformError
     from vraxion_ckpt.hookspecs import hookimpl
     from vraxion_ckpt.inplace import Edited, edit
@@ -68,9 +75,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Checked",
     "Checkpoint",
     "CkptError",
     "CkptWarning",
+    "Difference",
     "Edited",
     "Expert",
     "Head",
@@ -86,7 +95,9 @@ __all__ = [
     "TransformError",
     "Visits",
     "__version__",
+    "check",
     "convert",
+    "diff",
     "edit",
     "hookimpl",
     "inspect",
@@ -95,9 +106,11 @@ __all__ = [
 
 _HOME = {
     "Adapter": "adapter",
+    "Checked": "checking",
     "Checkpoint": "model",
     "CkptError": "errors",
     "CkptWarning": "errors",
+    "Difference": "difference",
     "Edited": "inplace",
     "Expert": "model",
     "Head": "model",
@@ -112,7 +125,9 @@ _HOME = {
     "Transform": "transform",
     "TransformError": "errors",
     "Visits": "ring",
+    "check": "checking",
     "convert": "pipeline",
+    "diff": "difference",
     "edit": "inplace",
     "hookimpl": "hookspecs",
     "inspect": "inspection",

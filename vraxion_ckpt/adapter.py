@@ -6,10 +6,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
+from vraxion_ckpt.errors import CkptError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import Plugin
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,26 @@ class Part:
     content: object
     write: Callable[[Path], None]
     size: Callable[[], int]
+
+
+class Faults:
+    """What is wrong with a checkpoint, collected instead of raised."""
+
+    def __init__(self) -> None:
+        self.errors: list[CkptError] = []
+
+    def attempt(self, step: Callable[[], T]) -> T | None:
+        """Return what a step returns; note what it raises, once, and return None."""
+        try:
+            return step()
+        except CkptError as error:
+            self.note(error)
+        return None
+
+    def note(self, error: CkptError) -> None:
+        """Note a fault, unless it is known already."""
+        if str(error) not in map(str, self.errors):
+            self.errors.append(error)
 
 
 class Adapter(Plugin):
@@ -72,6 +95,14 @@ class Adapter(Plugin):
         Raises:
             SourceError: what is wrong with the file, and where.
         """
+
+    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+        """Read a checkpoint as far as possible, and note every fault instead of stopping at the first.
+
+        A format of several files looks at each of them by itself here. The checkpoint is returned if it can be read as
+        a whole; what concerns its contents, and checksums of what it has mapped, are the caller's.
+        """
+        return faults.attempt(lambda: self.read(path))
 
     def dialect(self, checkpoint: Checkpoint) -> str:  # noqa: ARG002 - most formats are spelt in one way only
         """Tell in words how this format is spelt in a checkpoint that was read from it; empty if there is one way."""

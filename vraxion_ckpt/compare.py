@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from vraxion_ckpt import progress
 from vraxion_ckpt.binding import unbind
 from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.plain import bytes_of
+from vraxion_ckpt.plain import bytes_of, size_of
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -133,8 +134,14 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
 
     others = list(checkpoint_differences(a, b, same=set_aside))
     parts = a.sources.parts() | b.sources.parts()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        same = all(list(pool.map(look, aside.values())))
+    same = True
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        progress.bar("comparing", size_of([x for x, _ in aside.values()])) as count,
+    ):
+        for (x, _), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
+            same = same and alike
+            count(x.numel() * x.itemsize)
     if others or not same:  # once more, in order
         yield from checkpoint_differences(a, b)
 

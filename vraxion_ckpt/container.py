@@ -80,7 +80,7 @@ class Container:
 
     def verify_members(self, data: memoryview, members: Iterable[Member]) -> None:
         """Compare the CRC-32 of some members with their bytes in `data`, the whole file."""
-        unchecked = 0
+        unchecked, damaged = 0, []
         for member in members:
             if member.crc == 0 and member.size:
                 unchecked += 1
@@ -89,7 +89,10 @@ class Container:
             for at in range(member.start, member.start + member.size, _CRC_CHUNK):
                 crc = zlib.crc32(data[at : min(at + _CRC_CHUNK, member.start + member.size)], crc)
             if crc != member.crc:
-                raise CorruptError("its checksum does not match its bytes", path=self.path, key=member.name)
+                damaged.append(member.name)
+        if damaged:
+            others = f"; nor do those of {', '.join(damaged[1:])}" if damaged[1:] else ""
+            raise CorruptError(f"its checksum does not match its bytes{others}", path=self.path, key=damaged[0])
         if unchecked:
             message = f"{self.path}: {unchecked} members carry no checksum; damage to them cannot be seen"
             warnings.warn(message, CkptWarning, stacklevel=2)

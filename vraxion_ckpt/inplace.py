@@ -35,7 +35,7 @@ from vraxion_ckpt.pipeline import (
     stage_side_files,
     write_whole,
 )
-from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.plain import size_of
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_adapter, resolve_chain
 from vraxion_ckpt.reading import (
     OptimizerPolicy,
@@ -304,7 +304,7 @@ def _size(adapter: Adapter, held: Checkpoint, work: _Work) -> int:
     told = sum(work.parts[name].size() for name in work.written) if work.parts else adapter.size(held)
     if told is None:
         slots = held.optimizer.state if held.optimizer else {}
-        told = sum(t.numel() * t.itemsize for _, t in named_tensors([held.state_dict(), held.payload, slots]))
+        told = size_of([held.state_dict(), held.payload, slots])
     return told + work.copied
 
 

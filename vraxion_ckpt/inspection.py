@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
 from vraxion_ckpt.options import configure
-from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike, adapters
 from vraxion_ckpt.reading import PathLike, blamed, files_of, os_errors_named, read_unbound
 from vraxion_ckpt.ring import Ints
@@ -226,7 +226,7 @@ def inspect(
         files=len(files),
         bytes_on_disk=size,
         step=checkpoint.payload.get("step"),
-        core=CoreFacts(tensors=len(checkpoint.core), bytes=_bytes_of(checkpoint.core.values())),
+        core=CoreFacts(tensors=len(checkpoint.core), bytes=size_of(checkpoint.core)),
         payload=tuple(map(str, checkpoint.payload)),
         head=checkpoint.head.kind if checkpoint.head else None,
         num_experts=checkpoint.num_experts,
@@ -249,10 +249,8 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
     head, router = checkpoint.head, checkpoint.router_map
     if head is None:
         return ()
-    counts = None
-    if router is not None:
-        owners = router_owners(router)
-        counts = np.bincount(owners, minlength=head.num_experts).tolist()
+    counts = np.bincount(router_owners(router), minlength=head.num_experts).tolist() if router is not None else None
+    length = len(router) if router is not None else 0
     opened = set(islice(sorted(head.experts), opening))
     facts = []
     for i in sorted({*head.experts, *head.deleted}):
@@ -263,9 +261,9 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
                 id=i,
                 deleted=i in head.deleted,
                 addresses=counts[i] if counts else None,
-                share=counts[i] / sum(counts) if counts else None,
+                share=counts[i] / length if counts else None,
                 lifecycle=LifecycleFacts.model_validate(vars(row)) if row else None,
-                bytes=None if held is None else _bytes_of(held.values()),
+                bytes=None if held is None else size_of(dict(held)),
                 tensors=None if held is None else {leaf: _tensor_facts(t) for leaf, t in held.items()},
             )
         )
@@ -304,7 +302,7 @@ def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
         parameters=sum(sizes),
         with_state=len(state),
         slots=tuple(sorted({str(slot) for slots in state.values() for slot in slots})),
-        bytes=_bytes_of(tensor for _, tensor in named_tensors(state)),
+        bytes=size_of(state),
         groups=tuple(GroupFacts(params=n, options=o) for n, o in zip(sizes, options, strict=True)),
     )
 
@@ -441,8 +439,9 @@ def value_facts(tensor: Tensor) -> ValueFacts:
     low, high = float("inf"), float("-inf")
     flat = tensor.detach().reshape(-1)
     for start in range(0, len(flat), _PIECE):
-        piece = flat[start : start + _PIECE]
-        piece = piece if piece.is_complex() else piece.to(torch.float64)
+        piece = as_numbers(flat[start : start + _PIECE])
+        if piece is None:
+            break
         nan, finite = piece.isnan(), piece.isfinite()
         nans += int(nan.sum())
         infinities += int((~finite & ~nan).sum())
@@ -451,7 +450,3 @@ def value_facts(tensor: Tensor) -> ValueFacts:
             low, high = min(low, float(kept.min())), max(high, float(kept.max()))
     some = low <= high
     return ValueFacts(minimum=low if some else None, maximum=high if some else None, nans=nans, infinities=infinities)
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -86,6 +86,11 @@ def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
 
 
+def size_of(value: Any) -> int:
+    """Return how many bytes the tensors inside a plain value take."""
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
+
+
 def bytes_of(tensor: Tensor) -> Tensor:
     """Return a tensor's elements as they are stored, uint8 of one dimension; a copy only if they do not lie so."""
     if not tensor.numel():  # whose strides may be such that it has no view as bytes
@@ -142,3 +147,11 @@ def _spell(place: _Place) -> str | None:
         parts.append(f"[{key}]" if isinstance(key, int) else f".{key}")
     text = "".join(reversed(parts)).removeprefix(".")
     return (text if len(text) <= 200 else text[:200] + "…") or None
+
+
+def as_numbers(tensor: Tensor) -> Tensor | None:
+    """Return a tensor's values as float64 or complex128; None for a dtype that torch cannot calculate with."""
+    try:
+        return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+    except NotImplementedError:  # packed floats of four bits
+        return None

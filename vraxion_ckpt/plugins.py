@@ -85,13 +85,12 @@ def registry() -> Registry:
 
 
 def _distributions() -> list[metadata.Distribution]:
+    """Return the distributions that offer something; of the others, not even the name is parsed."""
+    group = f"[{hookspecs.GROUP}]"
+    offering = (each for each in metadata.distributions() if group in (each.read_text("entry_points.txt") or ""))
+    names = {distribution.name for distribution in offering if distribution.metadata}
     # One distribution may be seen twice, as an editable install and as its source tree; the first one counts.
-    seen: dict[str, metadata.Distribution] = {}
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"] if distribution.metadata else None
-        if name:
-            seen.setdefault(name.lower().replace("_", "-"), distribution)
-    return list(seen.values())
+    return [metadata.distribution(name) for name in sorted(names)]
 
 
 def _key(entry: metadata.EntryPoint, distribution: metadata.Distribution) -> str:

@@ -20,9 +20,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from vraxion_ckpt import jsonfile
+from vraxion_ckpt import jsonfile, progress
 from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError, StorageError, UnsupportedError
-from vraxion_ckpt.plain import bytes_of
+from vraxion_ckpt.plain import bytes_of, size_of
 from vraxion_ckpt.sources import Fingerprint, Sources
 
 _CODES = {
@@ -235,18 +235,18 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         error.path = path
         raise
     try:
-        with path.open("xb") as file:
+        with path.open("xb") as file, progress.bar("writing", size_of(dict(tensors))) as count:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
                 for piece in pieces(tensor):
-                    file.write(piece)
+                    count(file.write(piece))
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
 
 
 def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Return how many bytes `save` would write."""
-    return 8 + len(_header(_in_order(tensors), metadata)) + sum(t.numel() * t.itemsize for t in tensors.values())
+    return 8 + len(_header(_in_order(tensors), metadata)) + size_of(dict(tensors))
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:

@@ -21,9 +21,10 @@ from typing import Any, BinaryIO, NoReturn, cast
 import numpy
 import torch
 
+from vraxion_ckpt import progress
 from vraxion_ckpt.container import Container, check, fill_in_checksums, mapped
 from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, StorageError, UnsafeError, UsageError
-from vraxion_ckpt.plain import DEEPEST, check_plain, named_tensors
+from vraxion_ckpt.plain import DEEPEST, check_plain, named_tensors, size_of
 from vraxion_ckpt.rehearsal import Rehearsal
 from vraxion_ckpt.sources import Part, Place, Sources
 
@@ -180,8 +181,13 @@ def save(value: Any, path: Path) -> None:
     check_plain(value)
     writer = None
     try:
-        with path.open("xb") as file, ThreadPoolExecutor(1) as pool, _no_checksums_of_torch():
-            writer = _Writer(file, pool)
+        with (
+            path.open("xb") as file,
+            ThreadPoolExecutor(1) as pool,
+            _no_checksums_of_torch(),
+            progress.bar("writing", size_of(value)) as count,
+        ):
+            writer = _Writer(file, pool, count)
             try:
                 torch.save(value, cast("BinaryIO", writer))
             finally:
@@ -237,9 +243,10 @@ class _Writer:
         checksums: the CRC-32 of the larger pieces that were written, by where each starts and its size.
     """
 
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor, count: Callable[[int], object]) -> None:
         self._file = file
         self._pool = pool
+        self._count = count
         self._size = 0
         self._ended = False
         self.checksums: dict[tuple[int, int], int] = {}
@@ -265,6 +272,7 @@ class _Writer:
             self.error = error
             raise
         self._size += len(data)
+        self._count(len(data))
         return len(data)
 
     def flush(self) -> None:

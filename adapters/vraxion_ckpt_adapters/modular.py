@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from vraxion_ckpt import jsonfile, torchfile
-from vraxion_ckpt.adapter import Adapter, Loss, Part
+from vraxion_ckpt.adapter import Adapter, Faults, Loss, Part
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
 from vraxion_ckpt.hookspecs import hookimpl
@@ -97,6 +97,28 @@ class ModularAdapter(Adapter):
 
     def read_over(self, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
         return self._read(_Files(_root(path), staged, frozenset(removed)))
+
+    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+        files, sources = _Files(_root(path)), Sources()
+        router = files.path(_ROUTER)
+        parsed = faults.attempt(lambda: parse_payload(torchfile.load(router, sources, self.allow_global), router))
+        if parsed is not None:
+            meta = faults.attempt(lambda: _read_meta(files.path(_META), Sources(), parsed))
+            if meta is not None:
+                faults.attempt(lambda: _rows(meta, meta["num_experts"], files.root))
+        leaves = _leaves(parsed.checkpoint.param_names) if parsed is not None else {}
+        faults.attempt(files.shards)
+        whole: tuple[int, dict[str, Tensor]] | None = None
+        for expert, shard in _present_shards(files.root / "experts").items():
+            load = partial(_open_shard, shard, expert, leaves.get(expert), sources, self.allow_global)
+            tensors = faults.attempt(load)
+            if tensors is not None and whole is not None:
+                faults.attempt(partial(_check_fit, shard, expert, tensors, *whole))
+            whole = whole or (None if tensors is None else (expert, tensors))
+        for source in sources:
+            if source.verify is not None:
+                faults.attempt(source.verify)
+        return faults.attempt(lambda: self._read(files))
 
     def _read(self, files: _Files) -> Checkpoint:
         root, router = files.root, files.path(_ROUTER)
@@ -333,6 +355,12 @@ def _list_shards(folder: Path, removed: frozenset[str]) -> dict[int, Path]:
             raise InconsistentError(f"the shard of expert {int(found[1])} is damaged: is empty", path=path)
         shards[int(found[1])] = path
     return shards
+
+
+def _present_shards(folder: Path) -> dict[int, Path]:
+    """List the files that are shards by their names, whatever else lies beside them."""
+    found = ((_SHARD.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
+    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_file()))
 
 
 def _shard(expert: Expert) -> dict[str, Tensor]:

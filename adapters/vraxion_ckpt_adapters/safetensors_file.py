@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from pydantic import ByteSize, Field
 from torch import Tensor
 
 from vraxion_ckpt import document, jsonfile, tensorfile
-from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.adapter import Adapter, Faults, Loss
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
 from vraxion_ckpt.hookspecs import hookimpl
@@ -78,6 +79,14 @@ class SafetensorsAdapter(Adapter):
             state_dict = dump_dialect(PayloadDialect(bare=True, ordered=True, keys=()))
             found.origin = replace(found.origin, dialects={"pt": state_dict})
         return replace(found, origin=_with_metadata(found.origin, self.name, metadata), sources=sources)
+
+    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+        place = faults.attempt(lambda: _find(path))
+        if place is not None and place.name.endswith(_INDEX):
+            index = faults.attempt(lambda: _read_index(place))
+            for file in dict.fromkeys(index[0].values()) if index else ():
+                faults.attempt(partial(_check_shard, place.with_name(file)))
+        return super().examine(path, faults)
 
     def dialect(self, checkpoint: Checkpoint) -> str:
         root = checkpoint.origin.path
@@ -246,6 +255,10 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
                 f"is said to be in {file!r}, which is no plain name of a safetensors file", path=index, key=name
             )
     return weight_map, metadata
+
+
+def _check_shard(path: Path) -> None:
+    tensorfile.check(_regular(path))
 
 
 def _regular(path: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from vraxion_ckpt import signals
+from vraxion_ckpt import progress, signals
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.cli import about, change, look
 from vraxion_ckpt.cli.output import drop_output, say, show_warning
@@ -90,13 +90,15 @@ def _debug() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"})
 @click.version_option(__version__, prog_name="vraxion-ckpt")
 @click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings.")
+@click.option("--no-progress", is_flag=True, help="Show no progress; off a terminal, none is shown anyway.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did.")
-def cli(quiet: bool, verbose: bool) -> None:
+def cli(quiet: bool, verbose: bool, no_progress: bool) -> None:  # noqa: ARG001 - commands ask the context for it
     """Offline surgery on the checkpoints of mixture-of-experts models.
 
     Convert between formats, turn a single head into experts, plan and carry out splits: the optimizer state goes along,
     and what cannot be done right is refused.
     """
+    progress.wanted = not (quiet or no_progress)
 
 
 for _command in (*change.COMMANDS, *look.COMMANDS, *about.COMMANDS):

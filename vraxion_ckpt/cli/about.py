@@ -1,7 +1,8 @@
-"""The commands about the program itself: plugins, describe, demo."""
+"""The commands about the program itself: plugins, describe, schema, demo."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -45,4 +46,20 @@ def demo(directory: Path | None) -> None:
     run(directory)
 
 
-COMMANDS = (plugins, describe, demo)
+@click.command(short_help="Print the JSON Schema of what --json prints.")
+@click.argument("name", required=False)
+def schema(name: str | None) -> None:
+    """Print the JSON Schema of the --json output of the command NAME, or of a manifest; without NAME, list them.
+
+    The schema of a recipe is printed by `run --print-schema`.
+    """
+    from vraxion_ckpt import schemas
+
+    if name is None:
+        for known, facts in schemas.SCHEMAS.items():
+            click.echo(f"{known:10}{facts.schema_name()}")
+        return
+    click.echo(json.dumps(schemas.schema(name), indent=2))
+
+
+COMMANDS = (plugins, describe, schema, demo)

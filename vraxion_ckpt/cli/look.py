@@ -1,4 +1,4 @@
-"""The commands that only look: inspect."""
+"""The commands that only look: inspect, diff, check."""
 
 from __future__ import annotations
 
@@ -30,4 +30,48 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
     arguments.tell(facts, show_inspection.inspection, as_json=as_json)
 
 
-COMMANDS = (inspect,)
+@click.command(short_help="Show what is different in a second checkpoint.")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--from-b", metavar="F[:k=v]", help="Format of B; --from is that of A.")
+@arguments.read_options
+@arguments.as_json
+@click.pass_context
+def diff(context: click.Context, /, a: str, b: str, param_names: Path | None, as_json: bool, **options: Any) -> int:
+    """Compare A and B, of any two formats: tensors bit by bit, experts, ring, optimizer, payload, rows, history.
+
+    The exit code is 0 if they are identical, and 1 if anything differs.
+    """
+    arguments.must_exist(a)
+    arguments.must_exist(b)
+    from vraxion_ckpt.cli import show_difference
+    from vraxion_ckpt.difference import diff as run
+
+    facts = run(a, b, param_names=arguments.load_names(param_names), **options)
+    if as_json or not context.find_root().params["quiet"]:
+        arguments.tell(facts, show_difference.difference, as_json=as_json)
+    return 0 if facts.identical else 1
+
+
+@click.command(short_help="Tell whether a checkpoint is sound.")
+@click.argument("path", type=click.Path())
+@click.option("--manifest", type=click.Path(), metavar="FILE", help="Compare the files with a manifest of digests.")
+@arguments.read_options
+@arguments.as_json
+@click.pass_context
+def check(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> int:
+    """Read all of PATH, and tell every finding at once: files, checksums, invariants, values that are not finite.
+
+    The exit code is 0 if no finding is an error, and 1 if one is.
+    """
+    arguments.must_exist(path)
+    from vraxion_ckpt.checking import check as run
+    from vraxion_ckpt.cli import show_findings
+
+    facts = run(path, param_names=arguments.load_names(param_names), **options)
+    if as_json or not context.find_root().params["quiet"]:
+        arguments.tell(facts, show_findings.findings, as_json=as_json)
+    return 0 if facts.sound else 1
+
+
+COMMANDS = (inspect, diff, check)

@@ -1,0 +1,177 @@
+"""`inspect`: the facts about a checkpoint, held against the files as torch reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, files_below, load
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.errors import InconsistentError, UsageError
+
+EXPERTS3 = DATA / "modular_experts3"
+VISITS = EXPECTED / "wallclock_experts3.visits.json"
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.mark.parametrize("source", [*MONOLITHS, *DIRECTORIES], ids=lambda path: path.name)
+def test_every_tensor_is_listed_with_its_dtype_shape_and_values(source):
+    facts = vc.inspect(source, values=True)
+    state = load(source / "system/router.state" if source.is_dir() else source)
+    model = dict(state.get("model", state))
+    for shard in sorted((source / "experts").glob("*.pt")) if source.is_dir() else ():
+        number = int(shard.stem.removeprefix("expert_"))
+        model |= {f"head.experts.{number}.{leaf}": tensor for leaf, tensor in load(shard).items()}
+    assert facts.tensors.model.keys() == model.keys()
+    for name, tensor in model.items():
+        told = facts.tensors.model[name]
+        assert (told.dtype, told.shape) == (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        assert told.bytes == tensor.nbytes
+        if tensor.numel():
+            assert (told.values.minimum, told.values.maximum) == (float(tensor.min()), float(tensor.max()))
+        assert (told.values.nans, told.values.infinities) == (0, 0)
+    optimizer = state.get("optim", state.get("optimizer")) or {"state": {}}
+    slots = [value for slots in optimizer["state"].values() for value in slots.values()]
+    assert len(facts.tensors.optimizer) == len([value for value in slots if isinstance(value, torch.Tensor)])
+
+
+def test_sizes_are_those_of_the_checkpoints_own_files(tmp_path):
+    shutil.copytree(EXPERTS3, tmp_path / "run")
+    (tmp_path / "run/train.log").write_text("x" * 10_000)
+    facts = vc.inspect(tmp_path / "run")
+    ours = files_below(EXPERTS3)
+    assert facts.files == len(ours)
+    assert facts.bytes_on_disk == sum((EXPERTS3 / name).stat().st_size for name in ours)
+
+
+def test_what_is_not_finite_is_counted_and_the_rest_still_has_its_extremes(tmp_path, run_cli):
+    odd = torch.tensor([1.0, float("nan"), -3.0, float("inf"), float("nan")])
+    torch.save({"odd": odd, "all": torch.full((2,), float("nan")), "none": torch.zeros(0)}, tmp_path / "a.pt")
+    tensors = vc.inspect(tmp_path / "a.pt", values=True).tensors.model
+    assert tensors["odd"].values.model_dump() == {"minimum": -3.0, "maximum": 1.0, "nans": 2, "infinities": 1}
+    assert tensors["all"].values.model_dump() == {"minimum": None, "maximum": None, "nans": 2, "infinities": 0}
+    assert tensors["none"].values.minimum is None
+    said = run_cli("inspect", tmp_path / "a.pt", "--values")[1]
+    assert "odd  float32 [5], 20 B, -3 … 1, 2 NaN, 1 infinite" in said
+
+
+def test_arcs_go_round_the_ring(tmp_path):
+    payload = load(DATA / "named_experts3.pt")
+    payload["model"]["router_map"][:] = torch.tensor([1] * 3 + [0] * 20 + [2] * 40 + [1])
+    torch.save(payload, tmp_path / "a.pt")
+    ring = vc.inspect(tmp_path / "a.pt").ring
+    assert (ring.arcs, ring.longest_arc) == (3, 40)
+    payload["model"]["router_map"][:] = 0
+    torch.save(payload, tmp_path / "b.pt")
+    assert vc.inspect(tmp_path / "b.pt").ring.arcs == 1
+
+
+def test_many_experts_are_all_listed_and_only_a_few_are_opened(tmp_path, run_cli, monkeypatch):
+    vc.convert(
+        DATA / "wallclock_single.pt", f"{tmp_path}/run/", transforms=["single_to_experts:experts=40,route=modulo"]
+    )
+    opened = []
+    original = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *args, **more: opened.append(path) or original(path, *args, **more))
+    facts = vc.inspect(tmp_path / "run")
+    assert len(facts.experts) == 40
+    assert len(opened) == 1 + 16
+    assert [expert.id for expert in facts.experts if expert.tensors is None] == list(range(16, 40))
+    assert all(expert.lifecycle and expert.addresses for expert in facts.experts)
+    assert all(expert.tensors for expert in vc.inspect(tmp_path / "run", tensors=True).experts)
+    said = run_cli("inspect", tmp_path / "run", "--tensors")[1]
+    assert "24 more" in said
+    assert "… 16 more, see --json" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+# --- signs of life ---
+
+
+def load_of(visits, owners, experts):
+    """Compute what VRAXION's trainers log, as they do."""
+    counts = torch.zeros(experts, dtype=torch.float64).index_add_(0, owners, torch.as_tensor(visits).double())
+    p = counts / counts.sum()
+    return float(p.max()), float(-(p * torch.log(p + 1e-12)).sum() / np.log(experts)) if experts > 1 else 0.0
+
+
+def test_signs_of_life_before_predicted_and_measured_are_what_trainers_log(tmp_path, run_cli):
+    source = DATA / "wallclock_experts3.pt"
+    visits = json.loads(VISITS.read_text())["visits"]
+    vc.convert(source, tmp_path / "b.pt", transforms=[("arc_meta", {"visits": VISITS}), "mitosis_split:noise=0"])
+    later = [count + 7 * (i % 5) for i, count in enumerate(visits)]
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    old, new = (load(path)["model"]["router_map"] for path in (source, tmp_path / "b.pt"))
+    expected = [load_of(visits, old, 3), load_of(visits, new, 4), load_of(later, new, 4)]
+    for against in (source, None):  # what the payload records of the split tells the same
+        found = vc.inspect(
+            tmp_path / "b.pt", visits=VISITS, visits_after=tmp_path / "later.json", against=against
+        ).signs
+        loads = [found.before, found.predicted, found.measured]
+        assert [load.max_share for load in loads] == pytest.approx([share for share, _ in expected])
+        assert [load.entropy for load in loads] == pytest.approx([entropy for _, entropy in expected], abs=1e-9)
+    said = run_cli("inspect", tmp_path / "b.pt", "--visits", VISITS, "--visits-after", tmp_path / "later.json")[1]
+    for name, (share, entropy) in zip(("before", "predicted", "measured"), expected, strict=True):
+        assert re.search(rf"{name} +{share:.1%} +{entropy:.3f}", said)
+
+
+def test_a_plan_predicts_what_its_split_then_brings(tmp_path):
+    chain = [("arc_meta", {"visits": VISITS})]
+    vc.convert(DATA / "wallclock_experts3.pt", tmp_path / "planned.pt", transforms=chain)
+    vc.convert(tmp_path / "planned.pt", tmp_path / "split.pt", transforms=["mitosis_split:noise=0"])
+    planned = vc.inspect(tmp_path / "planned.pt", visits=VISITS)
+    assert planned.signs == vc.inspect(tmp_path / "split.pt", visits=VISITS).signs
+    assert planned.signs.measured is None
+    assert planned.plan.metrics["predicted_max_share"] == pytest.approx(planned.signs.predicted.max_share)
+
+
+def test_visits_that_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "short.json").write_text("[1, 2, 3]")
+    with pytest.raises(InconsistentError, match="3 values for 64 addresses"):
+        vc.inspect(EXPERTS3, visits=tmp_path / "short.json")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="no ring of experts"):
+        vc.inspect(tmp_path / "a.pt", visits=VISITS)
+    with pytest.raises(UsageError, match="no ring of the same length"):
+        vc.inspect(EXPERTS3, visits=VISITS, against=tmp_path / "a.pt")
+
+
+# --- on a terminal ---
+
+
+def on_a_terminal(*arguments, columns=80, **environment):
+    """Run the command with a pseudo-terminal of some width as its output; return what it wrote there."""
+    command = [sys.executable, "-m", "vraxion_ckpt.cli", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
+    environment.pop("NO_COLOR", None) if "NO_COLOR" not in environment else None
+    reader, writer = os.openpty()
+    with subprocess.Popen(command, stdin=writer, stdout=writer, stderr=writer, env=environment):
+        os.close(writer)
+        chunks = []
+        while True:
+            try:
+                chunk = os.read(reader, 2**16)
+            except OSError:  # the other side is closed
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+    os.close(reader)
+    return b"".join(chunks).decode().replace("\r\n", "\n")
+
+
+def test_on_a_terminal_the_ring_is_a_band_of_colours_and_no_line_is_too_long():
+    shown = on_a_terminal("inspect", DATA / "named_experts3.pt", "--tensors")
+    assert shown.count("\x1b[30;48;5;") == 64
+    assert max(len(line) for line in ESCAPE.sub("", shown).splitlines()) <= 80
+    plain = on_a_terminal("inspect", DATA / "named_experts3.pt", NO_COLOR="1")
+    assert "48;5;" not in plain
+    assert "0120120" in plain

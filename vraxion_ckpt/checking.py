@@ -1,0 +1,281 @@
+"""Is a checkpoint sound? Every finding at once, instead of the first error.
+
+What a reader refuses is an error; so is what no runtime loads, and what a manifest contradicts. A warning is what loads
+and is probably not meant; a note is what one should know.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from vraxion_ckpt import binding, invariants, progress
+from vraxion_ckpt import manifest as manifests
+from vraxion_ckpt.adapter import Adapter, Faults
+from vraxion_ckpt.commit import was_interrupted
+from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError
+from vraxion_ckpt.facts import Fact, Facts
+from vraxion_ckpt.inspection import value_facts
+from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.model import Checkpoint, HeadKind
+from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
+from vraxion_ckpt.plugins import AdapterLike
+from vraxion_ckpt.reading import PathLike, allowing, blamed, detect_source, files_of, os_errors_named
+
+_PIECE = 2**22
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+class Finding(Fact):
+    """One thing that was found."""
+
+    severity: Severity
+    rule: str
+    """Which of the rules it breaks: ``readable``, ``invariant``, ``one head``, ``manifest``, …"""
+    what: str
+    where: str = ""
+    """The file or the entry."""
+    hint: str | None = None
+    """What to do about it."""
+
+
+class Checked(Facts):
+    """Whether a checkpoint is sound, and everything that was found."""
+
+    kind_of_facts: ClassVar[str] = "check"
+
+    path: Path
+    format: str
+    sound: bool
+    """Whether no finding is an error."""
+    findings: tuple[Finding, ...]
+    """Errors first."""
+    files: int
+    tensors: int
+    """How many were read and looked at, optimizer slots and tensors of the payload included."""
+    bytes: int
+    manifest: Path | None
+    """What its files were compared with."""
+
+
+def check(
+    path: PathLike,
+    *,
+    manifest: PathLike | None = None,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Checked:
+    """Read all of a checkpoint and return every finding: files, checksums, invariants, values.
+
+    Args:
+        path: a file or a directory.
+        manifest: a file that ``convert`` or ``edit`` wrote with ``--manifest``: digests of every file.
+        from_: as for `read`.
+        param_names: as for `read`.
+        allow_globals: as for `read`.
+
+    Raises:
+        UsageError: there is no such file, or no such manifest.
+        UnknownFormatError: it is of no known format.
+    """
+    root = Path(path)
+    with os_errors_named(path):
+        adapter = allowing(detect_source(root, from_), allow_globals)
+        listed = manifests.load(Path(manifest)) if manifest is not None else None
+        findings: list[Finding] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CkptWarning)
+            tensors, size = _examine(adapter, root, findings, param_names)
+        told = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, CkptWarning))
+        findings += [Finding(severity=Severity.WARNING, rule="readable", what=text) for text in told]
+        files = files_of(adapter, root)
+        findings += _about_files(adapter, root, files)
+        if listed is not None:
+            deviations = manifests.compare(listed, root, files)
+            findings += [Finding(severity=Severity.ERROR, rule="manifest", what=line) for line in deviations]
+    order = list(Severity)
+    findings.sort(key=lambda finding: order.index(finding.severity))
+    return Checked(
+        path=root,
+        format=adapter.name,
+        sound=not any(finding.severity is Severity.ERROR for finding in findings),
+        findings=tuple(findings),
+        files=len(files),
+        tensors=tensors,
+        bytes=size,
+        manifest=Path(manifest) if manifest is not None else None,
+    )
+
+
+def _examine(adapter: Adapter, root: Path, findings: list[Finding], names: Sequence[str] | None) -> tuple[int, int]:
+    """Read everything and judge it; return how many tensors were looked at, and their bytes."""
+    faults = Faults()
+    tensors = size = 0
+    with blamed(adapter):
+        checkpoint = adapter.examine(root, faults)
+    if checkpoint is not None:
+        for expert in checkpoint.head.experts.values() if checkpoint.head else ():
+            faults.attempt(partial(getattr, expert, "tensors"))
+        _verify(checkpoint, faults)
+        findings += _about_contents(checkpoint, names)
+        tensors, size = _about_values(checkpoint, findings)
+        faults.attempt(checkpoint.sources.check_unchanged)
+    findings += [_finding("readable", error) for error in faults.errors]
+    return tensors, size
+
+
+def _finding(rule: str, error: CkptError, severity: Severity = Severity.ERROR) -> Finding:
+    where = " ".join(part for part in (str(error.path or ""), f"[{error.key}]" if error.key else "") if part)
+    return Finding(severity=severity, rule=rule, what=error.message, where=where, hint=error.hint)
+
+
+def _verify(checkpoint: Checkpoint, faults: Faults) -> None:
+    sources = [source for source in checkpoint.sources if source.verify is not None]
+    with progress.bar("checksums", sum(source.fingerprint.size for source in sources)) as count:
+        for source in sources:
+            assert source.verify is not None
+            faults.attempt(source.verify)
+            count(source.fingerprint.size)
+
+
+# --- what a checkpoint holds ---
+
+
+def _about_contents(checkpoint: Checkpoint, names: Sequence[str] | None) -> Iterator[Finding]:
+    """Judge a checkpoint as far as its tensors' shapes and everything else tell."""
+    try:
+        checkpoint = binding.bind(checkpoint, names if checkpoint.unbound else None)
+    except BindingError as error:
+        yield _finding("binding", error, Severity.WARNING)
+    except SourceError as error:
+        yield _finding("binding", error)
+    for line in invariants.findings(checkpoint):
+        yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
+    for line in invariants.missing_siblings(checkpoint):
+        yield Finding(severity=Severity.WARNING, rule="trained alike", what=line)
+    head = checkpoint.head
+    if head is None:
+        yield Finding(severity=Severity.NOTE, rule="head", what="the model has no head that could be split")
+    elif head.kind is HeadKind.EXPERTS and head.num_experts == 1:
+        yield Finding(
+            severity=Severity.ERROR,
+            rule="one head",
+            what="a runtime with one head expects head.single, and skips head.experts.0 without a word",
+            hint="let mitosis_split or experts_to_single follow",
+        )
+    yield from _about_ring(checkpoint)
+    yield from _about_rows(checkpoint)
+    yield from _about_plan(checkpoint)
+
+
+def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
+    head, router = checkpoint.head, checkpoint.router_map
+    if head is None:
+        return
+    if router is None:
+        yield Finding(severity=Severity.NOTE, rule="ring", what="the model has no router_map")
+        return
+    if router.ndim != 1 or router.is_floating_point() or router.is_complex():
+        return  # told as an invariant
+    owning = set(router_owners(router).tolist())
+    idle = [i for i in head.experts if i not in owning]
+    if idle:
+        what = f"no address belongs to {_these(idle)}: nothing is routed there"
+        yield Finding(severity=Severity.WARNING, rule="ring", what=what)
+    gone = sorted(owning & head.deleted)
+    if gone:
+        what = f"addresses belong to {_these(gone)}, whose tensors were garbage-collected"
+        yield Finding(severity=Severity.NOTE, rule="ring", what=what)
+
+
+def _these(ids: Sequence[int], most: int = 8) -> str:
+    more = f", … ({len(ids)} in all)" if len(ids) > most else ""
+    return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:most]))}{more}"
+
+
+def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if "step" not in checkpoint.payload:
+        return
+    late = [i for i, r in checkpoint.lifecycle.items() if max(r.created_step, r.last_used_step) > checkpoint.step]
+    if late:
+        what = f"the row of {_these(late)} is of a later step than the checkpoint's, {checkpoint.step}"
+        yield Finding(severity=Severity.WARNING, rule="mixed saves", what=what)
+
+
+def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
+    plan, router = checkpoint.plan, checkpoint.router_map
+    if plan is None or router is None or router.ndim != 1:
+        return
+    owners = router_owners(router)
+    fits = plan.router_map_len == len(owners) and plan.num_experts == checkpoint.num_experts
+    if not fits or any(not 0 <= a < len(owners) or owners[a] != plan.parent for a in plan.addresses):
+        what = "the planned split does not fit the checkpoint any more"
+        hint = "plan again with arc_meta"
+        yield Finding(severity=Severity.WARNING, rule="plan", what=what, hint=hint)
+
+
+def _about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, int]:
+    """Read every tensor and tell where it is not finite; return how many there are, and their bytes."""
+    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    raw = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+    model = {**checkpoint.core, **checkpoint.open_tensors()}
+    named = [*model.items(), *named_tensors([slots, raw, checkpoint.payload])]
+    total = size_of([tensor for _, tensor in named])
+    with progress.bar("values", total) as count:
+        for name, tensor in named:
+            if not _is_finite(tensor):
+                values = value_facts(tensor)
+                kinds = ((values.nans, "NaN"), (values.infinities, "infinite"))
+                what = " and ".join(f"{number} {kind}" for number, kind in kinds if number)
+                what = f"{what} of {tensor.numel()} elements"
+                findings.append(Finding(severity=Severity.WARNING, rule="finite", what=what, where=name))
+            count(tensor.numel() * tensor.itemsize)
+    return len(named), total
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
+        numbers = as_numbers(piece) if piece.itemsize == 1 else piece  # torch tells it of most dtypes as they are
+        if numbers is not None and not bool(numbers.isfinite().all()):
+            return False
+    return True
+
+
+# --- files ---
+
+
+def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterator[Finding]:
+    real = Path(os.path.realpath(root))
+    if was_interrupted(real):
+        yield Finding(
+            severity=Severity.ERROR,
+            rule="interrupted edit",
+            what="an edit of it was killed halfway",
+            where=str(root),
+            hint=f"`vraxion-ckpt edit {root}` takes it back, or finishes it",
+        )
+    foreign = adapter.foreign_files(root) if root.is_dir() else []
+    others = [path for path in foreign if path.is_file() and path not in files]
+    if others:
+        names = ", ".join(str(path.relative_to(root)) for path in others[:4])
+        what = f"{len(others)} file{'s' * (len(others) > 1)} in it are no part of the checkpoint: {names}"
+        yield Finding(severity=Severity.NOTE, rule="foreign files", what=what + ", …" * (len(others) > 4))

@@ -1,0 +1,552 @@
+"""What is different in a second checkpoint, of whatever formats the two are.
+
+Experts are matched before their tensors are: one that was only renumbered, or moved from a single head to a list of
+experts, is the same expert under another name, and a new one that is a bit-identical clone is named as that.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from vraxion_ckpt import binding, progress, ring
+from vraxion_ckpt.compare import checkpoint_differences, same_bits
+from vraxion_ckpt.errors import BindingError, SourceError
+from vraxion_ckpt.facts import Fact, Facts, Plain
+from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.matching import Matching, match
+from vraxion_ckpt.measure import Measure, measure
+from vraxion_ckpt.model import Checkpoint, Expert, Head, Optimizer, ParamGroup
+from vraxion_ckpt.plain import size_of
+from vraxion_ckpt.plugins import AdapterLike
+from vraxion_ckpt.reading import PathLike, read_unbound
+
+_MOST_ARCS = 4096
+
+What = Literal["changed", "renamed", "added", "removed"]
+
+
+class Change(Fact):
+    """One entry that is not the same in both checkpoints."""
+
+    what: What
+    """``renamed``: bit-identical under another name."""
+    before: str | None
+    """Its name in the first checkpoint."""
+    after: str | None
+    """Its name in the second."""
+    old: Plain
+    """What it is in the first; of a tensor, dtype and shape."""
+    new: Plain
+    measure: Measure | None = None
+    """Of tensors that differ in nothing but their values."""
+
+
+class ExpertChange(Fact):
+    """An expert that is not the same under the same name."""
+
+    what: What
+    before: int | None
+    """Its id in the first checkpoint."""
+    after: int | None
+    equal_to: int | None = None
+    """Of one that was added, the id of a bit-identical one in the first checkpoint; of one that was removed, in the
+    second."""
+    took_from: int | None = None
+    """Of one that was added: who owned most of its addresses before."""
+    measure: Measure | None = None
+    """How it differs from what it was; or, if it is new, from the expert in `took_from`."""
+
+
+class Flow(Fact):
+    """Addresses that went from one expert to another."""
+
+    before: int
+    after: int
+    addresses: int
+
+
+class ArcChange(Fact):
+    """An arc of the ring that went from one expert to another; it may wrap."""
+
+    start: int
+    length: int
+    before: int
+    after: int
+
+
+class RingChange(Fact):
+    """Which addresses have another owner; an expert that was only renumbered is the same owner."""
+
+    length: int
+    moved: int
+    flows: tuple[Flow, ...]
+    arcs: tuple[ArcChange, ...]
+    """The first 4,096 of them."""
+    arcs_in_all: int
+
+
+class Side(Fact):
+    """One of the two checkpoints."""
+
+    path: Path
+    format: str
+    num_experts: int
+    step: Plain
+
+
+class Difference(Facts):
+    """What is different in a second checkpoint."""
+
+    kind_of_facts: ClassVar[str] = "diff"
+
+    before: Side
+    after: Side
+    identical: bool
+    """Whether nothing differs, NaNs compared by their bits. How a format spells it does not count."""
+    tensors_identical: int
+    """Model tensors that are the same bit by bit, under the same name."""
+    slots_identical: int
+    """Slots of the optimizer that are the same bit by bit, of the same parameter."""
+    bytes_compared: int
+    """Of the second checkpoint's model tensors and slots."""
+    model: tuple[Change, ...]
+    experts: tuple[ExpertChange, ...]
+    ring: RingChange | None
+    """Null where the rings cannot be compared, or no address has another owner."""
+    optimizer: tuple[Change, ...]
+    """Slots, called ``parameter.slot``; groups; and which parameters are trained."""
+    not_bound: str | None
+    """Why an optimizer is not bound to names; then slots are compared by position."""
+    payload: tuple[Change, ...]
+    lifecycle: tuple[Change, ...]
+    history: tuple[Change, ...]
+    other: tuple[Change, ...]
+    """The planned split, module versions, and the order of entries."""
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Return the whole for people: a label and a text for each section in which something differs."""
+        if self.identical:
+            size = f"{self.tensors_identical} tensors and {self.slots_identical} optimizer slots, bit by bit"
+            return [("identical", f"{size}; ring, payload, lifecycle rows and history too")]
+        lines = [("tensors", f"{self.tensors_identical} identical{_counts(self.model)}")]
+        lines += [("expert", _in_words(change)) for change in self.experts]
+        former = {change.after: change.before for change in self.experts if change.what == "renamed"}
+        for flow in self.ring.flows if self.ring else ():
+            renumbered = former.get(flow.after, flow.after) != flow.after
+            was = f", which was {former[flow.after]}" if renumbered else ""
+            lines.append(("ring", f"{flow.addresses} addresses: expert {flow.before} → expert {flow.after}{was}"))
+        lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
+        for label in ("payload", "lifecycle", "history", "other"):
+            changes = getattr(self, label)
+            if changes:
+                lines.append((label, _counts(changes).removeprefix(", ")))
+        return lines
+
+
+def _counts(changes: Sequence[Change]) -> str:
+    counts = Counter(change.what for change in changes)
+    return "".join(f", {n} {what}" for what, n in sorted(counts.items()))
+
+
+def _in_words(change: ExpertChange) -> str:
+    if change.what == "renamed":
+        renumbered = change.before != change.after
+        return (
+            f"{change.before} is now {change.after}" if renumbered else f"{change.after} the same, under another name"
+        )
+    if change.what == "changed":
+        return f"{change.after} changed: {change.measure or 'of other shapes'}"
+    if change.what == "removed":
+        return f"{change.before} removed" + (
+            f", equal to expert {change.equal_to}" if change.equal_to is not None else ""
+        )
+    if change.equal_to is not None:
+        return f"{change.after} new, equal to expert {change.equal_to}"
+    if change.took_from is None or change.measure is None:
+        return f"{change.after} new"
+    return f"{change.after} new, compared with expert {change.took_from}: {change.measure}"
+
+
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    from_: AdapterLike | None = None,
+    from_b: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Difference:
+    """Compare two checkpoints of any formats, every tensor bit by bit.
+
+    Args:
+        a: a file or a directory.
+        b: another.
+        from_: the format of `a`, found from its content if not given.
+        from_b: that of `b`.
+        param_names: every optimizer parameter's name in optimizer order, for what does not tell.
+        allow_globals: full names of classes that a pickle may use beside plain data.
+
+    Raises:
+        UsageError: there is no such file, or an unknown format.
+        SourceError: what is wrong with one of them, and where.
+    """
+    one, other = (
+        read_unbound(path, from_=format_, allow_globals=allow_globals) for path, format_ in ((a, from_), (b, from_b))
+    )
+    found = diff_checkpoints(one, other, param_names)
+    for checkpoint in (one, other):
+        checkpoint.sources.verify()
+        checkpoint.sources.check_unchanged()
+    return found
+
+
+def diff_checkpoints(a: Checkpoint, b: Checkpoint, param_names: Sequence[str] | None = None) -> Difference:
+    """Compare two checkpoints as they were opened."""
+    a.open_experts()
+    b.open_experts()
+    (a, why_a), (b, why_b) = _bound(a, param_names), _bound(b, param_names)
+    matching = match(a.head, b.head)
+    names = _names(a.head, b.head, matching)
+    size = _size(b)
+    with progress.bar("comparing", size) as count:
+        model, tensors_identical = _model_changes(a, b, names, count)
+        optimizer, slots_identical = _optimizer_changes(a, b, names, count)
+    sections: dict[str, list[Change]] = {
+        "model": model,
+        "optimizer": optimizer,
+        "payload": list(_changes(a.payload, b.payload)),
+        "lifecycle": _lifecycle_changes(a, b, matching),
+        "history": _history_changes(a, b),
+        "other": list(_changes(_others(a), _others(b))),
+    }
+    if not any(sections.values()):  # every value was compared; what is left is the order of entries
+        lines = checkpoint_differences(a, b, same=lambda x, y: _describe(x) == _describe(y))
+        sections["other"] = [Change(what="changed", before=line, after=line, old=None, new=None) for line in lines]
+    return Difference(
+        before=_side(a),
+        after=_side(b),
+        identical=not any(sections.values()),
+        tensors_identical=tensors_identical,
+        slots_identical=slots_identical,
+        bytes_compared=size,
+        experts=_expert_changes(a, b, matching),
+        ring=_ring_change(a, b, matching),
+        not_bound="; ".join(filter(None, (why_a, why_b))) or None,
+        **{section: tuple(changes) for section, changes in sections.items()},
+    )
+
+
+def _bound(checkpoint: Checkpoint, names: Sequence[str] | None) -> tuple[Checkpoint, str]:
+    """Bind an optimizer's state to names; if that fails, say why."""
+    try:
+        return binding.bind(checkpoint, names if checkpoint.unbound else None), ""
+    except (BindingError, SourceError) as refused:
+        return checkpoint, f"{checkpoint.origin.path}: {refused.message}"
+
+
+def _side(checkpoint: Checkpoint) -> Side:
+    return Side(
+        path=checkpoint.origin.path or Path(),
+        format=checkpoint.origin.format,
+        num_experts=checkpoint.num_experts,
+        step=checkpoint.payload.get("step"),
+    )
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    return size_of([checkpoint.state_dict(), slots])
+
+
+# --- tensors ---
+
+# The name in the second checkpoint of a tensor of the first; None of one that is in no second.
+_Names = Callable[[str], str | None]
+_Count = Callable[[int], object]
+
+
+def _names(a: Head | None, b: Head | None, matching: Matching) -> _Names:
+    known: dict[str, str | None] = {}
+    pairs = matching.pairs
+    for i, expert in a.experts.items() if a else ():
+        for leaf in expert:
+            assert a is not None
+            known[a.prefix(i) + leaf] = b.prefix(pairs[i]) + leaf if b and i in pairs else None
+    return lambda name: known.get(name, name)
+
+
+def _model_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Count) -> tuple[list[Change], int]:
+    old, new = a.state_dict(), b.state_dict()
+    changes, identical, met = [], 0, set()
+    for name, tensor in old.items():
+        other = names(name)
+        if other is None or other not in new:
+            changes.append(_removed(name, tensor))
+            continue
+        met.add(other)
+        found = _tensor_change(name, other, tensor, new[other])
+        changes += [found] if found else []
+        identical += found is None
+        count(new[other].numel() * new[other].itemsize)
+    changes += [_added(name, tensor) for name, tensor in new.items() if name not in met]
+    return changes, identical
+
+
+def _tensor_change(before: str, after: str, a: Tensor, b: Tensor) -> Change | None:
+    old, new = _describe(a), _describe(b)
+    if same_bits(a, b):
+        return None if before == after else Change(what="renamed", before=before, after=after, old=old, new=new)
+    return Change(what="changed", before=before, after=after, old=old, new=new, measure=measure([(a, b)]))
+
+
+def _describe(value: Any) -> Any:
+    """Return a tensor in words, and a large value as how large it is."""
+    if isinstance(value, Tensor):
+        kind = "parameter " if isinstance(value, nn.Parameter) else ""
+        grad = "" if value.requires_grad == bool(kind) else " requires_grad" if value.requires_grad else " frozen"
+        return f"{kind}{value.dtype} {list(value.shape)}{grad}".replace("torch.", "")
+    if isinstance(value, Mapping) and len(value) > 4:
+        return f"{len(value)} entries"
+    if isinstance(value, list | tuple) and len(value) > 8:
+        return f"list of {len(value)}"
+    return value
+
+
+def _added(name: str, value: Any) -> Change:
+    return Change(what="added", before=None, after=name, old=None, new=_describe(value))
+
+
+def _removed(name: str, value: Any) -> Change:
+    return Change(what="removed", before=name, after=None, old=_describe(value), new=None)
+
+
+# --- experts, ring ---
+
+
+def _expert_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> tuple[ExpertChange, ...]:
+    if a.head is None or b.head is None:
+        return ()
+    first, second = a.head.experts, b.head.experts
+    changes = [
+        ExpertChange(what="renamed", before=i, after=j)
+        for i, j in matching.same.items()
+        if a.head.prefix(i) != b.head.prefix(j)
+    ]
+    changes += [
+        ExpertChange(what="changed", before=i, after=i, measure=_between(first[i], second[i])) for i in matching.changed
+    ]
+    for j, twin in matching.added.items():
+        source = _took_from(a, b, j)
+        parent = first.get(source) if source is not None and twin is None else None
+        changes.append(
+            ExpertChange(
+                what="added",
+                before=None,
+                after=j,
+                equal_to=twin,
+                took_from=source,
+                measure=_between(parent, second[j]) if parent else None,
+            )
+        )
+    changes += [
+        ExpertChange(what="removed", before=i, after=None, equal_to=twin) for i, twin in matching.removed.items()
+    ]
+    return tuple(changes)
+
+
+def _between(a: Expert, b: Expert) -> Measure | None:
+    return measure([(a[leaf], b[leaf]) for leaf in a]) if a.keys() == b.keys() else None
+
+
+def _took_from(a: Checkpoint, b: Checkpoint, expert: int) -> int | None:
+    """Return who owned most of an expert's addresses before."""
+    if a.router_map is None or b.router_map is None or len(a.router_map) != len(b.router_map):
+        return None
+    former = router_owners(a.router_map)[router_owners(b.router_map) == expert]
+    return int(np.bincount(former).argmax()) if len(former) else None
+
+
+def _ids_after(a: Checkpoint, b: Checkpoint, matching: Matching) -> dict[int, int]:
+    """Return the id in the second checkpoint of each expert of the first; of one without tensors, the id is all."""
+    deleted = b.head.deleted if b.head else frozenset()
+    kept = {i: i for i in range(a.num_experts) if i not in matching.removed or i in deleted}
+    return kept | matching.pairs
+
+
+def _ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange | None:
+    if a.router_map is None or b.router_map is None or len(a.router_map) != len(b.router_map):
+        return None
+    old, new = router_owners(a.router_map), router_owners(b.router_map)
+    now = _ids_after(a, b, matching)
+    ids = max(a.num_experts, b.num_experts, int(old.max()) + 1, int(new.max()) + 1)  # a model without a head has none
+    moved = np.array([now.get(i, i if i >= a.num_experts else -1) for i in range(ids)])[old] != new
+    if not moved.any():
+        return None
+    codes = np.where(moved, old * ids + new, -1)
+    arcs = [(start, length, code) for start, length, code in ring.arcs(codes) if code >= 0]
+    kinds, counts = np.unique(codes[moved], return_counts=True)
+    return RingChange(
+        length=len(old),
+        moved=int(moved.sum()),
+        flows=tuple(
+            Flow(before=code // ids, after=code % ids, addresses=n)
+            for code, n in zip(kinds.tolist(), counts.tolist(), strict=True)
+        ),
+        arcs=tuple(
+            ArcChange(start=start, length=length, before=code // ids, after=code % ids)
+            for start, length, code in arcs[:_MOST_ARCS]
+        ),
+        arcs_in_all=len(arcs),
+    )
+
+
+# --- optimizer ---
+
+
+def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Count) -> tuple[list[Change], int]:
+    if a.optimizer is None or b.optimizer is None:
+        old, new = (
+            binding.unbind(c.optimizer) if c.optimizer else c.unbound.state_dict if c.unbound else None for c in (a, b)
+        )
+        if old is None or new is None:
+            one = ([_removed("optimizer", _in_short(old))] if old else []) + (
+                [_added("optimizer", _in_short(new))] if new else []
+            )
+            return one, 0
+        found = list(_changes(old, new, "optimizer"))
+        return found, 0 if found else sum(map(len, new.get("state", {}).values()))
+    changes: list[Change] = []
+    identical, met = 0, set()
+    for name, slots in a.optimizer.state.items():
+        other = names(name)
+        others = b.optimizer.state.get(other, {}) if other is not None else {}
+        met.add(other)
+        for slot in [*slots, *(slot for slot in others if slot not in slots)]:
+            found = list(_entry_changes(slots, others, slot, f"{name}.{slot}", f"{other}.{slot}"))
+            changes += found
+            identical += not found
+        count(size_of(others))
+    for name, slots in b.optimizer.state.items():
+        if name not in met:
+            changes += [_added(f"{name}.{slot}", value) for slot, value in slots.items()]
+    changes += _group_changes(a.optimizer.groups, b.optimizer.groups, names)
+    changes += _changes(a.optimizer.extra, b.optimizer.extra, "optimizer")
+    if not changes:
+        changes += _order_of_params(a.optimizer, b.optimizer, names)
+    return changes, identical
+
+
+def _in_short(state_dict: Mapping[str, Any]) -> str:
+    number = sum(len(group.get("params", ())) for group in state_dict.get("param_groups", ()))
+    return f"{number} parameters, {len(state_dict.get('state', ()))} with state"
+
+
+def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: _Names) -> Iterator[Change]:
+    for i, (a, b) in enumerate(zip(old, new, strict=False)):
+        yield from _changes(a.options, b.options, f"group {i}")
+        former = [names(name) for name in a.params]
+        known, now = set(former), set(b.params)
+        yield from (
+            _removed(f"group {i}: {n}", "trained") for n, f in zip(a.params, former, strict=True) if f not in now
+        )
+        yield from (_added(f"group {i}: {name}", "trained") for name in b.params if name not in known)
+    yield from (_removed(f"group {i}", f"{len(old[i].params)} parameters") for i in range(len(new), len(old)))
+    yield from (_added(f"group {i}", f"{len(new[i].params)} parameters") for i in range(len(old), len(new)))
+
+
+def _order_of_params(a: Optimizer, b: Optimizer, names: _Names) -> Iterator[Change]:
+    if [names(name) for name in a.params] != b.params:
+        yield Change(what="changed", before="order of parameters", after="order of parameters", old=None, new=None)
+
+
+# --- everything else ---
+
+
+def _others(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors, optimizer, payload, rows and history."""
+    head = checkpoint.head
+    return {
+        "module versions": checkpoint.metadata,
+        "planned split": asdict(checkpoint.plan) if checkpoint.plan else None,
+        "garbage-collected experts": sorted(head.deleted) if head else [],
+    }
+
+
+def _lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list[Change]:
+    changes: list[Change] = []
+    now = _ids_after(a, b, matching)
+    for i, row in a.lifecycle.items():
+        other = b.lifecycle.get(now.get(i, -1))
+        if other is None:
+            changes.append(_removed(f"row of expert {i}", None))
+        else:
+            changes += _changes(vars(row), vars(other), f"row of expert {i}")
+    changes += [_added(f"row of expert {j}", None) for j in b.lifecycle if j not in now.values()]
+    return changes
+
+
+def _history_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
+    """Compare two histories, which are the same up to the point where one goes on."""
+    both = 0
+    for one, other in zip(a.history, b.history, strict=False):
+        if one != other:
+            break
+        both += 1
+    return [
+        *(_removed(f"step {n + 1}", f"{r.name}: {r.summary}") for n, r in enumerate(a.history) if n >= both),
+        *(_added(f"step {n + 1}", f"{r.name}: {r.summary}") for n, r in enumerate(b.history) if n >= both),
+    ]
+
+
+def _changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
+    """Yield each entry inside two plain values that is not the same."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in [*a, *(key for key in b if key not in a)]:
+            inner = f"{place}.{key}" if place else str(key)
+            yield from _entry_changes(a, b, key, inner, inner)
+    elif isinstance(a, Tensor) and isinstance(b, Tensor):
+        found = _tensor_change(place, place, a, b)
+        if found:
+            yield found
+    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b) and not _is_flat([*a, *b]):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _changes(x, y, f"{place}[{i}]")
+    elif not _same(a, b):
+        old, new = _describe(a), _describe(b)
+        if isinstance(a, list | tuple) and isinstance(old, str) and old == new:
+            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _same(x, y))
+            place, old, new = f"{place}[{at}] and perhaps more", a[at], b[at]
+        yield Change(what="changed", before=place, after=place, old=old, new=new)
+
+
+def _entry_changes(a: Mapping[Any, Any], b: Mapping[Any, Any], key: Any, before: str, after: str) -> Iterator[Change]:
+    if key not in b:
+        yield _removed(before, a[key])
+    elif key not in a:
+        yield _added(after, b[key])
+    else:
+        for change in _changes(a[key], b[key], after):
+            name = None if change.before is None else before + change.before.removeprefix(after)
+            yield change.model_copy(update={"before": name})
+
+
+def _is_flat(values: list[Any]) -> bool:
+    return not any(isinstance(value, Tensor | Mapping | list | tuple) for value in values)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return struct.pack("<d", a) == struct.pack("<d", b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
