@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +52,25 @@ def bits(tensor: torch.Tensor) -> bytes:
 def files_below(folder: Path) -> list[Path]:
     """List every file below a folder, relative to it."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def on_a_terminal(*arguments: object, columns: int = 80, **environment: str) -> str:
+    """Run Python with a pseudo-terminal of some width for its input and output; return what it wrote there."""
+    command = [sys.executable, *map(str, arguments)]
+    surroundings = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    surroundings |= {"COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
+    reader, writer = os.openpty()
+    termios.tcsetwinsize(writer, (24, columns))
+    chunks = []
+    with subprocess.Popen(command, stdin=writer, stdout=writer, stderr=writer, env=surroundings):
+        os.close(writer)
+        while True:
+            try:
+                chunk = os.read(reader, 2**16)
+            except OSError:  # the other side is closed
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+    os.close(reader)
+    return b"".join(chunks).decode().replace("\r\n", "\n")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, files_below, load
+from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, files_below, load, on_a_terminal
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import InconsistentError, UsageError
@@ -147,31 +144,10 @@ def test_visits_that_do_not_fit_are_refused(tmp_path):
 # --- on a terminal ---
 
 
-def on_a_terminal(*arguments, columns=80, **environment):
-    """Run the command with a pseudo-terminal of some width as its output; return what it wrote there."""
-    command = [sys.executable, "-m", "vraxion_ckpt.cli", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
-    environment.pop("NO_COLOR", None) if "NO_COLOR" not in environment else None
-    reader, writer = os.openpty()
-    with subprocess.Popen(command, stdin=writer, stdout=writer, stderr=writer, env=environment):
-        os.close(writer)
-        chunks = []
-        while True:
-            try:
-                chunk = os.read(reader, 2**16)
-            except OSError:  # the other side is closed
-                break
-            if not chunk:
-                break
-            chunks.append(chunk)
-    os.close(reader)
-    return b"".join(chunks).decode().replace("\r\n", "\n")
-
-
 def test_on_a_terminal_the_ring_is_a_band_of_colours_and_no_line_is_too_long():
-    shown = on_a_terminal("inspect", DATA / "named_experts3.pt", "--tensors")
+    shown = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", DATA / "named_experts3.pt", "--tensors")
     assert shown.count("\x1b[30;48;5;") == 64
     assert max(len(line) for line in ESCAPE.sub("", shown).splitlines()) <= 80
-    plain = on_a_terminal("inspect", DATA / "named_experts3.pt", NO_COLOR="1")
+    plain = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", DATA / "named_experts3.pt", NO_COLOR="1")
     assert "48;5;" not in plain
     assert "0120120" in plain

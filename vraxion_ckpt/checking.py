@@ -106,8 +106,10 @@ def check(
         files = files_of(adapter, root)
         findings += _about_files(adapter, root, files)
         if listed is not None:
-            deviations = manifests.compare(listed, root, files)
-            findings += [Finding(severity=Severity.ERROR, rule="manifest", what=line) for line in deviations]
+            findings += [
+                Finding(severity=Severity.ERROR, rule="manifest", what=what, where=name)
+                for name, what in manifests.compare(listed, root, files)
+            ]
     order = list(Severity)
     findings.sort(key=lambda finding: order.index(finding.severity))
     return Checked(

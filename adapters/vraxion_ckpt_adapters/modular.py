@@ -100,18 +100,23 @@ class ModularAdapter(Adapter):
 
     def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
         files, sources = _Files(_root(path)), Sources()
-        router = files.path(_ROUTER)
+        router, place = files.path(_ROUTER), files.path(_META)
         parsed = faults.attempt(lambda: parse_payload(torchfile.load(router, sources, self.allow_global), router))
+        meta = faults.attempt(lambda: _parse_meta(place)) if place.is_file() else None
+        shards = _present_shards(files.root / "experts")
         if parsed is not None:
-            meta = faults.attempt(lambda: _read_meta(files.path(_META), Sources(), parsed))
             if meta is not None:
-                faults.attempt(lambda: _rows(meta, meta["num_experts"], files.root))
+                faults.attempt(lambda: _check_meta(meta, parsed, place))
+            number = parsed.num_experts
+            if number is not None and (shards or number > 1):
+                faults.attempt(lambda: _check_ids(shards, _deleted(meta, number, files.root), number, files.root))
+                faults.attempt(lambda: _rows(meta, number, files.root) if meta else {})
         leaves = _leaves(parsed.checkpoint.param_names) if parsed is not None else {}
-        faults.attempt(files.shards)
         whole: tuple[int, dict[str, Tensor]] | None = None
-        for expert, shard in _present_shards(files.root / "experts").items():
-            load = partial(_open_shard, shard, expert, leaves.get(expert), sources, self.allow_global)
-            tensors = faults.attempt(load)
+        for expert, shard in shards.items():
+            tensors = faults.attempt(
+                partial(_open_shard, shard, expert, leaves.get(expert), sources, self.allow_global)
+            )
             if tensors is not None and whole is not None:
                 faults.attempt(partial(_check_fit, shard, expert, tensors, *whole))
             whole = whole or (None if tensors is None else (expert, tensors))
@@ -160,18 +165,7 @@ class ModularAdapter(Adapter):
         sources: Sources,
     ) -> Head:
         deleted = _deleted(meta, num_experts, root)
-        alive = sorted(deleted & shards.keys())
-        if alive:
-            raise InconsistentError(f"lists expert {alive[0]}, whose shard is there", path=root, key="deleted")
-        if len(shards) + len(deleted) != num_experts or max((*shards, *deleted)) != num_experts - 1:
-            beyond = [i for i in shards if i >= num_experts]
-            if beyond:
-                message = f"{shard_name(beyond[0])} is beyond num_experts = {num_experts}"
-            else:
-                present = shards.keys() | deleted
-                missing = next(i for i in range(len(present) + 1) if i not in present)
-                message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
-            raise InconsistentError(message, path=root / "experts")
+        _check_ids(shards, deleted, num_experts, root)
         leaves = _leaves(parsed.checkpoint.param_names)
         first: list[tuple[int, dict[str, Tensor]]] = []  # the shard that was opened first: what the others must fit
 
@@ -363,6 +357,22 @@ def _present_shards(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_file()))
 
 
+def _check_ids(shards: Collection[int], deleted: frozenset[int], num_experts: int, root: Path) -> None:
+    """Refuse shards that are not those of the experts that there must be."""
+    alive = sorted(deleted.intersection(shards))
+    if alive:
+        raise InconsistentError(f"lists expert {alive[0]}, whose shard is there", path=root, key="deleted")
+    if len(shards) + len(deleted) != num_experts or max((*shards, *deleted)) != num_experts - 1:
+        beyond = [i for i in shards if i >= num_experts]
+        if beyond:
+            message = f"{shard_name(beyond[0])} is beyond num_experts = {num_experts}"
+        else:
+            present = deleted.union(shards)
+            missing = next(i for i in range(len(present) + 1) if i not in present)
+            message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
+        raise InconsistentError(message, path=root / "experts")
+
+
 def _shard(expert: Expert) -> dict[str, Tensor]:
     return {leaf: _compact(tensor) for leaf, tensor in expert.items()}
 
@@ -447,9 +457,20 @@ def _read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] |
     if not path.is_file():
         raise InconsistentError("must be a regular file", path=path)
     sources.add(path, Fingerprint.of(path))
+    meta = _parse_meta(path)
+    _check_meta(meta, parsed, path)
+    return meta
+
+
+def _parse_meta(path: Path) -> dict[str, Any]:
     meta = jsonfile.load(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
         raise InconsistentError("must be an object with a list `experts`", path=path)
+    return meta
+
+
+def _check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
+    """Refuse a meta.json of another save than router.state."""
     stated = meta.get("num_experts")
     if type(stated) is not int:
         raise InconsistentError(f"must be a whole number, not {stated!r}", path=path, key="num_experts")
@@ -463,7 +484,6 @@ def _read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] |
             key="step",
             hint="a trainer was probably killed while saving; use an older checkpoint",
         )
-    return meta
 
 
 def _deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
