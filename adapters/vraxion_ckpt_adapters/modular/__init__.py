@@ -1,0 +1,334 @@
+"""Modular directory: ``system/router.state``, ``experts/expert_<id>.pt``, ``experts/meta.json``.
+
+``router.state`` holds the payload dict with every model tensor but ``head.experts.*`` and the optimizer of all
+parameters, the experts' included; each shard is a plain dict of leaf name → tensor. ``meta.json`` has the lifecycle
+rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and the offline exploder's, with
+``source_checkpoint``. A single head stays in ``router.state``, and there are no shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from vraxion_ckpt import jsonfile, torchfile
+from vraxion_ckpt.adapter import Adapter, Faults, Loss, Part
+from vraxion_ckpt.disk import write_new
+from vraxion_ckpt.errors import InconsistentError, StorageError
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.options import NameList
+from vraxion_ckpt.payload import (
+    Extras,
+    Parsed,
+    PayloadDialect,
+    build_payload,
+    dump_dialect,
+    names_to_record,
+    origin_of,
+    parse_payload,
+    recorded_dialect,
+    split_head,
+    with_head,
+)
+from vraxion_ckpt.sources import Sources
+from vraxion_ckpt_adapters.modular.meta import (
+    META,
+    check_meta,
+    deleted_ids,
+    fresh_rows,
+    parse_meta,
+    read_meta,
+    recorded_meta,
+    row_to_json,
+    rows_of,
+    with_meta,
+)
+from vraxion_ckpt_adapters.modular.shards import (
+    SHARD,
+    check_fit,
+    check_ids,
+    content_of,
+    leaves_by_expert,
+    list_shards,
+    load_shard,
+    of_another_size,
+    present_shards,
+    shard_name,
+    tied_across_files,
+    torch_part,
+)
+
+_ROUTER = "system/router.state"
+
+
+class ModularAdapter(Adapter):
+    """Directory with system/router.state, a shard per expert, and meta.json."""
+
+    name: ClassVar[str] = "modular"
+    suffixes: ClassVar[tuple[str, ...]] = ("/",)
+    pivot: ClassVar[str | None] = _ROUTER
+
+    tenure_all: bool = Field(False, description="on writing, mark every expert tenured")
+    allow_global: NameList = Field((), description="classes its pickles may use beside plain data, by full name")
+
+    @property
+    def is_directory(self) -> bool:
+        return True
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return (_root(path) / _ROUTER).is_file()
+
+    # --- read ---
+
+    def read(self, path: Path) -> Checkpoint:
+        return self._read(_Files(_root(path)))
+
+    def read_over(self, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
+        return self._read(_Files(_root(path), staged, frozenset(removed)))
+
+    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+        files, sources = _Files(_root(path)), Sources()
+        router, place = files.path(_ROUTER), files.path(META)
+        parsed = faults.attempt(lambda: parse_payload(torchfile.load(router, sources, self.allow_global), router))
+        meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
+        shards = present_shards(files.root / "experts")
+        if parsed is not None:
+            if meta is not None:
+                faults.attempt(lambda: check_meta(meta, parsed, place))
+            number = parsed.num_experts
+            if number is not None and (shards or number > 1):
+                faults.attempt(lambda: check_ids(shards, deleted_ids(meta, number, files.root), number, files.root))
+                faults.attempt(lambda: rows_of(meta, number, files.root) if meta else {})
+        leaves = leaves_by_expert(parsed.checkpoint.param_names) if parsed is not None else {}
+        whole: tuple[int, dict[str, Tensor]] | None = None
+        for expert, shard in shards.items():
+            tensors = faults.attempt(partial(load_shard, shard, expert, leaves.get(expert), sources, self.allow_global))
+            if tensors is not None and whole is not None:
+                faults.attempt(partial(check_fit, shard, expert, tensors, *whole))
+            whole = whole or (None if tensors is None else (expert, tensors))
+        for source in sources:
+            if source.verify is not None:
+                faults.attempt(source.verify)
+        return faults.attempt(lambda: self._read(files))
+
+    def _read(self, files: _Files) -> Checkpoint:
+        root, router = files.root, files.path(_ROUTER)
+        sources = Sources()
+        for place in (root / "system", router, root / "experts", files.path(META)):
+            if place.is_symlink() and not place.resolve().is_relative_to(root.resolve()):
+                raise InconsistentError("is a link that leads out of the checkpoint", path=place)
+        parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
+        meta = read_meta(files.path(META), sources, parsed)
+        found = split_head(parsed.checkpoint, router)
+        if found.head is not None and found.head.kind is HeadKind.EXPERTS:
+            raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
+        shards = files.shards()
+        num_experts = parsed.num_experts
+        if num_experts is None:
+            num_experts = meta["num_experts"] if meta else max(1, len(shards))
+        if found.head is None and (shards or num_experts > 1):
+            found = with_head(found, self._sharded_head(root, shards, num_experts, meta, parsed, sources))
+        elif shards:
+            raise InconsistentError("has shards beside a single head in router.state", path=root)
+        elif found.head is not None and num_experts != 1:
+            raise InconsistentError(f"is {num_experts}, but the head is single", path=router, key="num_experts")
+        elif found.head is not None and deleted_ids(meta, num_experts, root):
+            raise InconsistentError("lists expert 0, whose head is in router.state", path=root, key="deleted")
+        return replace(
+            found,
+            lifecycle=rows_of(meta, found.num_experts, root) if meta and found.head else fresh_rows(found),
+            origin=with_meta(origin_of(self.name, root, "router", parsed.dialect, parsed.extras), meta),
+            sources=sources,
+        )
+
+    def _sharded_head(
+        self,
+        root: Path,
+        shards: dict[int, Path],
+        num_experts: int,
+        meta: dict[str, Any] | None,
+        parsed: Parsed,
+        sources: Sources,
+    ) -> Head:
+        deleted = deleted_ids(meta, num_experts, root)
+        check_ids(shards, deleted, num_experts, root)
+        leaves = leaves_by_expert(parsed.checkpoint.param_names)
+        first: list[tuple[int, dict[str, Tensor]]] = []  # the shard that was opened first: what the others must fit
+
+        def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
+            Sources(sources.files[:1]).check_unchanged()  # the router: a shard must be of the same state
+            tensors = load_shard(path, expert, leaves.get(expert), sources, self.allow_global)
+            other = of_another_size(expert, tensors, shards)
+            if not first and other is not None:
+                more = load_shard(shards[other], other, leaves.get(other), sources, self.allow_global)
+                (one, its), (two, others) = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
+                check_fit(shards[two], two, others, one, its)
+            first[:] = first or [(expert, tensors)]
+            check_fit(path, expert, tensors, *first[0])
+            return tensors
+
+        def opener(expert: int, path: Path) -> Expert:
+            return Expert(lambda: open_shard(expert, path))
+
+        position = parsed.extras.head_position
+        if position is None:
+            position = _derived_position(list(parsed.checkpoint.core), parsed.checkpoint.param_names)
+        if not 0 <= position <= len(parsed.checkpoint.core):
+            raise InconsistentError("is beyond the state dict", path=root, key="head_position")
+        experts = {i: opener(i, shards[i]) for i in sorted(shards)}
+        return Head(HeadKind.EXPERTS, experts, position, deleted)
+
+    # --- write ---
+
+    def dialect(self, checkpoint: Checkpoint) -> str:
+        return str(recorded_dialect(checkpoint, "router") or "")
+
+    def losses(self, checkpoint: Checkpoint) -> list[Loss]:
+        tied = sorted(tied_across_files(checkpoint))
+        lost = []
+        if tied:
+            lost.append(
+                Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")
+            )
+        if checkpoint.head and list(checkpoint.head.experts) != sorted(checkpoint.head.experts):
+            lost.append(Loss("the experts' order in the state dict", "shards have none but that of their ids"))
+        return lost
+
+    def held(self, checkpoint: Checkpoint) -> Checkpoint:
+        head, rows = checkpoint.head, checkpoint.lifecycle
+        if head is not None:
+            head = replace(head, experts=dict(sorted(head.experts.items())))
+        if self.tenure_all:
+            rows = {i: replace(row, tenured=True) for i, row in rows.items()}
+        return replace(checkpoint, head=head, lifecycle=rows)
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        try:
+            (path / "system").mkdir()
+            (path / "experts").mkdir()
+        except OSError as error:
+            raise StorageError.from_os_error(error, path) from error
+        for name, part in self.parts(checkpoint).items():
+            part.write(path / name)
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        return sum(part.size() for part in self.parts(checkpoint).values())
+
+    def parts(self, checkpoint: Checkpoint) -> dict[str, Part]:
+        head = checkpoint.head
+        meta = self._meta(checkpoint)
+        parts = {_ROUTER: torch_part(object(), lambda: self._router(checkpoint))}  # what it holds is not looked at
+        if head is not None and head.kind is HeadKind.EXPERTS:
+            for i, expert in head.experts.items():
+                parts[f"experts/{shard_name(i)}"] = torch_part(expert, partial(content_of, expert))
+        parts[META] = Part(meta, lambda path: write_new(path, jsonfile.dumps(meta)), lambda: len(jsonfile.dumps(meta)))
+        return parts
+
+    def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
+        if name == META:  # a loader takes the rows of its experts, by their place, and nothing else
+            if "meta" not in before.origin.local:
+                return False  # there was none, and a loader that finds none makes rows up
+            old, new = self._meta(before), self._meta(after)
+            rows = slice(0, reader.num_experts)
+            return bool(old["experts"][rows] == new["experts"][rows] and old.get("step") == new.get("step"))
+        shard = SHARD.fullmatch(Path(name).name)
+        if reader.head is None or reader.head.kind is HeadKind.SINGLE:
+            return shard is not None
+        return shard is not None and int(shard[1]) >= reader.num_experts
+
+    def _router(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the payload that router.state holds."""
+        head = checkpoint.head
+        sharded = head is not None and head.kind is HeadKind.EXPERTS
+        state = checkpoint.core if sharded else checkpoint.state_dict()
+        pt = recorded_dialect(checkpoint, "pt")
+        router = recorded_dialect(checkpoint, "router") or (pt or PayloadDialect()).as_router()
+        dialects = {k: v for k, v in checkpoint.origin.dialects.items() if k not in ("router", "meta", "pt")}
+        if pt is not None and pt != router:
+            dialects["pt"] = dump_dialect(pt)
+        derived = _derived_position(list(state), checkpoint.param_names)
+        extras = Extras(
+            history=checkpoint.history,
+            plan=checkpoint.plan,
+            head_position=head.position if head and sharded and head.position != derived else None,
+            **names_to_record(checkpoint, router),
+            dialects=dialects,
+        )
+        return build_payload(checkpoint, state, router, extras)
+
+    def _meta(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return meta.json in the variant the source had, or the exploder's."""
+        origin = checkpoint.origin
+        dialect = recorded_meta(origin)
+        known: dict[str, Any] = {
+            "source_checkpoint": origin.path.name if origin.path else "",
+            "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
+            "step": checkpoint.step,
+            "experts": [],
+            "deleted": sorted(checkpoint.head.deleted) if checkpoint.head else [],
+        }
+        entries = {**known, **dialect.entries}
+        keys = list(dialect.keys)
+        if known["deleted"] and "deleted" not in keys:
+            keys.append("deleted")
+        entries["experts"] = [row_to_json(i, row, dialect.row_keys) for i, row in sorted(checkpoint.lifecycle.items())]
+        return {key: entries[key] for key in keys if key in entries}
+
+    def foreign_files(self, path: Path) -> list[Path]:
+        """List what is neither a folder of the layout nor one of its files."""
+        if not path.is_dir():
+            return []
+        ours = {path / "system", path / "experts", path / _ROUTER, path / META}
+        return [
+            entry
+            for entry in sorted(path.rglob("*"))
+            if entry not in ours and not (entry.parent == path / "experts" and SHARD.fullmatch(entry.name))
+        ]
+
+
+def _root(path: Path) -> Path:
+    """Return the checkpoint's directory, also for the path of its router.state."""
+    is_router = path.name == "router.state" and path.parent.name == "system"
+    return path.parent.parent if is_router else path
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where a checkpoint's files are: all in its directory, or some of them staged over it."""
+
+    root: Path
+    staged: Path | None = None
+    removed: frozenset[str] = frozenset()
+
+    def path(self, name: str) -> Path:
+        """Return the place of a file, given by its path below the directory."""
+        over = self.staged / name if self.staged else None
+        return over if over is not None and over.exists() else self.root / name
+
+    def shards(self) -> dict[int, Path]:
+        """List the shards by expert; opens none."""
+        found = list_shards(self.root / "experts", self.removed)
+        return found | (list_shards(self.staged / "experts", frozenset()) if self.staged else {})
+
+
+def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> int:
+    """Return where the head stands among the core tensors, as param_names tells; last if it does not."""
+    names = list(param_names or ())
+    head = [i for i, name in enumerate(names) if name.startswith("head.experts.")]
+    following = names[head[-1] + 1 :] if head else []
+    places = {name: place for place, name in enumerate(core)}
+    return next((places[name] for name in following if name in places), len(core))
+
+
+@hookimpl
+def register_adapters() -> list[type[Adapter]]:
+    """Offer the format."""
+    return [ModularAdapter]

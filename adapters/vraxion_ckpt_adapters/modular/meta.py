@@ -1,0 +1,156 @@
+"""``experts/meta.json``: the lifecycle rows, in the trainer's variant or the offline exploder's."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from vraxion_ckpt import jsonfile
+from vraxion_ckpt.errors import CkptWarning, InconsistentError
+from vraxion_ckpt.model import Checkpoint, Lifecycle, Origin
+from vraxion_ckpt.payload import Parsed
+from vraxion_ckpt.sources import Fingerprint, Sources
+
+META = "experts/meta.json"
+_ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
+
+
+@dataclass(frozen=True)
+class MetaDialect:
+    """How one meta.json is spelt; the defaults are the offline exploder's way, ours where no other is known.
+
+    Attributes:
+        keys: its entries in order.
+        row_keys: the entries of a row in order.
+        entries: those that follow from nothing else.
+    """
+
+    keys: tuple[str, ...] = ("source_checkpoint", "num_experts", "experts")
+    row_keys: tuple[str, ...] = ("id", "tenured", "created_step", "last_used_step", "contrib")
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+
+_META_DIALECT = TypeAdapter(MetaDialect)
+
+
+def read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] | None:
+    """Read meta.json, or return None, with a warning, where there is none; refuse one of another save."""
+    if not os.path.lexists(path):
+        warnings.warn(f"{path} is missing; lifecycle rows are rebuilt", CkptWarning, stacklevel=2)
+        return None
+    if not path.is_file():
+        raise InconsistentError("must be a regular file", path=path)
+    sources.add(path, Fingerprint.of(path))
+    meta = parse_meta(path)
+    check_meta(meta, parsed, path)
+    return meta
+
+
+def parse_meta(path: Path) -> dict[str, Any]:
+    """Read meta.json, whatever it says."""
+    meta = jsonfile.load(path)
+    if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
+        raise InconsistentError("must be an object with a list `experts`", path=path)
+    return meta
+
+
+def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
+    """Refuse a meta.json of another save than router.state."""
+    stated = meta.get("num_experts")
+    if type(stated) is not int:
+        raise InconsistentError(f"must be a whole number, not {stated!r}", path=path, key="num_experts")
+    if parsed.num_experts not in (None, stated):
+        raise InconsistentError(f"is {stated}, router.state says {parsed.num_experts}", path=path, key="num_experts")
+    step = parsed.checkpoint.payload.get("step")
+    if "step" in meta and (type(meta["step"]) is not type(step) or meta["step"] != step):
+        raise InconsistentError(
+            f"is {meta['step']!r}, router.state has step {step!r}: parts of two saves",
+            path=path,
+            key="step",
+            hint="a trainer was probably killed while saving; use an older checkpoint",
+        )
+
+
+def deleted_ids(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
+    """Return the garbage-collected experts."""
+    listed = (meta or {}).get("deleted", [])
+    path = root / META
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < num_experts for i in listed):
+        raise InconsistentError(f"must list expert ids below {num_experts}", path=path, key="deleted")
+    if len(set(listed)) != len(listed):
+        raise InconsistentError("lists an expert twice", path=path, key="deleted")
+    return frozenset(listed)
+
+
+def rows_of(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
+    """Return the lifecycle rows by expert; there must be one for each."""
+    path = root / META
+    rows: dict[int, Lifecycle] = {}
+    for place, row in enumerate(meta["experts"]):
+        key = f"experts[{place}]"
+        if not isinstance(row, dict) or type(row.get("id")) is not int:
+            raise InconsistentError("must be an object with a whole number `id`", path=path, key=key)
+        if row["id"] in rows:
+            raise InconsistentError(f"is a second row for expert {row['id']}", path=path, key=key)
+        rows[row["id"]] = _row_from_json(row, path, key)
+    if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
+        raise InconsistentError(f"has {len(rows)} rows for {num_experts} experts", path=path, key="experts")
+    return dict(sorted(rows.items()))
+
+
+def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
+    for entry in ("created_step", "last_used_step", "age_steps"):
+        if type(row.get(entry, 0)) is not int:
+            raise InconsistentError(f"{entry} must be a whole number", path=path, key=key)
+    for entry in ("tenured", "probation"):
+        if type(row.get(entry, False)) is not bool:
+            raise InconsistentError(f"{entry} must be true or false", path=path, key=key)
+    contrib = row.get("contrib", 0.0)
+    if type(contrib) not in (int, float):
+        raise InconsistentError("contrib must be a number", path=path, key=key)
+    known = {entry: row[entry] for entry in _ROW_KEYS if entry in row}
+    return Lifecycle(**known, extra={k: v for k, v in row.items() if k != "id" and k not in _ROW_KEYS})
+
+
+def row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return a row as it is written, its entries in the order of `keys`."""
+    known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
+    more = [key for key in _ROW_KEYS if key not in keys and known[key] != getattr(Lifecycle, key)]
+    entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)
+    ordered = [*(key for key in keys if key in entries), *more, *(key for key in row.extra if key not in keys)]
+    return {key: entries[key] for key in ordered}
+
+
+def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
+    """Note how meta.json is spelt; other formats need to carry that only if it is not the exploder's way."""
+    if meta is None:
+        return origin
+    rows = meta["experts"]
+    dialect = MetaDialect(
+        keys=tuple(meta),
+        row_keys=tuple(rows[0]) if rows and isinstance(rows[0], dict) else MetaDialect.row_keys,
+        entries={k: v for k, v in meta.items() if k not in ("num_experts", "step", "experts", "deleted")},
+    )
+    own = {"meta": _META_DIALECT.dump_python(dialect, mode="json")}
+    usual = replace(dialect, entries={k: v for k, v in dialect.entries.items() if k != "source_checkpoint"})
+    carried = {} if usual == MetaDialect() else own
+    return replace(origin, dialects={**origin.dialects, **carried}, local=own)
+
+
+def recorded_meta(origin: Origin) -> MetaDialect:
+    """Return how meta.json was spelt in the source, or the exploder's way."""
+    try:
+        return _META_DIALECT.validate_python(origin.dialects.get("meta") or origin.local.get("meta") or MetaDialect())
+    except ValidationError:
+        raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
+
+
+def fresh_rows(checkpoint: Checkpoint) -> dict[int, Lifecycle]:
+    """Return the rows of experts of which nothing is recorded."""
+    return {i: Lifecycle.fresh(checkpoint.step) for i in range(checkpoint.num_experts)}

@@ -1,0 +1,165 @@
+"""``experts/expert_<id>.pt``: a plain dict of leaf name → tensor for each expert."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vraxion_ckpt import torchfile
+from vraxion_ckpt.adapter import Part
+from vraxion_ckpt.errors import CorruptError, InconsistentError, StorageError
+from vraxion_ckpt.model import Checkpoint, Expert, HeadKind
+from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.sources import Sources
+
+SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
+
+
+def shard_name(expert: int) -> str:
+    """Return a shard's file name: the id in at least three digits."""
+    return f"expert_{expert:03d}.pt"
+
+
+def list_shards(folder: Path, removed: frozenset[str]) -> dict[int, Path]:
+    """List the shards by expert without opening any; refuse what a loader would stumble over."""
+    if not folder.is_dir():
+        return {}
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted(
+                (e for e in entries if e.name.startswith("expert_") and e.name.endswith(".pt")), key=lambda e: e.name
+            )
+    except OSError as error:
+        raise StorageError.from_os_error(error, folder) from error
+    shards: dict[int, Path] = {}
+    for entry in listed:
+        path = folder / entry.name
+        if f"experts/{entry.name}" in removed:
+            continue
+        found = SHARD.fullmatch(entry.name)
+        if not found:
+            raise InconsistentError("a shard is called expert_<id>.pt, its id in three digits or more", path=path)
+        if not entry.is_file(follow_symlinks=False):
+            raise InconsistentError("a shard must be a regular file", path=path)
+        if not entry.stat(follow_symlinks=False).st_size:  # seen even where it need not be opened
+            raise InconsistentError(f"the shard of expert {int(found[1])} is damaged: is empty", path=path)
+        shards[int(found[1])] = path
+    return shards
+
+
+def present_shards(folder: Path) -> dict[int, Path]:
+    """List the files that are shards by their names, whatever else lies beside them."""
+    found = ((SHARD.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
+    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_file()))
+
+
+def check_ids(shards: Collection[int], deleted: frozenset[int], num_experts: int, root: Path) -> None:
+    """Refuse shards that are not those of the experts that there must be."""
+    alive = sorted(deleted.intersection(shards))
+    if alive:
+        raise InconsistentError(f"lists expert {alive[0]}, whose shard is there", path=root, key="deleted")
+    if len(shards) + len(deleted) != num_experts or max((*shards, *deleted)) != num_experts - 1:
+        beyond = [i for i in shards if i >= num_experts]
+        if beyond:
+            message = f"{shard_name(beyond[0])} is beyond num_experts = {num_experts}"
+        else:
+            present = deleted.union(shards)
+            missing = next(i for i in range(len(present) + 1) if i not in present)
+            message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
+        raise InconsistentError(message, path=root / "experts")
+
+
+def content_of(expert: Expert) -> dict[str, Tensor]:
+    """Return what the shard of an expert holds."""
+    return {leaf: _compact(tensor) for leaf, tensor in expert.items()}
+
+
+def torch_part(content: object, value: Callable[[], Any]) -> Part:
+    """Return a file of torch.save whose value is made when it is needed."""
+    return Part(content, lambda path: torchfile.save(value(), path), lambda: torchfile.size(value()))
+
+
+def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
+    """Return the parameters of each expert, as param_names lists them."""
+    leaves: dict[int, set[str]] = {}
+    for name in param_names or ():
+        if found := re.fullmatch(r"head\.experts\.([0-9]{1,9})\.(.+)", name):
+            leaves.setdefault(int(found[1]), set()).add(found[2])
+    return leaves
+
+
+def load_shard(
+    path: Path, expert: int, leaves: set[str] | None, sources: Sources, allow_globals: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Open a shard; refuse one that is damaged, or lacks `leaves`."""
+    try:
+        shard = torchfile.load(path, sources, allow_globals)
+    except CorruptError as error:
+        message = f"the shard of expert {expert} is damaged: {error.message}"
+        raise InconsistentError(message, path=path, key=error.key, hint=error.hint) from error
+    if not isinstance(shard, dict) or not shard:
+        raise InconsistentError(f"the shard of expert {expert} holds no tensors", path=path)
+    for leaf, tensor in shard.items():
+        if not isinstance(leaf, str) or not isinstance(tensor, Tensor):
+            raise InconsistentError(f"the shard of expert {expert} holds something else than tensors", path=path)
+    if leaves is not None and not leaves <= shard.keys():
+        lacking = ", ".join(sorted(leaves - shard.keys()))
+        raise InconsistentError(f"the shard of expert {expert} lacks {lacking}", path=path)
+    return shard
+
+
+def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, Path]) -> int | None:
+    """Return another expert whose shard is not as large, though plain linear experts are alike: there, look closer.
+
+    So that a shard that does not fit is seen even where no other need be opened.
+    """
+    other = next((i for i in shards if i != expert), None)
+    if other is None or any("." in leaf for leaf in tensors):
+        return None
+    return other if shards[other].stat().st_size != shards[expert].stat().st_size else None
+
+
+def check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
+    """Refuse a shard that a loader would skip because it does not fit in where another one does."""
+    if odd := tensors.keys() ^ model.keys():
+        message = f"the shards of experts {other} and {expert} do not hold the same tensors: {', '.join(sorted(odd))}"
+        raise InconsistentError(message, path=path)
+    for leaf, tensor in tensors.items():
+        # Hidden widths differ between experts with inner layers; plain linear experts are all alike.
+        alike = tensor.ndim == model[leaf].ndim if "." in leaf else tensor.shape == model[leaf].shape
+        if not alike or tensor.dtype != model[leaf].dtype:
+            raise InconsistentError(
+                f"in the shard of expert {expert} it is {list(tensor.shape)} of {tensor.dtype}, "
+                f"in that of expert {other} {list(model[leaf].shape)} of {model[leaf].dtype}",
+                path=path,
+                key=leaf,
+            )
+
+
+def tied_across_files(checkpoint: Checkpoint) -> set[str]:
+    """Name the experts' tensors that are the same memory as a tensor of another file."""
+    if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
+        return set()
+    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    in_router = (tensor for _, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots]))
+    # Experts that were not opened come from files of their own.
+    owner: dict[int, int | None] = {tensor.data_ptr(): None for tensor in in_router if tensor.numel()}
+    tied: set[str] = set()
+    for i, expert in checkpoint.head.experts.items():
+        for leaf, tensor in expert.items() if expert.is_open else ():
+            if tensor.numel() and owner.setdefault(tensor.data_ptr(), i) != i:
+                tied.add(checkpoint.head.prefix(i) + leaf)
+    return tied
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Return a tensor whose storage holds nothing else: torch.save writes whole storages."""
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+        return tensor
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
