@@ -7,10 +7,11 @@ core knows neither any format nor any transform by name. The modules, from the g
 `errors`                  the error tree, one exit code a class
 `sources`                 the files that were read, and whether they changed (no torch)
 `container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
-`jsonfile`                strict JSON (no torch)
+`jsonfile`, `yamlfile`    strict JSON and YAML (no torch)
 `facts`                   what ``--json`` prints: models that are their own JSON Schema (no torch)
 `disk`, `signals`         system calls; signals that end a run (no torch)
 `progress`                signs of progress on a terminal (no torch)
+`manifest`                digests of files (no torch)
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
@@ -31,9 +32,10 @@ core knows neither any format nor any transform by name. The modules, from the g
 `inspection`              what a checkpoint is and holds
 `matching`, `measure`     which expert is which of another checkpoint; how much tensors differ
 `difference`              what is different in a second checkpoint
-`manifest`, `checking`    digests of files; every finding about a checkpoint at once
+`checking`                every finding about a checkpoint at once
 `targets`, `summary`      where a result may go; what was done
 `pipeline`, `inplace`     convert and edit, top to bottom
+`recipe`                  a conversion written down
 `schemas`                 the JSON Schemas of all that
 `testing`                 suites that adapters and transforms subclass; sample checkpoints
 `cli`                     the commands
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     )
     from vraxion_ckpt.pipeline import convert
     from vraxion_ckpt.reading import read as open
+    from vraxion_ckpt.recipe import run
     from vraxion_ckpt.ring import Visits
     from vraxion_ckpt.summary import Summary
     from vraxion_ckpt.transform import Transform
@@ -102,6 +105,7 @@ __all__ = [
     "hookimpl",
     "inspect",
     "open",
+    "run",
 ]
 
 _HOME = {
@@ -131,6 +135,7 @@ _HOME = {
     "edit": "inplace",
     "hookimpl": "hookspecs",
     "inspect": "inspection",
+    "run": "recipe",
     "open": "reading",
 }
 

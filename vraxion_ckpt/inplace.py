@@ -26,12 +26,17 @@ from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
 from vraxion_ckpt.compare import without_experts
 from vraxion_ckpt.errors import InconsistentError, UsageError
+from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
     LossPolicy,
+    apply,
     check_policy,
     check_read_back,
-    run_chain,
+    files_below,
+    judge,
+    publish,
+    stage_manifest,
     stage_side_files,
     write_whole,
 )
@@ -43,11 +48,13 @@ from vraxion_ckpt.reading import (
     allowing,
     blamed,
     detect_source,
+    files_of,
     os_errors_named,
     read,
     refuse,
 )
 from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
+from vraxion_ckpt.targets import check_manifest
 from vraxion_ckpt.transaction import Change, Mark, mark_of, survey
 
 
@@ -119,6 +126,7 @@ def edit(
     losses: LossPolicy = "raise",
     keep_old: bool = False,
     dry_run: bool = False,
+    manifest: PathLike | None = None,
     param_names: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
     allow_globals: Sequence[str] = (),
@@ -135,6 +143,7 @@ def edit(
         losses: as for `convert`.
         keep_old: leave the previous state beside it, under its name with ``.old``.
         dry_run: do everything but write.
+        manifest: a file for the digests of every file of the new state; an older manifest there is replaced.
         param_names: as for `read`.
         optimizer: as for `read`.
         allow_globals: as for `read`.
@@ -160,7 +169,12 @@ def edit(
         marks = survey(target)
         before = read(target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
         _refuse_a_part(target, before)
-        outcome = run_chain(before, chain, adapter, target, losses, overwrite=False)
+        outcome = judge(apply(before, chain), adapter, target, losses, overwrite=False)
+        listed = None
+        if manifest is not None:
+            sides = outcome.side_files
+            listed = check_manifest(Path(manifest), before, target, chain, sides, overwrite=True)
+            before.open_experts()  # nothing is vouched for that was not read
         refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
         held = outcome.held
         with blamed(adapter):
@@ -177,12 +191,15 @@ def edit(
                 with blamed(adapter):
                     size = _size(adapter, held, work) + sum(map(len, outcome.side_files.values()))
             else:
-                kept, size = _write(adapter, target, outcome, work, keep_old=keep_old)
+                kept, size = _write(adapter, target, outcome, work, listed, keep_old=keep_old)
+        elif listed is not None and not dry_run:
+            size = _list(adapter, target, before, listed)
         return Edited(
             source=target,
             target=target,
             target_format=adapter.name,
             tensors=tensors,
+            manifest=listed,
             bytes_written=size,
             seconds=time.monotonic() - started,
             dry_run=dry_run,
@@ -308,7 +325,9 @@ def _size(adapter: Adapter, held: Checkpoint, work: _Work) -> int:
     return told + work.copied
 
 
-def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, keep_old: bool) -> tuple[Path | None, int]:
+def _write(
+    adapter: Adapter, target: Path, outcome: Outcome, work: _Work, listed: Path | None, *, keep_old: bool
+) -> tuple[Path | None, int]:
     """Stage what changes, read it back, compare, and only then commit.
 
     Returns:
@@ -325,11 +344,14 @@ def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, kee
         else:
             write_whole(adapter, before, held, stage)
         sides = stage_side_files(stack, outcome.side_files)
-        written = [*_files(stage.path), *(side.path for side in sides)]
+        new = by_name(stage.path, files_below(stage.path))
+        written = [*new.values(), *(side.path for side in sides)]
         size = work.copied + sum(path.stat().st_size for path in written)
         for name in work.carried:
             _carry(target / name, stage.path / name, copy=keep_old)
         _read_back(adapter, held, work, stage, _untouched(work, before, held))
+        files = {name: new.get(name, target / name) for name in work.parts} or new
+        manifest = stage_manifest(stack, listed, adapter, files, target)
         before.sources.verify()  # what was not carried into the result, too
         before.sources.check_unchanged()
         for side in sides:
@@ -339,7 +361,20 @@ def _write(adapter: Adapter, target: Path, outcome: Outcome, work: _Work, *, kee
             linked = mark_of(stage.path / name)
             if linked and linked[0] == watched[name][0]:  # another's: what is written into it is in both states
                 watched[name] = linked[:1]
-        return stage.publish(work.change, watched=watched, keep_old=keep_old), size
+        return publish(stage, manifest, change=work.change, watched=watched, keep_old=keep_old), size
+
+
+def _list(adapter: Adapter, target: Path, before: Checkpoint, place: Path) -> int:
+    """Write the manifest of a checkpoint that stays as it is; return its size."""
+    with ExitStack() as stack:
+        files = by_name(target, files_of(adapter, target))
+        manifest = stage_manifest(stack, place, adapter, files, target)
+        assert manifest is not None
+        before.sources.verify()
+        before.sources.check_unchanged()
+        size = manifest.path.stat().st_size
+        manifest.publish()
+    return size
 
 
 def _carry(source: Path, target: Path, *, copy: bool) -> None:
@@ -357,10 +392,6 @@ def _carry(source: Path, target: Path, *, copy: bool) -> None:
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         (disk.copy if copy else disk.link_or_copy)(source, target)
-
-
-def _files(path: Path) -> list[Path]:
-    return [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
 
 
 def _read_back(adapter: Adapter, held: Checkpoint, work: _Work, stage: Staged, untouched: set[int]) -> None:

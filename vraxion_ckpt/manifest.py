@@ -58,6 +58,11 @@ def make(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manife
     return Manifest(checkpoint=checkpoint, format=format_name, files=digests)
 
 
+def by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
+    """Return files by their path below a checkpoint."""
+    return {SELF if file == root else file.relative_to(root).as_posix(): file for file in files}
+
+
 def dumps(manifest: Manifest) -> bytes:
     """Return a manifest as it is written."""
     return (json.dumps(manifest.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
@@ -115,8 +120,8 @@ def compare(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[t
         root: the checkpoint.
         files: the files that it has, other people's left out.
     """
-    found = {SELF if file == root else file.relative_to(root).as_posix(): file for file in files}
-    for name in found.keys() - manifest.files.keys():
+    found = by_name(root, files)
+    for name in sorted(found.keys() - manifest.files.keys()):
         yield name, "is not in the manifest"
     with progress.bar("digests", sum(digest.bytes for digest in manifest.files.values())) as count:
         for name, expected in manifest.files.items():

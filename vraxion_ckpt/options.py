@@ -121,26 +121,35 @@ def configure(plugin: type[P], options: Mapping[str, Any]) -> P:
     Raises:
         OptionError: every unknown, missing or ill-typed option, in one message.
     """
+    wrong = problems_with(plugin, options)
+    if wrong:
+        listed = "; ".join(what for _, what in wrong)
+        raise OptionError(listed, key=plugin.name, hint=f"see `vraxion-ckpt describe {plugin.name}`")
+    return plugin.model_validate(dict(options))
+
+
+def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every option that is unknown, missing or of the wrong type, and what is wrong with it."""
     try:
-        return plugin.model_validate(dict(options))
+        plugin.model_validate(dict(options))
     except ValidationError as error:
-        problems = [_explain(plugin, problem) for problem in error.errors(include_url=False)]
-        raise OptionError(
-            "; ".join(problems), key=plugin.name, hint=f"see `vraxion-ckpt describe {plugin.name}`"
-        ) from None
+        return [_explain(plugin, problem) for problem in error.errors(include_url=False)]
+    return []
 
 
-def _explain(plugin: type[Plugin], problem: Any) -> str:
+def _explain(plugin: type[Plugin], problem: Any) -> tuple[str, str]:
     key = ".".join(str(part) for part in problem["loc"])
+    option = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, plugin.model_fields, n=1)
         known = ", ".join(plugin.model_fields) or "none"
-        return f"unknown option {key!r}" + (f", did you mean {near[0]!r}?" if near else f" (options: {known})")
+        what = f"unknown option {key!r}" + (f", did you mean {near[0]!r}?" if near else f" (options: {known})")
+        return option, what
     if problem["type"] == "missing":
-        return f"option {key!r} is required"
+        return option, f"option {key!r} is required"
     given = problem.get("input")
     reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
-    return f"option {key!r}: {reason[:1].lower()}{reason[1:]}, not {given!r}" if key else reason
+    return option, f"option {key!r}: {reason[:1].lower()}{reason[1:]}, not {given!r}" if key else reason
 
 
 def resolved(plugin: Plugin) -> dict[str, Any]:

@@ -13,17 +13,19 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vraxion_ckpt import binding, invariants
+from vraxion_ckpt import binding, invariants, signals
 from vraxion_ckpt.adapter import Adapter, Loss
 from vraxion_ckpt.commit import Staged, exclusive, staged
 from vraxion_ckpt.compare import differences_and_checksums, without_experts
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import (
+    CkptError,
     CkptWarning,
     InconsistentError,
     InvariantError,
@@ -33,14 +35,34 @@ from vraxion_ckpt.errors import (
     UsageError,
 )
 from vraxion_ckpt.invariants import Preservation
-from vraxion_ckpt.model import Checkpoint, HeadKind
+from vraxion_ckpt.manifest import by_name, dumps, make
+from vraxion_ckpt.model import Checkpoint, HeadKind, Record
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike, blamed, os_errors_named, read, refuse
 from vraxion_ckpt.summary import Outcome, Summary, count_tensors
-from vraxion_ckpt.targets import check_apart, check_places, check_side_files, detect_target
+from vraxion_ckpt.targets import (
+    check_apart,
+    check_manifest,
+    check_places,
+    check_several,
+    check_side_files,
+    detect_target,
+)
+from vraxion_ckpt.transaction import committed
 from vraxion_ckpt.transform import Step, apply_chain, moved_addresses
 
 LossPolicy = Literal["raise", "warn", "ignore"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place that a result goes to; the options are those of `convert`."""
+
+    path: PathLike
+    to: AdapterLike | None = None
+    losses: LossPolicy = "raise"
+    overwrite: bool = False
+    manifest: PathLike | None = None
 
 
 def convert(
@@ -53,6 +75,7 @@ def convert(
     losses: LossPolicy = "raise",
     overwrite: bool = False,
     dry_run: bool = False,
+    manifest: PathLike | None = None,
     param_names: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
     allow_globals: Sequence[str] = (),
@@ -67,6 +90,7 @@ def convert(
         losses: what to do about what `dst`'s format cannot hold.
         overwrite: replace an existing `dst`, in one step, once the result is complete.
         dry_run: do everything but write.
+        manifest: a file for the digests of what was written, see `vraxion_ckpt.manifest`.
         from_: as for `read`.
         to: the format of `dst`.
         param_names: as for `read`.
@@ -76,38 +100,110 @@ def convert(
     Raises:
         CkptError: one subclass for each kind of reason, see `vraxion_ckpt.errors`.
     """
+    (summary,) = convert_to_all(
+        src,
+        [Target(dst, to, losses, overwrite, manifest)],
+        transforms=transforms,
+        from_=from_,
+        dry_run=dry_run,
+        param_names=param_names,
+        optimizer=optimizer,
+        allow_globals=allow_globals,
+    )
+    return summary
+
+
+def convert_to_all(
+    src: PathLike,
+    targets: Sequence[Target],
+    *,
+    transforms: Sequence[TransformLike] = (),
+    from_: AdapterLike | None = None,
+    dry_run: bool = False,
+    param_names: Sequence[str] | None = None,
+    optimizer: OptimizerPolicy = "keep",
+    allow_globals: Sequence[str] = (),
+    record: Record | None = None,
+) -> tuple[Summary, ...]:
+    """Do what `convert` does for several targets: read once, run the chain once, and judge and stage all of them.
+
+    Only when all are complete, they are put in place one after the other, each in one step. `record` is put into the
+    history before those of the chain.
+    """
     started = time.monotonic()
-    with os_errors_named(src, dst), ExitStack() as stack:
-        check_policy(losses)
+    with os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
         chain = resolve_chain(transforms)
-        adapter, target = detect_target(dst, to)
         source = Path(src)
-        check_places(source, target, adapter, overwrite=overwrite)
+        places = [_place(source, target) for target in targets]
+        check_several([place for _, place in places])
         if not dry_run:
-            stack.enter_context(exclusive(target))
+            for _, place in places:
+                stack.enter_context(exclusive(place))
 
         before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
-        check_apart(target, before)
+        for _, place in places:
+            check_apart(place, before)
         before.open_experts()  # a new target holds them all, so all are judged now
         refuse(InconsistentError, invariants.findings(before), source)
-        outcome = run_chain(before, chain, adapter, target, losses, overwrite=overwrite)
-        tensors = count_tensors(before, outcome.held)
+        applied = apply(before, chain, record)
+        results = [
+            _Result(target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite))
+            for target, (adapter, place) in zip(targets, places, strict=True)
+        ]
+        manifests = [_manifest_place(result, chain) for result in results]
+        check_several([place for place in manifests if place is not None])
 
-        bytes_written = 0
+        sizes = [0] * len(results)
         if dry_run:
             before.sources.verify()
         else:
-            bytes_written = _write(adapter, outcome, target, overwrite=overwrite)
-        return Summary(
-            source=source,
-            target=target,
-            target_format=adapter.name,
-            tensors=tensors,
-            bytes_written=bytes_written,
-            seconds=time.monotonic() - started,
-            dry_run=dry_run,
-            **outcome.facts(dropped=optimizer == "drop"),
+            sizes = _write(results, manifests, before)
+        return tuple(
+            Summary(
+                source=source,
+                target=result.place,
+                target_format=result.adapter.name,
+                tensors=count_tensors(before, result.outcome.held),
+                manifest=manifest,
+                bytes_written=size,
+                seconds=time.monotonic() - started,
+                dry_run=dry_run,
+                **result.outcome.facts(dropped=optimizer == "drop"),
+            )
+            for result, manifest, size in zip(results, manifests, sizes, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is to be written to one target."""
+
+    target: Target
+    adapter: Adapter
+    place: Path
+    outcome: Outcome
+
+
+def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
+    """Return the adapter and the final path of a target, before anything is read."""
+    check_policy(target.losses)
+    adapter, place = detect_target(target.path, target.to)
+    check_places(source, place, adapter, overwrite=target.overwrite)
+    return adapter, place
+
+
+def _manifest_place(result: _Result, chain: Sequence[Step]) -> Path | None:
+    if result.target.manifest is None:
+        return None
+    outcome = result.outcome
+    return check_manifest(
+        Path(result.target.manifest),
+        outcome.before,
+        result.place,
+        chain,
+        outcome.side_files,
+        overwrite=result.target.overwrite,
+    )
 
 
 def check_policy(losses: LossPolicy) -> None:
@@ -116,17 +212,32 @@ def check_policy(losses: LossPolicy) -> None:
         raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
 
 
-def run_chain(
-    before: Checkpoint, chain: Sequence[Step], adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool
-) -> Outcome:
-    """Apply a chain and judge what comes of it: all that can be refused before a byte is written."""
-    after, side_files = apply_chain(before, chain)
-    check_side_files(side_files, before, target, chain, overwrite=overwrite)
-    preservation = _check_result(before, after, chain)
+@dataclass(frozen=True)
+class Applied:
+    """What a chain has made of a checkpoint, whatever is to be written of it."""
+
+    before: Checkpoint
+    after: Checkpoint
+    chain: Sequence[Step]
+    side_files: dict[Path, bytes]
+    preservation: Preservation | None
+
+
+def apply(before: Checkpoint, chain: Sequence[Step], record: Record | None = None) -> Applied:
+    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps."""
+    begun = before if record is None else replace(before, history=(*before.history, record))
+    after, side_files = apply_chain(begun, chain)
+    return Applied(before, after, chain, side_files, _check_result(before, after, chain))
+
+
+def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
+    """Judge what a format will hold of it: all that can be refused before a byte is written."""
+    before, after = applied.before, applied.after
+    check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
     with blamed(adapter):
         held = adapter.held(after)
-    return Outcome(before, after, held, side_files, preservation, tuple(lost))
+    return Outcome(before, after, held, applied.side_files, applied.preservation, tuple(lost))
 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
@@ -199,21 +310,85 @@ def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) 
     return lost
 
 
-def _write(adapter: Adapter, outcome: Outcome, target: Path, *, overwrite: bool) -> int:
-    """Stage, read back, compare, and only then commit; return the bytes written."""
-    before, held = outcome.before, outcome.held
+def _write(results: Sequence[_Result], manifests: Sequence[Path | None], before: Checkpoint) -> list[int]:
+    """Stage, read back, compare, and only then commit; return the bytes written to each target."""
     with ExitStack() as stack:
-        stage = stack.enter_context(staged(target, directory=adapter.is_directory, overwrite=overwrite))
-        write_whole(adapter, before, held, stage)
-        sides = stage_side_files(stack, outcome.side_files)
-        with blamed(adapter):
-            found = adapter.read(stage.path)
-        check_read_back(found, held, target)
+        staged_results = [_stage(stack, result, before) for result in results]
+        sides = stage_side_files(stack, results[0].outcome.side_files)
+        listed = [
+            stage_manifest(stack, place, result.adapter, by_name(stage.path, files_below(stage.path)), result.place)
+            for result, stage, place in zip(results, staged_results, manifests, strict=True)
+        ]
         before.sources.verify()  # what was not carried into the result, too
-        size = sum(_size(each.path) for each in (stage, *sides))
-        for each in (*sides, stage):  # the target last: if it is there, all is there
-            each.publish(check=before.sources.check_unchanged)
-    return size
+        sizes = [sum(file.stat().st_size for file in files_below(stage.path)) for stage in staged_results]
+        sizes[0] += sum(side.path.stat().st_size for side in sides)
+        for side in sides:  # the targets last: if they are there, all is there
+            side.publish(check=before.sources.check_unchanged)
+        _publish_all(list(zip(staged_results, listed, strict=True)), before)
+    return sizes
+
+
+def _publish_all(pairs: Sequence[tuple[Staged, Staged | None]], before: Checkpoint) -> None:
+    """Put every target in its place, and its manifest; when one is there, it is too late to stop before all are."""
+    (first, its_manifest), *rest = pairs
+    late = None
+    try:
+        publish(first, its_manifest, check=before.sources.check_unchanged)
+    except signals.Interrupted as stop:
+        if first.target not in committed:
+            raise
+        late = stop
+    with signals.put_off():
+        for number, (stage, manifest) in enumerate(rest, start=1):
+            try:
+                publish(stage, manifest, check=before.sources.check_unchanged)
+            except CkptError as error:
+                error.message += f"; but {', '.join(str(other.target) for other, _ in pairs[:number])} was written"
+                raise
+    if late is not None:
+        raise late
+
+
+def _stage(stack: ExitStack, result: _Result, before: Checkpoint) -> Staged:
+    """Write a result beside its target, read it back and compare."""
+    adapter, held = result.adapter, result.outcome.held
+    stage = stack.enter_context(staged(result.place, directory=adapter.is_directory, overwrite=result.target.overwrite))
+    write_whole(adapter, before, held, stage)
+    with blamed(adapter):
+        found = adapter.read(stage.path)
+    check_read_back(found, held, result.place)
+    return stage
+
+
+def files_below(path: Path) -> list[Path]:
+    """List the files of a staged result."""
+    return [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+
+
+def stage_manifest(
+    stack: ExitStack, place: Path | None, adapter: Adapter, files: Mapping[str, Path], target: Path
+) -> Staged | None:
+    """Stage the manifest of files that were read back; what may be replaced was judged before."""
+    if place is None:
+        return None
+    stack.enter_context(exclusive(place))
+    stage = stack.enter_context(staged(place, directory=False, overwrite=True))
+    write_new(stage.path, dumps(make(target.name, adapter.name, files)))
+    return stage
+
+
+def publish(stage: Staged, manifest: Staged | None, **how: Any) -> Path | None:
+    """Put a result in its place, as `Staged.publish` does, and then its manifest.
+
+    In this order, a result that cannot be put in its place leaves an old manifest that still tells the truth. Killed
+    between the two, a run leaves one that is missing, or that `check` finds to contradict the files.
+    """
+    try:
+        return stage.publish(**how)
+    finally:
+        if manifest is not None and stage.target in committed:  # even if a signal has come meanwhile
+            with signals.put_off():
+                manifest.publish()
 
 
 def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:
@@ -248,8 +423,3 @@ def check_read_back(
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
     refuse(InvariantError, differences_and_checksums(expected, found), target)
     found.sources.verify()
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
-    return sum(file.stat().st_size for file in files)

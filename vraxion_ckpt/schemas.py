@@ -11,10 +11,13 @@ from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.inplace import Edited
 from vraxion_ckpt.inspection import Inspection
+from vraxion_ckpt.manifest import Manifest
+from vraxion_ckpt.recipe import Ran
 from vraxion_ckpt.summary import Summary
 
 SCHEMAS: dict[str, type[Facts]] = {
-    facts.kind_of_facts: facts for facts in (Summary, Edited, Inspection, Difference, Checked, PluginList, Description)
+    facts.kind_of_facts: facts
+    for facts in (Summary, Edited, Ran, Inspection, Difference, Checked, Manifest, PluginList, Description)
 }
 
 

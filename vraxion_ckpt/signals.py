@@ -14,6 +14,7 @@ from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
+_putting_off: list[None] = []  # one for each `put_off` that is under way
 
 
 class Interrupted(BaseException):
@@ -44,7 +45,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 def check() -> None:
     """Raise again what was lost: Python prints and drops an exception that is raised while it cleans up an object."""
-    if _received:
+    if _received and not _putting_off:
         raise Interrupted(_received[0])
 
 
@@ -60,6 +61,7 @@ def put_off() -> Iterator[None]:
     def note(number: int, _: FrameType | None) -> None:
         caught.append(number)
 
+    _putting_off.append(None)
     try:
         for number in _ENDING:
             if (handler := signal.getsignal(number)) is not None:  # None: not set by Python, nor to be set back by it
@@ -67,6 +69,7 @@ def put_off() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
+        _putting_off.pop()
         for number, usual in before.items():
             signal.signal(number, usual)
     if caught:

@@ -48,7 +48,9 @@ class Summary(Facts):
     history: tuple[Record, ...]
     """The steps of this run."""
     side_files: tuple[Path, ...]
-    """What was written beside the target."""
+    """What transforms asked to have written beside the target."""
+    manifest: Path | None
+    """Where the digests of its files are."""
     bytes_written: int
     """0 for a dry run of a conversion."""
     seconds: float

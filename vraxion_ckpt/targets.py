@@ -9,6 +9,7 @@ from pathlib import Path
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.manifest import is_manifest
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
 from vraxion_ckpt.plugins import AdapterLike, adapters, resolve_adapter
@@ -100,13 +101,51 @@ def check_side_files(
     """Refuse side files over the source, the target, what the chain reads, or what must not be replaced."""
     inputs = _files_named_once(chain, side_files)
     for path in side_files:
-        real = Path(os.path.realpath(path))
-        if real == target or target in real.parents:
-            raise UsageError("a side file must not be, or lie in, the target", path=path)
-        check_apart(real, before)
-        if real in inputs:
-            raise UsageError("a side file must not replace a file that the chain reads", path=path)
-        if real.is_dir():
-            raise UsageError("is a directory, not a file to write", path=path)
+        real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
         check_target(real, overwrite=overwrite or (real.is_file() and real.read_bytes() == side_files[path]))
+
+
+def check_manifest(
+    path: Path,
+    before: Checkpoint,
+    target: Path,
+    chain: Sequence[Step],
+    side_files: dict[Path, bytes],
+    *,
+    overwrite: bool,
+) -> Path:
+    """Refuse a manifest where a side file must not be, or over one, or over what is no manifest.
+
+    Returns:
+        Its final path.
+    """
+    real = _check_beside(path, before, target, _files_named_once(chain, side_files))
+    if real in {Path(os.path.realpath(side)) for side in side_files}:
+        raise UsageError("is also what a transform writes", path=path)
+    if real.exists() and overwrite and not is_manifest(real):
+        raise UsageError("is no manifest, and is not replaced by one", path=path)
+    check_target(real, overwrite=overwrite)
+    return real
+
+
+def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
+    real = Path(os.path.realpath(path))
+    if real == target or target in real.parents:
+        raise UsageError("a side file must not be, or lie in, the target", path=path)
+    check_apart(real, before)
+    if real in inputs:
+        raise UsageError("a side file must not replace a file that the chain reads", path=path)
+    if real.is_dir():
+        raise UsageError("is a directory, not a file to write", path=path)
+    return real
+
+
+def check_several(targets: Sequence[Path]) -> None:
+    """Refuse targets that are the same, or lie in each other."""
+    for i, target in enumerate(targets):
+        for other in targets[:i]:
+            if target == other:
+                raise UsageError("is given as a target twice", path=target)
+            if target in other.parents or other in target.parents:
+                raise UsageError(f"lies inside another target, or around it: {other}", path=target)

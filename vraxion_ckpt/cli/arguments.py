@@ -76,6 +76,13 @@ def chain_options(command: _F) -> _F:
     return command
 
 
+def manifest(command: _F) -> _F:
+    """Take ``--manifest``."""
+    return click.option(
+        "--manifest", type=click.Path(), metavar="FILE", help="Write the digests of all files to FILE, for `check`."
+    )(command)
+
+
 def visits_options(command: _F) -> _F:
     """Take files of visits, before a split and after training was resumed, and the checkpoint before the split."""
     for option in (

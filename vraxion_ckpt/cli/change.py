@@ -1,10 +1,11 @@
-"""The commands that write checkpoints: convert, edit."""
+"""The commands that write checkpoints: convert, edit, run."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ import click
 
 from vraxion_ckpt import signals
 from vraxion_ckpt.cli import arguments, output
-from vraxion_ckpt.errors import StorageError
+from vraxion_ckpt.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from vraxion_ckpt.inplace import Edited
+    from vraxion_ckpt.recipe import Ran
     from vraxion_ckpt.summary import Summary
 
-_S = TypeVar("_S", bound="Summary")
+_S = TypeVar("_S", "Summary", "Edited", "Ran")
 
 
 @click.command(short_help="Convert between formats, through a chain of transforms.")
@@ -30,6 +33,7 @@ _S = TypeVar("_S", bound="Summary")
     "--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, .safetensors, or / at the end."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing target, in one step, at the end.")
+@arguments.manifest
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @arguments.read_options
 @arguments.as_json
@@ -59,6 +63,7 @@ def convert(
 @arguments.chain_options
 @click.option("--to", metavar="F[:k=v]", help="The same format, with options for writing.")
 @click.option("--keep-old", is_flag=True, help="Leave the previous state beside it, as PATH.old.")
+@arguments.manifest
 @click.option("--dry-run", is_flag=True, help="Say which files would be written and removed, and write nothing.")
 @arguments.read_options
 @arguments.as_json
@@ -83,17 +88,73 @@ def edit(context: click.Context, /, path: str, param_names: Path | None, as_json
         _tell(context, done, show_changes.edited, as_json=as_json)
 
 
+def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from vraxion_ckpt.recipe import json_schema
+
+        click.echo(json.dumps(json_schema(), indent=2))
+        context.exit()
+
+
+@click.command(short_help="Do what a recipe says.")
+@click.argument("recipe", type=click.Path())
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Give a variable a value; repeatable.")
+@click.option("--overwrite", is_flag=True, help="Replace targets that exist, each in one step, at the end.")
+@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@click.option(
+    "--print-schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_recipe_schema,
+    help="Print the JSON Schema of a recipe, and do nothing else.",
+)
+@arguments.as_json
+@click.pass_context
+def run(
+    context: click.Context, /, recipe: str, settings: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Run RECIPE, a YAML file: read its source, run its chain, write all its targets, or none.
+
+    Paths in it are relative to the current directory, as on the command line; ${recipe_dir} is its own folder.
+
+    \b
+    source: ${run}/ckpt_pre_split.pt
+    vars: {run: runs/r1}
+    chain:
+      - arc_meta: {visits: "${run}/visits.json"}
+      - mitosis_split: {noise: 0}
+    targets: ["${run}/ckpt_post_split.pt"]
+    """  # noqa: D301 - click reads the escape
+    arguments.must_exist(recipe)
+    given = dict(_setting(text) for text in settings)
+    from vraxion_ckpt.cli import show_changes
+    from vraxion_ckpt.recipe import carry_out, prepare
+
+    ready = prepare(recipe, given, overwrite=overwrite)
+    with _unless_too_late(*(os.fspath(target.path) for target in ready.targets)):
+        done = carry_out(ready, dry_run=dry_run)
+        _tell(context, done, show_changes.ran, as_json=as_json)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {text!r} is not NAME=VALUE")
+    return name, value
+
+
 @contextmanager
-def _unless_too_late(target: str) -> Iterator[None]:
-    """End with 0, and say so, where a signal comes when the target is already in its new state."""
+def _unless_too_late(*targets: str) -> Iterator[None]:
+    """End with 0, and say so, where a signal comes when the targets are already in their new state."""
     try:
         yield
     except signals.Interrupted:
         from vraxion_ckpt.transaction import committed
 
-        if Path(os.path.realpath(target)) not in committed:
+        if not all(Path(os.path.realpath(target)) in committed for target in targets):
             raise
-        output.say("warning", f"the signal came too late: {target} was written", "yellow")
+        output.say("warning", f"the signal came too late: {', '.join(targets)} was written", "yellow")
         raise click.exceptions.Exit(0) from None
 
 
@@ -109,8 +170,15 @@ def _tell(context: click.Context, done: _S, show: Callable[..., None], *, as_jso
         raise
     except OSError as error:
         output.drop_output()
-        what = "nothing was to be written" if done.dry_run else f"{done.target} was written"
+        targets = ", ".join(str(each.target) for each in _summaries(done))
+        what = "nothing was to be written" if done.dry_run else f"{targets} was written"
         raise StorageError(f"{what}, but not this summary: {error.strerror}", path="the output") from error
 
 
-COMMANDS = (convert, edit)
+def _summaries(done: Summary | Ran) -> Sequence[Summary]:
+    from vraxion_ckpt.summary import Summary
+
+    return (done,) if isinstance(done, Summary) else done.results
+
+
+COMMANDS = (convert, edit, run)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.cli.terminal import Line, listed, print_lines, size
+from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
 from vraxion_ckpt.inplace import Edited, EditKind
+from vraxion_ckpt.recipe import Ran
 from vraxion_ckpt.summary import Summary
 
 _HOW = {
@@ -28,16 +29,25 @@ def converted(done: Summary, *, verbose: bool = False) -> None:
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
+def ran(done: Ran, *, verbose: bool = False) -> None:
+    """Print a summary for each target of a recipe."""
+    for number, summary in enumerate(done.results):
+        if number:
+            put("")
+        converted(summary, verbose=verbose)
+
+
 def edited(done: Edited, *, verbose: bool = False) -> None:
     """Print an edit's summary, a fact a line."""
     where = f"{done.target} ({done.target_format})"
     if done.kind is EditKind.NOTHING:
-        print_lines([("unchanged", where), ("how", _HOW[done.kind])])
+        lines: list[Line] = [("unchanged", where), ("how", _HOW[done.kind])]
+        print_lines([*lines, ("manifest", str(done.manifest))] if done.manifest else lines)
         return
     edited, wrote, removed = (
         ("would edit", "would write", "would remove") if done.dry_run else ("edited", "wrote", "removed")
     )
-    lines: list[Line] = [(edited, where), ("how", _HOW[done.kind])]
+    lines = [(edited, where), ("how", _HOW[done.kind])]
     files = [(wrote, done.written), (removed, done.removed)]
     lines += [(what, listed(names)) for what, names in files if names and names != (".",)]
     if done.untouched:
@@ -61,6 +71,8 @@ def _what_became(done: Summary) -> list[Line]:
         lines.append(("function", f"preserved per address: {done.function_preserved}"))
     lines += [("lost", str(loss)) for loss in done.losses]
     lines += [("also", str(path)) for path in done.side_files]
+    if done.manifest:
+        lines.append(("manifest", str(done.manifest)))
     return lines
 
 

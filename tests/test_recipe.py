@@ -1,0 +1,329 @@
+"""Recipes: the same as `convert`, written down; and everything that is wrong with one, at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from support import DATA, EXPECTED, files_below
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.errors import CkptError, LossError, StorageError, UsageError
+from vraxion_ckpt.recipe import json_schema
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "refinement"
+NAMED = DATA / "named_experts3.pt"
+
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current directory, with a source and its visits."""
+    shutil.copy(DATA / "wallclock_experts3.pt", tmp_path / "in.pt")
+    shutil.copy(EXPECTED / "wallclock_experts3.visits.json", tmp_path / "visits.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(text: str, name: str = "recipe.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def refused(text: str, **options) -> list[str]:
+    """Return what is told of a recipe that is refused before anything is read or written."""
+    before = files_below(Path.cwd())
+    with pytest.raises(UsageError) as caught:
+        vc.run(write(text), **options)
+    Path("recipe.yaml").unlink()
+    assert files_below(Path.cwd()) == before
+    return str(caught.value).splitlines()[1:]
+
+
+FULL = """\
+vars: {run: ., noise: 0}
+source: ${run}/in.pt
+chain:
+  - arc_meta: {visits: "${run}/visits.json", output: "${run}/plan.json"}
+  - mitosis_split: {noise: "${noise}"}
+targets:
+  - ${run}/out.pt
+  - {path: "${run}/modular/", to: modular, manifest: "${run}/m.json"}
+  - path: ${run}/weights.safetensors
+    to: safetensors:weights_only=true
+    losses: ignore
+"""
+
+
+def test_it_does_what_convert_does():
+    done = vc.run(write(FULL))
+    chain = [("arc_meta", {"visits": "visits.json"}), "mitosis_split:noise=0"]
+    vc.convert("in.pt", "expected.pt", transforms=chain)
+    for target in ("out.pt", "modular"):
+        found = vc.diff("expected.pt", target)
+        assert {change.what for change in found.history} <= {"added", "removed"}
+        assert (found.model, found.optimizer, found.payload, found.experts, found.other) == ((), (), (), (), ())
+    assert [summary.target.name for summary in done.results] == ["out.pt", "modular", "weights.safetensors"]
+    assert vc.check("modular", manifest="m.json").sound
+    assert done.results[2].losses
+    assert json.loads(Path("plan.json").read_text())["parent_expert"] == 2
+
+
+def test_the_recipe_stands_in_the_history_of_every_result_as_it_was_run():
+    vc.run(write(FULL), settings={"noise": "0.001"})
+    for target in ("out.pt", "modular", "weights.safetensors"):
+        first, *rest = vc.open(target).history
+        assert (first.name, first.source) == ("run", "in.pt")
+        assert first.options["recipe"] == "recipe.yaml"
+        assert first.options["vars"] == {"run": ".", "noise": 0.001}
+        assert first.options["chain"][1] == {"mitosis_split": {"noise": 0.001}}
+        assert [record.name for record in rest] == ["arc_meta", "mitosis_split"]
+    assert "recipe recipe.yaml: 2 steps, 3 targets" in [record.summary for record in vc.inspect("out.pt").history]
+
+
+def test_the_same_recipe_gives_the_same_bytes(here):
+    vc.run(write(FULL))
+    before = {name: Path(name).read_bytes() for name in files_below(here)}
+    vc.run("recipe.yaml", overwrite=True)
+    assert {name: Path(name).read_bytes() for name in files_below(here)} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [("0.5", 0.5), ("3", 3), ("true", True), ("null", None), ("a: b", "a: b"), ("1e-5", "1e-5")]
+)
+def test_a_variable_is_set_to_what_yaml_takes_a_text_for(given, value, here):
+    write("vars: {x: 1}\nsource: in.pt\nchain: ['arc_meta:visits=visits.json']\ntargets: ['${x}.pt']\n")
+    vc.run("recipe.yaml", settings={"x": given})
+    (made,) = [name for name in files_below(here) if name.name not in ("in.pt", "visits.json", "recipe.yaml")]
+    assert vc.open(made).history[0].options["vars"] == {"x": value}
+
+
+def test_a_dollar_sign_is_written_twice_and_the_recipes_folder_is_known(here):
+    (here / "sub").mkdir()
+    write("source: '${recipe_dir}/../in.pt'\ntargets: ['$${x}.pt', '${recipe_dir}/b.pt']\n", "sub/recipe.yaml")
+    vc.run("sub/recipe.yaml")
+    assert Path("${x}.pt").exists()
+    assert Path("sub/b.pt").exists()
+
+
+def test_everything_that_is_wrong_is_told_at_once_with_its_line():
+    told = refused(
+        """\
+vars:
+  noise: 0
+  never: 1
+source: {path: in.pt, form: pt}
+chain:
+  - arc_meta:
+      visit: x.json
+      parent: two
+  - mitosis_splt
+  - mitosis_split: {noise: "${nose}", seed: many}
+  - [1, 2]
+  - mitosis_split:noise=-1
+targets:
+  - {path: a.pt, to: pth}
+  - {to: pt}
+losses: maybe
+loses: warn
+"""
+    )
+    expected = [
+        "line 3: vars.never: is used nowhere",
+        "line 4: source.form: is not known, did you mean 'from'?",
+        "line 7: chain[0].arc_meta.visit: unknown option 'visit', did you mean 'visits'?",
+        "line 8: chain[0].arc_meta.parent: option 'parent'",
+        "line 9: chain[1]: unknown transform 'mitosis_splt' (did you mean 'mitosis_split'?)",
+        "line 10: chain[2].mitosis_split.noise: there is no variable 'nose', did you mean 'noise'?",
+        "line 10: chain[2].mitosis_split.seed: option 'seed'",
+        "line 11: chain[3]: must be NAME",
+        "line 12: chain[4]: option 'noise'",
+        "line 14: targets[0].to: unknown format 'pth'",
+        "line 15: targets[1].path: is required",
+        "line 16: losses: ",
+        "line 17: loses: is not known, did you mean 'losses'?",
+    ]
+    for part in expected:
+        assert any(part in line for line in told), (part, told)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "must be a mapping"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("source: in.pt\n", "to change a checkpoint in place, use `edit`"),
+        ("source: in.pt\ntargets: []\n", "to change a checkpoint in place, use `edit`"),
+        ("targets: [a.pt]\n", "source: is required"),
+        ("source: in.pt\nsource: in.pt\ntargets: [a.pt]\n", "line 2: source: the key occurs twice"),
+        ("source: in.pt\n\ttargets: [a.pt]\n", "line 2"),
+        ("source: &a in.pt\ntargets: [*a]\n", "line 2: aliases"),
+        ("source: !!python/object/apply:os.system [x]\ntargets: [a.pt]\n", "the tag"),
+        ("source: in.pt\ntargets: [a.pt, b.pt]\nmanifest: m.json\n", "each needs a manifest of its own"),
+        ("schema: vraxion-ckpt/recipe/9\nsource: in.pt\ntargets: [a.pt]\n", "line 1: schema"),
+        ("source: in.pt\nchain: mitosis_split\ntargets: [a.pt]\n", "line 2: chain"),
+        ("source: in.pt\nchain: [{arc_meta: 3}]\ntargets: [a.pt]\n", "must be a mapping of options"),
+        ("vars: [a]\nsource: in.pt\ntargets: [a.pt]\n", "line 1: vars"),
+        ("source: '${x}'\ntargets: [a.pt]\n", "there is no variable 'x'"),
+        ("? [a, b]\n: c\nsource: in.pt\ntargets: [a.pt]\n", "a key must be plain text"),
+        ("[" * 3000 + "]" * 3000, "nested too deeply"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_reason(text, says, run_cli):
+    told = run_cli("run", write(text))
+    assert told[0] == 2
+    assert says in told[2]
+    assert "Traceback" not in told[2]
+    assert max(map(len, told[2].splitlines())) < 300
+
+
+def test_a_wrong_call_is_refused(here, run_cli):
+    write(FULL)
+    (here / "binary.yaml").write_bytes(b"\xff\xfe")
+    for arguments, says in (
+        (["nowhere.yaml"], "no such file"),
+        (["binary.yaml"], "not UTF-8"),
+        (["recipe.yaml", "--set", "noise"], "is not NAME=VALUE"),
+        (["recipe.yaml", "--set", "nois=1"], "--set.nois: is no variable of the recipe, did you mean 'noise'?"),
+        ([], "Missing argument 'RECIPE'"),
+    ):
+        code, _, complained = run_cli("run", *arguments)
+        assert code == 2
+        assert says in complained
+
+
+# --- several targets ---
+
+
+def test_nothing_is_written_if_one_target_is_refused(here):
+    for second in (
+        "{path: w.safetensors, to: 'safetensors:weights_only=true'}",
+        "in.pt",
+        "a.pt",
+        "a.pt/",
+        "nowhere/b.pt",
+        "{path: b.pt, manifest: a.pt}",
+        "{path: b.pt, manifest: visits.json}",
+    ):
+        write(f"source: in.pt\nchain: ['arc_meta:visits=visits.json']\ntargets: [a.pt, {second}]\n")
+        before = files_below(here)
+        with pytest.raises(CkptError):
+            vc.run("recipe.yaml")
+        assert files_below(here) == before, second
+    write("source: in.pt\ntargets: [a.pt, {path: w.safetensors, to: 'safetensors:weights_only=true'}]\n")
+    with pytest.raises(LossError, match="the optimizer's state"):
+        vc.run("recipe.yaml")
+
+
+def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_first(here, monkeypatch):
+    from vraxion_ckpt import tensorfile
+
+    def full(*_):
+        raise StorageError("No space left on device", path="b.safetensors")
+
+    monkeypatch.setattr(tensorfile, "save", full)
+    write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
+    before = files_below(here)
+    with pytest.raises(StorageError, match="No space left"):
+        vc.run("recipe.yaml")
+    assert files_below(here) == before
+
+
+def test_a_target_that_appears_meanwhile_is_told_with_what_was_written(monkeypatch):
+    from vraxion_ckpt import pipeline
+
+    original = pipeline.publish
+
+    def also(*args, **how):
+        original(*args, **how)
+        Path("b.pt").write_text("somebody else's")
+
+    monkeypatch.setattr(pipeline, "publish", also)
+    write("source: in.pt\ntargets: [a.pt, b.pt]\n")
+    with pytest.raises(UsageError, match=r"has appeared meanwhile.*a\.pt was written"):
+        vc.run("recipe.yaml")
+    assert Path("b.pt").read_text() == "somebody else's"
+    assert vc.check("a.pt").sound
+
+
+def test_a_signal_between_two_targets_comes_too_late(here):
+    """The first is in place: the others follow, and the exit code says that all is there."""
+    script = (
+        "import os, signal, sys; from vraxion_ckpt import pipeline; from vraxion_ckpt.cli import main\n"
+        "original = pipeline.publish\n"
+        "def also(*args, **how):\n    original(*args, **how); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "pipeline.publish = also\nmain(sys.argv[1:])"
+    )
+    write("source: in.pt\ntargets: [a.pt, b/]\n")
+    command = [sys.executable, "-c", script, "run", "recipe.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "the signal came too late: a.pt, b/ was written" in done.stderr
+    assert vc.check("a.pt").sound
+    assert vc.check("b").sound
+    assert sorted(path.name for path in here.iterdir()) == ["a.pt", "b", "in.pt", "recipe.yaml", "visits.json"]
+
+
+def test_a_dry_run_and_json_tell_the_same_and_write_nothing(here, run_cli):
+    write(FULL)
+    before = files_below(here)
+    code, said, _ = run_cli("run", "recipe.yaml", "--dry-run", "--json")
+    assert (code, files_below(here)) == (0, before)
+    facts = json.loads(said)
+    jsonschema.validate(facts, json.loads(run_cli("schema", "run")[1]))
+    assert [result["target_format"] for result in facts["results"]] == ["pt", "modular", "safetensors"]
+    code, said, _ = run_cli("run", "recipe.yaml")
+    assert code == 0
+    assert said.count("3 → 4") == 3
+    assert max(map(len, said.splitlines())) <= 80
+    code, _, complained = run_cli("run", "recipe.yaml")
+    assert code == 2
+    assert "--overwrite" in complained
+
+
+# --- the schema, the example ---
+
+
+def test_the_schema_accepts_good_recipes_and_refuses_wrong_ones(run_cli):
+    code, said, _ = run_cli("run", "--print-schema")
+    assert code == 0
+    schema = json.loads(said)
+    assert schema == json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for good in (FULL, (EXAMPLE / "refine.yaml").read_text()):
+        validator.validate(yaml.safe_load(good))
+    for wrong in (
+        "source: a.pt",
+        "source: a.pt\ntargets: []",
+        "source: a.pt\ntargets: [b.pt]\nloses: warn",
+        "source: a.pt\ntargets: [b.pt]\nchain: [{arc_meta: {visit: x}}]",
+        "source: a.pt\ntargets: [b.pt]\nchain: [{nonsense: {}}]",
+    ):
+        assert list(validator.iter_errors(yaml.safe_load(wrong))), wrong
+
+
+def test_the_example_makes_the_directory_of_the_runbook(tmp_path, monkeypatch, run_cli):
+    shutil.copytree(EXAMPLE, tmp_path / "refinement")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "refinement/refine.yaml", "--set", "run=refinement/run_0001", "--set", "noise=0"]
+    assert run_cli(*arguments)[0] == 0
+    run = tmp_path / "refinement/run_0001"
+    names = ["ckpt_post_split.pt", "ckpt_pre_split.pt", "manifest.json", "mitosis_meta.json", "visits.json"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    chain = ["single_to_experts", ("arc_meta", {"visits": run / "visits.json"}), "mitosis_split:noise=0"]
+    vc.convert(run / "ckpt_pre_split.pt", tmp_path / "expected.pt", transforms=chain)
+    found = vc.diff(tmp_path / "expected.pt", run / "ckpt_post_split.pt")
+    assert (found.model, found.optimizer, found.payload, found.lifecycle) == ((), (), (), ())
+    code, _, complained = run_cli(*arguments)
+    assert code == 2
+    assert "ckpt_post_split.pt" in complained
+    assert run_cli(*arguments, "--overwrite")[0] == 0
