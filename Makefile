@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 
-.PHONY: demo test reliability lint bench clean
+.PHONY: demo test reliability lint docs bench dist clean
 
 demo: .venv/ready
 	$(BIN)/vraxion-ckpt demo build/demo
@@ -19,8 +19,16 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/ready
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
 bench: .venv/ready
 	$(BIN)/python benchmarks/bench.py
+
+dist: .venv/ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
