@@ -1091,7 +1091,7 @@ def test_inspect_tells_that_nothing_would_be_lost(tmp_path, capsys):
         assert "as pt would lose nothing" in said
 
 
-def test_inspect_opens_no_shard_of_a_large_directory_to_tell_losses(tmp_path, monkeypatch):
+def test_inspect_opens_only_the_shards_that_it_lists_to_tell_losses(tmp_path, monkeypatch):
     count = 4096
     for folder in ("system", "experts"):
         (tmp_path / folder).mkdir()
@@ -1115,4 +1115,5 @@ def test_inspect_opens_no_shard_of_a_large_directory_to_tell_losses(tmp_path, mo
     found = vc.inspect(tmp_path)
     assert found.losses["safetensors"] == ()
     assert found.num_experts == count
-    assert opened == [tmp_path / "system/router.state"]
+    shown = [tmp_path / f"experts/expert_{i:03d}.pt" for i in range(16)]  # whose shapes are listed
+    assert opened == [tmp_path / "system/router.state", *shown]
