@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vraxion_ckpt import binding, ring
+from vraxion_ckpt import binding, progress, ring
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs, balance, signs
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
@@ -408,16 +408,24 @@ def _tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
     slots = (
         optimizer.state if optimizer else checkpoint.unbound.state_dict.get("state", {}) if checkpoint.unbound else {}
     )
-    return TensorTree(
-        model={name: _tensor_facts(tensor, values=values) for name, tensor in checkpoint.state_dict().items()},
-        optimizer={
-            f"{name}:{slot}": _tensor_facts(value, values=values)
+    kinds: dict[str, dict[str, Tensor]] = {
+        "model": checkpoint.state_dict(),
+        "optimizer": {
+            f"{name}:{slot}": value
             for name, entries in slots.items()
             for slot, value in entries.items()
             if isinstance(value, Tensor)
         },
-        payload={name: _tensor_facts(tensor, values=values) for name, tensor in named_tensors(checkpoint.payload)},
-    )
+        "payload": dict(named_tensors(checkpoint.payload)),
+    }
+    facts: dict[str, dict[str, TensorFacts]] = {}
+    with progress.bar("reading", size_of(kinds) if values else 0) as count:
+        for kind, tensors in kinds.items():
+            facts[kind] = {}
+            for name, tensor in tensors.items():
+                facts[kind][name] = _tensor_facts(tensor, values=values)
+                count(tensor.numel() * tensor.itemsize)
+    return TensorTree.model_validate(facts)
 
 
 def _tensor_facts(tensor: Tensor, *, values: bool = False) -> TensorFacts:

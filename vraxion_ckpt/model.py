@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vraxion_ckpt import progress
 from vraxion_ckpt.sources import Sources
 
 
@@ -315,8 +316,11 @@ class Checkpoint:
 
     def open_experts(self) -> None:
         """Open the files of all experts that have files of their own."""
-        for expert in self.head.experts.values() if self.head else ():
-            _ = expert.tensors
+        closed = [expert for expert in self.head.experts.values() if not expert.is_open] if self.head else []
+        with progress.bar("opening", len(closed), "experts") as count:
+            for expert in closed:
+                _ = expert.tensors
+                count(1)
 
     def open_tensors(self) -> dict[str, Tensor]:
         """Return the model's tensors that are at hand without opening a file: the core first, then open experts."""

@@ -7,28 +7,33 @@ from contextlib import contextmanager
 
 # Set by the commands; a library is silent.
 wanted = False
+_shown: list[str] = []
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show how many of `total` bytes are done; the function that is given counts them.
+def bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """Show how many of `total` bytes, or other units, are done; the function that is given counts them.
 
-    Nothing is shown off a terminal, or before a second has passed; nothing stays afterwards.
+    Nothing is shown off a terminal, or before a second has passed, or within another bar; nothing stays afterwards.
     """
-    if not wanted:
+    if not wanted or _shown:
         yield lambda _: None
         return
     from tqdm import tqdm
 
-    with tqdm(
-        desc=what,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        delay=1,
-        leave=False,
-        disable=None,
-        ascii=" =",
-    ) as shown:
-        yield shown.update
+    _shown.append(what)
+    try:
+        with tqdm(
+            desc=what,
+            total=total,
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=unit == "B",
+            unit_divisor=1024,
+            delay=1,
+            leave=False,
+            disable=None,
+            ascii=" =",
+        ) as shown:
+            yield shown.update
+    finally:
+        _shown.pop()

@@ -9,6 +9,7 @@ rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and 
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from vraxion_ckpt import jsonfile, torchfile
+from vraxion_ckpt import jsonfile, progress, torchfile
 from vraxion_ckpt.adapter import Adapter, Faults, Loss, Part
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import InconsistentError, StorageError
@@ -66,6 +67,7 @@ from vraxion_ckpt_adapters.modular.shards import (
 )
 
 _ROUTER = "system/router.state"
+_MANY = 64  # files are counted together; of fewer, which are larger, each tells how far it is
 
 
 class ModularAdapter(Adapter):
@@ -216,8 +218,11 @@ class ModularAdapter(Adapter):
             (path / "experts").mkdir()
         except OSError as error:
             raise StorageError.from_os_error(error, path) from error
-        for name, part in self.parts(checkpoint).items():
-            part.write(path / name)
+        parts = self.parts(checkpoint)
+        with progress.bar("writing", len(parts), "files") if len(parts) > _MANY else nullcontext(_uncounted) as count:
+            for name, part in parts.items():
+                part.write(path / name)
+                count(1)
 
     def size(self, checkpoint: Checkpoint) -> int:
         return sum(part.size() for part in self.parts(checkpoint).values())
@@ -292,6 +297,9 @@ class ModularAdapter(Adapter):
             for entry in sorted(path.rglob("*"))
             if entry not in ours and not (entry.parent == path / "experts" and SHARD.fullmatch(entry.name))
         ]
+
+
+def _uncounted(_: int) -> None: ...
 
 
 def _root(path: Path) -> Path:

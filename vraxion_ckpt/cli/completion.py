@@ -1,0 +1,257 @@
+"""Shell completion: the scripts to source, and what may stand where a plugin and its options are asked for.
+
+A script runs this command at every press of the key. Nothing but the answer may be printed then, whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+from click.shell_completion import (
+    CompletionItem,
+    ShellComplete,
+    add_completion_class,
+    get_completion_class,
+    split_arg_string,
+)
+
+from vraxion_ckpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from vraxion_ckpt.options import Plugin
+    from vraxion_ckpt.plugins import Registered
+
+_COMMAND = "vraxion-ckpt"
+_VARIABLE = "_VRAXION_CKPT_COMPLETE"
+
+
+@click.command(short_help="Print the script for completion in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that lets SHELL complete commands, options, files, and plugins with their options.
+
+    \b
+    in ~/.bashrc:                    source <(vraxion-ckpt completion bash)
+    in ~/.zshrc, after compinit:     source <(vraxion-ckpt completion zsh)
+    in ~/.config/fish/config.fish:   vraxion-ckpt completion fish | source
+    """  # noqa: D301 - click reads the escape
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(context.find_root().command, {}, _COMMAND, _VARIABLE).source(), nl=False)
+
+
+COMMANDS = (completion,)
+
+
+# --- what may stand where ---
+
+
+def complete_transform(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Complete a transform, and after ``NAME:`` its options."""
+    from vraxion_ckpt.plugins import registry
+
+    return _name_and_options(_usable(registry().transforms), incomplete)
+
+
+def complete_format(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Complete a format, and after ``NAME:`` its options."""
+    from vraxion_ckpt.plugins import registry
+
+    return _name_and_options(_usable(registry().adapters), incomplete)
+
+
+def complete_plugin(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Complete the name of a format or transform."""
+    from vraxion_ckpt.plugins import registry
+
+    plugins = {**_usable(registry().adapters), **_usable(registry().transforms)}
+    return [
+        CompletionItem(name, help=plugin.summary())
+        for name, plugin in sorted(plugins.items())
+        if name.startswith(incomplete)
+    ]
+
+
+def _usable(offers: Mapping[str, Sequence[Registered[Any]]]) -> dict[str, type[Plugin]]:
+    return {name: found[0].plugin for name, found in offers.items() if len(found) == 1}
+
+
+def _name_and_options(plugins: Mapping[str, type[Plugin]], text: str) -> list[CompletionItem[str]]:
+    name, colon, options = text.partition(":")
+    if colon:
+        return _options(name, plugins[name].model_fields, options) if name in plugins else []
+    items = []
+    for known, plugin in sorted(plugins.items()):
+        if known.startswith(name):
+            colon = ":" if known == name and plugin.model_fields else ""
+            items.append(CompletionItem(known + colon, help=plugin.summary(), open=bool(plugin.model_fields)))
+    return items
+
+
+def _options(name: str, fields: Mapping[str, FieldInfo], text: str) -> list[CompletionItem[str]]:
+    """Complete the last option of ``key=value,key=value``: its name if it was not used, or its value."""
+    from vraxion_ckpt.options import parse
+
+    done, comma, last = text.rpartition(",")
+    try:
+        _, used = parse(f"{name}:{done}")
+    except UsageError:  # that comma stands in a list or in quotes
+        return []
+    start = f"{name}:{done}{comma}"
+    key, equals, value = last.partition("=")
+    if not equals:
+        return [
+            CompletionItem(f"{start}{free}=", help=field.description, open=True)
+            for free, field in fields.items()
+            if free.startswith(key) and free not in used
+        ]
+    field = fields.get(key.replace("-", "_"))
+    if field is None:
+        return []
+    if Path in (field.annotation, *get_args(field.annotation)):
+        return [CompletionItem(value, type="file")]
+    choices = [choice for choice in _choices(field.annotation) if choice.startswith(value)]
+    return [CompletionItem(f"{start}{key}={choice}", open=True) for choice in choices]
+
+
+def _choices(annotation: Any) -> list[str]:
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+# --- between the shell and this command ---
+
+
+class _Completion(ShellComplete):
+    """What all shells have in common.
+
+    The script passes the line up to the cursor as ``COMP_LINE``, as it was typed: bash's own words end at every ``:`` and
+    ``=``. It gets back a line for each possibility: its kind, what stands there, what would follow, a text about it. The
+    kinds are ``word``; ``open``, which no space ends; ``file`` and ``dir``, which the shell finds itself.
+    """
+
+    def complete(self) -> str:
+        """Print the answer, and return nothing more to print."""
+        with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape") as shell:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)  # plugins are imported, and may print or ask, even at the end of the run
+            with suppress(BaseException), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                shell.writelines(list(self._lines()))
+        return ""
+
+    def _lines(self) -> Iterator[str]:
+        args, word = self.get_completion_args()
+        incomplete = word
+        if word.startswith("--") and "=" in word:
+            option, _, incomplete = word.partition("=")
+            args.append(option)
+        for item in self.get_completions(args, incomplete):
+            if item.type in ("file", "dir"):
+                kind, there, following = item.type, word.removesuffix(item.value), item.value
+            elif item.value.startswith(incomplete):
+                kind, there, following = "open" if item.open else "word", word, item.value[len(incomplete) :]
+            else:
+                continue
+            yield "\x1f".join((kind, there, following, " ".join((item.help or "").split()))) + "\n"
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Return the complete arguments, and the word that the cursor stands at the end of."""
+        # With a mark at the end, the last word is there even if it is empty.
+        *words, last = split_arg_string(os.environ["COMP_LINE"] + "|")
+        return words[1:], last[:-1]
+
+
+@add_completion_class
+class _Bash(_Completion):
+    """Bash replaces what is typed after the last ``:`` or ``=``, as typed; that is its second argument."""
+
+    name = "bash"
+    source_template = r"""
+%(complete_func)s() {
+    local kind there following about
+    COMPREPLY=()
+    while IFS=$'\x1f' read -r kind there following about; do
+        case $kind in
+            file) compopt -o default ;;
+            dir) compopt -o dirnames ;;
+            open) compopt -o nospace; COMPREPLY+=("$2$following") ;;
+            word) COMPREPLY+=("$2$following") ;;
+        esac
+    done <<< "$(env COMP_LINE="${COMP_LINE:0:COMP_POINT}" %(complete_var)s=bash_complete \
+        "${1/#\~\//$HOME/}" 2> /dev/null < /dev/null)"
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+""".lstrip()
+
+
+@add_completion_class
+class _Zsh(_Completion):
+    """Zsh leaves what is typed as it is, and adds to it."""
+
+    name = "zsh"
+    source_template = r"""
+#compdef %(prog_name)s
+%(complete_func)s() {
+    local line
+    local -a fields words_found words_shown open_found open_shown
+    for line in "${(@f)$(env COMP_LINE="${(j: :)words[1,CURRENT-1]} $QIPREFIX$PREFIX" \
+        %(complete_var)s=zsh_complete ${(Q)~words[1]} 2> /dev/null < /dev/null)}"; do
+        fields=("${(@ps:\x1f:)line}")
+        case $fields[1] in
+            file) compset -P "${(b)fields[2]}"; _files ;;
+            dir) compset -P "${(b)fields[2]}"; _files -/ ;;
+            open) open_found+=("$fields[3]"); open_shown+=("$fields[2]$fields[3]${fields[4]:+  -- $fields[4]}") ;;
+            word) words_found+=("$fields[3]"); words_shown+=("$fields[2]$fields[3]${fields[4]:+  -- $fields[4]}") ;;
+        esac
+    done
+    (( $#words_found + $#open_found )) || return
+    IPREFIX+=$PREFIX
+    PREFIX=
+    (( $#words_found )) && compadd -l -V words -d words_shown -a words_found
+    (( $#open_found )) && compadd -l -V open -S '' -d open_shown -a open_found
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+""".lstrip()
+
+
+@add_completion_class
+class _Fish(_Completion):
+    """Fish takes whole words, and adds no space after ``=`` or ``:`` by itself."""
+
+    name = "fish"
+    source_template = r"""
+function %(complete_func)s
+    set -l command (commandline -op)[1]
+    for line in (env COMP_LINE=(commandline -cp | string collect) %(complete_var)s=fish_complete \
+            $command 2> /dev/null < /dev/null)
+        set -l fields (string split \x1f -- $line)
+        switch $fields[1]
+            case file
+                printf '%%s\n' $fields[2](__fish_complete_path $fields[3])
+            case dir
+                printf '%%s\n' $fields[2](__fish_complete_directories $fields[3])
+            case word open
+                printf '%%s%%s\t%%s\n' $fields[2..4]
+        end
+    end
+end
+complete --no-files --command %(prog_name)s --arguments '(%(complete_func)s)'
+""".lstrip()
