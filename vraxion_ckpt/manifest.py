@@ -128,6 +128,8 @@ def compare(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[t
             file = found.get(name)
             if file is None:
                 yield name, "is missing"
+            elif file != root and not file.resolve().is_relative_to(root.resolve()):
+                yield name, "is a link that leads out of the checkpoint"
             elif (size := file.stat().st_size) != expected.bytes:
                 yield name, f"has {size} bytes, the manifest says {expected.bytes}"
             elif _sha256(file) != expected.sha256:

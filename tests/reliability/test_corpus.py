@@ -17,7 +17,7 @@ from support import DATA
 from test_modular_errors import remove
 from watch import MEMORY, SECONDS, Seen, Snapshot, size, snapshot, watched
 
-from vraxion_ckpt.errors import BusyError, PluginError, UsageError
+from vraxion_ckpt.errors import BusyError, PluginError, SourceError, UnknownFormatError, UsageError
 
 Cli = Callable[..., tuple[int, str]]
 Finding = tuple[str, str]
@@ -45,6 +45,7 @@ def runs_of(bad: Bad, path: Path, out: Path) -> Iterator[tuple[str, bool, tuple[
     """Yield each command, whether it must see what is wrong, and its arguments; those that may write come last."""
     yield "convert", "convert" not in bad.unseen, ("convert", path, out / "new.pt")
     yield "inspect", "inspect" not in bad.unseen, ("inspect", path)
+    yield "check", "convert" not in bad.unseen and issubclass(bad.error, SourceError), ("check", path)
     to = ("--to", bad.to) if bad.to else ()
     yield "edit", "edit" not in bad.unseen, ("edit", path, "-t", split(bad.parent), *to)
     if bad.parent:
@@ -68,7 +69,10 @@ def test_a_bad_input_is_refused_for_what_it_is_and_nothing_else_happens(kind, cl
                 code, said = cli(*arguments)
             runs += 1
             after = snapshot(folder, {path.parent, out})
-            found = [*ending(bad, path, must_see, code, said), *misdeeds(path, out, seen)]
+            ended = (
+                verdict(bad, must_see, code, said) if command == "check" else ending(bad, path, must_see, code, said)
+            )
+            found = [*ended, *misdeeds(path, out, seen)]
             found += changes(path, folder, before, after, seen_through=code == 0 and command.startswith("edit"))
             found += [("code", "the pickle ran")] * (inside / PROOF).exists()
             wrong += [(f"{name}, {command}", finding) for finding in found]
@@ -85,7 +89,12 @@ def test_a_bad_input_is_refused_for_what_it_is_and_nothing_else_happens(kind, cl
 def get_warm(cli: Cli, folder: Path) -> None:
     """Let all be imported that a run may need: whatever is opened after this is opened because of its input."""
     path = directory(lambda _: None)(folder)
-    for arguments in (("inspect", path), ("convert", path, folder / "new.pt"), ("edit", path, "-t", SPLIT)):
+    for arguments in (
+        ("inspect", path),
+        ("check", path),
+        ("convert", path, folder / "new.pt"),
+        ("edit", path, "-t", SPLIT),
+    ):
         assert cli(*arguments)[0] == 0
 
 
@@ -98,6 +107,13 @@ def ending(bad: Bad, path: Path, must_see: bool, code: int, said: str) -> Iterat
         yield "class", f"does not name the file: {words[:500]}"
     elif must_see:
         yield from (("class", f"no {part!r}: {words[:500]}") for part in bad.says if not re.search(part, words))
+
+
+def verdict(bad: Bad, must_see: bool, code: int, said: str) -> Iterator[Finding]:
+    """Yield what is wrong with the exit code of `check`, for which a fault is a finding and no error."""
+    expected = {bad.error.exit_code} if bad.error is UnknownFormatError else {1}
+    if "Traceback" in said or code not in OURS | {1} or (must_see and code not in expected):
+        yield "class", f"exit code {code}: {' '.join(said.split())[:500]}"
 
 
 def misdeeds(path: Path, out: Path, seen: Seen) -> Iterator[Finding]:

@@ -98,9 +98,13 @@ class ModularAdapter(Adapter):
 
     def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
         files, sources = _Files(_root(path)), Sources()
+        faults.attempt(files.check_links)
+        if faults.errors:
+            return None  # what lies outside is not opened
         router, place = files.path(_ROUTER), files.path(META)
         parsed = faults.attempt(lambda: parse_payload(torchfile.load(router, sources, self.allow_global), router))
         meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
+        faults.attempt(files.shards)
         shards = present_shards(files.root / "experts")
         if parsed is not None:
             if meta is not None:
@@ -122,11 +126,9 @@ class ModularAdapter(Adapter):
         return faults.attempt(lambda: self._read(files))
 
     def _read(self, files: _Files) -> Checkpoint:
+        files.check_links()
         root, router = files.root, files.path(_ROUTER)
         sources = Sources()
-        for place in (root / "system", router, root / "experts", files.path(META)):
-            if place.is_symlink() and not place.resolve().is_relative_to(root.resolve()):
-                raise InconsistentError("is a link that leads out of the checkpoint", path=place)
         parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
         meta = read_meta(files.path(META), sources, parsed)
         found = split_head(parsed.checkpoint, router)
@@ -320,6 +322,12 @@ class _Files:
         """Return the place of a file, given by its path below the directory."""
         over = self.staged / name if self.staged else None
         return over if over is not None and over.exists() else self.root / name
+
+    def check_links(self) -> None:
+        """Refuse a folder or a file that is a link out of the directory."""
+        for place in (self.root / "system", self.path(_ROUTER), self.root / "experts", self.path(META)):
+            if place.is_symlink() and not place.resolve().is_relative_to(self.root.resolve()):
+                raise InconsistentError("is a link that leads out of the checkpoint", path=place)
 
     def shards(self) -> dict[int, Path]:
         """List the shards by expert; opens none."""

@@ -53,9 +53,11 @@ def list_shards(folder: Path, removed: frozenset[str]) -> dict[int, Path]:
 
 
 def present_shards(folder: Path) -> dict[int, Path]:
-    """List the files that are shards by their names, whatever else lies beside them."""
+    """List the regular files that are shards by their names, whatever else lies beside them."""
     found = ((SHARD.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
-    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_file()))
+    return dict(
+        sorted((int(name[1]), path) for name, path in found if name and path.is_file() and not path.is_symlink())
+    )
 
 
 def check_ids(shards: Collection[int], deleted: frozenset[int], num_experts: int, root: Path) -> None:
