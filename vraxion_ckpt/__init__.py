@@ -29,11 +29,12 @@ core knows neither any format nor any transform by name. The modules, from the g
 `document`                a checkpoint as named tensors and one JSON document
 `plan`, `visits`          split plans as files; files of visits per address
 `reading`                 open a checkpoint of any format
-`inspection`              what a checkpoint is and holds
+`signs`, `inspection`     how visits fall on experts before and after; what a checkpoint is and holds
 `matching`, `measure`     which expert is which of another checkpoint; how much tensors differ
-`difference`              what is different in a second checkpoint
+`changes`, `difference`   what is different in a second checkpoint
 `checking`                every finding about a checkpoint at once
 `targets`, `summary`      where a result may go; what was done
+`judging`                 run a chain, and what is refused before a byte is written
 `pipeline`, `inplace`     convert and edit, top to bottom
 `recipe`                  a conversion written down
 `schemas`                 the JSON Schemas of all that
@@ -53,8 +54,9 @@ from vraxion_ckpt._version import __version__
 
 if TYPE_CHECKING:
     from vraxion_ckpt.adapter import Adapter, Loss
+    from vraxion_ckpt.changes import Difference
     from vraxion_ckpt.checking import Checked, check
-    from vraxion_ckpt.difference import Difference, diff
+    from vraxion_ckpt.difference import diff
     from vraxion_ckpt.errors import CkptError, CkptWarning, TransformError
     from vraxion_ckpt.hookspecs import hookimpl
     from vraxion_ckpt.inplace import Edited, edit
@@ -114,7 +116,7 @@ _HOME = {
     "Checkpoint": "model",
     "CkptError": "errors",
     "CkptWarning": "errors",
-    "Difference": "difference",
+    "Difference": "changes",
     "Edited": "inplace",
     "Expert": "model",
     "Head": "model",

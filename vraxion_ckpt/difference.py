@@ -7,19 +7,26 @@ experts, is the same expert under another name, and a new one that is a bit-iden
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from vraxion_ckpt import binding, progress, ring
+from vraxion_ckpt.changes import (
+    ArcChange,
+    Change,
+    Difference,
+    ExpertChange,
+    Flow,
+    RingChange,
+    Side,
+)
 from vraxion_ckpt.compare import checkpoint_differences, same_bits
 from vraxion_ckpt.errors import BindingError, SourceError
-from vraxion_ckpt.facts import Fact, Facts, Plain
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.matching import Matching, match
 from vraxion_ckpt.measure import Measure, measure
@@ -29,150 +36,6 @@ from vraxion_ckpt.plugins import AdapterLike
 from vraxion_ckpt.reading import PathLike, read_unbound
 
 _MOST_ARCS = 4096
-
-What = Literal["changed", "renamed", "added", "removed"]
-
-
-class Change(Fact):
-    """One entry that is not the same in both checkpoints."""
-
-    what: What
-    """``renamed``: bit-identical under another name."""
-    before: str | None
-    """Its name in the first checkpoint."""
-    after: str | None
-    """Its name in the second."""
-    old: Plain
-    """What it is in the first; of a tensor, dtype and shape."""
-    new: Plain
-    measure: Measure | None = None
-    """Of tensors that differ in nothing but their values."""
-
-
-class ExpertChange(Fact):
-    """An expert that is not the same under the same name."""
-
-    what: What
-    before: int | None
-    """Its id in the first checkpoint."""
-    after: int | None
-    equal_to: int | None = None
-    """Of one that was added, the id of a bit-identical one in the first checkpoint; of one that was removed, in the
-    second."""
-    took_from: int | None = None
-    """Of one that was added: who owned most of its addresses before."""
-    measure: Measure | None = None
-    """How it differs from what it was; or, if it is new, from the expert in `took_from`."""
-
-
-class Flow(Fact):
-    """Addresses that went from one expert to another."""
-
-    before: int
-    after: int
-    addresses: int
-
-
-class ArcChange(Fact):
-    """An arc of the ring that went from one expert to another; it may wrap."""
-
-    start: int
-    length: int
-    before: int
-    after: int
-
-
-class RingChange(Fact):
-    """Which addresses have another owner; an expert that was only renumbered is the same owner."""
-
-    length: int
-    moved: int
-    flows: tuple[Flow, ...]
-    arcs: tuple[ArcChange, ...]
-    """The first 4,096 of them."""
-    arcs_in_all: int
-
-
-class Side(Fact):
-    """One of the two checkpoints."""
-
-    path: Path
-    format: str
-    num_experts: int
-    step: Plain
-
-
-class Difference(Facts):
-    """What is different in a second checkpoint."""
-
-    kind_of_facts: ClassVar[str] = "diff"
-
-    before: Side
-    after: Side
-    identical: bool
-    """Whether nothing differs, NaNs compared by their bits. How a format spells it does not count."""
-    tensors_identical: int
-    """Model tensors that are the same bit by bit, under the same name."""
-    slots_identical: int
-    """Slots of the optimizer that are the same bit by bit, of the same parameter."""
-    bytes_compared: int
-    """Of the second checkpoint's model tensors and slots."""
-    model: tuple[Change, ...]
-    experts: tuple[ExpertChange, ...]
-    ring: RingChange | None
-    """Null where the rings cannot be compared, or no address has another owner."""
-    optimizer: tuple[Change, ...]
-    """Slots, called ``parameter.slot``; groups; and which parameters are trained."""
-    not_bound: str | None
-    """Why an optimizer is not bound to names; then slots are compared by position."""
-    payload: tuple[Change, ...]
-    lifecycle: tuple[Change, ...]
-    history: tuple[Change, ...]
-    other: tuple[Change, ...]
-    """The planned split, module versions, and the order of entries."""
-
-    def summary(self) -> list[tuple[str, str]]:
-        """Return the whole for people: a label and a text for each section in which something differs."""
-        if self.identical:
-            size = f"{self.tensors_identical} tensors and {self.slots_identical} optimizer slots, bit by bit"
-            return [("identical", f"{size}; ring, payload, lifecycle rows and history too")]
-        lines = [("tensors", f"{self.tensors_identical} identical{_counts(self.model)}")]
-        lines += [("expert", _in_words(change)) for change in self.experts]
-        former = {change.after: change.before for change in self.experts if change.what == "renamed"}
-        for flow in self.ring.flows if self.ring else ():
-            renumbered = former.get(flow.after, flow.after) != flow.after
-            was = f", which was {former[flow.after]}" if renumbered else ""
-            lines.append(("ring", f"{flow.addresses} addresses: expert {flow.before} → expert {flow.after}{was}"))
-        lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
-        for label in ("payload", "lifecycle", "history", "other"):
-            changes = getattr(self, label)
-            if changes:
-                lines.append((label, _counts(changes).removeprefix(", ")))
-        return lines
-
-
-def _counts(changes: Sequence[Change]) -> str:
-    counts = Counter(change.what for change in changes)
-    return "".join(f", {n} {what}" for what, n in sorted(counts.items()))
-
-
-def _in_words(change: ExpertChange) -> str:
-    if change.what == "renamed":
-        renumbered = change.before != change.after
-        return (
-            f"{change.before} is now {change.after}" if renumbered else f"{change.after} the same, under another name"
-        )
-    if change.what == "changed":
-        return f"{change.after} changed: {change.measure or 'of other shapes'}"
-    if change.what == "removed":
-        return f"{change.before} removed" + (
-            f", equal to expert {change.equal_to}" if change.equal_to is not None else ""
-        )
-    if change.equal_to is not None:
-        return f"{change.after} new, equal to expert {change.equal_to}"
-    if change.took_from is None or change.measure is None:
-        return f"{change.after} new"
-    return f"{change.after} new, compared with expert {change.took_from}: {change.measure}"
 
 
 def diff(

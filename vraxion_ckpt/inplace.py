@@ -26,15 +26,12 @@ from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
 from vraxion_ckpt.compare import without_experts
 from vraxion_ckpt.errors import InconsistentError, UsageError
+from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
 from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
-    LossPolicy,
-    apply,
-    check_policy,
     check_read_back,
     files_below,
-    judge,
     publish,
     stage_manifest,
     stage_side_files,

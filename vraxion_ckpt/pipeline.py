@@ -12,31 +12,26 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vraxion_ckpt import binding, invariants, signals
-from vraxion_ckpt.adapter import Adapter, Loss
+from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import Staged, exclusive, staged
 from vraxion_ckpt.compare import differences_and_checksums, without_experts
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import (
     CkptError,
-    CkptWarning,
     InconsistentError,
     InvariantError,
-    LossError,
     StorageError,
-    TransformError,
-    UsageError,
 )
-from vraxion_ckpt.invariants import Preservation
+from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
 from vraxion_ckpt.manifest import by_name, dumps, make
-from vraxion_ckpt.model import Checkpoint, HeadKind, Record
+from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike, blamed, os_errors_named, read, refuse
 from vraxion_ckpt.summary import Outcome, Summary, count_tensors
@@ -45,13 +40,10 @@ from vraxion_ckpt.targets import (
     check_manifest,
     check_places,
     check_several,
-    check_side_files,
     detect_target,
 )
 from vraxion_ckpt.transaction import committed
-from vraxion_ckpt.transform import Step, apply_chain, moved_addresses
-
-LossPolicy = Literal["raise", "warn", "ignore"]
+from vraxion_ckpt.transform import Step
 
 
 @dataclass(frozen=True)
@@ -204,110 +196,6 @@ def _manifest_place(result: _Result, chain: Sequence[Step]) -> Path | None:
         outcome.side_files,
         overwrite=result.target.overwrite,
     )
-
-
-def check_policy(losses: LossPolicy) -> None:
-    """Refuse a policy that there is not."""
-    if losses not in ("raise", "warn", "ignore"):
-        raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What a chain has made of a checkpoint, whatever is to be written of it."""
-
-    before: Checkpoint
-    after: Checkpoint
-    chain: Sequence[Step]
-    side_files: dict[Path, bytes]
-    preservation: Preservation | None
-
-
-def apply(before: Checkpoint, chain: Sequence[Step], record: Record | None = None) -> Applied:
-    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps."""
-    begun = before if record is None else replace(before, history=(*before.history, record))
-    after, side_files = apply_chain(begun, chain)
-    return Applied(before, after, chain, side_files, _check_result(before, after, chain))
-
-
-def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
-    """Judge what a format will hold of it: all that can be refused before a byte is written."""
-    before, after = applied.before, applied.after
-    check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
-    lost = _check_losses(adapter, after, losses)
-    with blamed(adapter):
-        held = adapter.held(after)
-    return Outcome(before, after, held, applied.side_files, applied.preservation, tuple(lost))
-
-
-def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
-    """Hold the chain to what must be true after it."""
-    refuse(InvariantError, invariants.findings(after), after.origin.path)
-    refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
-    if not any(invariants.missing_siblings(before)):
-        refuse(InvariantError, invariants.missing_siblings(after), after.origin.path)
-    noises = [step.transform.function_noise() for step in chain]
-    known = [noise for noise in noises if noise is not None]
-    preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
-    if preservation and not preservation.as_asked:
-        raise InvariantError(f"the function was to be preserved: {preservation}", path=after.origin.path)
-    if chain:
-        _check_leftovers(before, after)
-    return preservation
-
-
-def _check_leftovers(before: Checkpoint, after: Checkpoint) -> None:
-    """Say what a chain has left as it was although it belongs to what it changed; refuse to leave an optimizer so."""
-    if after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
-        message = (
-            "one expert under head.experts.* is loaded by no runtime; let mitosis_split or experts_to_single follow"
-        )
-        warnings.warn(message, CkptWarning, stacklevel=4)
-    if not _head_was_rebuilt(before, after):
-        return
-    assert before.head is not None
-    prefixes = (before.head.names.single, before.head.names.experts)
-    for key, value in _dicts_in(after.payload):
-        if {"state", "param_groups"} <= value.keys():
-            raise TransformError(
-                "is an optimizer's state, which cannot follow where it stands", key=key, hint="save it under `optim`"
-            )
-        if any(str(name).startswith(prefixes) for name in value):
-            message = f"the payload's {key!r} also names tensors of the head; it is carried along unchanged"
-            warnings.warn(message, CkptWarning, stacklevel=4)
-
-
-def _head_was_rebuilt(before: Checkpoint, after: Checkpoint) -> bool:
-    """Tell whether parameters of the head have come, gone or been renamed, even if there are as many as before."""
-    if before.head is None or after.head is None:
-        return False
-    if before.head.kind != after.head.kind or before.num_experts != after.num_experts:
-        return True
-    return before.head.experts != after.head.experts and moved_addresses(before, after) > 0
-
-
-def _dicts_in(value: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Yield every dict inside a plain value with the path that leads there."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, entry in entries:
-        place = f"{key}.{name}" if key else str(name)
-        if isinstance(entry, dict):
-            yield place, entry
-        if isinstance(entry, dict | list | tuple):
-            yield from _dicts_in(entry, place)
-
-
-def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
-    """Ask the format what it cannot hold, and do about it what the policy says."""
-    with blamed(adapter):
-        lost = adapter.losses(checkpoint)
-    if lost and policy == "raise":
-        listed = "; ".join(map(str, lost))
-        raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to write it without")
-    if policy == "warn":
-        for loss in lost:
-            warnings.warn(f"{adapter.name} cannot hold {loss}", CkptWarning, stacklevel=3)
-    return lost
 
 
 def _write(results: Sequence[_Result], manifests: Sequence[Path | None], before: Checkpoint) -> list[int]:

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.facts import Facts
+from vraxion_ckpt.judging import LossPolicy
 from vraxion_ckpt.model import Record
 from vraxion_ckpt.options import problems_with
-from vraxion_ckpt.pipeline import LossPolicy, Target, convert_to_all
+from vraxion_ckpt.pipeline import Target, convert_to_all
 from vraxion_ckpt.plugins import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike
 from vraxion_ckpt.summary import Summary

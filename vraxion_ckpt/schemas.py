@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vraxion_ckpt.catalogue import Description, PluginList
+from vraxion_ckpt.changes import Difference
 from vraxion_ckpt.checking import Checked
-from vraxion_ckpt.difference import Difference
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.inplace import Edited

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from vraxion_ckpt.changes import Change, Difference, RingChange, Side
 from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
-from vraxion_ckpt.difference import Change, Difference, RingChange, Side
 
 _MOST_ROWS = 12
 _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed": "red"}
