@@ -37,6 +37,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `judging`                 run a chain, and what is refused before a byte is written
 `pipeline`, `inplace`     convert and edit, top to bottom
 `recipe`                  a conversion written down
+`reporting`               a checkpoint as a page, and as a picture
 `schemas`                 the JSON Schemas of all that
 `testing`                 suites that adapters and transforms subclass; sample checkpoints
 `cli`                     the commands
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from vraxion_ckpt.pipeline import convert
     from vraxion_ckpt.reading import read as open
     from vraxion_ckpt.recipe import run
+    from vraxion_ckpt.reporting import report
     from vraxion_ckpt.ring import Visits
     from vraxion_ckpt.summary import Summary
     from vraxion_ckpt.transform import Transform
@@ -107,6 +109,7 @@ __all__ = [
     "hookimpl",
     "inspect",
     "open",
+    "report",
     "run",
 ]
 
@@ -137,6 +140,7 @@ _HOME = {
     "edit": "inplace",
     "hookimpl": "hookspecs",
     "inspect": "inspection",
+    "report": "reporting",
     "run": "recipe",
     "open": "reading",
 }

@@ -13,11 +13,12 @@ from vraxion_ckpt.inplace import Edited
 from vraxion_ckpt.inspection import Inspection
 from vraxion_ckpt.manifest import Manifest
 from vraxion_ckpt.recipe import Ran
+from vraxion_ckpt.reporting import Reported
 from vraxion_ckpt.summary import Summary
 
 SCHEMAS: dict[str, type[Facts]] = {
     facts.kind_of_facts: facts
-    for facts in (Summary, Edited, Ran, Inspection, Difference, Checked, Manifest, PluginList, Description)
+    for facts in (Summary, Edited, Ran, Inspection, Difference, Checked, Manifest, Reported, PluginList, Description)
 }
 
 

@@ -17,7 +17,6 @@ from click.shell_completion import (
     CompletionItem,
     ShellComplete,
     add_completion_class,
-    get_completion_class,
     split_arg_string,
 )
 
@@ -31,25 +30,6 @@ if TYPE_CHECKING:
 
 _COMMAND = "vraxion-ckpt"
 _VARIABLE = "_VRAXION_CKPT_COMPLETE"
-
-
-@click.command(short_help="Print the script for completion in a shell.")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@click.pass_context
-def completion(context: click.Context, shell: str) -> None:
-    """Print the script that lets SHELL complete commands, options, files, and plugins with their options.
-
-    \b
-    in ~/.bashrc:                    source <(vraxion-ckpt completion bash)
-    in ~/.zshrc, after compinit:     source <(vraxion-ckpt completion zsh)
-    in ~/.config/fish/config.fish:   vraxion-ckpt completion fish | source
-    """  # noqa: D301 - click reads the escape
-    kind = get_completion_class(shell)
-    assert kind is not None
-    click.echo(kind(context.find_root().command, {}, _COMMAND, _VARIABLE).source(), nl=False)
-
-
-COMMANDS = (completion,)
 
 
 # --- what may stand where ---
@@ -137,9 +117,9 @@ def _choices(annotation: Any) -> list[str]:
 class _Completion(ShellComplete):
     """What all shells have in common.
 
-    The script passes the line up to the cursor as ``COMP_LINE``, as it was typed: bash's own words end at every ``:`` and
-    ``=``. It gets back a line for each possibility: its kind, what stands there, what would follow, a text about it. The
-    kinds are ``word``; ``open``, which no space ends; ``file`` and ``dir``, which the shell finds itself.
+    The script passes the line up to the cursor as ``COMP_LINE``, as it was typed: bash's own words end at every ``:``
+    and ``=``. It gets back a line for each possibility: its kind, what stands there, what would follow, a text about
+    it. The kinds are ``word``; ``open``, which no space ends; ``file`` and ``dir``, which the shell finds itself.
     """
 
     def complete(self) -> str:
@@ -239,7 +219,7 @@ class _Fish(_Completion):
     name = "fish"
     source_template = r"""
 function %(complete_func)s
-    set -l command (commandline -op)[1]
+    set -l command (string replace -r '^~/' "$HOME/" -- (commandline -op)[1])
     for line in (env COMP_LINE=(commandline -cp | string collect) %(complete_var)s=fish_complete \
             $command 2> /dev/null < /dev/null)
         set -l fields (string split \x1f -- $line)
@@ -255,3 +235,26 @@ function %(complete_func)s
 end
 complete --no-files --command %(prog_name)s --arguments '(%(complete_func)s)'
 """.lstrip()
+
+
+# --- the command ---
+
+_SHELLS: dict[str, type[_Completion]] = {kind.name: kind for kind in (_Bash, _Zsh, _Fish)}
+
+
+@click.command(short_help="Print the script for completion in a shell.")
+@click.argument("shell", type=click.Choice(list(_SHELLS)))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that lets SHELL complete commands, options, files, and plugins with their options.
+
+    \b
+    in ~/.bashrc:                    source <(vraxion-ckpt completion bash)
+    in ~/.zshrc, after compinit:     source <(vraxion-ckpt completion zsh)
+    in ~/.config/fish/config.fish:   vraxion-ckpt completion fish | source
+    """  # noqa: D301 - click reads the escape
+    script = _SHELLS[shell](context.find_root().command, {}, _COMMAND, _VARIABLE).source()
+    click.echo(script, nl=False)
+
+
+COMMANDS = (completion,)

@@ -1,4 +1,4 @@
-"""The commands that only look: inspect, diff, check."""
+"""The commands that only look: inspect, diff, check, report."""
 
 from __future__ import annotations
 
@@ -74,4 +74,27 @@ def check(context: click.Context, /, path: str, param_names: Path | None, as_jso
     return 0 if facts.sound else 1
 
 
-COMMANDS = (inspect, diff, check)
+@click.command(short_help="Draw a checkpoint as a page or a picture.")
+@click.argument("path", type=click.Path())
+@arguments.visits_options
+@click.option("-o", "--output", "page", type=click.Path(), metavar="OUT.html", help="Where the page goes.")
+@click.option("--png", "picture", type=click.Path(), metavar="OUT.png", help="Where the picture goes.")
+@click.option("--overwrite", is_flag=True, help="Replace them if they exist.")
+@arguments.read_options
+@arguments.as_json
+@click.pass_context
+def report(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
+    """Draw PATH: the ring before and after, shares of the visits, how alike the experts are, what has changed.
+
+    The page is one file and works offline. It needs the extra vraxion-ckpt[report], the picture vraxion-ckpt[png].
+    """
+    arguments.must_exist(path)
+    from vraxion_ckpt.cli import show_report
+    from vraxion_ckpt.reporting import report as run
+
+    facts = run(path, param_names=arguments.load_names(param_names), **options)
+    if as_json or not context.find_root().params["quiet"]:
+        arguments.tell(facts, show_report.reported, as_json=as_json)
+
+
+COMMANDS = (inspect, diff, check, report)

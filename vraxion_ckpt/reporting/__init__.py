@@ -1,0 +1,140 @@
+"""Reports: a checkpoint as one HTML page that works offline, or as a picture.
+
+`gather` finds out what is to be shown, `drawing` turns rings into shapes and colours, `figures` and `page` are the page
+(by plotly), `picture` is the picture (by matplotlib).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+from vraxion_ckpt.commit import check_target
+from vraxion_ckpt.difference import diff_checkpoints
+from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.facts import Facts
+from vraxion_ckpt.model import Checkpoint
+from vraxion_ckpt.pipeline import stage_side_files
+from vraxion_ckpt.plugins import AdapterLike
+from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
+from vraxion_ckpt.reporting.gather import Subject, gather
+from vraxion_ckpt.ring import Weights
+from vraxion_ckpt.signs import signs_of_life
+from vraxion_ckpt.targets import check_apart, check_several
+from vraxion_ckpt.visits import load as load_visits
+
+
+class Reported(Facts):
+    """Where a report is, and what it says in a sentence."""
+
+    kind_of_facts: ClassVar[str] = "report"
+
+    headline: str
+    page: Path | None
+    page_bytes: int
+    picture: Path | None
+    picture_bytes: int
+
+
+def report(
+    path: PathLike,
+    page: PathLike | None = None,
+    *,
+    picture: PathLike | None = None,
+    against: PathLike | None = None,
+    visits: PathLike | None = None,
+    visits_after: PathLike | None = None,
+    overwrite: bool = False,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Reported:
+    """Draw a checkpoint: its ring, its experts and what has changed, as a page, a picture, or both.
+
+    Args:
+        path: a checkpoint, usually after a split.
+        page: where the HTML page goes; it needs the extra ``report``.
+        picture: where the PNG goes; it needs the extra ``png``.
+        against: the checkpoint before the split.
+        visits: visits counted before it, see `vraxion_ckpt.visits`.
+        visits_after: visits counted after training was resumed.
+        overwrite: replace files that exist.
+        from_: as for `read`.
+        param_names: as for `read`.
+        allow_globals: as for `read`.
+
+    Raises:
+        UsageError: nothing is to be written, an extra is missing, or a file exists.
+        SourceError: what is wrong with a checkpoint, and where.
+    """
+    given = [Path(place) for place in (page, picture) if place is not None]
+    if not given:
+        raise UsageError("nothing is to be written", hint="name a page, a picture, or both")
+    _require("plotly", "report", page)
+    _require("matplotlib", "png", picture)
+    with os_errors_named(path, *given), ExitStack() as stack:
+        places = [Path(os.path.realpath(place)) for place in given]
+        check_several(places)
+        for place in places:
+            check_target(place, overwrite=overwrite)
+        checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+        before = read_unbound(against, allow_globals=allow_globals) if against is not None else None
+        read = [one for one in (checkpoint, before) if one is not None]
+        for place in places:
+            if place.is_dir():
+                raise UsageError("is a directory, not a file to write", path=place)
+            for one in read:
+                check_apart(place, one)
+        subject = _gathered(checkpoint, before, visits, visits_after, param_names)
+        drawn = {place: make(subject) for place, make in ((page, _page), (picture, _picture)) if place is not None}
+        for one in read:
+            one.sources.verify()
+            one.sources.check_unchanged()
+        contents = {Path(place): content for place, content in drawn.items()}
+        for stage in stage_side_files(stack, contents):
+            stage.publish()
+        sizes = {Path(place): len(content) for place, content in contents.items()}
+        return Reported(
+            headline=subject.headline,
+            page=Path(page) if page is not None else None,
+            page_bytes=sizes[Path(page)] if page is not None else 0,
+            picture=Path(picture) if picture is not None else None,
+            picture_bytes=sizes[Path(picture)] if picture is not None else 0,
+        )
+
+
+def _require(module: str, extra: str, wanted: PathLike | None) -> None:
+    if wanted is not None and find_spec(module) is None:
+        raise UsageError(f"{module} is not installed", hint=f"pip install 'vraxion-ckpt[{extra}]'")
+
+
+def _gathered(
+    checkpoint: Checkpoint,
+    before: Checkpoint | None,
+    visits: PathLike | None,
+    visits_after: PathLike | None,
+    param_names: Sequence[str] | None,
+) -> Subject:
+    signs = signs_of_life(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
+    length = len(checkpoint.router_map) if checkpoint.router_map is not None else 0
+    counted: list[Weights | None] = [
+        load_visits(Path(file), length).visits if file is not None else None for file in (visits, visits_after)
+    ]
+    changes = diff_checkpoints(before, checkpoint, param_names).summary() if before is not None else []
+    return gather(checkpoint, before, signs, counted[0], counted[1], changes)
+
+
+def _page(subject: Subject) -> bytes:
+    from vraxion_ckpt.reporting.page import render
+
+    return render(subject).encode()
+
+
+def _picture(subject: Subject) -> bytes:
+    from vraxion_ckpt.reporting.picture import draw
+
+    return draw(subject)

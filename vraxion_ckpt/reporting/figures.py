@@ -1,0 +1,207 @@
+"""The figures of a report, as plotly.js takes them: plain data; colours of text and lines are the page's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vraxion_ckpt.reporting.drawing import HOT, VISITS, binned, colour, largest, sectors, span
+from vraxion_ckpt.reporting.gather import Alike, Hot, Ring
+
+Figure = dict[str, Any]
+
+# Radii of what a ring is drawn with.
+_INNER, _OUTER, _HOT, _VISITS = 0.62, 1.0, 0.55, 0.42
+_MOST_BARS = 32
+_LOADS = {
+    "before": "#999999", "predicted": "#e69f00", "measured": "#009e73", "after": "#0072b2", "now": "#0072b2",
+}  # fmt: skip
+
+
+def ring_figure(one: Ring, hot: Hot | None) -> Figure:
+    """Draw a ring: owners as sectors, visits as bars outside, the hot arc as a line inside."""
+    length = len(one.owners)
+    turn = 360 / length
+    parts, are_arcs = sectors(one.owners)
+    shown = hot if hot is not None and hot.arc.ring_len == length else None
+    trace: dict[str, Any] = {
+        "type": "barpolar",
+        "name": "owners",
+        "base": _INNER,
+        "r": [_OUTER - _INNER] * len(parts),
+        "theta": [(part.start + part.length / 2) * turn for part in parts],
+        "width": [part.length * turn for part in parts],
+        "marker": {
+            "color": [colour(part.owner, one.num_experts, shown) for part in parts],
+            "line": {"width": 0.5 if len(parts) <= 360 else 0, "color": "rgba(127,127,127,0.6)"},
+        },
+        "text": [
+            f"{'expert' if are_arcs else f'{part.owners} experts, most often'} {part.owner}<br>"
+            f"{span(part.start, part.length, length)}"
+            for part in parts
+        ],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+    traces = [trace]
+    if one.visits is not None:
+        starts, lengths, means = binned(one.visits)
+        top = max(means) or 1.0
+        traces.append(
+            {
+                "type": "barpolar",
+                "name": "visits",
+                "base": _OUTER + 0.04,
+                "r": [_VISITS * mean / top for mean in means],
+                "theta": [(start + size / 2) * turn for start, size in zip(starts, lengths, strict=True)],
+                "width": [size * turn for size in lengths],
+                "marker": {"color": VISITS, "line": {"width": 0}},
+                "text": [
+                    f"{mean:,.4g} visits{' an address' if size > 1 else ''}<br>{span(start, size, length)}"
+                    for start, size, mean in zip(starts, lengths, means, strict=True)
+                ],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    if shown is not None:
+        arc = shown.arc
+        traces.append(
+            {
+                "type": "barpolar",
+                "name": "hot arc",
+                "base": _HOT - 0.06,
+                "r": [0.06],
+                "theta": [(arc.start + arc.length / 2) * turn],
+                "width": [arc.length * turn],
+                "marker": {"color": HOT, "line": {"width": 0}},
+                "text": [
+                    f"hot arc: {span(arc.start, arc.length, length)}<br>{len(shown.addresses)} of them given away"
+                ],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    ticks = sorted({0, length // 4, length // 2, 3 * length // 4})
+    return {
+        "data": traces,
+        "layout": {
+            "showlegend": False,
+            "height": 440,
+            "margin": {"l": 50, "r": 50, "t": 40, "b": 40},
+            "polar": {
+                "bgcolor": "rgba(0,0,0,0)",
+                "radialaxis": {"visible": False, "range": [0, _OUTER + 0.04 + _VISITS]},
+                "angularaxis": {
+                    "direction": "clockwise",
+                    "rotation": 90,
+                    "tickvals": [tick * turn for tick in ticks],
+                    "ticktext": [f"{tick:,}" for tick in ticks],
+                    "showgrid": False,
+                    "showline": False,
+                },
+            },
+        },
+    }
+
+
+def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
+    """Draw the experts' shares: a bar each, or of many experts a curve of them, the largest first."""
+    number = max(map(len, shares.values()), default=0)
+    traces: list[dict[str, Any]] = []
+    for name, values in shares.items():
+        if number <= _MOST_BARS:
+            traces.append(
+                {
+                    "type": "bar",
+                    "name": name,
+                    "x": [str(i) for i in range(len(values))],
+                    "y": list(values),
+                    "marker": {"color": _LOADS[name]},
+                    "hovertemplate": f"expert %{{x}}, {name}: %{{y:.2%}}<extra></extra>",
+                }
+            )
+        else:
+            order = largest(values, len(values))
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": name,
+                    "x": list(range(1, len(order) + 1)),
+                    "y": [values[i] for i in order],
+                    "text": [str(i) for i in order],
+                    "line": {"color": _LOADS[name], "width": 2},
+                    "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3%}}<extra></extra>",
+                }
+            )
+    many = number > _MOST_BARS
+    return {
+        "data": traces,
+        "layout": {
+            "height": 340,
+            "barmode": "group",
+            "margin": {"l": 70, "r": 20, "t": 40, "b": 60},
+            "legend": {"orientation": "h", "y": 1.15, "x": 0},
+            "showlegend": True,
+            "xaxis": {"title": {"text": "rank" if many else "expert"}, "type": "log" if many else "category"},
+            "yaxis": {
+                "title": {"text": f"share of {of}"},
+                "tickformat": ".1%" if many else ".0%",
+                "rangemode": "tozero",
+            },
+        },
+    }
+
+
+def similarity_figure(alike: Alike) -> Figure:
+    """Draw the cosines between experts as a matrix."""
+    names = [str(i) for i in alike.ids]
+    cells = [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in alike.cosines]
+    few = len(names) <= 12
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                "x": names,
+                "y": names,
+                "z": cells,
+                "zmin": -1,
+                "zmax": 1,
+                "colorscale": [[0, "#b35806"], [0.5, "#f2f2f2"], [1, "#2166ac"]],
+                "xgap": 1,
+                "ygap": 1,
+                "hoverongaps": True,
+                "hovertemplate": "experts %{y} and %{x}: cosine %{z}<extra></extra>",
+                "colorbar": {"thickness": 12, "outlinewidth": 0},
+                **({"texttemplate": "%{z:.3f}", "textfont": {"size": 11}} if few else {}),
+            }
+        ],
+        "layout": {
+            "height": 420,
+            "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
+            "xaxis": {"type": "category", "title": {"text": "expert"}},
+            "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "expert"}},
+        },
+    }
+
+
+def norm_figure(alike: Alike, num_experts: int, hot: Hot | None) -> Figure:
+    """Draw the norms of experts as bars."""
+    return {
+        "data": [
+            {
+                "type": "bar",
+                "x": [str(i) for i in alike.ids],
+                "y": [None if np.isnan(norm) else float(norm) for norm in alike.norms],
+                "marker": {"color": [colour(i, num_experts, hot) for i in alike.ids]},
+                "hovertemplate": "expert %{x}: norm %{y:.6g}<extra></extra>",
+            }
+        ],
+        "layout": {
+            "height": 420,
+            "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
+            "showlegend": False,
+            "xaxis": {"type": "category", "title": {"text": "expert"}},
+            "yaxis": {"title": {"text": "norm of its parameters"}, "rangemode": "tozero"},
+        },
+    }
