@@ -13,7 +13,7 @@ import pytest
 from support import DATA, load
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-(SCALE,) = re.findall(r"^```python\n(from pydantic.*?)^```", README, re.MULTILINE | re.DOTALL)
+(SCALE,) = re.findall(r"^```python\n(# my_package/scale.py\nfrom pydantic.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 MISSPELT = """
 from vraxion_ckpt import hookimpl

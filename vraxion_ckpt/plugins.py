@@ -74,7 +74,7 @@ def registry() -> Registry:
     for distribution, entry in sorted(entry_points, key=lambda pair: (pair[0].name, pair[1].name)):
         try:
             _load(found, entry, distribution)
-        except Exception as error:  # whatever a plugin raises, the others must work
+        except (Exception, SystemExit) as error:  # whatever a plugin raises, the others must work
             found.broken.append(Broken(entry.name, distribution.name, f"{type(error).__name__}: {error}"))
             if plugin := found.manager.get_plugin(_key(entry, distribution)):
                 found.manager.unregister(plugin)

@@ -18,7 +18,7 @@ import click
 
 from vraxion_ckpt import progress, signals
 from vraxion_ckpt._version import __version__
-from vraxion_ckpt.cli import about, change, look
+from vraxion_ckpt.cli import about, change, completion, look
 from vraxion_ckpt.cli.output import drop_output, say, show_warning
 from vraxion_ckpt.errors import CkptError, CkptWarning, StorageError, UsageError
 
@@ -101,5 +101,5 @@ def cli(quiet: bool, verbose: bool, no_progress: bool) -> None:  # noqa: ARG001 
     progress.wanted = not (quiet or no_progress)
 
 
-for _command in (*change.COMMANDS, *look.COMMANDS, *about.COMMANDS):
+for _command in (*change.COMMANDS, *look.COMMANDS, *about.COMMANDS, *completion.COMMANDS):
     cli.add_command(_command)

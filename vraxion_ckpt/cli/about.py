@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from vraxion_ckpt.cli import arguments
+from vraxion_ckpt.cli.completion import complete_plugin
 from vraxion_ckpt.errors import UsageError
 
 
@@ -22,7 +23,7 @@ def plugins(as_json: bool) -> None:
 
 
 @click.command(short_help="Show a plugin's options.")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_plugin)
 @arguments.as_json
 def describe(name: str, as_json: bool) -> None:
     """Show the options of one format or transform: type, default, meaning."""

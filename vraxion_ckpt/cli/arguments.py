@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vraxion_ckpt.cli.completion import complete_format, complete_transform
 from vraxion_ckpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,13 @@ def as_json(option: _F) -> _F:
 def read_options(command: _F) -> _F:
     """Take what says how a source is to be read."""
     for option in (
-        click.option("--from", "from_", metavar="F[:k=v]", help="Format of the source; found from its content."),
+        click.option(
+            "--from",
+            "from_",
+            metavar="F[:k=v]",
+            shell_complete=complete_format,
+            help="Format of the source; found from its content.",
+        ),
         click.option(
             "--param-names",
             type=click.Path(path_type=Path),
@@ -69,6 +76,7 @@ def chain_options(command: _F) -> _F:
             "transforms",
             multiple=True,
             metavar="NAME[:k=v,…]",
+            shell_complete=complete_transform,
             help="A step of the chain; repeatable.",
         ),
     ):

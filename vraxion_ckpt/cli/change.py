@@ -15,6 +15,7 @@ import click
 
 from vraxion_ckpt import signals
 from vraxion_ckpt.cli import arguments, output
+from vraxion_ckpt.cli.completion import complete_format
 from vraxion_ckpt.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ _S = TypeVar("_S", "Summary", "Edited", "Ran")
 @click.argument("dst", type=click.Path())
 @arguments.chain_options
 @click.option(
-    "--to", metavar="F[:k=v]", help="Format of the target; follows from its name: .pt, .safetensors, or / at the end."
+    "--to",
+    metavar="F[:k=v]",
+    shell_complete=complete_format,
+    help="Format of the target; follows from its name: .pt, .safetensors, or / at the end.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing target, in one step, at the end.")
 @arguments.manifest
@@ -61,7 +65,9 @@ def convert(
 @click.command(short_help="Change a checkpoint in place, through a chain of transforms.")
 @click.argument("path", type=click.Path())
 @arguments.chain_options
-@click.option("--to", metavar="F[:k=v]", help="The same format, with options for writing.")
+@click.option(
+    "--to", metavar="F[:k=v]", shell_complete=complete_format, help="The same format, with options for writing."
+)
 @click.option("--keep-old", is_flag=True, help="Leave the previous state beside it, as PATH.old.")
 @arguments.manifest
 @click.option("--dry-run", is_flag=True, help="Say which files would be written and removed, and write nothing.")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from vraxion_ckpt.cli import arguments
+from vraxion_ckpt.cli.completion import complete_format
 
 
 @click.command(short_help="Show what a checkpoint is and holds.")
@@ -33,7 +34,7 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
 @click.command(short_help="Show what is different in a second checkpoint.")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--from-b", metavar="F[:k=v]", help="Format of B; --from is that of A.")
+@click.option("--from-b", metavar="F[:k=v]", shell_complete=complete_format, help="Format of B; --from is that of A.")
 @arguments.read_options
 @arguments.as_json
 @click.pass_context

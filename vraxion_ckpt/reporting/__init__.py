@@ -1,7 +1,7 @@
 """Reports: a checkpoint as one HTML page that works offline, or as a picture.
 
 `gather` finds out what is to be shown, `drawing` turns rings into shapes and colours, `figures` and `page` are the page
-(by plotly), `picture` is the picture (by matplotlib).
+(by plotly), `picture` is the picture (by matplotlib), `words` are the numbers in all of them.
 """
 
 from __future__ import annotations

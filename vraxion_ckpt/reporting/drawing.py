@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vraxion_ckpt import ring
-from vraxion_ckpt.reporting.gather import Hot, Ring
+from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
+from vraxion_ckpt.reporting.words import addresses
 from vraxion_ckpt.ring import Ints, Weights
 
 # Colours that people with any kind of colour vision can tell apart, on white and on near-black (after Okabe and Ito).
@@ -17,6 +18,7 @@ _STRONG = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 _MUTED = ("#8fa8bd", "#c3b48f", "#93b3a4", "#bda0b0", "#a9a9a9", "#b8c4ce")
 PARENT, CHILD, HOT = "#d55e00", "#0072b2", "#e8308c"
 VISITS = "#7f7f7f"
+LOADS = {"before": "#999999", "predicted": "#e69f00", "measured": "#009e73", "after": "#0072b2", "now": "#0072b2"}
 
 _MOST_SECTORS = 1440
 _MOST_BINS = 720
@@ -80,10 +82,10 @@ def caption(one: Ring) -> str:
     """Tell a ring's main facts."""
     parts, are_arcs = sectors(one.owners)
     if are_arcs:
-        told = f"{len(one.owners):,} addresses in {len(parts):,} arc{'s' * (len(parts) != 1)} of one owner"
+        told = f"{addresses(len(one.owners))} in {len(parts):,} arc{'s' * (len(parts) != 1)} of one owner"
     else:
         told = (
-            f"{len(one.owners):,} addresses in {len(ring.arcs(one.owners)):,} arcs, drawn as {len(parts):,} equal "
+            f"{addresses(len(one.owners))} in {len(ring.arcs(one.owners)):,} arcs, drawn as {len(parts):,} equal "
             "parts in the colour of the commonest owner"
         )
     return f"{told}; {one.num_experts:,} expert{'s' * (one.num_experts != 1)}"
@@ -92,3 +94,21 @@ def caption(one: Ring) -> str:
 def largest(shares: Sequence[float], most: int) -> list[int]:
     """Return the experts with the largest shares, the largest first."""
     return sorted(range(len(shares)), key=lambda i: (-shares[i], i))[:most]
+
+
+def named_colours(subject: Subject) -> list[tuple[str, str]]:
+    """Return what stands in a key: of few experts each one's colour, of many those of the split."""
+    if not subject.rings:
+        return []
+    last = subject.rings[-1]
+    if last.num_experts <= len(_STRONG):
+        key = [(colour(i, last.num_experts, subject.hot), f"expert {i}") for i in range(last.num_experts)]
+    else:
+        split = ((subject.hot.parent, "gave away"), (subject.hot.child, "got them")) if subject.hot else ()
+        key = [
+            (colour(i, last.num_experts, subject.hot), f"expert {i}, which {what}")
+            for i, what in split
+            if i is not None
+        ]
+    key += [(HOT, "hot arc")] * (subject.hot is not None)
+    return key + [(VISITS, "visits")] * any(one.visits is not None for one in subject.rings)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vraxion_ckpt.reporting.drawing import HOT, VISITS, binned, colour, largest, sectors, span
+from vraxion_ckpt.reporting.drawing import HOT, LOADS, VISITS, binned, colour, largest, sectors, span
 from vraxion_ckpt.reporting.gather import Alike, Hot, Ring
 
 Figure = dict[str, Any]
@@ -15,9 +15,6 @@ Figure = dict[str, Any]
 # Radii of what a ring is drawn with.
 _INNER, _OUTER, _HOT, _VISITS = 0.62, 1.0, 0.55, 0.42
 _MOST_BARS = 32
-_LOADS = {
-    "before": "#999999", "predicted": "#e69f00", "measured": "#009e73", "after": "#0072b2", "now": "#0072b2",
-}  # fmt: skip
 
 
 def ring_figure(one: Ring, hot: Hot | None) -> Figure:
@@ -35,7 +32,7 @@ def ring_figure(one: Ring, hot: Hot | None) -> Figure:
         "width": [part.length * turn for part in parts],
         "marker": {
             "color": [colour(part.owner, one.num_experts, shown) for part in parts],
-            "line": {"width": 0.5 if len(parts) <= 360 else 0, "color": "rgba(127,127,127,0.6)"},
+            "line": {"width": 0.5 if 1 < len(parts) <= 360 else 0, "color": "rgba(127,127,127,0.6)"},
         },
         "text": [
             f"{'expert' if are_arcs else f'{part.owners} experts, most often'} {part.owner}<br>"
@@ -73,7 +70,7 @@ def ring_figure(one: Ring, hot: Hot | None) -> Figure:
                 "base": _HOT - 0.06,
                 "r": [0.06],
                 "theta": [(arc.start + arc.length / 2) * turn],
-                "width": [arc.length * turn],
+                "width": [max(arc.length * turn, 1.0)],  # one that is too short to be seen is drawn longer
                 "marker": {"color": HOT, "line": {"width": 0}},
                 "text": [
                     f"hot arc: {span(arc.start, arc.length, length)}<br>{len(shown.addresses)} of them given away"
@@ -96,6 +93,7 @@ def ring_figure(one: Ring, hot: Hot | None) -> Figure:
                     "rotation": 90,
                     "tickvals": [tick * turn for tick in ticks],
                     "ticktext": [f"{tick:,}" for tick in ticks],
+                    "ticks": "",
                     "showgrid": False,
                     "showline": False,
                 },
@@ -116,8 +114,8 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
                     "name": name,
                     "x": [str(i) for i in range(len(values))],
                     "y": list(values),
-                    "marker": {"color": _LOADS[name]},
-                    "hovertemplate": f"expert %{{x}}, {name}: %{{y:.2%}}<extra></extra>",
+                    "marker": {"color": LOADS[name]},
+                    "hovertemplate": f"expert %{{x}}, {name}: %{{y:.3~p}}<extra></extra>",
                 }
             )
         else:
@@ -130,8 +128,8 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
                     "x": list(range(1, len(order) + 1)),
                     "y": [values[i] for i in order],
                     "text": [str(i) for i in order],
-                    "line": {"color": _LOADS[name], "width": 2},
-                    "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3%}}<extra></extra>",
+                    "line": {"color": LOADS[name], "width": 2},
+                    "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3~p}}<extra></extra>",
                 }
             )
     many = number > _MOST_BARS
@@ -140,13 +138,14 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
         "layout": {
             "height": 340,
             "barmode": "group",
+            "bargap": 0.2 if number > 2 else 0.7,
             "margin": {"l": 70, "r": 20, "t": 40, "b": 60},
             "legend": {"orientation": "h", "y": 1.15, "x": 0},
             "showlegend": True,
             "xaxis": {"title": {"text": "rank" if many else "expert"}, "type": "log" if many else "category"},
             "yaxis": {
                 "title": {"text": f"share of {of}"},
-                "tickformat": ".1%" if many else ".0%",
+                "tickformat": ".2~p",
                 "rangemode": "tozero",
             },
         },
@@ -179,8 +178,13 @@ def similarity_figure(alike: Alike) -> Figure:
         "layout": {
             "height": 420,
             "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
-            "xaxis": {"type": "category", "title": {"text": "expert"}},
-            "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "expert"}},
+            "xaxis": {"type": "category", "automargin": True, "title": {"text": "expert", "standoff": 12}},
+            "yaxis": {
+                "type": "category",
+                "automargin": True,
+                "autorange": "reversed",
+                "title": {"text": "expert", "standoff": 12},
+            },
         },
     }
 
@@ -201,7 +205,8 @@ def norm_figure(alike: Alike, num_experts: int, hot: Hot | None) -> Figure:
             "height": 420,
             "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
             "showlegend": False,
-            "xaxis": {"type": "category", "title": {"text": "expert"}},
+            "bargap": 0.2 if len(alike.ids) > 2 else 0.7,
+            "xaxis": {"type": "category", "automargin": True, "title": {"text": "expert", "standoff": 12}},
             "yaxis": {"title": {"text": "norm of its parameters"}, "rangemode": "tozero"},
         },
     }

@@ -14,6 +14,7 @@ from vraxion_ckpt.balance import Signs
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
 from vraxion_ckpt.plain import as_numbers
+from vraxion_ckpt.reporting.words import addresses, percent
 from vraxion_ckpt.ring import Arc, Ints, Weights
 
 # A matrix of more is no picture any more.
@@ -178,13 +179,13 @@ def _headline(checkpoint: Checkpoint, before: Checkpoint | None, hot: Hot | None
     elif before is None:
         told.append(_experts(checkpoint))
     if hot is not None and hot.child is not None:
-        told.append(f"{len(hot.addresses)} addresses went from expert {hot.parent} to expert {hot.child}")
+        told.append(f"{addresses(len(hot.addresses))} went from expert {hot.parent} to expert {hot.child}")
     elif hot is not None:
-        told.append(f"a split is planned: expert {hot.parent} gives up {len(hot.addresses)} addresses")
+        told.append(f"a split is planned: expert {hot.parent} gives up {addresses(len(hot.addresses))}")
     if signs is not None and signs.before is not None:
-        share = f"largest share of visits {signs.before.max_share:.0%}"
-        share += f" → {signs.predicted.max_share:.0%} predicted" if signs.predicted else ""
-        share += f", {signs.measured.max_share:.0%} measured" if signs.measured else ""
+        share = f"largest share of visits {percent(signs.before.max_share)}"
+        share += f" → {percent(signs.predicted.max_share)} predicted" if signs.predicted else ""
+        share += f", {percent(signs.measured.max_share)} measured" if signs.measured else ""
         told.append(share)
     return "; ".join(told) or "nothing has moved"
 

@@ -12,12 +12,12 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from vraxion_ckpt._version import __version__
-from vraxion_ckpt.reporting.drawing import HOT, VISITS, caption, colour, largest
+from vraxion_ckpt.reporting.drawing import caption, largest, named_colours
 from vraxion_ckpt.reporting.figures import Figure, norm_figure, ring_figure, share_figure, similarity_figure
 from vraxion_ckpt.reporting.gather import MOST_COMPARED, Subject
+from vraxion_ckpt.reporting.words import percent
 
-_MOST_ROWS = 24
-_MOST_KEYS = 10
+_MOST_ROWS = 12
 # Nothing may be fetched, whatever a checkpoint holds.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -95,20 +95,9 @@ def _rings(subject: Subject, figures: dict[str, Figure]) -> list[str]:
 
 
 def _key(subject: Subject) -> str:
-    """Name the colours: of few experts each one's, of many those of the split."""
-    last = subject.rings[-1]
-    entries = []
-    if last.num_experts <= _MOST_KEYS:
-        entries += [(colour(i, last.num_experts, subject.hot), f"expert {i}") for i in range(last.num_experts)]
-    elif subject.hot is not None:
-        for name, i in (("gave away", subject.hot.parent), ("got them", subject.hot.child)):
-            if i is not None:
-                entries.append((colour(i, last.num_experts, subject.hot), f"expert {i}, which {name}"))
-    if subject.hot is not None:
-        entries.append((HOT, "hot arc"))
-    if any(one.visits is not None for one in subject.rings):
-        entries.append((VISITS, "visits"))
-    spans = "".join(f'<span><i style="background:{tone}"></i>{escape(name)}</span>' for tone, name in entries)
+    spans = "".join(
+        f'<span><i style="background:{tone}"></i>{escape(name)}</span>' for tone, name in named_colours(subject)
+    )
     return f'<div class="key">{spans}</div>'
 
 
@@ -116,13 +105,13 @@ def _shares(subject: Subject, figures: dict[str, Figure]) -> list[str]:
     if not subject.shares:
         return []
     latest_name, latest = list(subject.shares.items())[-1]
-    top = ", ".join(f"expert {i} {latest[i]:.1%}" for i in largest(latest, 3))
+    top = ", ".join(f"expert {i} {percent(latest[i])}" for i in largest(latest, 3))
     told = f"{latest_name}: {top}{', …' if len(latest) > 3 else ''}"
     parts = [_figure(figures, "shares", share_figure(subject.shares, subject.shares_of), "", told)]
     if subject.signs is not None:
         loads = (("before", subject.signs.before), ("predicted", subject.signs.predicted))
         rows = [
-            (name, f"{load.max_share:.1%}", f"{load.entropy:.3f}", f"{load.active:,} of {len(load.shares):,}")
+            (name, percent(load.max_share), f"{load.entropy:.3f}", f"{load.active:,} of {len(load.shares):,}")
             if load
             else (name, "–", "–", "–")
             for name, load in (*loads, ("measured", subject.signs.measured))
@@ -137,9 +126,12 @@ def _alike(subject: Subject, figures: dict[str, Figure]) -> list[str]:
         return _section("Experts", '<p class="note">The model has no head with tensors.</p>')
     number = subject.rings[-1].num_experts if subject.rings else len(alike.ids)
     which = f"those of the split and of the largest shares, {len(alike.ids)} of {number:,}"
-    scope = which if len(alike.ids) == MOST_COMPARED < number else f"all {len(alike.ids)}"
+    all_of_them = f"all {len(alike.ids)} experts" if len(alike.ids) > 1 else "the one expert"
+    scope = which if len(alike.ids) == MOST_COMPARED < number else all_of_them
     odd = int(np.isnan(alike.norms).sum())
-    norms = f"Norms of {scope}" + (f"; {odd} hold what is not a finite number" if odd else "")
+    norms = f"Norm{'s' * (len(alike.ids) > 1)} of {scope}" + (
+        f"; {odd} hold what is not a finite number" if odd else ""
+    )
     drawn = [_figure(figures, "norms", norm_figure(alike, number, subject.hot), "norms", norms)]
     if len(alike.ids) > 1:
         told = f"Cosines between {scope}; a gap where shapes differ, or an entry is not a finite number"
@@ -148,6 +140,9 @@ def _alike(subject: Subject, figures: dict[str, Figure]) -> list[str]:
 
 
 def _lifecycle(subject: Subject) -> list[str]:
+    split = (subject.hot.parent, subject.hot.child) if subject.hot else ()
+    first = [i for i in split if i is not None and i in subject.lifecycle]
+    shown = sorted(list(dict.fromkeys([*first, *subject.lifecycle]))[:_MOST_ROWS])
     rows = [
         (
             f"{i}{' (deleted)' if i in subject.deleted else ''}",
@@ -156,7 +151,7 @@ def _lifecycle(subject: Subject) -> list[str]:
             row.last_used_step,
             "yes" if row.tenured else "no",
         )
-        for i, row in list(subject.lifecycle.items())[:_MOST_ROWS]
+        for i, row in ((i, subject.lifecycle[i]) for i in shown)
     ]
     more = len(subject.lifecycle) - len(rows)
     table = _table(("expert", "contrib", "created at step", "last used at step", "tenured"), rows, (1, 2, 3))

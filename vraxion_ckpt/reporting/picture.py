@@ -8,12 +8,13 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from vraxion_ckpt.reporting.drawing import HOT, VISITS, binned, caption, colour, largest, sectors
+from vraxion_ckpt.reporting.drawing import HOT, LOADS, VISITS, binned, caption, colour, largest, named_colours, sectors
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
+from vraxion_ckpt.reporting.words import percent
 
 _MOST_BARS = 32
-_LOADS = {"before": "#999999", "predicted": "#e69f00", "measured": "#009e73", "after": "#0072b2", "now": "#0072b2"}
 
 
 def draw(subject: Subject) -> bytes:
@@ -27,6 +28,8 @@ def draw(subject: Subject) -> bytes:
         _ring(figure.add_subplot(grid[0, place], projection="polar"), one, subject.hot)
     if subject.shares:
         _shares(figure.add_subplot(grid[1, :]), subject)
+    key = [Patch(color=tone, label=name) for tone, name in named_colours(subject)]
+    figure.legend(handles=key, loc="outside lower center", ncols=min(8, max(1, len(key))), frameon=False, fontsize=9)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
@@ -44,7 +47,7 @@ def _ring(axes: Any, one: Ring, hot: Hot | None) -> None:
         bottom=0.62,
         color=[colour(part.owner, one.num_experts, shown) for part in parts],
         edgecolor="white",
-        linewidth=0.4 if len(parts) <= 360 else 0,
+        linewidth=0.4 if 1 < len(parts) <= 360 else 0,
     )
     if one.visits is not None:
         starts, lengths, means = binned(one.visits)
@@ -58,7 +61,13 @@ def _ring(axes: Any, one: Ring, hot: Hot | None) -> None:
         )
     if shown is not None:
         arc = shown.arc
-        axes.bar([(arc.start + arc.length / 2) * turn], [0.06], [arc.length * turn], bottom=0.49, color=HOT)
+        axes.bar(
+            [(arc.start + arc.length / 2) * turn],
+            [0.06],
+            [max(arc.length * turn, math.radians(1))],
+            bottom=0.49,
+            color=HOT,
+        )
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     axes.set_ylim(0, 1.46)
@@ -77,10 +86,10 @@ def _shares(axes: Any, subject: Subject) -> None:
         if number <= _MOST_BARS:
             width = 0.8 / len(subject.shares)
             at = [i + (place - (len(subject.shares) - 1) / 2) * width for i in range(len(values))]
-            axes.bar(at, values, width, label=name, color=_LOADS[name])
+            axes.bar(at, values, width, label=name, color=LOADS[name])
         else:
             ordered = [values[i] for i in largest(values, len(values))]
-            axes.plot(range(1, len(ordered) + 1), ordered, label=name, color=_LOADS[name])
+            axes.plot(range(1, len(ordered) + 1), ordered, label=name, color=LOADS[name])
     if number <= _MOST_BARS:
         axes.set_xticks(range(number))
         axes.set_xlabel("expert")
@@ -88,7 +97,7 @@ def _shares(axes: Any, subject: Subject) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("rank")
     axes.set_ylabel(f"share of {subject.shares_of}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if number > _MOST_BARS else f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value))
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(subject.shares), borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
