@@ -94,6 +94,53 @@ def test_an_edit_vouches_for_no_shard_that_is_damaged(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("place", ["run.old", "run.old2"])
+def test_a_manifest_does_not_take_the_place_of_the_state_that_is_kept(place, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(EXPERTS3, run)
+    before = digests(run)
+    with pytest.raises(UsageError, match="previous state may be kept"):
+        vc.edit(run, transforms=[SPLIT], keep_old=True, manifest=tmp_path / place)
+    assert digests(run) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("what", ["m.json", "plan.json"])
+def test_what_appears_meanwhile_is_not_replaced(what, tmp_path, monkeypatch):
+    from vraxion_ckpt import pipeline
+
+    original = pipeline.write_whole
+
+    def write_whole(*args):
+        original(*args)
+        (tmp_path / what).write_text("precious")
+
+    monkeypatch.setattr(pipeline, "write_whole", write_whole)
+    visits = DATA / "expected/wallclock_experts3.visits.json"
+    plan = ("arc_meta", {"visits": visits, "output": tmp_path / "plan.json"})
+    with pytest.raises(UsageError, match="has appeared meanwhile"):
+        vc.convert(NAMED, tmp_path / "a.pt", transforms=[plan], manifest=tmp_path / "m.json")
+    assert (tmp_path / what).read_text() == "precious"
+
+
+def test_the_manifest_of_another_checkpoint_is_not_replaced(tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(EXPERTS3, tmp_path / name)
+    vc.edit(tmp_path / "one", manifest=tmp_path / "m.json")
+    with pytest.raises(UsageError, match="is the manifest of one"):
+        vc.edit(tmp_path / "two", manifest=tmp_path / "m.json")
+    assert vc.check(tmp_path / "one", manifest=tmp_path / "m.json").sound
+
+
+def test_a_conversion_does_not_replace_what_its_chain_reads(tmp_path):
+    shutil.copy(DATA / "expected/wallclock_experts3.visits.json", tmp_path / "v.json")
+    before = (tmp_path / "v.json").read_bytes()
+    with pytest.raises(UsageError, match="a file that this run reads"):
+        plan = ("arc_meta", {"visits": tmp_path / "v.json"})
+        vc.convert(NAMED, tmp_path / "v.json", to="pt", transforms=[plan], overwrite=True)
+    assert (tmp_path / "v.json").read_bytes() == before
+
+
 def test_a_dry_run_writes_none(tmp_path):
     vc.convert(NAMED, tmp_path / "a.pt", manifest=tmp_path / "m.json", dry_run=True)
     assert list(tmp_path.iterdir()) == []

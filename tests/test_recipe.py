@@ -97,13 +97,51 @@ def test_the_same_recipe_gives_the_same_bytes(here):
 
 
 @pytest.mark.parametrize(
-    ("given", "value"), [("0.5", 0.5), ("3", 3), ("true", True), ("null", None), ("a: b", "a: b"), ("1e-5", "1e-5")]
+    ("given", "value"), [("0.5", 0.5), ("3", 3), ("true", True), ("null", None), ("a: b", "a: b"), ("1e-5", 1e-5)]
 )
 def test_a_variable_is_set_to_what_yaml_takes_a_text_for(given, value, here):
     write("vars: {x: 1}\nsource: in.pt\nchain: ['arc_meta:visits=visits.json']\ntargets: ['${x}.pt']\n")
     vc.run("recipe.yaml", settings={"x": given})
     (made,) = [name for name in files_below(here) if name.name not in ("in.pt", "visits.json", "recipe.yaml")]
     assert vc.open(made).history[0].options["vars"] == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "given", ["1.10", "0001", "010", "1:30", "0x10", "yes", "on", "@best", "[1,2", "*.pt", "%x", "'", "a #b"]
+)
+def test_a_variable_in_a_longer_text_stands_there_as_it_was_written(given, here):
+    write("vars: {x: 1}\nsource: in.pt\ntargets: ['out_${x}.pt']\n")
+    vc.run("recipe.yaml", settings={"x": given})
+    assert (here / f"out_{given}.pt").exists()
+    if not set(given) & set("@[*%'#:"):
+        write(f"vars: {{x: {given}}}\nsource: in.pt\ntargets: ['own_${{x}}.pt']\n")
+        vc.run("recipe.yaml")
+        assert (here / f"own_{given}.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "text"),
+    [
+        ("{parent: 2, addresses: [44, 47-50], foreign_addresses: allow, noise: 0}", "parent=2,addresses=[44,47-50],foreign_addresses=allow,noise=0"),
+        ("{parent: 2, addresses: [035], noise: 1e-5}", "parent=2,addresses=[035],noise=1e-5"),
+        ("{parent: 2, addresses: '[44,47]', noise: '0', seed: 7}", "parent=2,addresses=[44,47],noise=0,seed=7"),
+    ],
+)  # fmt: skip
+def test_an_option_means_the_same_in_a_mapping_and_in_a_text(mapping, text):
+    for name, step in (("a", f"{{mitosis_split: {mapping}}}"), ("b", f"'mitosis_split:{text}'")):
+        write(f"source: in.pt\nchain: [{step}]\ntargets: [{name}.pt]\n", f"{name}.yaml")
+        vc.run(f"{name}.yaml")
+    found = vc.diff("a.pt", "b.pt")
+    assert (found.model, found.optimizer, found.payload) == ((), (), ())
+    assert vc.open("a.pt").history[1].options == vc.open("b.pt").history[1].options
+
+
+def test_a_comma_in_a_variable_begins_no_further_option(here):
+    (here / "v,parent=0").mkdir()
+    shutil.copy("visits.json", "v,parent=0/v.json")
+    write("vars: {f: 'v,parent=0'}\nsource: in.pt\nchain: ['arc_meta:visits=${f}/v.json']\ntargets: [a.pt]\n")
+    vc.run("recipe.yaml")
+    assert vc.open("a.pt").plan.parent == 2
 
 
 def test_a_dollar_sign_is_written_twice_and_the_recipes_folder_is_known(here):
@@ -175,6 +213,16 @@ loses: warn
         ("source: '${x}'\ntargets: [a.pt]\n", "there is no variable 'x'"),
         ("? [a, b]\n: c\nsource: in.pt\ntargets: [a.pt]\n", "a key must be plain text"),
         ("[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("vars: {n: }\nsource: in.pt\ntargets: ['a${n}.pt']\n", "has no value: pass --set n=…"),
+        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is no finite number"),
+        ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a text"),
+        ("vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n", "is the recipe's own folder"),
+        ("source: in.pt\ntargets: ['a${ s }.pt']\n", "'${ s }' is no variable; write $${"),
+        ("source: in.pt\ntargets: ['a${s.pt']\n", "is no variable"),
+        ("vars: {t: path}\nsource: in.pt\ntargets: [{'${t}': a.pt}]\n", "a key holds no variables"),
+        ("source: in.pt\nchain: [{mitosis_split: {parent: yes, noise: true}}]\ntargets: [a.pt]\n", "option 'noise'"),
+        ("source: in.pt\noverwrite: !!bool maybe\ntargets: [a.pt]\n", "the tag"),
+        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a text"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_reason(text, says, run_cli):
@@ -200,6 +248,17 @@ def test_a_wrong_call_is_refused(here, run_cli):
         assert says in complained
 
 
+def test_one_fault_is_told_once():
+    for text in (
+        "source: 7\ntargets: [a.pt]\n",
+        "source: in.pt\ntargets: [{path: a.pt, form: x}]\n",
+        "vars: {x: [1]}\nsource: in.pt\ntargets: ['${x}.pt']\n",
+        "source: in.pt\nchain: [{mitosis_split: {noise: '${nose}'}}]\ntargets: [a.pt]\n",
+        "source: in.pt\nchain: ['mitosis_split:noise=${nose}']\ntargets: [a.pt]\n",
+    ):
+        assert len(refused(text)) == 1, text
+
+
 # --- several targets ---
 
 
@@ -212,12 +271,19 @@ def test_nothing_is_written_if_one_target_is_refused(here):
         "nowhere/b.pt",
         "{path: b.pt, manifest: a.pt}",
         "{path: b.pt, manifest: visits.json}",
+        "visits.json",
+        "recipe.yaml",
+        "{path: b.pt, manifest: recipe.yaml}",
+        "{path: b/, manifest: a.pt}",
+        "{path: b.pt, manifest: c/m.json}, c/",
+        "c.pt, {path: b.pt, manifest: c.pt}",
     ):
         write(f"source: in.pt\nchain: ['arc_meta:visits=visits.json']\ntargets: [a.pt, {second}]\n")
-        before = files_below(here)
-        with pytest.raises(CkptError):
-            vc.run("recipe.yaml")
-        assert files_below(here) == before, second
+        before = {name: name.read_bytes() for name in files_below(here)}
+        for overwrite in (False, True):
+            with pytest.raises(CkptError):
+                vc.run("recipe.yaml", overwrite=overwrite)
+            assert {name: name.read_bytes() for name in files_below(here)} == before, second
     write("source: in.pt\ntargets: [a.pt, {path: w.safetensors, to: 'safetensors:weights_only=true'}]\n")
     with pytest.raises(LossError, match="the optimizer's state"):
         vc.run("recipe.yaml")
@@ -248,7 +314,7 @@ def test_a_target_that_appears_meanwhile_is_told_with_what_was_written(monkeypat
 
     monkeypatch.setattr(pipeline, "publish", also)
     write("source: in.pt\ntargets: [a.pt, b.pt]\n")
-    with pytest.raises(UsageError, match=r"has appeared meanwhile.*a\.pt was written"):
+    with pytest.raises(UsageError, match=r"has appeared meanwhile; .*a\.pt was written, .*b\.pt was not"):
         vc.run("recipe.yaml")
     assert Path("b.pt").read_text() == "somebody else's"
     assert vc.check("a.pt").sound

@@ -167,6 +167,12 @@ class Staged:
     target: Path
     overwrite: bool
 
+    def prepare(self) -> None:
+        """Flush it to disk, and refuse a target that has appeared: of several, all that can fail early."""
+        if os.path.lexists(self.target) and not self.overwrite:
+            raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
+        flush(self.path, self.target)
+
     def publish(
         self,
         change: Change | None = None,
@@ -239,7 +245,7 @@ def _for_people(error: BaseException, stage: Staged) -> BaseException:
     if isinstance(error, CkptError):
         if error.path is not None and error.path.is_relative_to(stage.path):
             error.path = stage.target / error.path.relative_to(stage.path)
-        if stage.target in committed and isinstance(error, StorageError):
+        if stage.target in committed and isinstance(error, StorageError) and "was written" not in error.message:
             error.message = f"{stage.target} was written, but then: {error.message}"
     return error
 

@@ -12,6 +12,7 @@ The kind is found from what the chain has changed, not from what it is called.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -51,7 +52,7 @@ from vraxion_ckpt.reading import (
     refuse,
 )
 from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
-from vraxion_ckpt.targets import check_manifest
+from vraxion_ckpt.targets import Beside, check_inputs, check_manifest, check_several
 from vraxion_ckpt.transaction import Change, Mark, mark_of, survey
 
 
@@ -171,7 +172,12 @@ def edit(
         if manifest is not None:
             sides = outcome.side_files
             listed = check_manifest(Path(manifest), before, target, chain, sides, overwrite=True)
+            if keep_old and re.fullmatch(rf"{re.escape(str(target))}\.old[0-9]*", str(listed.path)):
+                raise UsageError("is where the previous state may be kept", path=manifest, hint="choose another name")
             before.open_experts()  # nothing is vouched for that was not read
+        besides = [beside.path for beside in (*outcome.besides, *filter(None, [listed]))]
+        check_several([target, *besides])
+        check_inputs([target, *besides], chain, outcome.side_files, set())
         refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
         held = outcome.held
         with blamed(adapter):
@@ -196,7 +202,7 @@ def edit(
             target=target,
             target_format=adapter.name,
             tensors=tensors,
-            manifest=listed,
+            manifest=listed.path if listed is not None else None,
             bytes_written=size,
             seconds=time.monotonic() - started,
             dry_run=dry_run,
@@ -323,7 +329,7 @@ def _size(adapter: Adapter, held: Checkpoint, work: _Work) -> int:
 
 
 def _write(
-    adapter: Adapter, target: Path, outcome: Outcome, work: _Work, listed: Path | None, *, keep_old: bool
+    adapter: Adapter, target: Path, outcome: Outcome, work: _Work, listed: Beside | None, *, keep_old: bool
 ) -> tuple[Path | None, int]:
     """Stage what changes, read it back, compare, and only then commit.
 
@@ -340,7 +346,7 @@ def _write(
                     work.parts[name].write(stage.path / name)
         else:
             write_whole(adapter, before, held, stage)
-        sides = stage_side_files(stack, outcome.side_files)
+        sides = stage_side_files(stack, outcome.side_files, outcome.besides)
         new = by_name(stage.path, files_below(stage.path))
         written = [*new.values(), *(side.path for side in sides)]
         size = work.copied + sum(path.stat().st_size for path in written)
@@ -361,7 +367,7 @@ def _write(
         return publish(stage, manifest, change=work.change, watched=watched, keep_old=keep_old), size
 
 
-def _list(adapter: Adapter, target: Path, before: Checkpoint, place: Path) -> int:
+def _list(adapter: Adapter, target: Path, before: Checkpoint, place: Beside) -> int:
     """Write the manifest of a checkpoint that stays as it is; return its size."""
     with ExitStack() as stack:
         files = by_name(target, files_of(adapter, target))

@@ -48,11 +48,11 @@ def apply(before: Checkpoint, chain: Sequence[Step], record: Record | None = Non
 def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
     """Judge what a format will hold of it: all that can be refused before a byte is written."""
     before, after = applied.before, applied.after
-    check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
+    besides = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
     with blamed(adapter):
         held = adapter.held(after)
-    return Outcome(before, after, held, applied.side_files, applied.preservation, tuple(lost))
+    return Outcome(before, after, held, applied.side_files, besides, applied.preservation, tuple(lost))
 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:

@@ -93,12 +93,12 @@ def load(path: Path) -> Manifest:
     return manifest
 
 
-def is_manifest(path: Path) -> bool:
-    """Tell whether a file is a manifest, and so may be replaced by a newer one."""
+def described_by(path: Path) -> str | None:
+    """Return the name of the checkpoint that a manifest describes; None if the file is no manifest."""
     try:
-        return path.is_file() and bool(load(path))
+        return load(path).checkpoint
     except CkptError:
-        return False
+        return None
 
 
 def _is_below(name: str) -> bool:

@@ -43,6 +43,8 @@ def expand_ranges(value: Any) -> Any:
     Raises:
         ValueError: an entry is neither a number nor a range, or a range is longer than ten million.
     """
+    if isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
+        value = f"[{','.join(map(str, value))}]"  # a list in a recipe, with ranges
     if not isinstance(value, str):
         return value
     text = value.strip()

@@ -20,7 +20,7 @@ from typing import Any
 
 from vraxion_ckpt import binding, invariants, signals
 from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.commit import Staged, exclusive, staged
+from vraxion_ckpt.commit import Staged, exclusive, leftovers, staged
 from vraxion_ckpt.compare import differences_and_checksums, without_experts
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import (
@@ -28,6 +28,7 @@ from vraxion_ckpt.errors import (
     InconsistentError,
     InvariantError,
     StorageError,
+    UsageError,
 )
 from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
 from vraxion_ckpt.manifest import by_name, dumps, make
@@ -36,7 +37,9 @@ from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike, blamed, os_errors_named, read, refuse
 from vraxion_ckpt.summary import Outcome, Summary, count_tensors
 from vraxion_ckpt.targets import (
+    Beside,
     check_apart,
+    check_inputs,
     check_manifest,
     check_places,
     check_several,
@@ -116,18 +119,20 @@ def convert_to_all(
     optimizer: OptimizerPolicy = "keep",
     allow_globals: Sequence[str] = (),
     record: Record | None = None,
+    reads: Sequence[Path] = (),
 ) -> tuple[Summary, ...]:
     """Do what `convert` does for several targets: read once, run the chain once, and judge and stage all of them.
 
-    Only when all are complete, they are put in place one after the other, each in one step. `record` is put into the
-    history before those of the chain.
+    Only when all are complete and on the disk, they are put in place one after the other, each in one step.
+
+    `record` is put into the history before those of the chain; `reads` are further files that must not be written over.
+    The other arguments are those of `convert`.
     """
     started = time.monotonic()
     with os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
         chain = resolve_chain(transforms)
         source = Path(src)
         places = [_place(source, target) for target in targets]
-        check_several([place for _, place in places])
         if not dry_run:
             for _, place in places:
                 stack.enter_context(exclusive(place))
@@ -143,7 +148,10 @@ def convert_to_all(
             for target, (adapter, place) in zip(targets, places, strict=True)
         ]
         manifests = [_manifest_place(result, chain) for result in results]
-        check_several([place for place in manifests if place is not None])
+        besides = [*results[0].outcome.besides, *(manifest for manifest in manifests if manifest is not None)]
+        written = [*(place for _, place in places), *(beside.path for beside in besides)]
+        check_several(written)
+        check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
 
         sizes = [0] * len(results)
         if dry_run:
@@ -156,7 +164,7 @@ def convert_to_all(
                 target=result.place,
                 target_format=result.adapter.name,
                 tensors=count_tensors(before, result.outcome.held),
-                manifest=manifest,
+                manifest=manifest.path if manifest is not None else None,
                 bytes_written=size,
                 seconds=time.monotonic() - started,
                 dry_run=dry_run,
@@ -180,11 +188,16 @@ def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
     """Return the adapter and the final path of a target, before anything is read."""
     check_policy(target.losses)
     adapter, place = detect_target(target.path, target.to)
-    check_places(source, place, adapter, overwrite=target.overwrite)
+    try:
+        check_places(source, place, adapter, overwrite=target.overwrite)
+    except UsageError as error:
+        if place.exists() and not target.overwrite and leftovers(place):
+            error.hint = "a run that was to write it was interrupted; --overwrite replaces what it has finished"
+        raise
     return adapter, place
 
 
-def _manifest_place(result: _Result, chain: Sequence[Step]) -> Path | None:
+def _manifest_place(result: _Result, chain: Sequence[Step]) -> Beside | None:
     if result.target.manifest is None:
         return None
     outcome = result.outcome
@@ -198,11 +211,12 @@ def _manifest_place(result: _Result, chain: Sequence[Step]) -> Path | None:
     )
 
 
-def _write(results: Sequence[_Result], manifests: Sequence[Path | None], before: Checkpoint) -> list[int]:
+def _write(results: Sequence[_Result], manifests: Sequence[Beside | None], before: Checkpoint) -> list[int]:
     """Stage, read back, compare, and only then commit; return the bytes written to each target."""
     with ExitStack() as stack:
         staged_results = [_stage(stack, result, before) for result in results]
-        sides = stage_side_files(stack, results[0].outcome.side_files)
+        outcome = results[0].outcome
+        sides = stage_side_files(stack, outcome.side_files, outcome.besides)
         listed = [
             stage_manifest(stack, place, result.adapter, by_name(stage.path, files_below(stage.path)), result.place)
             for result, stage, place in zip(results, staged_results, manifests, strict=True)
@@ -210,9 +224,13 @@ def _write(results: Sequence[_Result], manifests: Sequence[Path | None], before:
         before.sources.verify()  # what was not carried into the result, too
         sizes = [sum(file.stat().st_size for file in files_below(stage.path)) for stage in staged_results]
         sizes[0] += sum(side.path.stat().st_size for side in sides)
+        pairs = list(zip(staged_results, listed, strict=True))
+        if len(pairs) > 1:
+            for stage in (*sides, *staged_results, *filter(None, listed)):
+                stage.prepare()
         for side in sides:  # the targets last: if they are there, all is there
             side.publish(check=before.sources.check_unchanged)
-        _publish_all(list(zip(staged_results, listed, strict=True)), before)
+        _publish_all(pairs, before)
     return sizes
 
 
@@ -231,10 +249,16 @@ def _publish_all(pairs: Sequence[tuple[Staged, Staged | None]], before: Checkpoi
             try:
                 publish(stage, manifest, check=before.sources.check_unchanged)
             except CkptError as error:
-                error.message += f"; but {', '.join(str(other.target) for other, _ in pairs[:number])} was written"
+                there, lacking = pairs[:number], pairs[number:]
+                error.message = error.message.removesuffix("; nothing was written")
+                error.message += f"; {_names(there)} was written, {_names(lacking)} was not"
                 raise
     if late is not None:
         raise late
+
+
+def _names(pairs: Sequence[tuple[Staged, Staged | None]]) -> str:
+    return ", ".join(str(stage.target) for stage, _ in pairs)
 
 
 def _stage(stack: ExitStack, result: _Result, before: Checkpoint) -> Staged:
@@ -254,13 +278,13 @@ def files_below(path: Path) -> list[Path]:
 
 
 def stage_manifest(
-    stack: ExitStack, place: Path | None, adapter: Adapter, files: Mapping[str, Path], target: Path
+    stack: ExitStack, place: Beside | None, adapter: Adapter, files: Mapping[str, Path], target: Path
 ) -> Staged | None:
     """Stage the manifest of files that were read back; what may be replaced was judged before."""
     if place is None:
         return None
-    stack.enter_context(exclusive(place))
-    stage = stack.enter_context(staged(place, directory=False, overwrite=True))
+    stack.enter_context(exclusive(place.path))
+    stage = stack.enter_context(staged(place.path, directory=False, overwrite=place.replace))
     write_new(stage.path, dumps(make(target.name, adapter.name, files)))
     return stage
 
@@ -289,13 +313,12 @@ def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: S
             raise
 
 
-def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes]) -> list[Staged]:
-    """Stage the files that a chain asks for beside its target; what may be replaced was judged before."""
+def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[Beside]) -> list[Staged]:
+    """Stage the files that are to be written beside a target; what may be replaced was judged before."""
     stages = []
-    for path, content in side_files.items():
-        real = Path(os.path.realpath(path))
-        stack.enter_context(exclusive(real))
-        stages.append(stack.enter_context(staged(real, directory=False, overwrite=True)))
+    for content, beside in zip(side_files.values(), besides, strict=True):
+        stack.enter_context(exclusive(beside.path))
+        stages.append(stack.enter_context(staged(beside.path, directory=False, overwrite=beside.replace)))
         write_new(stages[-1].path, content)
     return stages
 

@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.judging import LossPolicy
 from vraxion_ckpt.model import Record
-from vraxion_ckpt.options import problems_with
+from vraxion_ckpt.options import parse, problems_with
 from vraxion_ckpt.pipeline import Target, convert_to_all
 from vraxion_ckpt.plugins import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike
@@ -30,10 +30,19 @@ from vraxion_ckpt.yamlfile import Place, Problem, Yaml, load, scalar
 
 SCHEMA = "vraxion-ckpt/recipe/1"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_VARIABLE = re.compile(r"\$(\$(?=\{)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+_VARIABLE = re.compile(r"\$\$(?=\{)|\$\{([^}]*)(\})?")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FOLDER = "recipe_dir"
 
-Scalar = str | int | float | bool | None
+# What pydantic says, for people who write recipes.
+_WORDS = {
+    "string_type": "must be a text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+}
 
 
 class _Entry(BaseModel):
@@ -65,16 +74,24 @@ class Output(_Entry):
     """A file for the digests of what was written."""
 
 
+def _kind(value: Any) -> str:
+    return "entry" if isinstance(value, dict | _Entry) else "text"
+
+
+_Source = Annotated[Annotated[str, Tag("text")] | Annotated[Source, Tag("entry")], Discriminator(_kind)]
+_Output = Annotated[Annotated[str, Tag("text")] | Annotated[Output, Tag("entry")], Discriminator(_kind)]
+
+
 class Recipe(_Entry):
     """A conversion, written down."""
 
     schema_: Literal["vraxion-ckpt/recipe/1"] | None = Field(None, alias="schema", description="kind and version")
-    vars: dict[str, Scalar] = {}
+    vars: dict[str, Any] = {}
     """Variables and what they are if ``--set`` does not say otherwise; ``${name}`` stands for one in any text."""
-    source: str | Source
+    source: _Source
     chain: tuple[Any, ...] = ()
     """Transforms, from left to right: ``NAME``, ``NAME:key=value``, or NAME with a mapping of its options."""
-    targets: Annotated[tuple[str | Output, ...], Field(min_length=1)]
+    targets: Annotated[tuple[_Output, ...], Field(min_length=1)]
     losses: LossPolicy = "raise"
     """What to do about what a target's format cannot hold."""
     manifest: str | None = None
@@ -116,15 +133,18 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     """
     place = Path(path)
     yaml = load(place)
-    problems = list(yaml.problems)
     if not isinstance(yaml.value, dict):
         raise UsageError("must be a mapping with source, chain and targets", path=place)
-    filled = _filled(yaml, dict(settings or {}), place, problems)
+    known = _variables(yaml, dict(settings or {}), place)
+    filled = _Filling(yaml, known).all()
+    faulty = {problem.place for problem in yaml.problems}  # of those, whatever follows is no news
+    problems: list[Problem] = []
     recipe = _validated(yaml, filled, problems)
     chain = _checked_chain(yaml, filled.get("chain"), problems)
     _check_formats(yaml, filled, problems)
+    problems = [*yaml.problems, *(p for p in problems if not any(p.place[:n] in faulty for n in range(1, 9)))]
     if recipe is None or problems:
-        raise UsageError(_listed(place, problems), path=None)
+        raise UsageError(_listed(place, problems))
     source = recipe.source if isinstance(recipe.source, Source) else Source(path=recipe.source)
     outputs = [entry if isinstance(entry, Output) else Output(path=entry) for entry in recipe.targets]
     targets = tuple(
@@ -146,7 +166,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
 def run(
     path: PathLike, *, settings: Mapping[str, str] | None = None, dry_run: bool = False, overwrite: bool = False
 ) -> Ran:
-    """Run a recipe: read its source once, run its chain once, write all its targets, or none.
+    """Run a recipe: read its source once, run its chain once, write all targets before the first is put in place.
 
     The recipe, with its variables filled in, stands in the history of every result.
 
@@ -175,6 +195,7 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
         optimizer=source.optimizer,
         allow_globals=source.allow_globals,
         record=ready.record,
+        reads=[ready.path],
     )
     return Ran(recipe=ready.path, dry_run=dry_run, results=results)
 
@@ -182,54 +203,112 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
 # --- variables ---
 
 
-def _filled(yaml: Yaml, settings: dict[str, str], path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """Return a recipe's content with its variables filled in."""
-    known: dict[str, Any] = {_FOLDER: str(path.parent)}
+@dataclass(frozen=True)
+class _Variable:
+    """A variable's value where it stands alone, and its text where it stands in a longer one."""
+
+    value: Any
+    text: str | None
+
+
+def _variables(yaml: Yaml, settings: dict[str, str], path: Path) -> dict[str, _Variable]:
+    """Return the variables of a recipe, with those values that were given instead of its own."""
     declared = yaml.value.get("vars")
     if not isinstance(declared, dict):
         declared = {}
     for name in settings.keys() - declared.keys():
-        problems.append(Problem(("--set", name), f"is no variable of the recipe{_nearest(name, declared)}"))
-    used: set[str] = set()
+        yaml.problems.append(Problem(("--set", name), f"is no variable of the recipe{_nearest(name, declared)}"))
+    known = {_FOLDER: _Variable(str(path.parent), str(path.parent))}
     for name, value in declared.items():
-        given = scalar(settings[name]) if name in settings else value
-        known[name] = _fill(given, known, ("vars", name), yaml, problems, used)
-    rest = {
-        key: _fill(value, known, (key,), yaml, problems, used) for key, value in yaml.value.items() if key != "vars"
-    }
-    for name in declared.keys() - used:
-        problems.append(Problem(("vars", name), "is used nowhere", yaml.line(("vars", name))))
-    if "vars" not in yaml.value:
-        return rest
-    return {"vars": {name: known[name] for name in declared} or yaml.value["vars"], **rest}
+        place = ("vars", name)
+        if name == _FOLDER or not _NAME.fullmatch(name):
+            what = "is the recipe's own folder" if name == _FOLDER else "is no name of a variable: letters, digits, _"
+            yaml.problems.append(Problem(place, what, yaml.line(place)))
+        elif isinstance(value, dict | list):
+            yaml.problems.append(Problem(place, "must be a text, a number, true, false or null", yaml.line(place)))
+            known[name] = _Variable(None, "")
+        elif name in settings:
+            known[name] = _given(name, settings[name], yaml)
+        else:
+            known[name] = _Variable(value, None if value is None else yaml.texts.get(place, str(value)))
+    return known
 
 
-def _fill(
-    value: Any, known: Mapping[str, Any], place: Place, yaml: Yaml, problems: list[Problem], used: set[str]
-) -> Any:
-    """Fill in the variables of a value; a text that is nothing but one takes its value, whatever its type."""
-    if isinstance(value, dict):
-        return {key: _fill(entry, known, (*place, key), yaml, problems, used) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_fill(entry, known, (*place, i), yaml, problems, used) for i, entry in enumerate(value)]
-    if not isinstance(value, str):
-        return value
+def _given(name: str, text: str, yaml: Yaml) -> _Variable:
+    try:
+        return _Variable(scalar(text), text)
+    except ValueError as error:
+        yaml.problems.append(Problem(("--set", name), str(error)))
+        return _Variable(None, text)
 
-    def replaced(found: re.Match[str]) -> str:
-        name = found[2]
+
+class _Filling:
+    """Fills in the variables of a recipe, and notes in it what is wrong with them."""
+
+    def __init__(self, yaml: Yaml, known: Mapping[str, _Variable]) -> None:
+        self._yaml = yaml
+        self._known = known
+        self._used: set[str] = set()
+
+    def all(self) -> dict[str, Any]:
+        """Return the recipe's content with its variables filled in."""
+        content = dict(self._yaml.value)
+        declared = content.pop("vars", None)
+        filled = {key: self._fill(value, (key,)) for key, value in content.items()}
+        if "vars" not in self._yaml.value:
+            return filled
+        for name in self._known.keys() - self._used - {_FOLDER}:
+            self._note(("vars", name), "is used nowhere")
+        if isinstance(declared, dict):
+            declared = {name: self._known[name].value for name in declared if name in self._known}
+        return {"vars": declared, **filled}
+
+    def _note(self, place: Place, what: str) -> None:
+        self._yaml.problems.append(Problem(place, what, self._yaml.line(place)))
+
+    def _fill(self, value: Any, place: Place) -> Any:
+        """Fill in a value; a text that is nothing but one variable takes its value, whatever its type."""
+        if isinstance(value, dict):
+            for key in value:
+                if "${" in key:
+                    self._note((*place, key), "a key holds no variables")
+            return {key: self._fill(entry, (*place, key)) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._fill(entry, (*place, i)) for i, entry in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        if place[0] == "chain" and len(place) == 2:
+            return self._fill_step(value, place)
+        whole = _VARIABLE.fullmatch(value)
+        if whole and whole[2] and whole[1] in self._known:
+            self._used.add(whole[1])
+            return self._known[whole[1]].value
+        return _VARIABLE.sub(lambda found: self._text(found, place), value)
+
+    def _fill_step(self, text: str, place: Place) -> Any:
+        """Fill in each option by itself: a comma in a variable begins no further one."""
+        try:
+            name, options = parse(text)
+        except UsageError as error:
+            self._note(place, error.message)
+            return text
+        return {name: {key: self._fill(value, (*place, name)) for key, value in options.items()}}
+
+    def _text(self, found: re.Match[str], place: Place) -> str:
+        name = found[1]
         if name is None:
             return "$"
-        used.add(name)
-        if name not in known:
-            problems.append(Problem(place, f"there is no variable {name!r}{_nearest(name, known)}", yaml.line(place)))
-            return ""
-        return str(known[name])
-
-    whole = _VARIABLE.fullmatch(value)
-    if whole and whole[2] in known:
-        used.add(whole[2])
-        return known[whole[2]]
-    return _VARIABLE.sub(replaced, value)
+        if not found[2] or not _NAME.fullmatch(name):
+            self._note(place, f"{found[0]!r} is no variable; write $${{ for the signs themselves")
+        elif name not in self._known:
+            self._note(place, f"there is no variable {name!r}{_nearest(name, self._known)}")
+        elif self._known[name].text is None:
+            self._used.add(name)
+            self._note(place, f"the variable {name!r} has no value: pass --set {name}=…")
+        else:
+            self._used.add(name)
+            return str(self._known[name].text)
+        return ""
 
 
 def _nearest(name: str, names: Mapping[str, Any]) -> str:
@@ -241,32 +320,33 @@ def _nearest(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _validated(yaml: Yaml, filled: dict[str, Any], problems: list[Problem]) -> Recipe | None:
-    try:
-        recipe = Recipe.model_validate(filled)
-    except ValidationError as error:
-        for found in error.errors(include_url=False):
-            problem = _from_pydantic(yaml, found)
-            if problem not in problems:
-                problems.append(problem)
-        return None
-    if recipe.manifest is not None and len(recipe.targets) > 1:
+    targets = filled.get("targets")
+    if filled.get("manifest") is not None and isinstance(targets, list) and len(targets) > 1:
         what = "with several targets, each needs a manifest of its own: write it there"
         problems.append(Problem(("manifest",), what, yaml.line(("manifest",))))
-    return recipe
+    try:
+        return Recipe.model_validate(filled)
+    except ValidationError as error:
+        found = (_from_pydantic(yaml, problem) for problem in error.errors(include_url=False))
+        problems += [problem for problem in found if problem is not None]
+        return None
 
 
-def _from_pydantic(yaml: Yaml, found: Any) -> Problem:
-    # Of a union, pydantic names the member that it tried; that is no place in the file.
-    place = tuple(part for part in found["loc"] if part not in ("str", "Source", "Output"))
-    message = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if found["type"] == "extra_forbidden":
+def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
+    # Where a text or a mapping may stand, pydantic names which it took it for; that is no place in the file.
+    place = tuple(part for part in found["loc"] if part not in ("text", "entry"))
+    kind = found["type"]
+    message = _WORDS.get(kind, found["msg"].removeprefix("Value error, ").removeprefix("Input "))
+    if kind == "extra_forbidden":
         entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output}
         fields = entries.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
         names = {field.alias or name: None for name, field in fields.model_fields.items()}
         message = f"is not known{_nearest(str(place[-1]), names)}"
-    elif found["type"] == "missing":
+    elif kind == "missing":
         message = "is required" + ("; to change a checkpoint in place, use `edit`" if place == ("targets",) else "")
-    elif found["type"] == "too_short" and place == ("targets",):
+    elif kind == "too_short":
+        if yaml.value.get("targets"):
+            return None  # there are some, and what is wrong with them is told
         message = "must name at least one; to change a checkpoint in place, use `edit`"
     return Problem(place, message, yaml.line(place))
 
@@ -284,8 +364,9 @@ def _checked_chain(yaml: Yaml, chain: Any, problems: list[Problem]) -> tuple[Tra
             if options is not None and not isinstance(options, dict):
                 problems.append(Problem((*place, name), "must be a mapping of options", yaml.line((*place, name))))
                 continue
-            items.append((name, options or {}))
-            wrong = _wrong_options(name, options or {})
+            given = {key: _as_text(value) for key, value in (options or {}).items()}
+            items.append((name, given))
+            wrong = _wrong_options(name, given)
             for key, what in wrong:
                 inner = (*place, name, key) if key else (*place, name)
                 problems.append(Problem(inner, what, yaml.line(inner)))
@@ -295,6 +376,13 @@ def _checked_chain(yaml: Yaml, chain: Any, problems: list[Problem]) -> tuple[Tra
             what = "must be NAME, NAME:key=value, or NAME with a mapping of its options"
             problems.append(Problem(place, what, yaml.line(place)))
     return tuple(items)
+
+
+def _as_text(value: Any) -> Any:
+    """Return true and false as the command line has them: no number is meant where a number is wanted."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return [_as_text(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _wrong_options(name: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -335,16 +423,25 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a recipe, with the options of every transform that is installed."""
     schema = Recipe.model_json_schema(by_alias=True)
     definitions = schema.setdefault("$defs", {})
+    for entry in (schema, definitions["Source"], definitions["Output"]):
+        for name, value in entry["properties"].items():
+            if "enum" in value or value.get("type") == "boolean" or "const" in str(value):
+                entry["properties"][name] = {"anyOf": [value, _VARIABLE_SCHEMA]}
+    scalars = {"type": ["string", "number", "boolean", "null"]}
+    schema["properties"]["vars"]["additionalProperties"] = scalars
     steps: list[dict[str, Any]] = [{"type": "string", "description": "NAME or NAME:key=value,…"}]
     for name, offers in sorted(registry().transforms.items()):
         if len(offers) == 1:
             definitions[f"transform {name}"] = _options_schema(offers[0].plugin.model_json_schema())
-            entry = {"anyOf": [{"$ref": f"#/$defs/transform {name}"}, {"type": "null"}]}
+            options = {"anyOf": [{"$ref": f"#/$defs/transform {name}"}, {"type": "null"}]}
             steps.append(
-                {"type": "object", "properties": {name: entry}, "required": [name], "additionalProperties": False}
+                {"type": "object", "properties": {name: options}, "required": [name], "additionalProperties": False}
             )
     schema["properties"]["chain"]["items"] = {"anyOf": steps}
     return {"$schema": _DIALECT, "$id": SCHEMA, **schema}
+
+
+_VARIABLE_SCHEMA = {"type": "string", "pattern": r"\$\{", "description": "a variable"}
 
 
 def _options_schema(schema: dict[str, Any]) -> dict[str, Any]:

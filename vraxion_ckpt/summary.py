@@ -11,6 +11,7 @@ from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.facts import Fact, Facts
 from vraxion_ckpt.invariants import Preservation
 from vraxion_ckpt.model import Checkpoint, Record
+from vraxion_ckpt.targets import Beside
 from vraxion_ckpt.transform import moved_addresses
 
 
@@ -65,6 +66,7 @@ class Outcome:
         after: what the chain returned.
         held: what the target's format makes of that.
         side_files: what else is to be written.
+        besides: where that goes.
         preservation: whether the function is the same.
         losses: what the format cannot hold.
     """
@@ -73,6 +75,7 @@ class Outcome:
     after: Checkpoint
     held: Checkpoint
     side_files: dict[Path, bytes]
+    besides: tuple[Beside, ...]
     preservation: Preservation | None
     losses: tuple[Loss, ...]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.errors import UsageError
-from vraxion_ckpt.manifest import is_manifest
+from vraxion_ckpt.manifest import described_by
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
 from vraxion_ckpt.plugins import AdapterLike, adapters, resolve_adapter
@@ -86,7 +87,7 @@ def check_apart(target: Path, before: Checkpoint) -> None:
         raise UsageError("the source lies inside it", path=target, hint="write to a path beside it")
 
 
-def _files_named_once(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path]:
+def files_read(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path]:
     """Return the files that options of the chain name beside those it writes."""
     named = [value for step in chain for value in dict(step.transform).values() if isinstance(value, Path)]
     for path in side_files:
@@ -95,15 +96,35 @@ def _files_named_once(chain: Sequence[Step], side_files: dict[Path, bytes]) -> s
     return {Path(os.path.realpath(path)) for path in named}
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A file that is written beside a target.
+
+    Attributes:
+        path: its final path.
+        replace: whether something is there that may be replaced; what appears there later may not.
+    """
+
+    path: Path
+    replace: bool
+
+
 def check_side_files(
     side_files: dict[Path, bytes], before: Checkpoint, target: Path, chain: Sequence[Step], *, overwrite: bool
-) -> None:
-    """Refuse side files over the source, the target, what the chain reads, or what must not be replaced."""
-    inputs = _files_named_once(chain, side_files)
+) -> tuple[Beside, ...]:
+    """Refuse side files over the source, the target, what the chain reads, or what must not be replaced.
+
+    Returns:
+        Where each of them goes.
+    """
+    inputs = files_read(chain, side_files)
+    found = []
     for path in side_files:
         real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
         check_target(real, overwrite=overwrite or (real.is_file() and real.read_bytes() == side_files[path]))
+        found.append(Beside(real, real.exists()))
+    return tuple(found)
 
 
 def check_manifest(
@@ -114,19 +135,31 @@ def check_manifest(
     side_files: dict[Path, bytes],
     *,
     overwrite: bool,
-) -> Path:
-    """Refuse a manifest where a side file must not be, or over one, or over what is no manifest.
+) -> Beside:
+    """Refuse a manifest where a side file must not be, or over what is no manifest, or one of another checkpoint.
 
     Returns:
-        Its final path.
+        Where it goes.
     """
-    real = _check_beside(path, before, target, _files_named_once(chain, side_files))
-    if real in {Path(os.path.realpath(side)) for side in side_files}:
-        raise UsageError("is also what a transform writes", path=path)
-    if real.exists() and overwrite and not is_manifest(real):
-        raise UsageError("is no manifest, and is not replaced by one", path=path)
+    real = _check_beside(path, before, target, files_read(chain, side_files))
+    if real.exists() and overwrite:
+        described = described_by(real)
+        if described is None:
+            raise UsageError("is no manifest, and is not replaced by one", path=path)
+        if described != target.name:
+            raise UsageError(
+                f"is the manifest of {described}, and is not replaced", path=path, hint="choose a new name"
+            )
     check_target(real, overwrite=overwrite)
-    return real
+    return Beside(real, real.exists())
+
+
+def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict[Path, bytes], more: set[Path]) -> None:
+    """Refuse to write over, or around, a file that the chain reads, or one of `more`."""
+    for read in files_read(chain, side_files) | more:
+        for place in places:
+            if read == place or place in read.parents:
+                raise UsageError("is, or holds, a file that this run reads", path=place, hint="choose a new name")
 
 
 def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
@@ -142,10 +175,10 @@ def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path
 
 
 def check_several(targets: Sequence[Path]) -> None:
-    """Refuse targets that are the same, or lie in each other."""
+    """Refuse places that are the same, or lie in each other."""
     for i, target in enumerate(targets):
         for other in targets[:i]:
             if target == other:
-                raise UsageError("is given as a target twice", path=target)
+                raise UsageError("is to be written twice", path=target)
             if target in other.parents or other in target.parents:
-                raise UsageError(f"lies inside another target, or around it: {other}", path=target)
+                raise UsageError(f"lies inside what is also to be written, or around it: {other}", path=target)

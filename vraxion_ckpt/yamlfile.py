@@ -1,10 +1,13 @@
 """YAML as we read it, strictly: plain data, every key once, and the line that each entry stands in.
 
-Imports nothing of torch.
+Plain scalars are those of YAML 1.2's core schema, but for octal and hexadecimal numbers: ``0001``, ``1:30``, ``yes``
+and ``0x10`` are texts, as they look. https://yaml.org/spec/1.2.2/#103-core-schema. Imports nothing of torch.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,12 @@ import yaml
 from vraxion_ckpt.errors import StorageError, UsageError
 
 _LARGEST = 2**20  # bytes; whoever writes one by hand stays below
-_PLAIN = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
+_DEEPEST = 50
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
+_FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?")
+_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
+    spelt: value for value, word in ((True, "true"), (False, "false")) for spelt in (word, word.title(), word.upper())
+}
 
 # Where something stands: keys and indices from the top.
 Place = tuple[str | int, ...]
@@ -41,10 +49,16 @@ def spell(place: Place) -> str:
 
 @dataclass
 class Yaml:
-    """A file's content, where each entry stands, and what is wrong with it as YAML."""
+    """A file's content, and what is wrong with it as YAML.
+
+    Attributes:
+        lines: where each entry stands.
+        texts: what stands there, letter by letter, of each scalar.
+    """
 
     value: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
+    texts: dict[Place, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def line(self, place: Place) -> int | None:
@@ -66,16 +80,13 @@ def load(path: Path) -> Yaml:
     try:
         if path.stat().st_size > _LARGEST:
             raise UsageError(f"is larger than {_LARGEST} bytes", path=path)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     except UnicodeDecodeError as error:
         raise UsageError("is not UTF-8 text", path=path) from error
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):  # a dozen lines of those can stand for a billion entries
-                line = event.start_mark.line + 1 if event.start_mark else 0
-                raise UsageError(f"line {line}: aliases (*name) are not known here", path=path)
+        _check_events(text, path)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(_syntax(error), path=path) from None
@@ -85,11 +96,35 @@ def load(path: Path) -> Yaml:
 
 
 def scalar(text: str) -> Any:
-    """Return the value that a text has as a plain YAML scalar: ``3``, ``0.5``, ``true``, or itself."""
-    found = Yaml()
-    node = yaml.compose(text, Loader=yaml.SafeLoader) if text.strip() else None
-    value = _value(node, (), found) if isinstance(node, yaml.ScalarNode) else text
-    return text if found.problems else value
+    """Return what a text is as a plain scalar: a number, true, false, null, or itself.
+
+    Raises:
+        ValueError: it is a number that is not finite.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text)
+    if text.lower().lstrip("+-") in (".inf", ".nan"):
+        raise ValueError(f"{text} is no finite number")
+    if _FLOAT.fullmatch(text) and any(letter.isdigit() for letter in text):
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is no finite number")
+        return number
+    return text
+
+
+def _check_events(text: str, path: Path) -> None:
+    """Refuse what would take for ever, or all memory, to be put together."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, yaml.AliasEvent):  # a dozen lines of those can stand for a billion entries
+            raise UsageError(f"line {line}: aliases (*name) are not known here", path=path)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UsageError(f"line {line}: is nested too deeply", path=path)
 
 
 def _syntax(error: BaseException) -> str:
@@ -103,20 +138,27 @@ def _value(node: yaml.Node | None, place: Place, found: Yaml) -> Any:
         return None
     line = node.start_mark.line + 1
     found.lines.setdefault(place, line)
-    if node.tag == "tag:yaml.org,2002:timestamp":
-        return node.value
-    if node.tag not in _PLAIN:
+    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        return _mapping(node, place, found)
+    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        return [_value(entry, (*place, i), found) for i, entry in enumerate(node.value)]
+    if not isinstance(node, yaml.ScalarNode) or not _is_usual(node):
         found.problems.append(Problem(place, f"the tag {node.tag} is not known here", line))
         return None
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, place, found)
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(entry, (*place, i), found) for i, entry in enumerate(node.value)]
+    found.texts[place] = str(node.value)
+    if node.style is not None:  # quoted, or a block
+        return str(node.value)
     try:
-        return yaml.SafeLoader("").construct_object(node)
-    except (ValueError, yaml.YAMLError) as error:
-        found.problems.append(Problem(place, f"cannot be read: {error}", line))
+        return scalar(node.value)
+    except ValueError as error:
+        found.problems.append(Problem(place, str(error), line))
         return None
+
+
+def _is_usual(node: yaml.ScalarNode) -> bool:
+    """Tell whether a scalar has the tag that PyYAML gives to its text, and none that somebody wrote before it."""
+    plain = node.style is None
+    return bool(node.tag == yaml.SafeLoader("").resolve(yaml.ScalarNode, node.value, (plain, not plain)))  # type: ignore[no-untyped-call]
 
 
 def _mapping(node: yaml.MappingNode, place: Place, found: Yaml) -> dict[str, Any]:

@@ -120,7 +120,9 @@ def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: boo
 def run(
     context: click.Context, /, recipe: str, settings: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Run RECIPE, a YAML file: read its source, run its chain, write all its targets, or none.
+    """Run RECIPE, a YAML file: read its source, run its chain, write its targets.
+
+    All targets are written and read back before the first is put in its place.
 
     Paths in it are relative to the current directory, as on the command line; ${recipe_dir} is its own folder.
 

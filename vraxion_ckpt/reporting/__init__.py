@@ -24,7 +24,7 @@ from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
 from vraxion_ckpt.reporting.gather import Subject, gather
 from vraxion_ckpt.ring import Weights
 from vraxion_ckpt.signs import signs_of_life
-from vraxion_ckpt.targets import check_apart, check_several
+from vraxion_ckpt.targets import Beside, check_apart, check_several
 from vraxion_ckpt.visits import load as load_visits
 
 
@@ -81,6 +81,7 @@ def report(
         check_several(places)
         for place in places:
             check_target(place, overwrite=overwrite)
+        there = [place.exists() for place in places]
         checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
         before = read_unbound(against, allow_globals=allow_globals) if against is not None else None
         read = [one for one in (checkpoint, before) if one is not None]
@@ -95,7 +96,8 @@ def report(
             one.sources.verify()
             one.sources.check_unchanged()
         contents = {Path(place): content for place, content in drawn.items()}
-        for stage in stage_side_files(stack, contents):
+        besides = [Beside(place, replace) for place, replace in zip(places, there, strict=True)]
+        for stage in stage_side_files(stack, contents, besides):
             stage.publish()
         sizes = {Path(place): len(content) for place, content in contents.items()}
         return Reported(
