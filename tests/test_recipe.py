@@ -106,9 +106,10 @@ def test_a_variable_is_set_to_what_yaml_takes_a_text_for(given, value, here):
     assert vc.open(made).history[0].options["vars"] == {"x": value}
 
 
-@pytest.mark.parametrize(
-    "given", ["1.10", "0001", "010", "1:30", "0x10", "yes", "on", "@best", "[1,2", "*.pt", "%x", "'", "a #b"]
-)
+ODD = "1.10 0001 010 1:30 0x10 yes on @best [1,2 *.pt %x '".split()
+
+
+@pytest.mark.parametrize("given", [*ODD, "a #b"])
 def test_a_variable_in_a_longer_text_stands_there_as_it_was_written(given, here):
     write("vars: {x: 1}\nsource: in.pt\ntargets: ['out_${x}.pt']\n")
     vc.run("recipe.yaml", settings={"x": given})
