@@ -106,7 +106,7 @@ def test_a_variable_is_set_to_what_yaml_takes_a_text_for(given, value, here):
     assert vc.open(made).history[0].options["vars"] == {"x": value}
 
 
-ODD = "1.10 0001 010 1:30 0x10 yes on @best [1,2 *.pt %x '".split()
+ODD = ["1.10", "0001", "010", "1:30", "0x10", "yes", "on", "@best", "[1,2", "*.pt", "%x", "'"]
 
 
 @pytest.mark.parametrize("given", [*ODD, "a #b"])
@@ -123,7 +123,10 @@ def test_a_variable_in_a_longer_text_stands_there_as_it_was_written(given, here)
 @pytest.mark.parametrize(
     ("mapping", "text"),
     [
-        ("{parent: 2, addresses: [44, 47-50], foreign_addresses: allow, noise: 0}", "parent=2,addresses=[44,47-50],foreign_addresses=allow,noise=0"),
+        (
+            "{parent: 2, addresses: [44, 47-50], foreign_addresses: allow, noise: 0}",
+            "parent=2,addresses=[44,47-50],foreign_addresses=allow,noise=0",
+        ),
         ("{parent: 2, addresses: [035], noise: 1e-5}", "parent=2,addresses=[035],noise=1e-5"),
         ("{parent: 2, addresses: '[44,47]', noise: '0', seed: 7}", "parent=2,addresses=[44,47],noise=0,seed=7"),
     ],

@@ -123,7 +123,8 @@ class Difference(Facts):
             renumbered = former.get(flow.after, flow.after) != flow.after
             was = f", which was {former[flow.after]}" if renumbered else ""
             lines.append(("ring", f"{flow.addresses} addresses: expert {flow.before} → expert {flow.after}{was}"))
-        lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
+        if self.slots_identical or self.optimizer:
+            lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
         for label in ("payload", "lifecycle", "history", "other"):
             changes = getattr(self, label)
             if changes:
