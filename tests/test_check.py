@@ -181,6 +181,34 @@ def test_quiet_only_answers_by_the_exit_code(tmp_path, run_cli):
     assert run_cli("-q", "check", tmp_path / "empty.pt") == (1, "", "")
 
 
+def test_a_parameter_that_the_model_lacks_is_an_error(tmp_path):
+    payload = load(NAMED)
+    payload["model"].pop("walk_head.bias")
+    torch.save(payload, tmp_path / "a.pt")
+    payload["optim"] = None
+    torch.save(payload, tmp_path / "b.pt")
+    for name in ("a.pt", "b.pt"):
+        assert "the model lacks walk_head.bias" in " ".join(told(vc.check(tmp_path / name)))
+
+
+def test_numbers_that_are_not_finite_are_named_with_their_place(tmp_path):
+    payload = load(NAMED)
+    payload["optim"]["param_groups"][0]["lr"] = float("nan")
+    payload["losses"][1] = float("inf")
+    payload["optim"]["state"][3]["exp_avg"][0] = float("nan")
+    torch.save(payload, tmp_path / "a.pt")
+    warnings = " ".join(told(vc.check(tmp_path / "a.pt"), "warning"))
+    assert "optimizer.groups[0].lr: is nan" in warnings
+    assert "payload.losses[1]: is inf" in warnings
+    assert f"optimizer.state.{payload['param_names'][3]}.exp_avg: 1 NaN" in warnings
+
+
+def test_a_part_of_a_directory_stands_for_all_of_it(tmp_path):
+    run = lay(tmp_path / "run")
+    vc.edit(run, manifest=tmp_path / "m.json")
+    assert vc.check(run / "system/router.state", manifest=tmp_path / "m.json").sound
+
+
 # --- manifests ---
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import OrderedDict
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def changed(path: Path, change, source: Path = NAMED) -> Path:
     change(payload)
     torch.save(payload, path)
     return path
+
+
+def with_more(payload):
+    """Add what the real checkpoints do not have."""
+    payload["ema"] = OrderedDict((name, tensor.clone()) for name, tensor in payload["model"].items())
+    payload["ema"].version = 1
+    payload["long"] = list(range(12))
 
 
 # --- the same ---
@@ -236,21 +244,71 @@ def test_another_shape_is_a_change_that_is_not_measured(tmp_path):
         ("model", "extra", lambda p: p["model"].__setitem__("extra", torch.zeros(1))),
         ("model", "router_map", lambda p: p["model"].__setitem__("router_map", p["model"]["router_map"].int())),
         ("other", "order", lambda p: p["model"].move_to_end("router_map")),
-        ("other", "order", lambda p: p.__setitem__("step", p.pop("step"))),
+        ("other", "spelling", lambda p: p.__setitem__("step", p.pop("step"))),
+        ("other", "spelling", lambda p: p.pop("num_experts")),
+        ("other", "param_names", lambda p: p["param_names"].reverse()),
+        ("payload", "ema attributes.version", lambda p: p["ema"].__setattr__("version", 2)),
+        ("payload", "long", lambda p: p.__setitem__("long", tuple(p["long"]))),
         ("other", "module versions", lambda p: p["model"]._metadata.__setitem__("", {"version": 9})),
     ],
 )  # fmt: skip
 def test_whatever_differs_is_told_where_it_stands(section, name, change, tmp_path, run_cli):
-    b = changed(tmp_path / "b.pt", change)
-    found = vc.diff(NAMED, b)
+    a = changed(tmp_path / "a.pt", with_more)
+    b = changed(tmp_path / "b.pt", change, a)
+    found = vc.diff(a, b)
     assert not found.identical
     sections = {"model", "optimizer", "payload", "lifecycle", "history", "other"}
     assert {s for s in sections if getattr(found, s)} == {section}
     told = " ".join(f"{c.before} {c.after}" for c in getattr(found, section))
     assert name in told
-    code, said, _ = run_cli("diff", NAMED, b)
+    code, said, _ = run_cli("diff", a, b)
     assert code == 1
     assert name in said
+
+
+def test_one_tensor_under_two_names_is_not_the_same_as_two(tmp_path):
+    """A training step updates both through one memory, or each."""
+
+    def equal(payload):
+        state, model = payload["optim"]["state"], payload["model"]
+        names = payload["param_names"]
+        for leaf in ("weight", "bias"):
+            first, second = (names.index(f"head.experts.{i}.{leaf}") for i in (0, 1))
+            model[f"head.experts.1.{leaf}"] = model[f"head.experts.0.{leaf}"].clone()
+            state[second] = {slot: value.clone() for slot, value in state[first].items()}
+
+    def shared(payload):
+        equal(payload)
+        names = payload["param_names"]
+        first, second = (names.index(f"head.experts.{i}.weight") for i in (0, 1))
+        payload["optim"]["state"][second] = payload["optim"]["state"][first]
+
+    a, b = changed(tmp_path / "a.pt", equal), changed(tmp_path / "b.pt", shared)
+    found = vc.diff(a, b)
+    assert {change.what for change in found.other} == {"added"}
+    assert "head.experts.1.weight.exp_avg" in " ".join(str(change.new) for change in found.other)
+    assert vc.check(a).sound
+    assert not vc.check(b).sound
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "relative", "largest"),
+    [
+        ([1e200, 2e200], [1e200, 2.2e200], 0.2 / 5**0.5, 2e199),
+        ([1e-200, 2e-200], [1e-200, 3e-200], 1 / 5**0.5, 1e-200),
+        ([2**53, 1], [2**53 + 1, 1], None, 1.0),
+        ([2**63 - 1, 0], [2**63 - 2, 0], None, 1.0),
+    ],
+)
+def test_measures_neither_overflow_nor_vanish(a, b, relative, largest, tmp_path):
+    for name, values in (("a", a), ("b", b)):
+        torch.save(
+            {"w": torch.tensor(values, dtype=torch.int64 if isinstance(values[0], int) else torch.float64)},
+            tmp_path / f"{name}.pt",
+        )
+    (change,) = vc.diff(tmp_path / "a.pt", tmp_path / "b.pt").model
+    assert change.measure.max_abs == pytest.approx(largest, rel=1e-6)
+    assert change.measure.relative_l2 == (None if relative is None else pytest.approx(relative, rel=1e-6))
 
 
 def test_an_optimizer_that_is_not_bound_is_compared_by_position(run_cli):

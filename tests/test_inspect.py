@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -139,6 +141,36 @@ def test_visits_that_do_not_fit_are_refused(tmp_path):
         vc.inspect(tmp_path / "a.pt", visits=VISITS)
     with pytest.raises(UsageError, match="no ring of the same length"):
         vc.inspect(EXPERTS3, visits=VISITS, against=tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int64, torch.bool])
+def test_whole_numbers_of_every_kind_have_exact_extremes(dtype, tmp_path):
+    top = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    torch.save({"w": torch.tensor([0, top], dtype=dtype)}, tmp_path / "a.pt")
+    values = vc.inspect(tmp_path / "a.pt", values=True).tensors.model["w"].values
+    assert (values.minimum, values.maximum) == (0, top)
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1m\u202e[red]x[/]\nsound  all is well"
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "diff"])
+def test_what_a_checkpoint_holds_moves_no_cursor(command, tmp_path):
+    payload = load(DATA / "named_experts3.pt")
+    payload["model"][EVIL] = torch.tensor([float("nan")])
+    payload[EVIL] = EVIL
+    torch.save(payload, tmp_path / "a.pt")
+    more = [DATA / "named_experts3.pt"] if command == "diff" else ["--values"] if command == "inspect" else []
+    shown = on_a_terminal("-m", "vraxion_ckpt.cli", command, tmp_path / "a.pt", *more)
+    rest = ESCAPE.sub("", shown)
+    assert not set(rest) & set("\x1b\x07\x9b\u202e")
+    assert "owned" in rest
+
+
+def test_a_signal_of_a_closed_pipe_is_not_an_answer():
+    command = f"{sys.executable} -m vraxion_ckpt.cli check {DATA}/named_experts3.pt | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
 
 
 # --- on a terminal ---

@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 from vraxion_ckpt.facts import Fact, Facts, Plain
 from vraxion_ckpt.measure import Measure
 
+_MOST_LINES = 12
+
 What = Literal["changed", "renamed", "added", "removed"]
 
 
@@ -117,12 +119,16 @@ class Difference(Facts):
             size = f"{self.tensors_identical} tensors and {self.slots_identical} optimizer slots, bit by bit"
             return [("identical", f"{size}; ring, payload, lifecycle rows and history too")]
         lines = [("tensors", f"{self.tensors_identical} identical{_counts(self.model)}")]
-        lines += [("expert", _in_words(change)) for change in self.experts]
+        lines += [("expert", _in_words(change)) for change in self.experts[:_MOST_LINES]]
+        if len(self.experts) > _MOST_LINES:
+            lines.append(("expert", f"… {len(self.experts) - _MOST_LINES} more"))
         former = {change.after: change.before for change in self.experts if change.what == "renamed"}
-        for flow in self.ring.flows if self.ring else ():
+        for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
             renumbered = former.get(flow.after, flow.after) != flow.after
             was = f", which was {former[flow.after]}" if renumbered else ""
             lines.append(("ring", f"{flow.addresses} addresses: expert {flow.before} → expert {flow.after}{was}"))
+        if self.ring and len(self.ring.flows) > _MOST_LINES:
+            lines.append(("ring", f"… {len(self.ring.flows) - _MOST_LINES} more"))
         if self.slots_identical or self.optimizer:
             lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
         for label in ("payload", "lifecycle", "history", "other"):

@@ -6,11 +6,13 @@ and is probably not meant; a note is what one should know.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -100,7 +102,7 @@ def check(
         findings: list[Finding] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CkptWarning)
-            tensors, size = _examine(adapter, root, findings, param_names)
+            root, tensors, size = _examine(adapter, root, findings, param_names)
         told = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, CkptWarning))
         findings += [Finding(severity=Severity.WARNING, rule="readable", what=text) for text in told]
         files = files_of(adapter, root)
@@ -124,8 +126,10 @@ def check(
     )
 
 
-def _examine(adapter: Adapter, root: Path, findings: list[Finding], names: Sequence[str] | None) -> tuple[int, int]:
-    """Read everything and judge it; return how many tensors were looked at, and their bytes."""
+def _examine(
+    adapter: Adapter, root: Path, findings: list[Finding], names: Sequence[str] | None
+) -> tuple[Path, int, int]:
+    """Read everything and judge it; return the root, how many tensors were looked at, and their bytes."""
     faults = Faults()
     tensors = size = 0
     with blamed(adapter):
@@ -135,10 +139,11 @@ def _examine(adapter: Adapter, root: Path, findings: list[Finding], names: Seque
             faults.attempt(partial(getattr, expert, "tensors"))
         _verify(checkpoint, faults)
         findings += _about_contents(checkpoint, names)
-        tensors, size = _about_values(checkpoint, findings)
+        tensors, size = _about_values(_bound(checkpoint, names), findings)
         faults.attempt(checkpoint.sources.check_unchanged)
+        root = checkpoint.origin.path or root
     findings += [_finding("readable", error) for error in faults.errors]
-    return tensors, size
+    return root, tensors, size
 
 
 def _finding(rule: str, error: CkptError, severity: Severity = Severity.ERROR) -> Finding:
@@ -160,12 +165,17 @@ def _verify(checkpoint: Checkpoint, faults: Faults) -> None:
 
 def _about_contents(checkpoint: Checkpoint, names: Sequence[str] | None) -> Iterator[Finding]:
     """Judge a checkpoint as far as its tensors' shapes and everything else tell."""
+    named = list(_about_names(checkpoint))
+    yield from named
     try:
         checkpoint = binding.bind(checkpoint, names if checkpoint.unbound else None)
     except BindingError as error:
-        yield _finding("binding", error, Severity.WARNING)
+        inferred = not any(listed for _, listed in _name_lists(checkpoint))
+        if not named:
+            yield _finding("binding", error, Severity.WARNING if inferred else Severity.ERROR)
     except SourceError as error:
         yield _finding("binding", error)
+    yield from _about_memory(checkpoint)
     for line in invariants.findings(checkpoint):
         yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
     for line in invariants.missing_siblings(checkpoint):
@@ -183,6 +193,50 @@ def _about_contents(checkpoint: Checkpoint, names: Sequence[str] | None) -> Iter
     yield from _about_ring(checkpoint)
     yield from _about_rows(checkpoint)
     yield from _about_plan(checkpoint)
+
+
+def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
+    """Return what lists parameters by name, and the lists."""
+    raw = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+    groups = [name for group in raw.get("param_groups", []) for name in group.get("param_names", ())]
+    bound = checkpoint.optimizer.params if checkpoint.optimizer else []
+    return [
+        ("param_names", checkpoint.param_names or ()),
+        ("the optimizer's groups", tuple(map(str, groups or bound))),
+    ]
+
+
+def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Hold the lists of parameters to the model, and to each other."""
+    head = checkpoint.head
+    known = set(checkpoint.open_tensors())
+    lists = _name_lists(checkpoint)
+    for where, listed in lists:
+        lacking = [n for n in listed if n not in known and not (head is not None and head.is_not_at_hand(n))]
+        if lacking:
+            what = f"the model lacks {', '.join(lacking[:4])}{', …' if len(lacking) > 4 else ''}"
+            yield Finding(severity=Severity.ERROR, rule="names", what=what, where=where)
+    (_, model), (_, optimizer) = lists
+    both = set(model) & set(optimizer)
+    if [n for n in model if n in both] != [n for n in optimizer if n in both]:
+        what = "the optimizer's groups list parameters in another order than param_names does"
+        yield Finding(severity=Severity.WARNING, rule="names", what=what, where="param_names")
+
+
+def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Name tensors that are one, where a training step would then update both."""
+    slots = {
+        f"{name}.{slot}"
+        for name, entries in (checkpoint.optimizer.state if checkpoint.optimizer else {}).items()
+        for slot in entries
+    }
+    for tie in invariants.shared_memory(checkpoint):
+        what = f"{', '.join(tie[:4])}{', …' if len(tie) > 4 else ''} are one tensor"
+        if slots.intersection(tie):
+            hint = "give each a copy of its own: the first training step updates all of them"
+            yield Finding(severity=Severity.ERROR, rule="shared memory", what=what, hint=hint)
+        elif any(not name.startswith("payload.") for name in tie):
+            yield Finding(severity=Severity.WARNING, rule="shared memory", what=f"{what}: tied, and trained as one")
 
 
 def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -231,12 +285,39 @@ def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(severity=Severity.WARNING, rule="plan", what=what, hint=hint)
 
 
+def _bound(checkpoint: Checkpoint, names: Sequence[str] | None) -> Checkpoint:
+    """Bind an optimizer where that is possible, so that its entries can be called by name."""
+    try:
+        return binding.bind(checkpoint, names if checkpoint.unbound else None)
+    except (BindingError, SourceError):
+        return checkpoint
+
+
+def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:
+    """Yield every number inside a plain value that is not finite, of a list only the first."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _floats(entry, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        found = (each for i, entry in enumerate(value) for each in _floats(entry, f"{place}[{i}]"))
+        yield from islice(found, 1)
+
+
 def _about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, int]:
     """Read every tensor and tell where it is not finite; return how many there are, and their bytes."""
-    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    raw = checkpoint.unbound.state_dict if checkpoint.unbound else {}
-    model = {**checkpoint.core, **checkpoint.open_tensors()}
-    named = [*model.items(), *named_tensors([slots, raw, checkpoint.payload])]
+    optimizer = checkpoint.optimizer
+    held: dict[str, object] = {"payload": checkpoint.payload}
+    if optimizer is not None:
+        groups = [group.options for group in optimizer.groups]
+        held["optimizer"] = {"state": optimizer.state, "groups": groups, **optimizer.extra}
+    elif checkpoint.unbound is not None:
+        held["optimizer"] = checkpoint.unbound.state_dict
+    named = [*checkpoint.open_tensors().items(), *named_tensors(held)]
+    for place, number in _floats(held, ""):
+        where = place.removeprefix(".")
+        findings.append(Finding(severity=Severity.WARNING, rule="finite", what=f"is {number}", where=where))
     total = size_of([tensor for _, tensor in named])
     with progress.bar("values", total) as count:
         for name, tensor in named:

@@ -9,9 +9,10 @@ import ctypes
 import os
 import struct
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -66,7 +67,11 @@ def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Ite
             yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
     elif type(a) is not type(b):
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
+    elif is_dataclass(a) and not isinstance(a, type):  # whose own equality takes 0 for 0.0
+        yield from differences(vars(a), vars(b), key, same=same)
     elif isinstance(a, Mapping):
+        if isinstance(a, OrderedDict) and (vars(a) or vars(b)):
+            yield from differences(vars(a), vars(b), f"{key} attributes", same=same)
         if list(a) != list(b):
             yield f"{key}: entries or their order differ ({_first_difference(list(a), list(b))})"
         else:

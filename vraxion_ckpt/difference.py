@@ -7,7 +7,8 @@ experts, is the same expert under another name, and a new one that is a bit-iden
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from vraxion_ckpt.changes import (
     RingChange,
     Side,
 )
-from vraxion_ckpt.compare import checkpoint_differences, same_bits
+from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.errors import BindingError, SourceError
-from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.invariants import router_owners, shared_memory
 from vraxion_ckpt.matching import Matching, match
 from vraxion_ckpt.measure import Measure, measure
-from vraxion_ckpt.model import Checkpoint, Expert, Head, Optimizer, ParamGroup
+from vraxion_ckpt.model import Checkpoint, Expert, Head, ParamGroup
 from vraxion_ckpt.plain import size_of
 from vraxion_ckpt.plugins import AdapterLike
 from vraxion_ckpt.reading import PathLike, read_unbound
@@ -88,9 +89,11 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, param_names: Sequence[str] | 
         "payload": list(_changes(a.payload, b.payload)),
         "lifecycle": _lifecycle_changes(a, b, matching),
         "history": _history_changes(a, b),
-        "other": list(_changes(_others(a), _others(b))),
+        "other": [*_changes(_others(a), _others(b)), *_tie_changes(a, b, names), *_order_changes(a, b, names)],
     }
-    if not any(sections.values()):  # every value was compared; what is left is the order of entries
+    if not any(sections.values()):  # every value was compared; what is left is how it is written down
+        sections["other"] = _spelling_changes(a, b)
+    if not any(sections.values()):
         lines = checkpoint_differences(a, b, same=lambda x, y: _describe(x) == _describe(y))
         sections["other"] = [Change(what="changed", before=line, after=line, old=None, new=None) for line in lines]
     return Difference(
@@ -280,10 +283,8 @@ def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Coun
             binding.unbind(c.optimizer) if c.optimizer else c.unbound.state_dict if c.unbound else None for c in (a, b)
         )
         if old is None or new is None:
-            one = ([_removed("optimizer", _in_short(old))] if old else []) + (
-                [_added("optimizer", _in_short(new))] if new else []
-            )
-            return one, 0
+            gone = [_removed("optimizer", _in_short(old))] if old is not None else []
+            return gone + ([_added("optimizer", _in_short(new))] if new is not None else []), 0
         found = list(_changes(old, new, "optimizer"))
         return found, 0 if found else sum(map(len, new.get("state", {}).values()))
     changes: list[Change] = []
@@ -302,8 +303,7 @@ def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Coun
             changes += [_added(f"{name}.{slot}", value) for slot, value in slots.items()]
     changes += _group_changes(a.optimizer.groups, b.optimizer.groups, names)
     changes += _changes(a.optimizer.extra, b.optimizer.extra, "optimizer")
-    if not changes:
-        changes += _order_of_params(a.optimizer, b.optimizer, names)
+    changes += _order(a.optimizer.params, b.optimizer.params, names, "parameters of the optimizer")
     return changes, identical
 
 
@@ -325,9 +325,16 @@ def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: 
     yield from (_added(f"group {i}", f"{len(new[i].params)} parameters") for i in range(len(old), len(new)))
 
 
-def _order_of_params(a: Optimizer, b: Optimizer, names: _Names) -> Iterator[Change]:
-    if [names(name) for name in a.params] != b.params:
-        yield Change(what="changed", before="order of parameters", after="order of parameters", old=None, new=None)
+def _order(a: Iterable[str], b: Iterable[str], names: _Names, what: str) -> list[Change]:
+    """Tell if what is in both stands in another order."""
+    former = [names(name) for name in a]
+    both = set(former) & set(b)
+    old, new = [name for name in former if name in both], [name for name in b if name in both]
+    if old == new:
+        return []
+    at = next(i for i, (x, y) in enumerate(zip(old, new, strict=True)) if x != y)
+    place = f"order of the {what}"
+    return [Change(what="changed", before=place, after=place, old=f"{old[at]} at {at}", new=f"{new[at]} at {at}")]
 
 
 # --- everything else ---
@@ -341,6 +348,39 @@ def _others(checkpoint: Checkpoint) -> dict[str, Any]:
         "planned split": asdict(checkpoint.plan) if checkpoint.plan else None,
         "garbage-collected experts": sorted(head.deleted) if head else [],
     }
+
+
+def _order_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
+    changes = _order(a.tensor_names(), b.tensor_names(), names, "model's tensors")
+    if a.param_names is not None and b.param_names is not None:
+        changes += _order(a.param_names, b.param_names, names, "param_names")
+    return changes
+
+
+def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
+    """Tell which tensors are one in one checkpoint and are not in the other: a trainer then updates both, or one."""
+
+    def renamed(name: str) -> str:
+        parameter, _, slot = name.rpartition(".")
+        known = names(name)
+        if known != name:
+            return str(known)
+        other = names(parameter) if parameter else None
+        return name if other in (None, parameter) else f"{other}.{slot}"
+
+    old = {frozenset(map(renamed, tie)) for tie in shared_memory(a)}
+    new = {frozenset(tie) for tie in shared_memory(b)}
+    changes = [_removed("one tensor under several names", ", ".join(sorted(tie))) for tie in old - new]
+    return changes + [_added("one tensor under several names", ", ".join(sorted(tie))) for tie in new - old]
+
+
+def _spelling_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
+    """Tell if two checkpoints of one format are written down in another way, which a trainer may care about."""
+    format_ = a.origin.format
+    if format_ != b.origin.format:
+        return []
+    own = {**a.origin.local, **a.origin.dialects}, {**b.origin.local, **b.origin.dialects}
+    return list(_changes({"spelling": own[0]}, {"spelling": own[1]}))
 
 
 def _lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list[Change]:
@@ -360,7 +400,7 @@ def _history_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
     """Compare two histories, which are the same up to the point where one goes on."""
     both = 0
     for one, other in zip(a.history, b.history, strict=False):
-        if one != other:
+        if list(differences(one, other)):
             break
         both += 1
     return [
@@ -371,6 +411,8 @@ def _history_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
 
 def _changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
     """Yield each entry inside two plain values that is not the same."""
+    if isinstance(a, OrderedDict) and isinstance(b, OrderedDict) and (vars(a) or vars(b)):
+        yield from _changes(vars(a), vars(b), f"{place} attributes")
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in [*a, *(key for key in b if key not in a)]:
             inner = f"{place}.{key}" if place else str(key)
@@ -384,7 +426,9 @@ def _changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
             yield from _changes(x, y, f"{place}[{i}]")
     elif not _same(a, b):
         old, new = _describe(a), _describe(b)
-        if isinstance(a, list | tuple) and isinstance(old, str) and old == new:
+        if type(a) is not type(b) and isinstance(old, str) and old == new:
+            old, new = (f"{type(value).__name__}, {told}" for value, told in ((a, old), (b, new)))
+        elif isinstance(a, list | tuple) and isinstance(old, str) and old == new:
             at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _same(x, y))
             place, old, new = f"{place}[{at}] and perhaps more", a[at], b[at]
         yield Change(what="changed", before=place, after=place, old=old, new=new)
@@ -410,6 +454,4 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, float):
         return struct.pack("<d", a) == struct.pack("<d", b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+    return not any(differences(a, b))

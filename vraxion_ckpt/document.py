@@ -109,7 +109,7 @@ def dump(
         "payload": _encode(checkpoint.payload, "payload", tensors),
         "param_names": None if checkpoint.param_names is None else list(checkpoint.param_names),
         "optimizer": None,
-        "extras": _encode(extras.model_dump(mode="json", exclude_defaults=True), "extras", tensors),
+        "extras": _encode(extras.as_json(), "extras", tensors),
     }
     if checkpoint.optimizer is not None:
         optimizer = checkpoint.optimizer

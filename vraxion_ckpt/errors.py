@@ -59,6 +59,7 @@ class CkptError(Exception):
 
     def __str__(self) -> str:
         where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
+        where = where.replace("\n", "␊")  # or a name could look like a message of ours
         text = f"{where}: {self.message}" if where else self.message
         return f"{text}\n  → {self.hint}" if self.hint else text
 

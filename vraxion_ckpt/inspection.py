@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vraxion_ckpt import binding, progress, ring
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs
-from vraxion_ckpt.errors import BindingError, CkptWarning
+from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
 from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
@@ -34,9 +33,9 @@ _PIECE = 2**20
 class ValueFacts(Fact):
     """What a tensor's values are like."""
 
-    minimum: Number | None
+    minimum: int | Number | None
     """Of the finite values; null if there are none, and for complex numbers."""
-    maximum: Number | None
+    maximum: int | Number | None
     nans: int
     """How many are not a number."""
     infinities: int
@@ -65,7 +64,7 @@ class TensorTree(Fact):
 class LifecycleFacts(Fact):
     """One expert's bookkeeping; steps are training steps."""
 
-    contrib: Number
+    contrib: int | Number
     created_step: int
     last_used_step: int
     tenured: bool
@@ -201,6 +200,8 @@ def inspect(
         UsageError: there is no such file, or an unknown format.
         SourceError: what is wrong with it, and where.
     """
+    if against is not None and visits is None and visits_after is None:
+        raise UsageError("against says what visits were counted on, and there are none", path=against)
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
     why = ""
     try:
@@ -365,8 +366,11 @@ def _tensor_facts(tensor: Tensor, *, values: bool = False) -> TensorFacts:
 def value_facts(tensor: Tensor) -> ValueFacts:
     """Read a tensor, a piece at a time, and tell its extremes and what in it is not finite."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        whole = tensor.detach().to(torch.int64) if tensor.dtype == torch.bool else tensor.detach()
-        ends = (whole.min().item(), whole.max().item()) if tensor.numel() else (None, None)
+        try:
+            numbers = tensor.detach().numpy()
+        except TypeError:  # a dtype of bits, which are no numbers
+            numbers = np.empty(0)
+        ends = (int(numbers.min()), int(numbers.max())) if numbers.size else (None, None)
         return ValueFacts(minimum=ends[0], maximum=ends[1], nans=0, infinities=0)
     nans = infinities = 0
     low, high = float("inf"), float("-inf")

@@ -20,6 +20,7 @@ from torch import Tensor
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.facts import Number
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.ring import Ints
 
 _PIECE = 2**20
@@ -148,6 +149,21 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         left = [n for n in names if n in now and (now[n].data_ptr() == place or now[n].data_ptr() not in former)]
         if len({now[name].data_ptr() for name in left}) > 1:
             yield f"{_brief(left)} were one tensor and are no longer"
+
+
+def shared_memory(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
+    """List the names of each tensor of model, optimizer or payload that has more than one name; opens no expert."""
+    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
+    named = [
+        *checkpoint.open_tensors().items(),
+        *((f"{name}.{slot}", value) for name, entries in slots.items() for slot, value in entries.items()),
+        *((f"payload.{name}", tensor) for name, tensor in named_tensors(checkpoint.payload)),
+    ]
+    places: dict[tuple[int, int], list[str]] = {}
+    for name, value in named:
+        if isinstance(value, Tensor) and value.numel():
+            places.setdefault((value.data_ptr(), value.numel() * value.itemsize), []).append(name)
+    return [tuple(names) for names in places.values() if len(names) > 1]
 
 
 def _ties(checkpoint: Checkpoint) -> list[tuple[int, list[str]]]:

@@ -48,41 +48,70 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
 
     Tensors are read a piece at a time and summed in float64; those of different dtypes are compared by value.
     """
+    held = list(pairs)
+    if any(a.shape != b.shape for a, b in held):
+        return None
+    whole = not any(t.is_floating_point() or t.is_complex() for pair in held for t in pair)
+    scale = 1.0 if whole else _largest(held)  # or squares of large numbers overflow, and of small ones vanish
     elements = of = not_finite = 0
     largest: float | None = None
     squares = [0.0, 0.0, 0.0]  # of a, of b, of b − a
-    dot, whole = 0.0, True
-    for a, b in pairs:
-        if a.shape != b.shape:
-            return None
+    dot = 0.0
+    for a, b in held:
         of += a.numel()
-        whole = whole and not (a.is_floating_point() or a.is_complex() or b.is_floating_point() or b.is_complex())
         for x, y in _pieces(a, b):
             differ = _differ(x, y)
             elements += int(differ.sum())
-            one, other = as_numbers(x), as_numbers(y)
+            one, other = _as_numbers(x, y)
             if one is None or other is None:
                 continue
-            if one.is_complex() != other.is_complex():
-                one, other = one.to(torch.complex128), other.to(torch.complex128)
             finite = one.isfinite() & other.isfinite()
             not_finite += int((differ & ~finite).sum())
-            gap = (other - one).abs()
             if bool((differ & finite).any()):
-                largest = max(largest or 0.0, float(gap[differ & finite].max()))
-            one, other, gap = one[finite], other[finite], gap[finite]
-            for i, part in enumerate((one, other, gap)):
-                squares[i] += float(part.abs().square().sum())
-            dot += float(torch.vdot(one, other).real)
+                gap = _exact_gap(x[differ], y[differ]) if whole else float((other - one)[differ & finite].abs().max())
+                largest = max(largest or 0.0, gap)
+            if not whole:
+                one, other = one[finite] / scale, other[finite] / scale
+                for i, part in enumerate((one, other, other - one)):
+                    squares[i] += float(part.abs().square().sum())
+                dot += float(torch.vdot(one, other).real)
     norm_a, norm_b, norm_gap = map(math.sqrt, squares)
+    cosine = dot / (norm_a * norm_b) if norm_a and norm_b else None
     return Measure(
         elements=elements,
         of=of,
         not_finite=not_finite,
         max_abs=largest,
-        relative_l2=norm_gap / norm_a if norm_a and not whole else None,
-        cosine=min(1.0, max(-1.0, dot / (norm_a * norm_b))) if norm_a and norm_b and not whole else None,
+        relative_l2=norm_gap / norm_a if norm_a else None,
+        cosine=None if cosine is None else min(1.0, max(-1.0, cosine)),
     )
+
+
+def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest finite magnitude, or 1 if there is none but zero."""
+    found = 0.0
+    for pair in pairs:
+        for tensor in pair:
+            for piece, _ in _pieces(tensor, tensor):
+                numbers = as_numbers(piece)
+                if numbers is not None and numbers.numel():
+                    sizes = numbers.abs()
+                    found = max(found, float(sizes.masked_fill(~sizes.isfinite(), 0).max()))
+    return found or 1.0
+
+
+def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    one, other = as_numbers(x), as_numbers(y)
+    if one is None or other is None:
+        return None, None
+    if one.is_complex() != other.is_complex():
+        return one.to(torch.complex128), other.to(torch.complex128)
+    return one, other
+
+
+def _exact_gap(x: Tensor, y: Tensor) -> float:
+    """Return the largest difference of whole numbers; 64 bits of them are more than a float64 holds."""
+    return float(max(abs(int(a) - int(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)))
 
 
 def _pieces(a: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

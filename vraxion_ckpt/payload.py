@@ -91,6 +91,21 @@ class Extras(BaseModel):
     optimizer_digest: str | None = None
     dialects: dict[str, Any] = {}
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what differs from the defaults, in type and in bits: a 0 that stands for 0.0 is kept."""
+        found = self.model_dump(mode="json", exclude_defaults=True)
+        for i, row in self.lifecycle.items():
+            entries = {
+                name: value for name, value in vars(row).items() if repr(value) != repr(getattr(_ROW, name, None))
+            }
+            found["lifecycle"][str(i) if str(i) in found["lifecycle"] else i] = {
+                name: dict(value) if isinstance(value, Mapping) else value for name, value in entries.items()
+            }
+        return found
+
+
+_ROW = Lifecycle()
+
 
 @dataclass
 class Parsed:
@@ -299,7 +314,7 @@ def build_payload(
         dialect: entries that it does not list follow in their own order.
         extras: stored under our key, unless it is all defaults.
     """
-    ours = extras.model_dump(mode="json", exclude_defaults=True)
+    ours = extras.as_json()
     if ours:
         ours = {"version": extras.version, **ours}
     metadata = dict(checkpoint.metadata) if checkpoint.metadata is not None else None

@@ -84,6 +84,8 @@ def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(entry, Tensor | dict | list | tuple):  # of numbers there may be millions
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
+        if isinstance(value, OrderedDict) and vars(value):
+            yield from named_tensors(vars(value), f"{place} attributes")
 
 
 def size_of(value: Any) -> int:

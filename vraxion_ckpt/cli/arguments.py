@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vraxion_ckpt.cli import output
 from vraxion_ckpt.cli.completion import complete_format, complete_transform
 from vraxion_ckpt.errors import UsageError
 
@@ -134,7 +136,12 @@ def load_names(path: Path | None) -> list[str] | None:
 
 def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
     """Print facts to standard output: as JSON, or for people by `show`."""
-    if as_json:
-        click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
-    else:
-        show(facts)
+    try:
+        if as_json:
+            click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
+        else:
+            show(facts)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output.drop_output()  # whoever read it has enough; the exit code is still the answer

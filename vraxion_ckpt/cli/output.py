@@ -8,6 +8,20 @@ from typing import Any
 
 import click
 
+# Signs that would move a cursor, set a title or turn writing round, if a checkpoint's names could hold them: pictures.
+_SIGNS = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) != "\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(
+        [*range(0x80, 0xA0), 0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
+    ),
+}
+
+
+def printable(text: str) -> str:
+    """Return a text that is safe to print, as long as it was."""
+    return text.translate(_SIGNS)
+
 
 def say(label: str, message: str, colour: str) -> None:
     """Print a message to standard error."""
@@ -17,7 +31,7 @@ def say(label: str, message: str, colour: str) -> None:
     text = Text(f"{label}: ", style=f"bold {colour}") if label else Text()
     console = Console(stderr=True)
     # A terminal would break lines within words; a log keeps them whole.
-    console.print(text + Text(message), soft_wrap=not console.is_terminal)
+    console.print(text + Text(printable(message)), soft_wrap=not console.is_terminal)
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

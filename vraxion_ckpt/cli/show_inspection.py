@@ -29,7 +29,7 @@ def inspection(facts: Inspection) -> None:
         ("core", f"{facts.core.tensors} tensors, {size(facts.core.bytes)}"),
         ("payload", listed(facts.payload) or "nothing else"),
         ("head", _head_in_words(facts)),
-        *_ring_lines(facts.ring, console().width - 13),
+        *_ring_lines(facts.ring, max(1, console().width - 13)),
         *optimizer_lines(facts.optimizer),
     ]
     if facts.plan:
@@ -90,7 +90,7 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
 
 def _options_in_words(options: Mapping[str, Any]) -> str:
     """Name a group's options that are set; the flags that are off say nothing."""
-    told = [f"{key} {value}" for key, value in options.items() if value not in (None, False)]
+    told = [f"{key} {value}" for key, value in options.items() if value is not None and value is not False]
     return ", ".join(told) or "no options"
 
 
