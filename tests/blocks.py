@@ -6,10 +6,10 @@ What a page may say, and what it means:
   of a clone, with the package installed and its environment active. A command that fails, fails the page, unless the
   block says so: ``COMMAND || echo "exit code $?"``.
 * A ``text`` block right after one shows all that it prints, to stdout and stderr; a block without one prints nothing.
-  ``…`` or ``...`` stands for what differs from run to run (a time, a folder): within a line for any text, as a whole
-  line for any lines.
-* A block whose first line is a comment with a file's name, ``# my_package/scale.py``, is that file, not run by itself: a
-  later block has to use it.
+  ``…`` stands for what differs from run to run (a time, a folder): within a line for any text, as a whole line (there,
+  ``...`` too) for any lines.
+* A block whose first line is a comment with a file's name, ``# my_package/scale.py``, is that file. It is not run by
+  itself: a later block has to use it.
 * ``<!-- not run: REASON -->`` above a block says why it is not run.
 
 After a change of what is printed, ``python tests/blocks.py docs/tutorial.md`` puts what is printed now into the page,
@@ -18,6 +18,7 @@ and leaves the lines alone that still match; read the difference before you beli
 
 from __future__ import annotations
 
+import difflib
 import re
 import shutil
 import subprocess
@@ -27,15 +28,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
+import forked
+
 ROOT = Path(__file__).parents[1]
-_MARKED = r"(?:^<!-- not run:(?P<reason>.*?)-->\n\n?)?"
+_MARKED = r"(?:^<!-- not run:(?P<reason>(?:(?!-->).)*)-->\n\n?)?"
 _SHOWN = r"(?:\n*^```text\n(?P<output>.*?)^```$)?"
 _BLOCK = re.compile(rf"{_MARKED}^```(?P<language>[a-z]+)\n(?P<text>.*?)^```$\n?{_SHOWN}", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
-_COMMANDS = {"vraxion-ckpt": "vraxion_ckpt.cli", **{name: name for name in ("cookiecutter", "pip", "pytest")}}
+_COMMANDS = ("cookiecutter", "pip", "pytest")
+_ANY_LINES = ("…", "...")
 _NO_CLONE = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
 
 
@@ -94,20 +97,24 @@ class Clone:
         shutil.copytree(ROOT, self.root, ignore=_NO_CLONE)
         environment = folder / "environment"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-        python = environment / "bin" / "python"
-        site = "lib/python{}.{}/site-packages".format(*sys.version_info)
+        binaries = environment / "bin"
+        (packages,) = environment.glob("lib/python*/site-packages")
         lent = sysconfig.get_path("purelib")
-        (environment / site / "lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")
-        for name, module in _COMMANDS.items():
-            command = python.with_name(name)
-            command.write_text(f'#!/bin/sh\nexec {python} -m {module} "$@"\n')
+        (packages / "lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")
+        for name in _COMMANDS:
+            command = binaries / name
+            command.write_text(
+                f"#!{binaries}/python\nimport runpy; runpy.run_module({name!r}, None, '__main__', True)\n"
+            )
             command.chmod(0o755)
+        forked.install(binaries / "vraxion-ckpt", packages)
         self.environment = {
-            "PATH": f"{python.parent}:/usr/bin:/bin",
+            "PATH": f"{binaries}:/usr/bin:/bin",
             "HOME": str(folder),
             "LANG": "C.UTF-8",
             "COLUMNS": "80",
             "NO_COLOR": "1",
+            "OMP_NUM_THREADS": "1",  # small models, and tests beside this one
             # No network: what is installed is at hand.
             "PIP_NO_INDEX": "1",
             "PIP_NO_DEPS": "1",
@@ -117,7 +124,7 @@ class Clone:
 
     def run(self, block: Block) -> tuple[int, str]:
         """Run a block; return its exit code and what it wrote to stdout and stderr, as it comes on a terminal."""
-        command = ["bash", "-euo", "pipefail", "-c", block.text] if block.language == "sh" else ["python", "-"]
+        command = ["bash", "-eu", "-c", block.text] if block.language == "sh" else ["python", "-"]
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -141,6 +148,20 @@ class Clone:
                 yield (block, *self.run(block))
 
 
+def hold(page: Path, fresh: Clone) -> None:
+    """Follow a page in a fresh clone, and hold it to what it says.
+
+    Raises:
+        AssertionError: a block fails, or prints something else.
+    """
+    for block, code, printed in fresh.follow(page.read_text()):
+        where = f"{page.name}, line {block.line}"
+        assert code == 0, f"{where}: exit code {code}\n{printed}"
+        shown = block.output.splitlines()
+        compared = difflib.unified_diff(shown, printed.splitlines(), "shown", "printed", lineterm="")
+        assert fits(block.output, printed), "\n".join([f"{where} prints something else", *compared])
+
+
 @contextmanager
 def clone() -> Iterator[Clone]:
     """Lend a fresh clone. Its path is printed, and must not be so long that lines break there."""
@@ -155,9 +176,9 @@ def fits(shown: str, printed: str) -> bool:
 
 
 def _pattern(line: str) -> str:
-    if line.strip() in ("…", "..."):
+    if line in _ANY_LINES:
         return r"(?:.*\n)*"
-    return "[^\n]*".join(map(re.escape, re.split(r"…|\.\.\.", line.rstrip()))) + "\n"
+    return "[^\n]*".join(map(re.escape, line.rstrip().split("…"))) + "\n"
 
 
 def with_what_is_printed(page: str) -> str:
@@ -167,9 +188,9 @@ def with_what_is_printed(page: str) -> str:
             if code:
                 raise SystemExit(f"line {block.line}: exit code {code}\n{printed}")
             if not fits(block.output, printed):
-                known = block.output.splitlines()
+                known = [line for line in block.output.splitlines() if line not in _ANY_LINES]
                 lines = [next((k for k in known if fits(k, f"{line}\n")), line) for line in printed.splitlines()]
-                shown = "".join(f"{line}\n" for line, _ in groupby(lines))
+                shown = "".join(f"{line}\n" for line in lines).replace(str(fresh.root), "…")
                 start, end = block.span
                 page = page[:start] + (shown if block.output else f"\n```text\n{shown}```\n") + page[end:]
     return page

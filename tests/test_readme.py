@@ -1,96 +1,50 @@
-"""The README's commands and code do what it says."""
+"""The README does what it says, as the manual does (`test_docs`); and what else it says is so."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
-from support import DATA
+from blocks import ROOT, blocks, clone, hold
 
-ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+README = ROOT / "README.md"
+TEXT = README.read_text()
 
 
-def blocks(language: str, containing: str) -> list[str]:
-    found = [text for kind, text in BLOCKS if kind == language and containing in text]
-    assert found, f"no {language} block with {containing}"
-    return found
+def test_it_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows():
+    with clone() as fresh:
+        hold(README, fresh)
+        assert {path.name for path in (fresh.root / "build").iterdir()} == {
+            "two_experts.pt",
+            "run",
+            "run.manifest.json",
+            "modular",
+            "all.safetensors",
+            "monolith.pt",
+            "weights.safetensors",
+            "shards",
+            "one_head.pt",
+            "run_0001",
+            "from_python.pt",
+        }
 
 
-@pytest.fixture
-def newcomer(tmp_path):
-    """A folder that looks like a fresh clone to the README's commands."""
-    shutil.copytree(DATA, tmp_path / "tests" / "data")
-    return tmp_path
-
-
-def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={"PATH": path, "LANG": "C.UTF-8", "COLUMNS": "80"},
-        check=False,
-    )
-
-
-def test_every_command_works_in_order(newcomer):
-    script = "\n".join(blocks("sh", "vraxion-ckpt"))
-    done = shell(script, newcomer)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "3 → 4" in done.stdout
-    assert {path.name for path in (newcomer / "build").iterdir()} == {
-        "two_experts.pt",
-        "four_experts.pt",
-        "by_hand.pt",
-        "run",
-        "run.old",
-        "plan.json",
-        "modular",
-        "all.safetensors",
-        "monolith.pt",
-        "weights.safetensors",
-        "shards",
-        "one_head.pt",
-    }
-
-
-def test_the_python_example_works(newcomer):
-    (code,) = blocks("python", "vc.convert")
-    (newcomer / "build").mkdir()
-    (newcomer / "example.py").write_text(code)
-    done = shell("python example.py", newcomer)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "yes, bit-identical at all 64 addresses",
-        "2 torch.Size([64]) torch.Size([4, 16])",
-    ]
-
-
-def test_the_transform_passes_the_suite_that_is_shown_beside_it(newcomer):
-    (transform,) = blocks("python", "class Scale(Transform)")
-    (suite,) = blocks("python", "class TestScale(TransformTests)")
-    (newcomer / "my_package").mkdir()
-    (newcomer / "my_package" / "scale.py").write_text(transform)
-    (newcomer / "test_scale.py").write_text(suite)
-    done = shell("python -m pytest -q -p no:cacheprovider test_scale.py", newcomer)
-    assert done.returncode == 0, done.stdout
-    broken = transform.replace("Expert({leaf: t * self.factor", "Expert({leaf: t.mul_(self.factor)")
-    assert broken != transform
-    (newcomer / "my_package" / "scale.py").write_text(broken)
-    assert shell("python -m pytest -q -p no:cacheprovider test_scale.py", newcomer).returncode == 1
+def test_the_suite_beside_the_transform_would_notice_a_careless_one():
+    files = {block.file: block for block in blocks(TEXT) if block.file}
+    (suite,) = [block for block in blocks(TEXT) if block.is_run and "test_scale.py" in block.text]
+    with clone() as fresh:
+        for name, block in files.items():
+            careless = block.text.replace("Expert({leaf: t * self.factor", "Expert({leaf: t.mul_(self.factor)")
+            assert (careless != block.text) == (name == "my_package/scale.py")
+            (fresh.root / name).parent.mkdir(exist_ok=True)
+            (fresh.root / name).write_text(careless)
+        code, printed = fresh.run(suite)
+    assert code == 1
+    assert "wrote into a tensor" in printed
 
 
 def test_every_make_target_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"make (\w+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"make (\w+)", TEXT))
     assert {"demo", "test", "reliability", "lint", "bench"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -99,6 +53,6 @@ def test_every_make_target_it_names_exists():
 def test_the_exit_codes_are_those_of_the_errors():
     from vraxion_ckpt import errors
 
-    said = {int(code) for code in re.findall(r"`(\d+)`", (ROOT / "README.md").read_text())}
+    said = {int(code) for code in re.findall(r"`(\d+)`", TEXT)}
     classes = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.CkptError)]
-    assert {cls.exit_code for cls in classes} - {1} <= said
+    assert {cls.exit_code for cls in classes} <= said
