@@ -141,6 +141,18 @@ def test_a_conversion_does_not_replace_what_its_chain_reads(tmp_path):
     assert (tmp_path / "v.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_a_manifest_that_is_no_path_is_refused(name, tmp_path):
+    shutil.copy(NAMED, tmp_path / "in.pt")
+    for call in (
+        lambda: vc.convert(NAMED, tmp_path / "a.pt", manifest=name),
+        lambda: vc.edit(tmp_path / "in.pt", manifest=name),
+    ):
+        with pytest.raises(UsageError, match=r"is no path|is a directory|lies inside it"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
 def test_a_dry_run_writes_none(tmp_path):
     vc.convert(NAMED, tmp_path / "a.pt", manifest=tmp_path / "m.json", dry_run=True)
     assert list(tmp_path.iterdir()) == []

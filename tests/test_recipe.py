@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -148,6 +149,31 @@ def test_a_comma_in_a_variable_begins_no_further_option(here):
     assert vc.open("a.pt").plan.parent == 2
 
 
+def test_a_variable_may_be_made_of_those_above_it(here):
+    write("vars: {run: ., n: 1.10, stem: '${run}/out_${n}', same: '${n}', '_': '$${x}'}\n"
+          "source: ${run}/in.pt\ntargets: ['${stem}_${same}_${_}.pt']\n")  # fmt: skip
+    vc.run("recipe.yaml")
+    assert (here / "out_1.10_1.10_${x}.pt").exists()
+    vc.run("recipe.yaml", settings={"n": "7", "stem": "${run}/b${n}"})
+    assert (here / "b7_7_${x}.pt").exists()
+
+
+def test_a_variable_that_is_not_above_is_told():
+    for vars_, says in (
+        ("{a: 'x${b}', b: 1}", "line 1: vars.a: the variable 'b' is none of those above it"),
+        ("{a: '${a}'}", "line 1: vars.a: the variable 'a' is none of those above it"),
+        ("{a: 'x${nowhere}'}", "line 1: vars.a: there is no variable 'nowhere'"),
+    ):
+        assert any(says in line for line in refused(f"vars: {vars_}\nsource: in.pt\ntargets: ['${{a}}.pt']\n")), says
+    told = refused("vars: {a: 1}\nsource: in.pt\ntargets: ['${a}.pt']\n", settings={"a": "${HOME}/x"})
+    assert told == ["  --set.a: there is no variable 'HOME'"]
+
+
+def test_a_setting_from_python_is_a_text():
+    told = refused("vars: {n: 1}\nsource: in.pt\ntargets: ['a${n}.pt']\n", settings={"n": 0.5})
+    assert told == ["  --set.n: must be a text, as on the command line"]
+
+
 def test_a_dollar_sign_is_written_twice_and_the_recipes_folder_is_known(here):
     (here / "sub").mkdir()
     write("source: '${recipe_dir}/../in.pt'\ntargets: ['$${x}.pt', '${recipe_dir}/b.pt']\n", "sub/recipe.yaml")
@@ -226,7 +252,15 @@ loses: warn
         ("vars: {t: path}\nsource: in.pt\ntargets: [{'${t}': a.pt}]\n", "a key holds no variables"),
         ("source: in.pt\nchain: [{mitosis_split: {parent: yes, noise: true}}]\ntargets: [a.pt]\n", "option 'noise'"),
         ("source: in.pt\noverwrite: !!bool maybe\ntargets: [a.pt]\n", "the tag"),
-        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a text"),
+        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a text, or a mapping"),
+        ('source: in.pt\ntargets: [{path: a.pt, manifest: "m\\0"}]\n', "line 2: targets[0].manifest: holds NUL"),
+        (
+            'source: in.pt\nchain: [{arc_meta: {output: "\\ud800"}}]\ntargets: [a.pt]\n',
+            "chain[0].arc_meta.output: holds",
+        ),
+        ('vars: {m: "\\0"}\nsource: in.pt\ntargets: ["${m}.pt"]\n', "line 1: vars.m: holds NUL"),
+        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "the source lies inside it"),
+        ("source: in.pt\ntargets: [a.pt, ./a.pt]\n", "is to be written twice"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_reason(text, says, run_cli):
@@ -244,6 +278,7 @@ def test_a_wrong_call_is_refused(here, run_cli):
         (["nowhere.yaml"], "no such file"),
         (["binary.yaml"], "not UTF-8"),
         (["recipe.yaml", "--set", "noise"], "is not NAME=VALUE"),
+        (["recipe.yaml", "--set", "noise=1", "--set", "noise=2"], "--set noise is given twice"),
         (["recipe.yaml", "--set", "nois=1"], "--set.nois: is no variable of the recipe, did you mean 'noise'?"),
         ([], "Missing argument 'RECIPE'"),
     ):
@@ -257,6 +292,7 @@ def test_one_fault_is_told_once():
         "source: 7\ntargets: [a.pt]\n",
         "source: in.pt\ntargets: [{path: a.pt, form: x}]\n",
         "vars: {x: [1]}\nsource: in.pt\ntargets: ['${x}.pt']\n",
+        "vars: {x: .inf}\nsource: in.pt\ntargets: ['a${x}.pt']\n",
         "source: in.pt\nchain: [{mitosis_split: {noise: '${nose}'}}]\ntargets: [a.pt]\n",
         "source: in.pt\nchain: ['mitosis_split:noise=${nose}']\ntargets: [a.pt]\n",
     ):
@@ -322,6 +358,29 @@ def test_a_target_that_appears_meanwhile_is_told_with_what_was_written(monkeypat
         vc.run("recipe.yaml")
     assert Path("b.pt").read_text() == "somebody else's"
     assert vc.check("a.pt").sound
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_full_disk_between_two_renames_is_told_with_all_that_was_written(failing, here, monkeypatch):
+    from vraxion_ckpt import disk
+
+    original, renamed = disk.rename_new, []
+
+    def rename_new(source, target):
+        if len(renamed) == failing - 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        original(source, target)
+        renamed.append(str(target))
+
+    monkeypatch.setattr(disk, "rename_new", rename_new)
+    targets = "[{path: a.pt, manifest: a.json}, {path: b.pt, manifest: b.json}]"
+    write(f"source: in.pt\nchain: ['arc_meta:visits=visits.json,output=p.json']\ntargets: {targets}\n")
+    before = set(files_below(here))
+    with pytest.raises(StorageError, match="No space left") as caught:
+        vc.run("recipe.yaml")
+    assert {str(here / name) for name in set(files_below(here)) - before} == set(renamed)
+    for target in renamed:
+        assert f"{target} was written" in str(caught.value)
 
 
 def test_a_signal_between_two_targets_comes_too_late(here):

@@ -245,7 +245,7 @@ def _for_people(error: BaseException, stage: Staged) -> BaseException:
     if isinstance(error, CkptError):
         if error.path is not None and error.path.is_relative_to(stage.path):
             error.path = stage.target / error.path.relative_to(stage.path)
-        if stage.target in committed and isinstance(error, StorageError) and "was written" not in error.message:
+        if stage.target in committed and isinstance(error, StorageError):
             error.message = f"{stage.target} was written, but then: {error.message}"
     return error
 

@@ -133,6 +133,7 @@ def convert_to_all(
         chain = resolve_chain(transforms)
         source = Path(src)
         places = [_place(source, target) for target in targets]
+        check_several([place for _, place in places])  # before the locks: the second of two would be busy
         if not dry_run:
             for _, place in places:
                 stack.enter_context(exclusive(place))
@@ -251,7 +252,8 @@ def _publish_all(pairs: Sequence[tuple[Staged, Staged | None]], before: Checkpoi
             except CkptError as error:
                 there, lacking = pairs[:number], pairs[number:]
                 error.message = error.message.removesuffix("; nothing was written")
-                error.message += f"; {_names(there)} was written, {_names(lacking)} was not"
+                written = f"{_names(there)} was written, " if not isinstance(error, StorageError) else ""
+                error.message += f"; {written}{_names(lacking)} was not"  # of a StorageError, each stage says it itself
                 raise
     if late is not None:
         raise late

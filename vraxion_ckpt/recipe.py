@@ -125,7 +125,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
 
     Args:
         path: the YAML file.
-        settings: variables that are to have another value, as text.
+        settings: variables that are to have another value, as text like on the command line.
         overwrite: let every target that exists be replaced.
 
     Raises:
@@ -135,8 +135,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     yaml = load(place)
     if not isinstance(yaml.value, dict):
         raise UsageError("must be a mapping with source, chain and targets", path=place)
-    known = _variables(yaml, dict(settings or {}), place)
-    filled = _Filling(yaml, known).all()
+    filled = _Filling(yaml, dict(settings or {}), str(place.parent)).all()
     faulty = {problem.place for problem in yaml.problems}  # of those, whatever follows is no news
     problems: list[Problem] = []
     recipe = _validated(yaml, filled, problems)
@@ -153,7 +152,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
             to=output.to,
             losses=output.losses or recipe.losses,
             overwrite=overwrite or output.overwrite,
-            manifest=output.manifest or recipe.manifest,
+            manifest=output.manifest if output.manifest is not None else recipe.manifest,
         )
         for output in outputs
     )
@@ -211,49 +210,23 @@ class _Variable:
     text: str | None
 
 
-def _variables(yaml: Yaml, settings: dict[str, str], path: Path) -> dict[str, _Variable]:
-    """Return the variables of a recipe, with those values that were given instead of its own."""
-    declared = yaml.value.get("vars")
-    if not isinstance(declared, dict):
-        declared = {}
-    for name in settings.keys() - declared.keys():
-        yaml.problems.append(Problem(("--set", name), f"is no variable of the recipe{_nearest(name, declared)}"))
-    known = {_FOLDER: _Variable(str(path.parent), str(path.parent))}
-    for name, value in declared.items():
-        place = ("vars", name)
-        if name == _FOLDER or not _NAME.fullmatch(name):
-            what = "is the recipe's own folder" if name == _FOLDER else "is no name of a variable: letters, digits, _"
-            yaml.problems.append(Problem(place, what, yaml.line(place)))
-        elif isinstance(value, dict | list):
-            yaml.problems.append(Problem(place, "must be a text, a number, true, false or null", yaml.line(place)))
-            known[name] = _Variable(None, "")
-        elif name in settings:
-            known[name] = _given(name, settings[name], yaml)
-        else:
-            known[name] = _Variable(value, None if value is None else yaml.texts.get(place, str(value)))
-    return known
-
-
-def _given(name: str, text: str, yaml: Yaml) -> _Variable:
-    try:
-        return _Variable(scalar(text), text)
-    except ValueError as error:
-        yaml.problems.append(Problem(("--set", name), str(error)))
-        return _Variable(None, text)
+_FAULTY = _Variable(None, "")  # what is wrong with it is told where it is defined
 
 
 class _Filling:
     """Fills in the variables of a recipe, and notes in it what is wrong with them."""
 
-    def __init__(self, yaml: Yaml, known: Mapping[str, _Variable]) -> None:
+    def __init__(self, yaml: Yaml, settings: Mapping[str, str], folder: str) -> None:
         self._yaml = yaml
-        self._known = known
+        self._settings = settings
+        self._known = {_FOLDER: _Variable(folder, folder)}
         self._used: set[str] = set()
 
     def all(self) -> dict[str, Any]:
         """Return the recipe's content with its variables filled in."""
         content = dict(self._yaml.value)
         declared = content.pop("vars", None)
+        self._declare(declared if isinstance(declared, dict) else {})
         filled = {key: self._fill(value, (key,)) for key, value in content.items()}
         if "vars" not in self._yaml.value:
             return filled
@@ -264,7 +237,57 @@ class _Filling:
         return {"vars": declared, **filled}
 
     def _note(self, place: Place, what: str) -> None:
-        self._yaml.problems.append(Problem(place, what, self._yaml.line(place)))
+        line = self._yaml.line(place) if place[0] != "--set" else None
+        self._yaml.problems.append(Problem(place, what, line))
+
+    def _declare(self, declared: dict[str, Any]) -> None:
+        """Take the variables one after the other, with those values that were given instead of their own."""
+        for name in self._settings.keys() - declared.keys():
+            self._note(("--set", name), f"is no variable of the recipe{_nearest(name, declared)}")
+        for name, value in declared.items():
+            place: Place = ("vars", name)
+            if name == _FOLDER or not _NAME.fullmatch(name):
+                own = name == _FOLDER
+                self._note(
+                    place, "is the recipe's own folder" if own else "is no name of a variable: letters, digits, _"
+                )
+            elif isinstance(value, dict | list):
+                self._note(place, "must be a text, a number, true, false or null")
+                self._known[name] = _FAULTY
+            elif name in self._settings:
+                self._known[name] = self._with_others(self._given(name), ("--set", name))
+            elif any(problem.place == place for problem in self._yaml.problems):
+                self._known[name] = _FAULTY
+            else:
+                text = None if value is None else self._yaml.texts.get(place, str(value))
+                self._known[name] = self._with_others(_Variable(value, text), place)
+
+    def _given(self, name: str) -> _Variable:
+        text = self._settings[name]
+        if not isinstance(text, str):
+            self._note(("--set", name), "must be a text, as on the command line")
+            return _FAULTY
+        try:
+            return _Variable(scalar(text), text)
+        except ValueError as error:
+            self._note(("--set", name), str(error))
+            return _FAULTY
+
+    def _with_others(self, variable: _Variable, place: Place) -> _Variable:
+        """Fill in the variables above it that a variable is made of."""
+        whole = self._whole(variable.value)
+        if whole is not None:
+            return self._known[whole]
+        value = self._fill(variable.value, place)
+        return _Variable(value, value if isinstance(value, str) and value != variable.value else variable.text)
+
+    def _whole(self, value: Any) -> str | None:
+        """Return the name of the variable that a text is nothing but, which is used then."""
+        found = _VARIABLE.fullmatch(value) if isinstance(value, str) else None
+        if found is None or not found[2] or found[1] not in self._known:
+            return None
+        self._used.add(found[1])
+        return found[1]
 
     def _fill(self, value: Any, place: Place) -> Any:
         """Fill in a value; a text that is nothing but one variable takes its value, whatever its type."""
@@ -275,14 +298,18 @@ class _Filling:
             return {key: self._fill(entry, (*place, key)) for key, entry in value.items()}
         if isinstance(value, list):
             return [self._fill(entry, (*place, i)) for i, entry in enumerate(value)]
-        if not isinstance(value, str) or "${" not in value:
+        if not isinstance(value, str):
+            return value
+        if not _is_utf8_without_nul(value):
+            self._note(place, "holds NUL, or what UTF-8 cannot hold")
+            return ""
+        if "${" not in value:
             return value
         if place[0] == "chain" and len(place) == 2:
             return self._fill_step(value, place)
-        whole = _VARIABLE.fullmatch(value)
-        if whole and whole[2] and whole[1] in self._known:
-            self._used.add(whole[1])
-            return self._known[whole[1]].value
+        whole = self._whole(value)
+        if whole is not None:
+            return self._known[whole].value
         return _VARIABLE.sub(lambda found: self._text(found, place), value)
 
     def _fill_step(self, text: str, place: Place) -> Any:
@@ -300,6 +327,8 @@ class _Filling:
             return "$"
         if not found[2] or not _NAME.fullmatch(name):
             self._note(place, f"{found[0]!r} is no variable; write $${{ for the signs themselves")
+        elif name not in self._known and place[0] in ("vars", "--set") and name in self._yaml.value["vars"]:
+            self._note(place, f"the variable {name!r} is none of those above it")
         elif name not in self._known:
             self._note(place, f"there is no variable {name!r}{_nearest(name, self._known)}")
         elif self._known[name].text is None:
@@ -309,6 +338,14 @@ class _Filling:
             self._used.add(name)
             return str(self._known[name].text)
         return ""
+
+
+def _is_utf8_without_nul(text: str) -> bool:
+    """Tell whether a text is UTF-8 without NUL; the escapes of YAML, and Python, can write others."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _nearest(name: str, names: Mapping[str, Any]) -> str:
@@ -342,6 +379,8 @@ def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
         fields = entries.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
         names = {field.alias or name: None for name, field in fields.model_fields.items()}
         message = f"is not known{_nearest(str(place[-1]), names)}"
+    elif kind == "string_type" and place in (("source",), ("targets", place[-1])):
+        message += ", or a mapping with `path`"
     elif kind == "missing":
         message = "is required" + ("; to change a checkpoint in place, use `edit`" if place == ("targets",) else "")
     elif kind == "too_short":

@@ -163,6 +163,8 @@ def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict
 
 
 def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r} is no path")
     real = Path(os.path.realpath(path))
     if real == target or target in real.parents:
         raise UsageError("a side file must not be, or lie in, the target", path=path)

@@ -76,7 +76,7 @@ def load(path: Path) -> Yaml:
         StorageError: the file cannot be read.
     """
     if not path.is_file():
-        raise UsageError("no such file", path=path)
+        raise UsageError("is no file" if path.exists() else "no such file", path=path)
     try:
         if path.stat().st_size > _LARGEST:
             raise UsageError(f"is larger than {_LARGEST} bytes", path=path)

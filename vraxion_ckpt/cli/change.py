@@ -135,7 +135,7 @@ def run(
     targets: ["${run}/ckpt_post_split.pt"]
     """  # noqa: D301 - click reads the escape
     arguments.must_exist(recipe)
-    given = dict(_setting(text) for text in settings)
+    given = _given(settings)
     from vraxion_ckpt.cli import show_changes
     from vraxion_ckpt.recipe import carry_out, prepare
 
@@ -145,11 +145,16 @@ def run(
         _tell(context, done, show_changes.ran, as_json=as_json)
 
 
-def _setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UsageError(f"--set {text!r} is not NAME=VALUE")
-    return name, value
+def _given(settings: Sequence[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {text!r} is not NAME=VALUE")
+        if name in given:
+            raise UsageError(f"--set {name} is given twice")
+        given[name] = value
+    return given
 
 
 @contextmanager
