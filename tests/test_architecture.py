@@ -64,6 +64,7 @@ FLOORS = [
     "judging",
     "pipeline",
     "inplace",
+    "variables",
     "recipe",
     "reporting",
     "schemas",

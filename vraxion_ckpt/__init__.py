@@ -36,7 +36,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `targets`, `summary`      where a result may go; what was done
 `judging`                 run a chain, and what is refused before a byte is written
 `pipeline`, `inplace`     convert and edit, top to bottom
-`recipe`                  a conversion written down
+`variables`, `recipe`     a conversion written down, and what is filled in
 `reporting`               a checkpoint as a page, and as a picture
 `schemas`                 the JSON Schemas of all that
 `testing`                 suites that adapters and transforms subclass; sample checkpoints

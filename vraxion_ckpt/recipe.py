@@ -6,8 +6,6 @@ a recipe is told at once, each with its line, before anything is read or written
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,19 +19,16 @@ from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.judging import LossPolicy
 from vraxion_ckpt.model import Record
-from vraxion_ckpt.options import parse, problems_with
+from vraxion_ckpt.options import problems_with
 from vraxion_ckpt.pipeline import Target, convert_to_all
 from vraxion_ckpt.plugins import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike
 from vraxion_ckpt.summary import Summary
-from vraxion_ckpt.yamlfile import Place, Problem, Yaml, load, scalar
+from vraxion_ckpt.variables import Filling, nearest
+from vraxion_ckpt.yamlfile import Place, Problem, Yaml, load
 
 SCHEMA = "vraxion-ckpt/recipe/1"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_VARIABLE = re.compile(r"\$\$(?=\{)|\$\{([^}]*)(\})?")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_FOLDER = "recipe_dir"
-
 # What pydantic says, for people who write recipes.
 _WORDS = {
     "string_type": "must be a text",
@@ -135,7 +130,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     yaml = load(place)
     if not isinstance(yaml.value, dict):
         raise UsageError("must be a mapping with source, chain and targets", path=place)
-    filled = _Filling(yaml, dict(settings or {}), str(place.parent)).all()
+    filled = Filling(yaml, dict(settings or {}), str(place.parent)).all()
     faulty = {problem.place for problem in yaml.problems}  # of those, whatever follows is no news
     problems: list[Problem] = []
     recipe = _validated(yaml, filled, problems)
@@ -199,160 +194,6 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
     return Ran(recipe=ready.path, dry_run=dry_run, results=results)
 
 
-# --- variables ---
-
-
-@dataclass(frozen=True)
-class _Variable:
-    """A variable's value where it stands alone, and its text where it stands in a longer one."""
-
-    value: Any
-    text: str | None
-
-
-_FAULTY = _Variable(None, "")  # what is wrong with it is told where it is defined
-
-
-class _Filling:
-    """Fills in the variables of a recipe, and notes in it what is wrong with them."""
-
-    def __init__(self, yaml: Yaml, settings: Mapping[str, str], folder: str) -> None:
-        self._yaml = yaml
-        self._settings = settings
-        self._known = {_FOLDER: _Variable(folder, folder)}
-        self._used: set[str] = set()
-
-    def all(self) -> dict[str, Any]:
-        """Return the recipe's content with its variables filled in."""
-        content = dict(self._yaml.value)
-        declared = content.pop("vars", None)
-        self._declare(declared if isinstance(declared, dict) else {})
-        filled = {key: self._fill(value, (key,)) for key, value in content.items()}
-        if "vars" not in self._yaml.value:
-            return filled
-        for name in self._known.keys() - self._used - {_FOLDER}:
-            self._note(("vars", name), "is used nowhere")
-        if isinstance(declared, dict):
-            declared = {name: self._known[name].value for name in declared if name in self._known}
-        return {"vars": declared, **filled}
-
-    def _note(self, place: Place, what: str) -> None:
-        line = self._yaml.line(place) if place[0] != "--set" else None
-        self._yaml.problems.append(Problem(place, what, line))
-
-    def _declare(self, declared: dict[str, Any]) -> None:
-        """Take the variables one after the other, with those values that were given instead of their own."""
-        for name in self._settings.keys() - declared.keys():
-            self._note(("--set", name), f"is no variable of the recipe{_nearest(name, declared)}")
-        for name, value in declared.items():
-            place: Place = ("vars", name)
-            if name == _FOLDER or not _NAME.fullmatch(name):
-                own = name == _FOLDER
-                self._note(
-                    place, "is the recipe's own folder" if own else "is no name of a variable: letters, digits, _"
-                )
-            elif isinstance(value, dict | list):
-                self._note(place, "must be a text, a number, true, false or null")
-                self._known[name] = _FAULTY
-            elif name in self._settings:
-                self._known[name] = self._with_others(self._given(name), ("--set", name))
-            elif any(problem.place == place for problem in self._yaml.problems):
-                self._known[name] = _FAULTY
-            else:
-                text = None if value is None else self._yaml.texts.get(place, str(value))
-                self._known[name] = self._with_others(_Variable(value, text), place)
-
-    def _given(self, name: str) -> _Variable:
-        text = self._settings[name]
-        if not isinstance(text, str):
-            self._note(("--set", name), "must be a text, as on the command line")
-            return _FAULTY
-        try:
-            return _Variable(scalar(text), text)
-        except ValueError as error:
-            self._note(("--set", name), str(error))
-            return _FAULTY
-
-    def _with_others(self, variable: _Variable, place: Place) -> _Variable:
-        """Fill in the variables above it that a variable is made of."""
-        whole = self._whole(variable.value)
-        if whole is not None:
-            return self._known[whole]
-        value = self._fill(variable.value, place)
-        return _Variable(value, value if isinstance(value, str) and value != variable.value else variable.text)
-
-    def _whole(self, value: Any) -> str | None:
-        """Return the name of the variable that a text is nothing but, which is used then."""
-        found = _VARIABLE.fullmatch(value) if isinstance(value, str) else None
-        if found is None or not found[2] or found[1] not in self._known:
-            return None
-        self._used.add(found[1])
-        return found[1]
-
-    def _fill(self, value: Any, place: Place) -> Any:
-        """Fill in a value; a text that is nothing but one variable takes its value, whatever its type."""
-        if isinstance(value, dict):
-            for key in value:
-                if "${" in key:
-                    self._note((*place, key), "a key holds no variables")
-            return {key: self._fill(entry, (*place, key)) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [self._fill(entry, (*place, i)) for i, entry in enumerate(value)]
-        if not isinstance(value, str):
-            return value
-        if not _is_utf8_without_nul(value):
-            self._note(place, "holds NUL, or what UTF-8 cannot hold")
-            return ""
-        if "${" not in value:
-            return value
-        if place[0] == "chain" and len(place) == 2:
-            return self._fill_step(value, place)
-        whole = self._whole(value)
-        if whole is not None:
-            return self._known[whole].value
-        return _VARIABLE.sub(lambda found: self._text(found, place), value)
-
-    def _fill_step(self, text: str, place: Place) -> Any:
-        """Fill in each option by itself: a comma in a variable begins no further one."""
-        try:
-            name, options = parse(text)
-        except UsageError as error:
-            self._note(place, error.message)
-            return text
-        return {name: {key: self._fill(value, (*place, name)) for key, value in options.items()}}
-
-    def _text(self, found: re.Match[str], place: Place) -> str:
-        name = found[1]
-        if name is None:
-            return "$"
-        if not found[2] or not _NAME.fullmatch(name):
-            self._note(place, f"{found[0]!r} is no variable; write $${{ for the signs themselves")
-        elif name not in self._known and place[0] in ("vars", "--set") and name in self._yaml.value["vars"]:
-            self._note(place, f"the variable {name!r} is none of those above it")
-        elif name not in self._known:
-            self._note(place, f"there is no variable {name!r}{_nearest(name, self._known)}")
-        elif self._known[name].text is None:
-            self._used.add(name)
-            self._note(place, f"the variable {name!r} has no value: pass --set {name}=…")
-        else:
-            self._used.add(name)
-            return str(self._known[name].text)
-        return ""
-
-
-def _is_utf8_without_nul(text: str) -> bool:
-    """Tell whether a text is UTF-8 without NUL; the escapes of YAML, and Python, can write others."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
-
-
-def _nearest(name: str, names: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
 # --- what is wrong with it ---
 
 
@@ -378,7 +219,7 @@ def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
         entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output}
         fields = entries.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
         names = {field.alias or name: None for name, field in fields.model_fields.items()}
-        message = f"is not known{_nearest(str(place[-1]), names)}"
+        message = f"is not known{nearest(str(place[-1]), names)}"
     elif kind == "string_type" and place in (("source",), ("targets", place[-1])):
         message += ", or a mapping with `path`"
     elif kind == "missing":
