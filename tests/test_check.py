@@ -144,10 +144,12 @@ def test_rows_of_a_later_step_are_told(tmp_path):
 
 def test_invariants_are_all_told(tmp_path):
     payload = load(NAMED)
+    payload["num_experts"] = 4
     payload["model"]["router_map"][3] = 7
     payload["model"]["head.experts.1.bias"] = payload["model"]["head.experts.1.bias"].double()
     torch.save(payload, tmp_path / "a.pt")
     errors = " ".join(told(vc.check(tmp_path / "a.pt")))
+    assert "says 4, the model has 3" in errors
     assert "address 3 to expert 7" in errors
     assert "expert 1: bias is float64" in errors
 

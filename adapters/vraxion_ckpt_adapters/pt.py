@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from vraxion_ckpt import torchfile
-from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.container import is_archive
 from vraxion_ckpt.errors import CkptWarning, InconsistentError
 from vraxion_ckpt.hookspecs import hookimpl
@@ -47,21 +47,31 @@ class PtAdapter(Adapter):
         return is_archive(path) and path.name != "router.state"
 
     def read(self, path: Path) -> Checkpoint:
+        found, number = self._open(path)
+        _check_number(found, number, path)
+        return found
+
+    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+        opened = faults.attempt(lambda: self._open(path))
+        if opened is None:
+            return None
+        faults.attempt(lambda: _check_number(*opened, path))
+        return opened[0]
+
+    def _open(self, path: Path) -> tuple[Checkpoint, int | None]:
+        """Return what the file holds, and how many experts it says that there are."""
         sources = Sources()
         parsed = parse_payload(torchfile.load(path, sources, self.allow_global), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
-        if parsed.num_experts is not None and found.head and found.num_experts != parsed.num_experts:
-            raise InconsistentError(
-                f"says {parsed.num_experts}, the model has {found.num_experts}", path=path, key="num_experts"
-            )
         rows = {i: Lifecycle.fresh(found.step) for i in range(found.num_experts)}
-        return replace(
+        checkpoint = replace(
             found,
             lifecycle={**rows, **_recorded_rows(extras, rows, path)},
             origin=origin_of(self.name, path, "pt", parsed.dialect, extras),
             sources=sources,
         )
+        return checkpoint, parsed.num_experts
 
     def dialect(self, checkpoint: Checkpoint) -> str:
         return str(recorded_dialect(checkpoint, "pt") or "")
@@ -91,6 +101,11 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
         dialects=dialects,
     )
     return build_payload(checkpoint, checkpoint.state_dict(), dialect, extras)
+
+
+def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:
+    if number is not None and found.head and found.num_experts != number:
+        raise InconsistentError(f"says {number}, the model has {found.num_experts}", path=path, key="num_experts")
 
 
 def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:
