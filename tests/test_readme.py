@@ -17,6 +17,7 @@ def test_it_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows():
             "two_experts.pt",
             "run",
             "run.manifest.json",
+            "report.html",
             "modular",
             "all.safetensors",
             "monolith.pt",

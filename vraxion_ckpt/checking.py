@@ -109,7 +109,12 @@ def check(
         findings += _about_files(adapter, root, files)
         if listed is not None:
             findings += [
-                Finding(severity=Severity.ERROR, rule="manifest", what=what, where=name)
+                Finding(
+                    severity=Severity.ERROR,
+                    rule="manifest",
+                    what=what,
+                    where=root.name if name == manifests.SELF else name,
+                )
                 for name, what in manifests.compare(listed, root, files)
             ]
     order = list(Severity)
