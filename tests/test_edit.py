@@ -513,7 +513,7 @@ def test_the_command_tells_people_and_scripts_the_same(tmp_path, command):
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 80
     text = text.replace("\n           ", "")  # a long path goes on in the next line
-    for part in ("rewrite", "experts/expert_003.pt", "3 files", "3 → 4, 1 addresses moved", "run.old", "KiB"):
+    for part in ("rewrite", "experts/expert_003.pt", "3 files", "3 → 4, 1 address moved", "run.old", "KiB"):
         assert part in text
     code, said, _ = command("edit", b, "-t", SPLIT, "--keep-old", "--json")
     facts = json.loads(said)

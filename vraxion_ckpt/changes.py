@@ -126,7 +126,12 @@ class Difference(Facts):
         for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
             renumbered = former.get(flow.after, flow.after) != flow.after
             was = f", which was {former[flow.after]}" if renumbered else ""
-            lines.append(("ring", f"{flow.addresses} addresses: expert {flow.before} → expert {flow.after}{was}"))
+            lines.append(
+                (
+                    "ring",
+                    f"{flow.addresses} address{'es' * (flow.addresses != 1)}: expert {flow.before} → expert {flow.after}{was}",
+                )
+            )
         if self.ring and len(self.ring.flows) > _MOST_LINES:
             lines.append(("ring", f"… {len(self.ring.flows) - _MOST_LINES} more"))
         if self.slots_identical or self.optimizer:

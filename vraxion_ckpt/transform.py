@@ -114,7 +114,7 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
     parts.append(f"{before.num_experts} → {after.num_experts} experts")
     moved = moved_addresses(before, after)
     if moved:
-        parts.append(f"{moved} addresses moved")
+        parts.append(f"{moved} address{'es' * (moved != 1)} moved")
     if after.plan is not None and after.plan != before.plan:
         parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses")
     return ", ".join(parts)

@@ -63,7 +63,10 @@ def edited(done: Edited, *, verbose: bool = False) -> None:
 def _what_became(done: Summary) -> list[Line]:
     tensors = ", ".join(f"{n} {what}" for what, n in done.tensors if n) or "none"
     lines: list[Line] = [
-        ("experts", f"{done.experts_before} → {done.experts_after}, {done.addresses_moved} addresses moved"),
+        (
+            "experts",
+            f"{done.experts_before} → {done.experts_after}, {done.addresses_moved} address{'es' * (done.addresses_moved != 1)} moved",
+        ),
         ("tensors", tensors),
         ("optimizer", done.optimizer),
     ]

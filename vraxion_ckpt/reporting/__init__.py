@@ -74,6 +74,8 @@ def report(
     given = [Path(place) for place in (page, picture) if place is not None]
     if not given:
         raise UsageError("nothing is to be written", hint="name a page, a picture, or both")
+    if page is not None and Path(page).suffix.lower() == ".png":
+        raise UsageError("the page is HTML, and this is the name of a picture", path=page, hint="--png makes one")
     _require("plotly", "report", page)
     _require("matplotlib", "png", picture)
     with os_errors_named(path, *given), ExitStack() as stack:
