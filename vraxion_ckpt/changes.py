@@ -125,11 +125,12 @@ class Difference(Facts):
         former = {change.after: change.before for change in self.experts if change.what == "renamed"}
         for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
             renumbered = former.get(flow.after, flow.after) != flow.after
+            number = f"{flow.addresses} address{'es' * (flow.addresses != 1)}"
             was = f", which was {former[flow.after]}" if renumbered else ""
             lines.append(
                 (
                     "ring",
-                    f"{flow.addresses} address{'es' * (flow.addresses != 1)}: expert {flow.before} → expert {flow.after}{was}",
+                    f"{number}: expert {flow.before} → expert {flow.after}{was}",
                 )
             )
         if self.ring and len(self.ring.flows) > _MOST_LINES:

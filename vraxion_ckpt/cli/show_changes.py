@@ -62,10 +62,11 @@ def edited(done: Edited, *, verbose: bool = False) -> None:
 
 def _what_became(done: Summary) -> list[Line]:
     tensors = ", ".join(f"{n} {what}" for what, n in done.tensors if n) or "none"
+    moved = f"{done.addresses_moved} address{'es' * (done.addresses_moved != 1)}"
     lines: list[Line] = [
         (
             "experts",
-            f"{done.experts_before} → {done.experts_after}, {done.addresses_moved} address{'es' * (done.addresses_moved != 1)} moved",
+            f"{done.experts_before} → {done.experts_after}, {moved} moved",
         ),
         ("tensors", tensors),
         ("optimizer", done.optimizer),
