@@ -148,7 +148,79 @@ def test_what_is_not_finite_leaves_gaps_and_is_told(tmp_path):
     drawn = figures(tmp_path / "out.html")
     assert drawn["norms"]["data"][0]["y"][1] is None
     assert drawn["similarity"]["data"][0]["z"][0][1] is None
-    assert "1 hold what is not a finite number" in body(tmp_path / "out.html")
+    assert "not a number: expert 1," in body(tmp_path / "out.html")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_experts_of_unusual_dtypes_have_norms_and_cosines(dtype, tmp_path):
+    payload = load(SOURCE)
+    model = {name: tensor for name, tensor in payload["model"].items() if "head" not in name}
+    weights = [payload["model"][f"head.experts.{i}.weight"].to(dtype) for i in range(3)]
+    for i, weight in enumerate(weights):
+        model[f"head.experts.{i}.weight"] = weight * 1j if dtype.is_complex else weight
+    torch.save({"model": model, "num_experts": 3}, tmp_path / "a.pt")
+    vc.report(tmp_path / "a.pt", tmp_path / "out.html")
+    drawn = figures(tmp_path / "out.html")
+    plain = [weight.to(torch.complex128).real.flatten() for weight in weights]
+    np.testing.assert_allclose(drawn["norms"]["data"][0]["y"], [float(one.norm()) for one in plain])
+    cosine = float(torch.nn.functional.cosine_similarity(plain[0], plain[1], dim=0))
+    assert drawn["similarity"]["data"][0]["z"][0][1] == pytest.approx(cosine, abs=1e-6)
+
+
+# --- what it says ---
+
+
+def rerouted(path: Path, moves: dict[int, int], source: Path = SOURCE) -> Path:
+    """Write a checkpoint in which some addresses have other owners."""
+    payload = load(source)
+    for address, owner in moves.items():
+        payload["model"]["router_map"][address] = owner
+    torch.save(payload, path)
+    return path
+
+
+def test_addresses_that_moved_between_experts_are_told_though_there_is_no_new_one(tmp_path):
+    router = load(SOURCE)["model"]["router_map"].tolist()
+    moved = [address for address, owner in enumerate(router) if owner == 2][:5]
+    changed = rerouted(tmp_path / "a.pt", dict.fromkeys(moved, 0))
+    assert vc.report(changed, tmp_path / "one.html", against=SOURCE).headline == (
+        "5 addresses went from expert 2 to expert 0"
+    )
+    assert figures(tmp_path / "one.html")["ring-1"]["data"][-1]["name"] == "hot arc"
+    assert vc.report(SOURCE, tmp_path / "two.html", against=SOURCE).headline == "no address has another owner"
+
+
+def test_every_split_since_the_old_checkpoint_is_told(tmp_path):
+    router = load(SOURCE)["model"]["router_map"].tolist()
+    taken = {
+        parent: [i for i, owner in enumerate(router) if owner == parent][:size] for parent, size in ((2, 2), (0, 3))
+    }
+    chain = [("mitosis_split", {"parent": parent, "addresses": some, "noise": 0}) for parent, some in taken.items()]
+    vc.convert(SOURCE, tmp_path / "a.pt", transforms=chain)
+    told = vc.report(tmp_path / "a.pt", tmp_path / "out.html", against=SOURCE).headline
+    assert told.startswith("3 → 5 experts")
+    assert "3 addresses went from expert 0 to expert 4" in told
+    assert "2 from expert 2 to expert 3" in told
+
+
+def test_a_new_plan_counts_for_more_than_the_last_split(tmp_path):
+    after = split(tmp_path)
+    vc.convert(after, tmp_path / "planned.pt", transforms=[("arc_meta", {"visits": VISITS})])
+    vc.convert(tmp_path / "planned.pt", tmp_path / "next.pt", transforms=["mitosis_split:noise=0"])
+    expected = vc.inspect(tmp_path / "next.pt", against=after, visits=VISITS).signs
+    for against in (None, after):
+        found = vc.inspect(tmp_path / "planned.pt", against=against, visits=VISITS).signs
+        assert (found.before, found.predicted) == (expected.before, expected.predicted)
+    done = vc.report(tmp_path / "planned.pt", tmp_path / "out.html", against=SOURCE, visits=VISITS)
+    assert "6 addresses went from expert 2 to expert 3" in done.headline
+    assert "planned" not in done.headline
+
+
+def test_a_single_expert_is_told_as_one(tmp_path):
+    one = ringed(tmp_path / "a.pt", 1, torch.zeros(64, dtype=torch.int64))
+    assert vc.report(one, tmp_path / "out.html").headline == "1 expert"
+    assert vc.report(DATA / "modular_gc", tmp_path / "gc.html").headline == "3 experts, 1 of them deleted"
+    assert "Deleted, and without tensors: expert 1." in body(tmp_path / "gc.html")
 
 
 # --- scale ---
@@ -168,6 +240,36 @@ def test_a_page_stays_small_and_readable_whatever_the_scale(experts, length, mod
     assert sum(owned["width"]) == pytest.approx(360)
     assert len(drawn["norms"]["data"][0]["x"]) == min(experts, 64)
     assert ("equal parts" in body(tmp_path / "out.html")) == (modulo and length > 64)
+
+
+def test_experts_that_own_the_same_are_drawn_as_often(tmp_path):
+    path = ringed(tmp_path / "a.pt", 3, torch.arange(10**6) % 3)
+    vc.report(path, tmp_path / "out.html")
+    colours = figures(tmp_path / "out.html")["ring-0"]["data"][0]["marker"]["color"]
+    assert {colours.count(colour) for colour in set(colours)} == {480}
+
+
+def test_an_expert_has_the_same_colour_before_and_after(tmp_path):
+    router = torch.arange(64) % 10
+    before = ringed(tmp_path / "a.pt", 10, router)
+    after = ringed(tmp_path / "b.pt", 11, torch.where(torch.arange(64) == 9, 10, router))
+    vc.report(after, tmp_path / "out.html", against=before)
+    drawn = figures(tmp_path / "out.html")
+    first, second = ({t[:8]: c for t, c in zip(one["text"], one["marker"]["color"], strict=True)} for one in
+                     (drawn[f"ring-{number}"]["data"][0] for number in (0, 1)))  # fmt: skip
+    assert {name: second[name] for name in first} == first
+
+
+def test_what_would_fill_pages_is_cut_and_told(tmp_path):
+    payload = load(EXPECTED / "named_experts3.split.pt")
+    record = dict.fromkeys(("name", "distribution", "version", "source"), "x") | {"options": {}}
+    payload["vraxion_ckpt"] = {"history": [{**record, "summary": f"number {i}"} for i in range(5000)]}
+    torch.save(payload, tmp_path / "a.pt")
+    vc.report(tmp_path / "a.pt", tmp_path / "out.html")
+    text = body(tmp_path / "out.html")
+    assert "4,960 earlier steps" in text
+    assert "number 4999" in text
+    assert "number 4959 " not in text
 
 
 # --- safety ---
@@ -196,6 +298,51 @@ def test_nothing_that_a_checkpoint_holds_becomes_markup(hostile):
     assert EVIL not in page
     assert "&lt;img src=x" in page
     assert "default-src 'none'" in page
+
+
+def test_half_a_surrogate_pair_is_written_out(tmp_path):
+    payload = load(EXPECTED / "named_experts3.split.pt")
+    record = dict.fromkeys(("name", "distribution", "version", "source", "summary"), "half \ud800") | {"options": {}}
+    payload["vraxion_ckpt"] = {"history": [record]}
+    torch.save(payload, tmp_path / "a.pt")
+    vc.report(tmp_path / "a.pt", tmp_path / "out.html")
+    assert "half \\ud800" in body(tmp_path / "out.html")
+
+
+@pytest.mark.parametrize("name", [r"a$\foo$.pt", "a$b_.pt", "\u6c49\u5b57.pt"])
+def test_a_name_is_only_a_name(name, tmp_path, recwarn):
+    shutil.copy(SOURCE, tmp_path / name)
+    vc.report(tmp_path / name, tmp_path / "out.html", picture=tmp_path / "out.png")
+    assert name in body(tmp_path / "out.html")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        torch.zeros(4, 4, dtype=torch.int64),
+        torch.tensor([-1, 0]),
+        torch.zeros(0),
+        torch.tensor(3),
+        torch.tensor([2**60]),
+    ],
+    ids=["square", "negative", "empty", "number", "huge"],
+)
+def test_a_router_map_without_a_head_is_no_ring(router, tmp_path):
+    torch.save({"model": {"router_map": router, "w": torch.zeros(2)}, "step": 1}, tmp_path / "a.pt")
+    vc.report(tmp_path / "a.pt", tmp_path / "out.html", picture=tmp_path / "out.png")
+    assert "no head whose experts it could name" in body(tmp_path / "out.html")
+
+
+@pytest.mark.parametrize("option", ["--visits", "--visits-after"])
+def test_nothing_is_written_over_the_visits(option, tmp_path, run_cli):
+    shutil.copy(VISITS, tmp_path / "v.json")
+    code, _, complained = run_cli(
+        "report", SOURCE, option, tmp_path / "v.json", "-o", tmp_path / "v.json", "--overwrite"
+    )
+    assert code == 2
+    assert "reads" in complained
+    assert (tmp_path / "v.json").read_bytes() == VISITS.read_bytes()
 
 
 def test_outputs_are_refused_where_they_must_not_be(tmp_path, run_cli):
@@ -326,6 +473,19 @@ def test_nothing_overlaps_or_hangs_out(width, visit, tmp_path):
         for b in boxes[:i]:
             apart = a["x"] >= b["x"] + b["width"] or b["x"] >= a["x"] + a["width"]
             assert apart or a["y"] >= b["y"] + b["height"] or b["y"] >= a["y"] + a["height"]
+
+
+@pytest.mark.parametrize("width", [480, 1200])
+def test_the_numbers_beside_a_long_ring_are_not_cut_off(width, visit, tmp_path):
+    path = ringed(tmp_path / "a.pt", 3, torch.arange(10**6) * 3 // 10**6)
+    np.save(tmp_path / "visits.npy", np.arange(10**6) % 1000 + 1)
+    vc.report(path, tmp_path / "out.html", visits=tmp_path / "visits.npy")
+    page, _, _ = visit(tmp_path / "out.html", viewport={"width": width, "height": 900})
+    around = page.locator("#ring-0").bounding_box()
+    for text in page.locator("#ring-0 .angularaxistick text").all():
+        box = text.bounding_box()
+        assert around["x"] <= box["x"]
+        assert box["x"] + box["width"] <= around["x"] + around["width"]
 
 
 def test_a_hostile_checkpoint_runs_no_script(hostile, visit):

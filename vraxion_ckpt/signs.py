@@ -26,7 +26,7 @@ def signs_of_life(
 ) -> Signs | None:
     """Compare how visits fell on the experts before a split, how they are predicted to fall, and how they fell.
 
-    Of a checkpoint that is not known to have been split, the load before is its own, and a plan predicts.
+    Of a checkpoint that is to be split, or is not known to have been, the load before is its own, and a plan predicts.
 
     Args:
         checkpoint: after the split, or one that is to be split.
@@ -42,12 +42,16 @@ def signs_of_life(
     if checkpoint.router_map is None or checkpoint.head is None:
         raise UsageError("has no ring of experts to count visits on", path=checkpoint.origin.path)
     owners = router_owners(checkpoint.router_map)
-    old = _split_undone(checkpoint, owners)
+    planned = _split_planned(checkpoint, owners)
+    # What the payload records is the last split, which a plan for the next one makes a thing of the past.
+    old = _split_undone(checkpoint, owners) if planned is None else None
     if against is not None:
         former = against if isinstance(against, Checkpoint) else read_unbound(against)
-        if former.router_map is None or len(former.router_map) != len(owners):
+        if former.head is None or former.router_map is None or len(former.router_map) != len(owners):
             raise UsageError("has no ring of the same length", path=former.origin.path)
         old = router_owners(former.router_map), former.num_experts
+        if planned is not None and former.num_experts == checkpoint.num_experts and np.array_equal(old[0], owners):
+            old = None  # nothing has moved since; what is to come is the plan's
     before, after = (
         load_visits(Path(file), len(owners)).visits if file is not None else None
         for file in (visits_file, visits_after)
@@ -56,7 +60,6 @@ def signs_of_life(
     if old is not None:
         return signs(before, after, old, now)
     found = signs(before, after, now, now)
-    planned = _split_planned(checkpoint, owners)
     predicted = balance(before, *planned) if before is not None and planned is not None else None
     return replace(found, predicted=predicted)
 

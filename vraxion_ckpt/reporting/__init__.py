@@ -24,7 +24,7 @@ from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
 from vraxion_ckpt.reporting.gather import Subject, gather
 from vraxion_ckpt.ring import Weights
 from vraxion_ckpt.signs import signs_of_life
-from vraxion_ckpt.targets import Beside, check_apart, check_several
+from vraxion_ckpt.targets import Beside, check_apart, check_inputs, check_several
 from vraxion_ckpt.visits import load as load_visits
 
 
@@ -68,7 +68,7 @@ def report(
         allow_globals: as for `read`.
 
     Raises:
-        UsageError: nothing is to be written, an extra is missing, or a file exists.
+        UsageError: nothing is to be written, an extra is missing, a file exists, or is one of those that are read.
         SourceError: what is wrong with a checkpoint, and where.
     """
     given = [Path(place) for place in (page, picture) if place is not None]
@@ -81,6 +81,8 @@ def report(
     with os_errors_named(path, *given), ExitStack() as stack:
         places = [Path(os.path.realpath(place)) for place in given]
         check_several(places)
+        counted = [Path(os.path.realpath(file)) for file in (visits, visits_after) if file is not None]
+        check_inputs(places, (), {}, set(counted))
         for place in places:
             check_target(place, overwrite=overwrite)
         there = [place.exists() for place in places]
@@ -124,18 +126,20 @@ def _gathered(
     param_names: Sequence[str] | None,
 ) -> Subject:
     signs = signs_of_life(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
-    length = len(checkpoint.router_map) if checkpoint.router_map is not None else 0
-    counted: list[Weights | None] = [
-        load_visits(Path(file), length).visits if file is not None else None for file in (visits, visits_after)
-    ]
-    changes = diff_checkpoints(before, checkpoint, param_names).summary() if before is not None else []
-    return gather(checkpoint, before, signs, counted[0], counted[1], changes)
+    counted: list[Weights | None] = [None, None]
+    if signs is not None and checkpoint.router_map is not None:
+        length = len(checkpoint.router_map)
+        counted = [
+            load_visits(Path(file), length).visits if file is not None else None for file in (visits, visits_after)
+        ]
+    difference = diff_checkpoints(before, checkpoint, param_names) if before is not None else None
+    return gather(checkpoint, before, signs, counted[0], counted[1], difference)
 
 
 def _page(subject: Subject) -> bytes:
     from vraxion_ckpt.reporting.page import render
 
-    return render(subject).encode()
+    return render(subject).encode(errors="backslashreplace")  # half a surrogate pair is no character
 
 
 def _picture(subject: Subject) -> bytes:

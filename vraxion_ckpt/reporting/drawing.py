@@ -9,7 +9,7 @@ import numpy as np
 
 from vraxion_ckpt import ring
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
-from vraxion_ckpt.reporting.words import addresses
+from vraxion_ckpt.reporting.words import addresses, experts
 from vraxion_ckpt.ring import Ints, Weights
 
 # Colours that people with any kind of colour vision can tell apart, on white and on near-black (after Okabe and Ito).
@@ -19,7 +19,11 @@ _MUTED = ("#8fa8bd", "#c3b48f", "#93b3a4", "#bda0b0", "#a9a9a9", "#b8c4ce")
 PARENT, CHILD, HOT = "#d55e00", "#0072b2", "#e8308c"
 VISITS = "#7f7f7f"
 LOADS = {"before": "#999999", "predicted": "#e69f00", "measured": "#009e73", "after": "#0072b2", "now": "#0072b2"}
+# Curves may lie on each other.
+DASHES = {"before": "solid", "predicted": "dash", "measured": "dot", "after": "dash", "now": "solid"}
 
+# One that is shorter than so many degrees is marked as long as that.
+SHORTEST_MARK = 3.0
 _MOST_SECTORS = 1440
 _MOST_BINS = 720
 
@@ -29,12 +33,15 @@ class Sector:
     """A part of the ring, from address `start` on.
 
     Attributes:
+        owner: the expert in whose colour it is drawn.
+        owned: how many of its addresses that expert owns; all of an arc.
         owners: how many different experts own something of it; 1 for an arc.
     """
 
     start: int
     length: int
     owner: int
+    owned: int
     owners: int
 
 
@@ -48,21 +55,52 @@ def colour(expert: int, num_experts: int, hot: Hot | None) -> str:
     return others[expert % len(others)] if num_experts <= len(_STRONG) else _MUTED[expert % len(_MUTED)]
 
 
+def given_away(hot: Hot) -> str:
+    """Tell the hot arc, and how much of it is, or was, given away."""
+    told = f"hot arc: {span(hot.arc.start, hot.arc.length, hot.arc.ring_len)}"
+    when = "to be given away" if hot.child is None else "given away"
+    return told + (f", {len(hot.addresses):,} of them {when}" if len(hot.addresses) < hot.arc.length else f", {when}")
+
+
+def palette(subject: Subject) -> int:
+    """Return for how many experts there must be colours: the same ones before and after."""
+    return max((one.num_experts for one in subject.rings), default=0)
+
+
 def sectors(owners: Ints) -> tuple[list[Sector], bool]:
-    """Return a ring as arcs of one owner each; too many to be seen become equal parts, each with its commonest owner.
+    """Return a ring as arcs of one owner each; too many to be seen become equal parts of one colour each.
+
+    The colours are as frequent as what the experts own, also nearby: were each part in that of its commonest owner, an
+    expert who owns a little more than others everywhere would seem to own the ring.
 
     Returns:
         The sectors, and whether they are arcs.
     """
-    arcs = ring.arcs(owners)
-    if len(arcs) <= _MOST_SECTORS:
-        return [Sector(start, length, owner, 1) for start, length, owner in arcs], True
+    if number_of_arcs(owners) <= _MOST_SECTORS:
+        return [Sector(start, length, owner, length, 1) for start, length, owner in ring.arcs(owners)], True
     edges = np.linspace(0, len(owners), _MOST_SECTORS + 1).astype(int)
+    due = np.zeros(int(owners.max()) + 1, dtype=np.int64)  # addresses whose colour was not shown yet
     parts = []
     for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         found, counts = np.unique(owners[start:end], return_counts=True)
-        parts.append(Sector(start, end - start, int(found[counts.argmax()]), len(found)))
+        due[found] += counts
+        shown = int(due[found].argmax())
+        due[found[shown]] -= end - start
+        parts.append(Sector(start, end - start, int(found[shown]), int(counts[shown]), len(found)))
     return parts, False
+
+
+def number_of_arcs(owners: Ints) -> int:
+    """Count the arcs of one owner each, going round the ring."""
+    return max(1, int(np.count_nonzero(owners != np.roll(owners, 1))))
+
+
+def hover(part: Sector, ring_len: int) -> str:
+    """Tell whose a part of a ring is, and which part."""
+    if part.owners == 1:
+        return f"expert {part.owner}<br>{span(part.start, part.length, ring_len)}"
+    among = f"expert {part.owner}, of {part.owners:,} experts here, owns {part.owned:,} of {addresses(part.length)}"
+    return f"{among}<br>{span(part.start, part.length, ring_len)}"
 
 
 def binned(visits: Weights) -> tuple[list[int], list[int], list[float]]:
@@ -78,17 +116,21 @@ def span(start: int, length: int, ring_len: int) -> str:
     return f"address {start}" if length == 1 else f"addresses {start}…{(start + length - 1) % ring_len}"
 
 
-def caption(one: Ring) -> str:
+def caption(one: Ring, hot: Hot | None) -> str:
     """Tell a ring's main facts."""
-    parts, are_arcs = sectors(one.owners)
-    if are_arcs:
-        told = f"{addresses(len(one.owners))} in {len(parts):,} arc{'s' * (len(parts) != 1)} of one owner"
-    else:
-        told = (
-            f"{addresses(len(one.owners))} in {len(ring.arcs(one.owners)):,} arcs, drawn as {len(parts):,} equal "
-            "parts in the colour of the commonest owner"
-        )
-    return f"{told}; {one.num_experts:,} expert{'s' * (one.num_experts != 1)}"
+    number = number_of_arcs(one.owners)
+    told = [f"{addresses(len(one.owners))} in {number:,} arc{'s' * (number != 1)} of one owner"]
+    if number > _MOST_SECTORS:
+        told[0] += f", drawn as {_MOST_SECTORS:,} equal parts, whose colours are as frequent as what their owners own"
+    told.append(experts(one.num_experts))
+    if hot is not None and hot.arc.ring_len == len(one.owners):
+        longer = ", marked longer than it is" if hot.arc.length * 360 < SHORTEST_MARK * hot.arc.ring_len else ""
+        told.append(f"{given_away(hot)}{longer}")
+    if one.visits is not None:
+        means = binned(one.visits)[2]
+        each = " an address" if len(means) < len(one.visits) else ""
+        told.append(f"visits{f' counted {one.counted}' * bool(one.counted)}, the tallest bar {max(means):,.4g}{each}")
+    return "; ".join(told)
 
 
 def largest(shares: Sequence[float], most: int) -> list[int]:
@@ -96,19 +138,23 @@ def largest(shares: Sequence[float], most: int) -> list[int]:
     return sorted(range(len(shares)), key=lambda i: (-shares[i], i))[:most]
 
 
+def curve(shares: Sequence[float]) -> list[tuple[int, int]]:
+    """Return ranks and experts of a curve of shares, the largest first: the first ones each, then ever fewer."""
+    order = largest(shares, len(shares))
+    ranks = np.unique(np.geomspace(1, len(order), _MOST_BINS).round().astype(int)).tolist()
+    return [(rank, order[rank - 1]) for rank in ranks]
+
+
 def named_colours(subject: Subject) -> list[tuple[str, str]]:
     """Return what stands in a key: of few experts each one's colour, of many those of the split."""
     if not subject.rings:
         return []
-    last = subject.rings[-1]
-    if last.num_experts <= len(_STRONG):
-        key = [(colour(i, last.num_experts, subject.hot), f"expert {i}") for i in range(last.num_experts)]
+    number = palette(subject)
+    if number <= len(_STRONG):
+        key = [(colour(i, number, subject.hot), f"expert {i}") for i in range(number)]
     else:
-        split = ((subject.hot.parent, "gave away"), (subject.hot.child, "got them")) if subject.hot else ()
-        key = [
-            (colour(i, last.num_experts, subject.hot), f"expert {i}, which {what}")
-            for i, what in split
-            if i is not None
-        ]
+        gave = "gives up addresses" if subject.hot and subject.hot.child is None else "gave up addresses"
+        split = ((subject.hot.parent, gave), (subject.hot.child, "got them")) if subject.hot else ()
+        key = [(colour(i, number, subject.hot), f"expert {i}, which {what}") for i, what in split if i is not None]
     key += [(HOT, "hot arc")] * (subject.hot is not None)
     return key + [(VISITS, "visits")] * any(one.visits is not None for one in subject.rings)

@@ -7,21 +7,44 @@ from typing import Any
 
 import numpy as np
 
-from vraxion_ckpt.reporting.drawing import HOT, LOADS, VISITS, binned, colour, largest, sectors, span
+from vraxion_ckpt.reporting.drawing import (
+    CHILD,
+    DASHES,
+    HOT,
+    LOADS,
+    PARENT,
+    SHORTEST_MARK,
+    VISITS,
+    binned,
+    colour,
+    curve,
+    given_away,
+    hover,
+    largest,
+    sectors,
+    span,
+)
 from vraxion_ckpt.reporting.gather import Alike, Hot, Ring
 
 Figure = dict[str, Any]
 
 # Radii of what a ring is drawn with.
-_INNER, _OUTER, _HOT, _VISITS = 0.62, 1.0, 0.55, 0.42
+_INNER, _OUTER, _HOT, _VISITS = 0.62, 1.0, 0.57, 0.42
 _MOST_BARS = 32
 
 
-def ring_figure(one: Ring, hot: Hot | None) -> Figure:
-    """Draw a ring: owners as sectors, visits as bars outside, the hot arc as a line inside."""
+def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> Figure:
+    """Draw a ring: owners as sectors, visits as bars outside, the hot arc as a line inside.
+
+    Args:
+        one: the ring.
+        hot: the hot arc.
+        num_colours: for how many experts.
+        room: whether there must be room for visits, here or on the ring beside it.
+    """
     length = len(one.owners)
     turn = 360 / length
-    parts, are_arcs = sectors(one.owners)
+    parts, _ = sectors(one.owners)
     shown = hot if hot is not None and hot.arc.ring_len == length else None
     trace: dict[str, Any] = {
         "type": "barpolar",
@@ -31,14 +54,10 @@ def ring_figure(one: Ring, hot: Hot | None) -> Figure:
         "theta": [(part.start + part.length / 2) * turn for part in parts],
         "width": [part.length * turn for part in parts],
         "marker": {
-            "color": [colour(part.owner, one.num_experts, shown) for part in parts],
+            "color": [colour(part.owner, num_colours, shown) for part in parts],
             "line": {"width": 0.5 if 1 < len(parts) <= 360 else 0, "color": "rgba(127,127,127,0.6)"},
         },
-        "text": [
-            f"{'expert' if are_arcs else f'{part.owners} experts, most often'} {part.owner}<br>"
-            f"{span(part.start, part.length, length)}"
-            for part in parts
-        ],
+        "text": [hover(part, length) for part in parts],
         "hovertemplate": "%{text}<extra></extra>",
     }
     traces = [trace]
@@ -67,27 +86,26 @@ def ring_figure(one: Ring, hot: Hot | None) -> Figure:
             {
                 "type": "barpolar",
                 "name": "hot arc",
-                "base": _HOT - 0.06,
-                "r": [0.06],
+                "base": _HOT - 0.08,
+                "r": [0.08],
                 "theta": [(arc.start + arc.length / 2) * turn],
-                "width": [max(arc.length * turn, 1.0)],  # one that is too short to be seen is drawn longer
+                "width": [max(arc.length * turn, SHORTEST_MARK)],
                 "marker": {"color": HOT, "line": {"width": 0}},
-                "text": [
-                    f"hot arc: {span(arc.start, arc.length, length)}<br>{len(shown.addresses)} of them given away"
-                ],
+                "text": [given_away(shown)],
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )
     ticks = sorted({0, length // 4, length // 2, 3 * length // 4})
+    side = 20 + 8 * len(f"{length:,}")  # the numbers beside the ring
     return {
         "data": traces,
         "layout": {
             "showlegend": False,
             "height": 440,
-            "margin": {"l": 50, "r": 50, "t": 40, "b": 40},
+            "margin": {"l": side, "r": side, "t": 40, "b": 40},
             "polar": {
                 "bgcolor": "rgba(0,0,0,0)",
-                "radialaxis": {"visible": False, "range": [0, _OUTER + 0.04 + _VISITS]},
+                "radialaxis": {"visible": False, "range": [0, _OUTER + 0.04 + (_VISITS + 0.06) * room]},
                 "angularaxis": {
                     "direction": "clockwise",
                     "rotation": 90,
@@ -102,8 +120,8 @@ def ring_figure(one: Ring, hot: Hot | None) -> Figure:
     }
 
 
-def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
-    """Draw the experts' shares: a bar each, or of many experts a curve of them, the largest first."""
+def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None) -> Figure:
+    """Draw the experts' shares: a bar each, or of many experts a curve, the largest first, with those of the split."""
     number = max(map(len, shares.values()), default=0)
     traces: list[dict[str, Any]] = []
     for name, values in shares.items():
@@ -119,19 +137,25 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
                 }
             )
         else:
-            order = largest(values, len(values))
+            points = curve(values)
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "lines",
                     "name": name,
-                    "x": list(range(1, len(order) + 1)),
-                    "y": [values[i] for i in order],
-                    "text": [str(i) for i in order],
-                    "line": {"color": LOADS[name], "width": 2},
+                    "x": [rank for rank, _ in points],
+                    "y": [values[i] for _, i in points],
+                    "text": [str(i) for _, i in points],
+                    "line": {"color": LOADS[name], "width": 2, "dash": DASHES[name]},
                     "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3~p}}<extra></extra>",
                 }
             )
+    if number > _MOST_BARS and hot is not None:
+        traces += [
+            _marks(expert, tone, shares)
+            for expert, tone in ((hot.parent, PARENT), (hot.child, CHILD))
+            if expert is not None
+        ]
     many = number > _MOST_BARS
     return {
         "data": traces,
@@ -140,15 +164,33 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str) -> Figure:
             "barmode": "group",
             "bargap": 0.2 if number > 2 else 0.7,
             "margin": {"l": 70, "r": 20, "t": 40, "b": 60},
-            "legend": {"orientation": "h", "y": 1.15, "x": 0},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             "showlegend": True,
-            "xaxis": {"title": {"text": "rank" if many else "expert"}, "type": "log" if many else "category"},
+            "xaxis": {
+                "title": {"text": "rank" if many else "expert"},
+                **({"type": "log", "dtick": 1} if many else {"type": "category", "showgrid": False}),
+            },
             "yaxis": {
                 "title": {"text": f"share of {of}"},
                 "tickformat": ".2~p",
                 "rangemode": "tozero",
             },
         },
+    }
+
+
+def _marks(expert: int, tone: str, shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Mark where an expert is on each of the curves."""
+    places = [(name, values) for name, values in shares.items() if expert < len(values)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": f"expert {expert}",
+        "x": [1 + largest(values, len(values)).index(expert) for _, values in places],
+        "y": [values[expert] for _, values in places],
+        "text": [name for name, _ in places],
+        "marker": {"color": tone, "size": 11, "line": {"color": "#ffffff", "width": 1.5}},
+        "hovertemplate": f"expert {expert}, %{{text}}: %{{y:.3~p}}<extra></extra>",
     }
 
 
@@ -206,7 +248,12 @@ def norm_figure(alike: Alike, num_experts: int, hot: Hot | None) -> Figure:
             "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
             "showlegend": False,
             "bargap": 0.2 if len(alike.ids) > 2 else 0.7,
-            "xaxis": {"type": "category", "automargin": True, "title": {"text": "expert", "standoff": 12}},
+            "xaxis": {
+                "type": "category",
+                "automargin": True,
+                "showgrid": False,
+                "title": {"text": "expert", "standoff": 12},
+            },
             "yaxis": {"title": {"text": "norm of its parameters"}, "rangemode": "tozero"},
         },
     }

@@ -8,28 +8,37 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vraxion_ckpt import progress, ring
 from vraxion_ckpt.balance import Signs
+from vraxion_ckpt.changes import Difference, Flow
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
 from vraxion_ckpt.plain import as_numbers
-from vraxion_ckpt.reporting.words import addresses, percent
+from vraxion_ckpt.reporting.words import addresses, experts, percent
 from vraxion_ckpt.ring import Arc, Ints, Weights
 
 # A matrix of more is no picture any more.
 MOST_COMPARED = 64
+_MOST_FLOWS = 3
 _PIECE = 2**16
 
 
 @dataclass(frozen=True)
 class Ring:
-    """One router map, and what was counted on it."""
+    """One router map, and what was counted on it.
+
+    Attributes:
+        counted: whether the visits are those before a split, or those after training was resumed; empty where there
+            is but one ring to count them on.
+    """
 
     title: str
     owners: Ints
     num_experts: int
     visits: Weights | None
+    counted: str
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,9 @@ class Alike:
 
     Attributes:
         ids: which ones.
-        cosines: of all their tensors, taken as one vector; NaN where their shapes differ, or one is zero.
-        norms: the Euclidean norm of those vectors; NaN where an entry is not finite.
+        cosines: of all their tensors, taken as one vector; NaN where their shapes differ, or a norm is NaN or zero.
+        norms: the Euclidean norm of those vectors; NaN where torch cannot calculate with an entry, it is not
+            finite, or too large to be squared.
     """
 
     ids: tuple[int, ...]
@@ -67,6 +77,7 @@ class Subject:
     """All that a report shows."""
 
     name: str
+    num_experts: int
     facts: Sequence[tuple[str, str]]
     headline: str
     rings: Sequence[Ring]
@@ -87,21 +98,24 @@ def gather(
     signs: Signs | None,
     visits: Weights | None,
     visits_after: Weights | None,
-    changes: Sequence[tuple[str, str]],
+    difference: Difference | None,
 ) -> Subject:
     """Gather what a report shows of a checkpoint, and of the one before it."""
-    hot = hot_arc(checkpoint, before)
+    hot = hot_arc(checkpoint, before, difference)
     rings = []
-    if before is not None and before.router_map is not None:
-        rings.append(Ring("before", router_owners(before.router_map), before.num_experts, visits))
-    if checkpoint.router_map is not None:
-        title, counted = ("after", visits_after if visits_after is not None else visits) if rings else ("now", visits)
-        rings.append(Ring(title, router_owners(checkpoint.router_map), checkpoint.num_experts, counted))
+    if before is not None:
+        rings += _ring(before, "before", visits, "before")
+    if rings:
+        latest = (visits_after, "after") if visits_after is not None else (visits, "before")
+        rings += _ring(checkpoint, "after", *latest)
+    else:
+        rings += _ring(checkpoint, "now", visits if visits is not None else visits_after, "")
     shares, shares_of = _shares(rings, signs)
     return Subject(
         name=checkpoint.origin.path.name if checkpoint.origin.path else "a checkpoint",
+        num_experts=checkpoint.num_experts,
         facts=_facts(checkpoint, before),
-        headline=_headline(checkpoint, before, hot, signs),
+        headline=_headline(checkpoint, before, hot, signs, difference),
         rings=rings,
         hot=hot,
         signs=signs,
@@ -111,29 +125,37 @@ def gather(
         lifecycle=checkpoint.lifecycle,
         deleted=checkpoint.head.deleted if checkpoint.head else frozenset(),
         history=checkpoint.history,
-        changes=changes,
+        changes=difference.summary() if difference else (),
     )
 
 
-def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None) -> Hot | None:
-    """Return what the last split gave away; of a checkpoint that is only planned to be split, what it will."""
+def _ring(checkpoint: Checkpoint, title: str, visits: Weights | None, counted: str) -> list[Ring]:
+    """Return the ring of a checkpoint, if it has one whose addresses have owners."""
+    if checkpoint.router_map is None or checkpoint.head is None:
+        return []
+    return [Ring(title, router_owners(checkpoint.router_map), checkpoint.num_experts, visits, counted)]
+
+
+def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Difference | None) -> Hot | None:
+    """Return what has changed hands: of several such parts of a ring, the largest that a new expert got, if one did.
+
+    Where nothing has, it is what a plan will give away, or, of a checkpoint alone, what the last split gave away.
+    """
     router = checkpoint.router_map
-    if router is None:
+    if router is None or checkpoint.head is None:
         return None
     owners = router_owners(router)
     parent: int | None = None
     child: int | None = None
     addresses: list[int] = []
-    if checkpoint.plan is not None:
-        parent, addresses = checkpoint.plan.parent, list(checkpoint.plan.addresses)
-    elif before is not None and before.router_map is not None and len(before.router_map) == len(owners):
+    if before is not None and before.head and before.router_map is not None and difference and difference.ring:
+        flow = max(difference.ring.flows, key=lambda one: (one.after >= before.num_experts, one.addresses))
+        parent, child = flow.before, flow.after
         old = router_owners(before.router_map)
-        born = np.flatnonzero(owners >= before.num_experts)
-        if len(born):
-            child = int(np.bincount(owners[born]).argmax())
-            addresses = np.flatnonzero(owners == child).tolist()
-            parent = int(np.bincount(old[addresses]).argmax())
-    else:
+        addresses = np.flatnonzero((old == parent) & (owners == child)).tolist()
+    elif checkpoint.plan is not None:
+        parent, addresses = checkpoint.plan.parent, list(checkpoint.plan.addresses)
+    elif before is None:
         done = checkpoint.payload.get("mitosis")
         if isinstance(done, Mapping) and type(done.get("parent")) is int and type(done.get("child")) is int:
             parent, child = done["parent"], done["child"]
@@ -146,7 +168,9 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None) -> Hot | None:
 def _shares(rings: Sequence[Ring], signs: Signs | None) -> tuple[dict[str, Sequence[float]], str]:
     """Return each expert's share of the visits, or of the addresses where nothing was counted."""
     if signs is not None:
-        loads = {"before": signs.before, "predicted": signs.predicted, "measured": signs.measured}
+        # Where nothing was or is to be split, the load is simply that of now.
+        now = len(rings) == 1 and signs.predicted is None and signs.measured is None
+        loads = {"now" if now else "before": signs.before, "predicted": signs.predicted, "measured": signs.measured}
         return {name: load.shares for name, load in loads.items() if load}, "visits"
     counts = {
         each.title: (np.bincount(each.owners, minlength=each.num_experts) / len(each.owners)).tolist() for each in rings
@@ -169,25 +193,55 @@ def _experts(checkpoint: Checkpoint) -> str:
         return "no head"
     if checkpoint.head.kind is HeadKind.SINGLE:
         return "a single head"
-    return f"{checkpoint.num_experts} experts"
+    deleted = f", {len(checkpoint.head.deleted):,} of them deleted" if checkpoint.head.deleted else ""
+    return experts(checkpoint.num_experts) + deleted
 
 
-def _headline(checkpoint: Checkpoint, before: Checkpoint | None, hot: Hot | None, signs: Signs | None) -> str:
+def _headline(
+    checkpoint: Checkpoint,
+    before: Checkpoint | None,
+    hot: Hot | None,
+    signs: Signs | None,
+    difference: Difference | None,
+) -> str:
     told = []
-    if before is not None and before.num_experts != checkpoint.num_experts:
-        told.append(f"{before.num_experts} → {checkpoint.num_experts} experts")
-    elif before is None:
+    if before is None:
         told.append(_experts(checkpoint))
-    if hot is not None and hot.child is not None:
+    elif before.head is None or checkpoint.head is None:
+        if before.head is not checkpoint.head:
+            told.append(f"{_experts(before)} → {_experts(checkpoint)}")
+    elif before.num_experts != checkpoint.num_experts:
+        told.append(f"{before.num_experts:,} → {experts(checkpoint.num_experts)}")
+    if difference is not None and difference.ring is not None:
+        told.append(_moved(difference.ring.flows))
+    elif hot is not None and hot.child is not None:
         told.append(f"{addresses(len(hot.addresses))} went from expert {hot.parent} to expert {hot.child}")
-    elif hot is not None:
+    if hot is not None and hot.child is None:
         told.append(f"a split is planned: expert {hot.parent} gives up {addresses(len(hot.addresses))}")
+    if before is not None and difference is not None and difference.ring is None:
+        told.append(_unmoved(before, checkpoint))
     if signs is not None and signs.before is not None:
         share = f"largest share of visits {percent(signs.before.max_share)}"
         share += f" → {percent(signs.predicted.max_share)} predicted" if signs.predicted else ""
         share += f", {percent(signs.measured.max_share)} measured" if signs.measured else ""
         told.append(share)
-    return "; ".join(told) or "nothing has moved"
+    return "; ".join(told)
+
+
+def _moved(flows: Sequence[Flow]) -> str:
+    """Tell which addresses have gone from where to where; of many such flows, only how many addresses."""
+    if len(flows) > _MOST_FLOWS:
+        return f"{addresses(sum(flow.addresses for flow in flows))} have another owner"
+    first, *others = flows
+    told = [f"{addresses(first.addresses)} went from expert {first.before} to expert {first.after}"]
+    return ", ".join(told + [f"{one.addresses:,} from expert {one.before} to expert {one.after}" for one in others])
+
+
+def _unmoved(before: Checkpoint, checkpoint: Checkpoint) -> str:
+    lengths = [len(one.router_map) if one.router_map is not None and one.head else 0 for one in (before, checkpoint)]
+    if lengths[0] == lengths[1]:
+        return "no address has another owner" if lengths[0] else "there is no ring"
+    return " → ".join(addresses(length) if length else "no ring" for length in lengths)
 
 
 # --- experts ---
@@ -197,19 +251,20 @@ def _alike(checkpoint: Checkpoint, hot: Hot | None, shares: Mapping[str, Sequenc
     """Compare experts: those of the split, then those with the largest shares."""
     if checkpoint.head is None or not checkpoint.head.experts:
         return None
-    experts = checkpoint.head.experts
+    present = checkpoint.head.experts
     latest: Sequence[float] = list(shares.values())[-1] if shares else ()
-    by_share = sorted(experts, key=lambda i: (-latest[i] if i < len(latest) else 0.0, i))
-    first = [i for i in (hot.parent, hot.child) if i in experts] if hot else []
+    by_share = sorted(present, key=lambda i: (-latest[i] if i < len(latest) else 0.0, i))
+    first = [i for i in (hot.parent, hot.child) if i in present] if hot else []
     ids = tuple(sorted(list(dict.fromkeys([*first, *by_share]))[:MOST_COMPARED]))
     cosines = np.full((len(ids), len(ids)), np.nan)
     norms = np.full(len(ids), np.nan)
     kinds: dict[object, list[int]] = {}
     for place, i in enumerate(ids):
-        kinds.setdefault(tuple((leaf, t.shape) for leaf, t in experts[i].items()), []).append(place)
+        kind = sorted((leaf, tuple(tensor.shape), tensor.is_complex()) for leaf, tensor in present[i].items())
+        kinds.setdefault(tuple(kind), []).append(place)
     with progress.bar("comparing experts", len(ids), "experts") as count:
         for places in kinds.values():
-            products = _products([experts[ids[place]] for place in places])
+            products = _products([present[ids[place]] for place in places])
             found = np.sqrt(products.diagonal())
             norms[places] = found
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -224,10 +279,15 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
     for leaf in experts[0]:
         flat = [expert[leaf].detach().reshape(-1) for expert in experts]
         for start in range(0, len(flat[0]), _PIECE):
-            numbers = [as_numbers(one[start : start + _PIECE]) for one in flat]
-            if any(piece is None or piece.is_complex() for piece in numbers):
-                continue
-            rows = torch.stack([piece for piece in numbers if piece is not None])
+            rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
             total += rows @ rows.T
     found: NDArray[np.float64] = total.numpy()
     return np.where(np.isfinite(found), found, np.nan)
+
+
+def _as_reals(tensor: Tensor) -> Tensor:
+    """Return a flat tensor as float64, a complex number as two of them; NaN where torch cannot calculate with it."""
+    numbers = as_numbers(tensor)
+    if numbers is None:
+        return torch.full((len(tensor),), torch.nan, dtype=torch.float64)
+    return torch.view_as_real(numbers).reshape(-1) if numbers.is_complex() else numbers

@@ -6,18 +6,20 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
+from math import isfinite
 from typing import Any
 
-import numpy as np
 from plotly.offline import get_plotlyjs
 
 from vraxion_ckpt._version import __version__
-from vraxion_ckpt.reporting.drawing import caption, largest, named_colours
+from vraxion_ckpt.reporting.drawing import caption, largest, named_colours, palette
 from vraxion_ckpt.reporting.figures import Figure, norm_figure, ring_figure, share_figure, similarity_figure
-from vraxion_ckpt.reporting.gather import MOST_COMPARED, Subject
-from vraxion_ckpt.reporting.words import percent
+from vraxion_ckpt.reporting.gather import Alike, Subject
+from vraxion_ckpt.reporting.words import experts, percent
 
 _MOST_ROWS = 12
+_MOST_CHANGES = 40
+_MOST_NAMED = 8
 # Nothing may be fetched, whatever a checkpoint holds.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -33,7 +35,7 @@ def render(subject: Subject) -> str:
         *_shares(subject, figures),
         *_alike(subject, figures),
         *_lifecycle(subject),
-        *_section("What changed", _table(("", ""), subject.changes) if subject.changes else ""),
+        *_changes(subject),
         *_history(subject),
         f'<p class="note">vraxion-ckpt {escape(__version__)}</p>',
     ]
@@ -67,6 +69,10 @@ def _section(title: str, *content: str) -> list[str]:
     return [f"<section><h2>{escape(title)}</h2>", *content, "</section>"] if any(content) else []
 
 
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
     def row(tag: str, cells: Sequence[object]) -> str:
         classes = ['class="n"' if place in numbers else "" for place in range(len(cells))]
@@ -86,9 +92,16 @@ def _figure(figures: dict[str, Figure], name: str, figure: Figure, title: str, t
 
 def _rings(subject: Subject, figures: dict[str, Figure]) -> list[str]:
     if not subject.rings:
-        return _section("The ring", '<p class="note">The model has no router map.</p>')
+        return _section("The ring", _note("The model has no router map, or no head whose experts it could name."))
+    room = any(one.visits is not None for one in subject.rings)
     drawn = [
-        _figure(figures, f"ring-{number}", ring_figure(one, subject.hot), one.title, caption(one))
+        _figure(
+            figures,
+            f"ring-{number}",
+            ring_figure(one, subject.hot, palette(subject), room=room),
+            one.title,
+            caption(one, subject.hot),
+        )
         for number, one in enumerate(subject.rings)
     ]
     return _section("The ring", _key(subject), f'<div class="pair">{"".join(drawn)}</div>')
@@ -107,14 +120,16 @@ def _shares(subject: Subject, figures: dict[str, Figure]) -> list[str]:
     latest_name, latest = list(subject.shares.items())[-1]
     top = ", ".join(f"expert {i} {percent(latest[i])}" for i in largest(latest, 3))
     told = f"{latest_name}: {top}{', …' if len(latest) > 3 else ''}"
-    parts = [_figure(figures, "shares", share_figure(subject.shares, subject.shares_of), "", told)]
+    figure = share_figure(subject.shares, subject.shares_of, subject.hot)
+    parts = [_figure(figures, "shares", figure, "", told)]
     if subject.signs is not None:
-        loads = (("before", subject.signs.before), ("predicted", subject.signs.predicted))
+        before = "now" if "now" in subject.shares else "before"
+        signs = subject.signs
+        loads = ((before, signs.before), ("predicted", signs.predicted), ("measured", signs.measured))
         rows = [
             (name, percent(load.max_share), f"{load.entropy:.3f}", f"{load.active:,} of {len(load.shares):,}")
+            for name, load in loads
             if load
-            else (name, "–", "–", "–")
-            for name, load in (*loads, ("measured", subject.signs.measured))
         ]
         parts.append(_table(("", "ptr_expert_max_share", "entropy", "experts visited"), rows, (1, 2, 3)))
     return _section(f"Shares of {subject.shares_of}", *parts)
@@ -123,20 +138,63 @@ def _shares(subject: Subject, figures: dict[str, Figure]) -> list[str]:
 def _alike(subject: Subject, figures: dict[str, Figure]) -> list[str]:
     alike = subject.alike
     if alike is None:
-        return _section("Experts", '<p class="note">The model has no head with tensors.</p>')
-    number = subject.rings[-1].num_experts if subject.rings else len(alike.ids)
-    which = f"those of the split and of the largest shares, {len(alike.ids)} of {number:,}"
-    all_of_them = f"all {len(alike.ids)} experts" if len(alike.ids) > 1 else "the one expert"
-    scope = which if len(alike.ids) == MOST_COMPARED < number else all_of_them
-    odd = int(np.isnan(alike.norms).sum())
-    norms = f"Norm{'s' * (len(alike.ids) > 1)} of {scope}" + (
-        f"; {odd} hold what is not a finite number" if odd else ""
-    )
-    drawn = [_figure(figures, "norms", norm_figure(alike, number, subject.hot), "norms", norms)]
+        return _section("Experts", _note("The model has no head with tensors."))
+    figure = norm_figure(alike, palette(subject) or subject.num_experts, subject.hot)
+    drawn = [_figure(figures, "norms", figure, "norms", _told_of_norms(subject, alike))]
     if len(alike.ids) > 1:
-        told = f"Cosines between {scope}; a gap where shapes differ, or an entry is not a finite number"
+        told = _told_of_cosines(subject, alike)
         drawn.insert(0, _figure(figures, "similarity", similarity_figure(alike), "similarity", told))
-    return _section("Experts", f'<div class="pair">{"".join(drawn)}</div>')
+    gone = f"Deleted, and without tensors: {_named(sorted(subject.deleted))}." if subject.deleted else ""
+    return _section("Experts", f'<div class="pair">{"".join(drawn)}</div>', _note(gone) if gone else "")
+
+
+def _told_of_norms(subject: Subject, alike: Alike) -> str:
+    finite = [(norm, i) for i, norm in zip(alike.ids, alike.norms.tolist(), strict=True) if isfinite(norm)]
+    told = [f"Norms of {_scope(subject, alike)}"]
+    if len(finite) == 1:
+        told.append(f"expert {finite[0][1]}: {finite[0][0]:.4g}")
+    elif finite:
+        (low, least), (high, most) = min(finite), max(finite)
+        told.append(f"from {low:.4g} of expert {least} to {high:.4g} of expert {most}")
+    odd = [i for i, norm in zip(alike.ids, alike.norms.tolist(), strict=True) if not isfinite(norm)]
+    if odd:
+        told.append(f"not a number: {_named(odd)}, of which an entry is not finite, or cannot be calculated with")
+    return "; ".join(told)
+
+
+def _told_of_cosines(subject: Subject, alike: Alike) -> str:
+    cosines = alike.cosines.tolist()
+    pairs = [(cosines[a][b], a, b) for a in range(len(cosines)) for b in range(a + 1, len(cosines))]
+    told = [f"Cosines between {_scope(subject, alike)}"]
+    split = (subject.hot.parent, subject.hot.child) if subject.hot else ()
+    places = [alike.ids.index(i) for i in split if i in alike.ids]
+    if len(places) == 2:
+        a, b = places
+        told.append(_cosine(alike, cosines[a][b], a, b, "those of the split"))
+    known = [pair for pair in pairs if isfinite(pair[0])]
+    if known and sorted(places) != list(max(known)[1:]):
+        value, a, b = max(known)
+        told.append(_cosine(alike, value, a, b, "the most alike"))
+    if len(known) < len(pairs):
+        told.append("a gap where shapes differ, a norm is not a number, or all entries are zero")
+    return "; ".join(told)
+
+
+def _cosine(alike: Alike, value: float, a: int, b: int, which: str) -> str:
+    return f"{which}, {alike.ids[a]} and {alike.ids[b]}: {value:.4f}" if isfinite(value) else f"{which}: not a number"
+
+
+def _scope(subject: Subject, alike: Alike) -> str:
+    present = subject.num_experts - len(subject.deleted)
+    if len(alike.ids) < present:
+        return f"{len(alike.ids)} of {present:,} experts, those of the split and of the largest shares"
+    return experts(present)
+
+
+def _named(ids: Sequence[int]) -> str:
+    """Name experts, of many only the first ones."""
+    more = f" and {len(ids) - _MOST_NAMED:,} more" if len(ids) > _MOST_NAMED else ""
+    return f"expert{'s' * (len(ids) != 1)} {', '.join(map(str, ids[:_MOST_NAMED]))}{more}"
 
 
 def _lifecycle(subject: Subject) -> list[str]:
@@ -155,13 +213,20 @@ def _lifecycle(subject: Subject) -> list[str]:
     ]
     more = len(subject.lifecycle) - len(rows)
     table = _table(("expert", "contrib", "created at step", "last used at step", "tenured"), rows, (1, 2, 3))
-    note = f'<p class="note">… and {more:,} more</p>' if more > 0 else ""
-    return _section("Lifecycle", table, note) if rows else []
+    return _section("Lifecycle", table, _note(f"… and {more:,} more") if more > 0 else "") if rows else []
+
+
+def _changes(subject: Subject) -> list[str]:
+    more = len(subject.changes) - _MOST_CHANGES
+    note = _note(f"… and {more:,} lines more, which diff tells") if more > 0 else ""
+    return _section("What changed", _table(("", ""), subject.changes[:_MOST_CHANGES]), note) if subject.changes else []
 
 
 def _history(subject: Subject) -> list[str]:
     rows = [
         (record.name, f"{record.distribution} {record.version}", record.source, record.summary)
-        for record in subject.history
+        for record in subject.history[-_MOST_CHANGES:]
     ]
-    return _section("History", _table(("step", "from", "on", "what it did"), rows)) if rows else []
+    more = len(subject.history) - len(rows)
+    note = _note(f"{more:,} earlier steps, and then:") if more else ""
+    return _section("History", note, _table(("step", "from", "on", "what it did"), rows)) if rows else []

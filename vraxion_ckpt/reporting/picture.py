@@ -4,38 +4,65 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
+import warnings
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 
-from vraxion_ckpt.reporting.drawing import HOT, LOADS, VISITS, binned, caption, colour, largest, named_colours, sectors
+from vraxion_ckpt.reporting.drawing import (
+    CHILD,
+    DASHES,
+    HOT,
+    LOADS,
+    PARENT,
+    SHORTEST_MARK,
+    VISITS,
+    binned,
+    caption,
+    colour,
+    curve,
+    largest,
+    named_colours,
+    palette,
+    sectors,
+)
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
-from vraxion_ckpt.reporting.words import percent
 
 _MOST_BARS = 32
+_STYLES = {"solid": "-", "dash": "--", "dot": ":"}
 
 
 def draw(subject: Subject) -> bytes:
     """Return the rings and the shares as a PNG, on white."""
     columns = max(1, len(subject.rings))
-    figure = Figure(figsize=(6 * columns, 9.2), dpi=110, facecolor="white", layout="constrained")
+    height = 9.2 if subject.rings else 2.0
+    figure = Figure(figsize=(6 * columns, height), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{subject.name}\n{subject.headline}", fontsize=12, wrap=True)
-    grid = figure.add_gridspec(2, columns, height_ratios=(1.9, 1))
-    for place, one in enumerate(subject.rings):
-        _ring(figure.add_subplot(grid[0, place], projection="polar"), one, subject.hot)
-    if subject.shares:
+    # A name may hold signs that mathematics is made of.
+    figure.suptitle(f"{subject.name}\n{subject.headline}", fontsize=12, wrap=True, parse_math=False)
+    if subject.rings:
+        grid = figure.add_gridspec(2, columns, height_ratios=(1.9, 1))
+        room = any(one.visits is not None for one in subject.rings)
+        for place, one in enumerate(subject.rings):
+            axes = figure.add_subplot(grid[0, place], projection="polar")
+            _ring(axes, one, subject.hot, palette(subject), room=room)
         _shares(figure.add_subplot(grid[1, :]), subject)
+    else:
+        figure.text(0.5, 0.3, "no ring of experts to draw", ha="center", fontsize=11)
     key = [Patch(color=tone, label=name) for tone, name in named_colours(subject)]
     figure.legend(handles=key, loc="outside lower center", ncols=min(8, max(1, len(key))), frameon=False, fontsize=9)
     out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
+        figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
-def _ring(axes: Any, one: Ring, hot: Hot | None) -> None:
+def _ring(axes: Any, one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> None:
     length = len(one.owners)
     turn = 2 * math.pi / length
     parts, _ = sectors(one.owners)
@@ -45,7 +72,7 @@ def _ring(axes: Any, one: Ring, hot: Hot | None) -> None:
         [0.38] * len(parts),
         [part.length * turn for part in parts],
         bottom=0.62,
-        color=[colour(part.owner, one.num_experts, shown) for part in parts],
+        color=[colour(part.owner, num_colours, shown) for part in parts],
         edgecolor="white",
         linewidth=0.4 if 1 < len(parts) <= 360 else 0,
     )
@@ -63,21 +90,23 @@ def _ring(axes: Any, one: Ring, hot: Hot | None) -> None:
         arc = shown.arc
         axes.bar(
             [(arc.start + arc.length / 2) * turn],
-            [0.06],
-            [max(arc.length * turn, math.radians(1))],
+            [0.08],
+            [max(arc.length * turn, math.radians(SHORTEST_MARK))],
             bottom=0.49,
             color=HOT,
         )
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    axes.set_ylim(0, 1.46)
+    axes.set_ylim(0, 1.52 if room else 1.04)
+    for artist in axes.patches:
+        artist.set_in_layout(False)  # they are inside anyway, and thousands
     axes.set_yticks([])
     ticks = sorted({0, length // 4, length // 2, 3 * length // 4})
     axes.set_xticks([tick * turn for tick in ticks], [f"{tick:,}" for tick in ticks])
     axes.grid(visible=False)
     axes.spines["polar"].set_visible(False)
     axes.set_title(one.title, fontsize=11)
-    axes.set_xlabel(caption(one), fontsize=8, wrap=True)
+    axes.set_xlabel(textwrap.fill(caption(one, hot), 90), fontsize=8)
 
 
 def _shares(axes: Any, subject: Subject) -> None:
@@ -88,16 +117,24 @@ def _shares(axes: Any, subject: Subject) -> None:
             at = [i + (place - (len(subject.shares) - 1) / 2) * width for i in range(len(values))]
             axes.bar(at, values, width, label=name, color=LOADS[name])
         else:
-            ordered = [values[i] for i in largest(values, len(values))]
-            axes.plot(range(1, len(ordered) + 1), ordered, label=name, color=LOADS[name])
+            ranks, ids = zip(*curve(values), strict=True)
+            style = _STYLES[DASHES[name]]
+            axes.plot(ranks, [values[i] for i in ids], label=name, color=LOADS[name], linestyle=style)
+    if number > _MOST_BARS and subject.hot is not None:
+        for expert, tone in ((subject.hot.parent, PARENT), (subject.hot.child, CHILD)):
+            for values in subject.shares.values():
+                if expert is not None and expert < len(values):
+                    rank = 1 + largest(values, len(values)).index(expert)
+                    axes.plot(rank, values[expert], marker="o", color=tone, zorder=3)
     if number <= _MOST_BARS:
         axes.set_xticks(range(number))
+        axes.set_xlim(-0.5 - (number < 3), number - 0.5 + (number < 3))
         axes.set_xlabel("expert")
     else:
         axes.set_xscale("log")
         axes.set_xlabel("rank")
     axes.set_ylabel(f"share of {subject.shares_of}")
-    axes.yaxis.set_major_formatter(lambda value, _: percent(value))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(subject.shares), borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
