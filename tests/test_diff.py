@@ -359,6 +359,16 @@ def test_a_damaged_side_is_refused_and_named(tmp_path):
         vc.diff(NAMED, tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize("router", [torch.zeros(2, 2, dtype=torch.int64), torch.tensor(3), torch.tensor([2**40, 0])])
+def test_a_router_map_without_a_head_may_hold_anything(router, tmp_path, run_cli):
+    for name, value in (("a", router), ("b", router + 1)):
+        torch.save({"router_map": value, "w": torch.zeros(2)}, tmp_path / f"{name}.pt")
+    assert run_cli("inspect", tmp_path / "a.pt")[0] == 0
+    code, said, _ = run_cli("diff", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert code == 1
+    assert "router_map" in said
+
+
 def test_measures_of_large_tensors_are_those_of_the_whole(tmp_path):
     """More than one piece, and not contiguous."""
     torch.manual_seed(0)

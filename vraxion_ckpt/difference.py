@@ -248,12 +248,14 @@ def _ids_after(a: Checkpoint, b: Checkpoint, matching: Matching) -> dict[int, in
 
 
 def _ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange | None:
-    if a.router_map is None or b.router_map is None or len(a.router_map) != len(b.router_map):
+    if a.head is None or b.head is None or a.router_map is None or b.router_map is None:
+        return None  # without a head, nothing says what a router map may hold
+    if len(a.router_map) != len(b.router_map):
         return None
     old, new = router_owners(a.router_map), router_owners(b.router_map)
     now = _ids_after(a, b, matching)
-    ids = max(a.num_experts, b.num_experts, int(old.max()) + 1, int(new.max()) + 1)  # a model without a head has none
-    moved = np.array([now.get(i, i if i >= a.num_experts else -1) for i in range(ids)])[old] != new
+    ids = max(a.num_experts, b.num_experts)
+    moved = np.array([now.get(i, -1) for i in range(ids)])[old] != new
     if not moved.any():
         return None
     codes = np.where(moved, old * ids + new, -1)

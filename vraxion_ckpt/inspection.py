@@ -270,8 +270,8 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
 
 
 def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:
-    if checkpoint.router_map is None:
-        return None
+    if checkpoint.router_map is None or checkpoint.head is None:
+        return None  # without a head, nothing says what a router map may hold
     owners = router_owners(checkpoint.router_map)
     lengths = [length for _, length, _ in ring.arcs(owners)]
     return RingFacts(
