@@ -115,24 +115,7 @@ def test_the_core_names_no_plugin():
         assert not names & set(table), path
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "errors",
-        "sources",
-        "jsonfile",
-        "yamlfile",
-        "facts",
-        "disk",
-        "signals",
-        "progress",
-        "manifest",
-        "transaction",
-        "commit",
-        "container",
-        "rehearsal",
-    ],
-)
+@pytest.mark.parametrize("module", [*FLOORS[1 : FLOORS.index("container") + 1], "rehearsal"])
 def test_the_lower_floors_do_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

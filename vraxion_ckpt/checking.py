@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vraxion_ckpt import binding, invariants, progress
+from vraxion_ckpt import invariants, progress
 from vraxion_ckpt import manifest as manifests
 from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.commit import was_interrupted
@@ -29,7 +29,7 @@ from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike
-from vraxion_ckpt.reading import PathLike, allowing, blamed, detect_source, files_of, os_errors_named
+from vraxion_ckpt.reading import PathLike, allowing, blamed, bound_if_possible, detect_source, files_of, os_errors_named
 
 _PIECE = 2**22
 
@@ -143,8 +143,10 @@ def _examine(
         for expert in checkpoint.head.experts.values() if checkpoint.head else ():
             faults.attempt(partial(getattr, expert, "tensors"))
         _verify(checkpoint, faults)
-        findings += _about_contents(checkpoint, names)
-        tensors, size = _about_values(_bound(checkpoint, names), findings)
+        bound, refused = bound_if_possible(checkpoint, names)
+        findings += _about_binding(checkpoint, bound, refused)
+        findings += _about_contents(bound)
+        tensors, size = _about_values(bound, findings)
         faults.attempt(checkpoint.sources.check_unchanged)
         root = checkpoint.origin.path or root
     findings += [_finding("readable", error) for error in faults.errors]
@@ -152,8 +154,7 @@ def _examine(
 
 
 def _finding(rule: str, error: CkptError, severity: Severity = Severity.ERROR) -> Finding:
-    where = " ".join(part for part in (str(error.path or ""), f"[{error.key}]" if error.key else "") if part)
-    return Finding(severity=severity, rule=rule, what=error.message, where=where, hint=error.hint)
+    return Finding(severity=severity, rule=rule, what=error.message, where=error.where, hint=error.hint)
 
 
 def _verify(checkpoint: Checkpoint, faults: Faults) -> None:
@@ -168,18 +169,21 @@ def _verify(checkpoint: Checkpoint, faults: Faults) -> None:
 # --- what a checkpoint holds ---
 
 
-def _about_contents(checkpoint: Checkpoint, names: Sequence[str] | None) -> Iterator[Finding]:
-    """Judge a checkpoint as far as its tensors' shapes and everything else tell."""
+def _about_binding(
+    checkpoint: Checkpoint, bound: Checkpoint, refused: BindingError | SourceError | None
+) -> Iterator[Finding]:
+    """Judge the names of parameters, and why the optimizer was refused, unless they tell that already."""
     named = list(_about_names(checkpoint))
     yield from named
-    try:
-        checkpoint = binding.bind(checkpoint, names if checkpoint.unbound else None)
-    except BindingError as error:
-        inferred = not any(listed for _, listed in _name_lists(checkpoint))
-        if not named:
-            yield _finding("binding", error, Severity.WARNING if inferred else Severity.ERROR)
-    except SourceError as error:
-        yield _finding("binding", error)
+    if isinstance(refused, SourceError):
+        yield _finding("binding", refused)
+    elif refused is not None and not named:
+        inferred = not any(listed for _, listed in _name_lists(bound))
+        yield _finding("binding", refused, Severity.WARNING if inferred else Severity.ERROR)
+
+
+def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Judge a checkpoint as far as its tensors' shapes and everything else tell."""
     yield from _about_memory(checkpoint)
     for line in invariants.findings(checkpoint):
         yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
@@ -288,14 +292,6 @@ def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
         what = "the planned split does not fit the checkpoint any more"
         hint = "plan again with arc_meta"
         yield Finding(severity=Severity.WARNING, rule="plan", what=what, hint=hint)
-
-
-def _bound(checkpoint: Checkpoint, names: Sequence[str] | None) -> Checkpoint:
-    """Bind an optimizer where that is possible, so that its entries can be called by name."""
-    try:
-        return binding.bind(checkpoint, names if checkpoint.unbound else None)
-    except (BindingError, SourceError):
-        return checkpoint
 
 
 def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:

@@ -27,14 +27,13 @@ from vraxion_ckpt.changes import (
     Side,
 )
 from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
-from vraxion_ckpt.errors import BindingError, SourceError
 from vraxion_ckpt.invariants import router_owners, shared_memory
 from vraxion_ckpt.matching import Matching, match
 from vraxion_ckpt.measure import Measure, measure
 from vraxion_ckpt.model import Checkpoint, Expert, Head, ParamGroup
 from vraxion_ckpt.plain import size_of
 from vraxion_ckpt.plugins import AdapterLike
-from vraxion_ckpt.reading import PathLike, read_unbound
+from vraxion_ckpt.reading import PathLike, bound_if_possible, read_unbound
 
 _MOST_ARCS = 4096
 
@@ -76,7 +75,8 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, param_names: Sequence[str] | 
     """Compare two checkpoints as they were opened."""
     a.open_experts()
     b.open_experts()
-    (a, why_a), (b, why_b) = _bound(a, param_names), _bound(b, param_names)
+    (a, refused_a), (b, refused_b) = bound_if_possible(a, param_names), bound_if_possible(b, param_names)
+    not_bound = [f"{c.origin.path}: {why.message}" for c, why in ((a, refused_a), (b, refused_b)) if why]
     matching = match(a.head, b.head)
     names = _names(a.head, b.head, matching)
     size = _size(b)
@@ -105,17 +105,9 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, param_names: Sequence[str] | 
         bytes_compared=size,
         experts=_expert_changes(a, b, matching),
         ring=_ring_change(a, b, matching),
-        not_bound="; ".join(filter(None, (why_a, why_b))) or None,
+        not_bound="; ".join(not_bound) or None,
         **{section: tuple(changes) for section, changes in sections.items()},
     )
-
-
-def _bound(checkpoint: Checkpoint, names: Sequence[str] | None) -> tuple[Checkpoint, str]:
-    """Bind an optimizer's state to names; if that fails, say why."""
-    try:
-        return binding.bind(checkpoint, names if checkpoint.unbound else None), ""
-    except (BindingError, SourceError) as refused:
-        return checkpoint, f"{checkpoint.origin.path}: {refused.message}"
 
 
 def _side(checkpoint: Checkpoint) -> Side:

@@ -57,10 +57,14 @@ class CkptError(Exception):
         self.hint = hint
         super().__init__(message)
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        """The path and the entry at fault, on one line; empty if neither is known."""
         where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
-        where = where.replace("\n", "␊")  # or a name could look like a message of ours
-        text = f"{where}: {self.message}" if where else self.message
+        return where.replace("\n", "␊")  # or a name could look like a message of ours
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
         return f"{text}\n  → {self.hint}" if self.hint else text
 
 

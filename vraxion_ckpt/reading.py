@@ -139,6 +139,16 @@ def allowing(adapter: Adapter, names: Sequence[str]) -> Adapter:
     return adapter.model_copy(update={"allow_global": tuple(names)})
 
 
+def bound_if_possible(
+    checkpoint: Checkpoint, param_names: Sequence[str] | None
+) -> tuple[Checkpoint, BindingError | SourceError | None]:
+    """Bind an optimizer to names, for whoever only looks; if that fails, return the checkpoint as it was, and why."""
+    try:
+        return binding.bind(checkpoint, param_names if checkpoint.unbound else None), None
+    except (BindingError, SourceError) as refused:
+        return checkpoint, refused
+
+
 def files_of(adapter: Adapter, path: Path) -> list[Path]:
     """List the files of a checkpoint, without other people's files in its directory."""
     if not path.is_dir():

@@ -24,6 +24,8 @@ DASHES = {"before": "solid", "predicted": "dash", "measured": "dot", "after": "d
 
 # One that is shorter than so many degrees is marked as long as that.
 SHORTEST_MARK = 3.0
+# Shares of more experts are a curve.
+MOST_BARS = 32
 _MOST_SECTORS = 1440
 _MOST_BINS = 720
 

@@ -12,6 +12,7 @@ from vraxion_ckpt.reporting.drawing import (
     DASHES,
     HOT,
     LOADS,
+    MOST_BARS,
     PARENT,
     SHORTEST_MARK,
     VISITS,
@@ -30,7 +31,6 @@ Figure = dict[str, Any]
 
 # Radii of what a ring is drawn with.
 _INNER, _OUTER, _HOT, _VISITS = 0.62, 1.0, 0.57, 0.42
-_MOST_BARS = 32
 
 
 def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> Figure:
@@ -125,7 +125,7 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None
     number = max(map(len, shares.values()), default=0)
     traces: list[dict[str, Any]] = []
     for name, values in shares.items():
-        if number <= _MOST_BARS:
+        if number <= MOST_BARS:
             traces.append(
                 {
                     "type": "bar",
@@ -150,13 +150,13 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None
                     "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3~p}}<extra></extra>",
                 }
             )
-    if number > _MOST_BARS and hot is not None:
+    if number > MOST_BARS and hot is not None:
         traces += [
             _marks(expert, tone, shares)
             for expert, tone in ((hot.parent, PARENT), (hot.child, CHILD))
             if expert is not None
         ]
-    many = number > _MOST_BARS
+    many = number > MOST_BARS
     return {
         "data": traces,
         "layout": {

@@ -18,6 +18,7 @@ from vraxion_ckpt.reporting.drawing import (
     DASHES,
     HOT,
     LOADS,
+    MOST_BARS,
     PARENT,
     SHORTEST_MARK,
     VISITS,
@@ -32,7 +33,6 @@ from vraxion_ckpt.reporting.drawing import (
 )
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
 
-_MOST_BARS = 32
 _STYLES = {"solid": "-", "dash": "--", "dot": ":"}
 
 
@@ -112,7 +112,7 @@ def _ring(axes: Any, one: Ring, hot: Hot | None, num_colours: int, *, room: bool
 def _shares(axes: Any, subject: Subject) -> None:
     number = max(map(len, subject.shares.values()))
     for place, (name, values) in enumerate(subject.shares.items()):
-        if number <= _MOST_BARS:
+        if number <= MOST_BARS:
             width = 0.8 / len(subject.shares)
             at = [i + (place - (len(subject.shares) - 1) / 2) * width for i in range(len(values))]
             axes.bar(at, values, width, label=name, color=LOADS[name])
@@ -120,13 +120,13 @@ def _shares(axes: Any, subject: Subject) -> None:
             ranks, ids = zip(*curve(values), strict=True)
             style = _STYLES[DASHES[name]]
             axes.plot(ranks, [values[i] for i in ids], label=name, color=LOADS[name], linestyle=style)
-    if number > _MOST_BARS and subject.hot is not None:
+    if number > MOST_BARS and subject.hot is not None:
         for expert, tone in ((subject.hot.parent, PARENT), (subject.hot.child, CHILD)):
             for values in subject.shares.values():
                 if expert is not None and expert < len(values):
                     rank = 1 + largest(values, len(values)).index(expert)
                     axes.plot(rank, values[expert], marker="o", color=tone, zorder=3)
-    if number <= _MOST_BARS:
+    if number <= MOST_BARS:
         axes.set_xticks(range(number))
         axes.set_xlim(-0.5 - (number < 3), number - 0.5 + (number < 3))
         axes.set_xlabel("expert")
