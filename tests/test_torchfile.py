@@ -7,14 +7,17 @@ import io
 import os
 import pickle
 import re
+import signal
 import struct
+import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -463,6 +466,56 @@ def test_why_a_write_failed_is_said(
         torchfile.save({"w": torch.zeros(size)}, path)
     assert caught.value is error or "No space left" in str(caught.value)
     assert torch.serialization.get_crc32_options()
+
+
+class _Signalled(BaseException):
+    """What a handler raises, as Python's own does for SIGINT."""
+
+
+def signalled_at(line: int, work: Callable[[], object]) -> bool:
+    """Do `work` with a signal before the line of that number that runs in our module or in torch's; False: past it."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in (torchfile.__file__, torch.serialization.__file__):
+            return None
+        left -= event == "line"
+        if event == "line" and not left:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+
+@pytest.mark.parametrize("work", [torchfile.save, lambda value, _: torchfile.size(value)], ids=["save", "size"])
+def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
+    path: Path, work: Callable[[Any, Path], object]
+) -> None:
+    def stop(*_: object) -> None:
+        raise _Signalled
+
+    usual = signal.signal(signal.SIGTERM, stop)
+    try:
+        for line in count(1):
+            path.unlink(missing_ok=True)
+            try:
+                if not signalled_at(line, lambda: work({"w": torch.arange(100), "large": MANY["large"]}, path)):
+                    break
+                pytest.fail(f"the signal at line {line} was lost")
+            except _Signalled:
+                pass
+            assert signal.getsignal(signal.SIGTERM) is stop
+            assert torch.serialization.get_crc32_options()
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert line > 100
 
 
 # --- Checksums that were noted by someone who read the bytes anyway ---

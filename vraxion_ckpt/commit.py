@@ -205,7 +205,8 @@ class Staged:
             transaction.run()
             return transaction.kept
         try:
-            flush(self.path, self.target)
+            with signals.stoppable():
+                flush(self.path, self.target)
             if check is not None:
                 check()
             signals.check()

@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
-from vraxion_ckpt import disk, invariants
+from vraxion_ckpt import disk, invariants, signals
 from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
 from vraxion_ckpt.compare import without_experts
@@ -31,6 +31,7 @@ from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
 from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
+    Staging,
     check_read_back,
     files_below,
     publish,
@@ -54,6 +55,7 @@ from vraxion_ckpt.reading import (
 from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
 from vraxion_ckpt.targets import Beside, check_inputs, check_manifest, check_several
 from vraxion_ckpt.transaction import Change, Mark, mark_of, survey
+from vraxion_ckpt.transform import Step
 
 
 class EditKind(StrEnum):
@@ -151,59 +153,60 @@ def edit(
         BusyError: another run is at work on it.
     """
     started = time.monotonic()
-    with os_errors_named(path), ExitStack() as stack:
-        check_policy(losses)
-        chain = resolve_chain(transforms)
-        target = Path(os.path.realpath(path))
-        if not target.exists():
-            raise UsageError("no such file or directory", path=path)
-        if not target.name:
-            raise UsageError("is no place to edit", path=path)
-        adapter = allowing(_writer(target, from_, to), allow_globals)
-        if not dry_run:
-            check_target(target, overwrite=True)
-            stack.enter_context(exclusive(target))
+    with signals.put_off(), os_errors_named(path), ExitStack() as stack:
+        with signals.stoppable():
+            check_policy(losses)
+            chain = resolve_chain(transforms)
+            target = Path(os.path.realpath(path))
+            if not target.exists():
+                raise UsageError("no such file or directory", path=path)
+            if not target.name:
+                raise UsageError("is no place to edit", path=path)
+            adapter = allowing(_writer(target, from_, to), allow_globals)
+            if not dry_run:
+                check_target(target, overwrite=True)
+                stack.enter_context(exclusive(target))
 
-        marks = survey(target)
-        before = read(target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
-        _refuse_a_part(target, before)
-        outcome = judge(apply(before, chain), adapter, target, losses, overwrite=False)
-        listed = None
-        if manifest is not None:
-            sides = outcome.side_files
-            listed = check_manifest(Path(manifest), before, target, chain, sides, overwrite=True)
-            if keep_old and re.fullmatch(rf"{re.escape(str(target))}\.old[0-9]*", str(listed.path)):
-                raise UsageError("is where the previous state may be kept", path=manifest, hint="choose another name")
-            before.open_experts()  # nothing is vouched for that was not read
-        besides = [beside.path for beside in (*outcome.besides, *filter(None, [listed]))]
-        check_several([target, *besides])
-        check_inputs([target, *besides], chain, outcome.side_files, set())
-        refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
-        held = outcome.held
-        with blamed(adapter):
-            idle = not chain and optimizer == "keep" and to is None
-            work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
-        if not dry_run:
-            _refuse_unwritable(target, work)
-        tensors, kept, size = TensorCount(), None, 0
-        if work.kind is not EditKind.NOTHING:
-            same = _untouched(work, before, held)
-            tensors = count_tensors(without_experts(before, same), without_experts(held, same))
-            if dry_run:
-                before.sources.verify()
-                with blamed(adapter):
-                    size = _size(adapter, held, work) + sum(map(len, outcome.side_files.values()))
-            else:
-                kept, size = _write(adapter, target, outcome, work, listed, keep_old=keep_old)
-        elif listed is not None and not dry_run:
-            size = _list(adapter, target, before, listed)
+            marks = survey(target)
+            before = read(
+                target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals
+            )
+            _refuse_a_part(target, before)
+            outcome = judge(apply(before, chain), adapter, target, losses, overwrite=False)
+            listed = _manifest_place(manifest, outcome, target, chain, keep_old=keep_old)
+            if listed is not None:
+                before.open_experts()  # nothing is vouched for that was not read
+            besides = [beside.path for beside in (*outcome.besides, *filter(None, [listed]))]
+            check_several([target, *besides])
+            check_inputs([target, *besides], chain, outcome.side_files, set())
+            refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
+            held = outcome.held
+            with blamed(adapter):
+                idle = not chain and optimizer == "keep" and to is None
+                work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
+            if not dry_run:
+                _refuse_unwritable(target, work)
+            tensors, staging = TensorCount(), Staging(sizes=[0])
+            if work.kind is not EditKind.NOTHING:
+                same = _untouched(work, before, held)
+                tensors = count_tensors(without_experts(before, same), without_experts(held, same))
+                if dry_run:
+                    before.sources.verify()
+                    with blamed(adapter):
+                        size = _size(adapter, held, work) + sum(map(len, outcome.side_files.values()))
+                    staging = Staging(sizes=[size])
+                else:
+                    staging = _stage(stack, adapter, target, outcome, work, listed, keep_old=keep_old)
+            elif listed is not None and not dry_run:
+                staging = _stage_list(stack, adapter, target, before, listed)
+        kept = _publish(staging, work, keep_old=keep_old)
         return Edited(
             source=target,
             target=target,
             target_format=adapter.name,
             tensors=tensors,
             manifest=listed.path if listed is not None else None,
-            bytes_written=size,
+            bytes_written=staging.sizes[0],
             seconds=time.monotonic() - started,
             dry_run=dry_run,
             **outcome.facts(dropped=optimizer == "drop"),
@@ -239,6 +242,17 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
             hint=f"say how it is to be written: --to {adapter.name}:key=value, see `vraxion-ckpt describe`",
         )
     return adapter
+
+
+def _manifest_place(
+    manifest: PathLike | None, outcome: Outcome, target: Path, chain: Sequence[Step], *, keep_old: bool
+) -> Beside | None:
+    if manifest is None:
+        return None
+    place = check_manifest(Path(manifest), outcome.before, target, chain, outcome.side_files, overwrite=True)
+    if keep_old and re.fullmatch(rf"{re.escape(str(target))}\.old[0-9]*", str(place.path)):
+        raise UsageError("is where the previous state may be kept", path=manifest, hint="choose another name")
+    return place
 
 
 def _refuse_a_part(target: Path, checkpoint: Checkpoint) -> None:
@@ -328,56 +342,63 @@ def _size(adapter: Adapter, held: Checkpoint, work: _Work) -> int:
     return told + work.copied
 
 
-def _write(
-    adapter: Adapter, target: Path, outcome: Outcome, work: _Work, listed: Beside | None, *, keep_old: bool
-) -> tuple[Path | None, int]:
-    """Stage what changes, read it back, compare, and only then commit.
-
-    Returns:
-        Where the previous state is kept, and the bytes written.
-    """
+def _stage(
+    stack: ExitStack,
+    adapter: Adapter,
+    target: Path,
+    outcome: Outcome,
+    work: _Work,
+    listed: Beside | None,
+    *,
+    keep_old: bool,
+) -> Staging:
+    """Stage what changes, read it back and compare."""
     before, held = outcome.before, outcome.held
-    with ExitStack() as stack:
-        stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True))
-        if work.parts:
-            for name in work.written:
-                (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-                with blamed(adapter):
-                    work.parts[name].write(stage.path / name)
-        else:
-            write_whole(adapter, before, held, stage)
-        sides = stage_side_files(stack, outcome.side_files, outcome.besides)
-        new = by_name(stage.path, files_below(stage.path))
-        written = [*new.values(), *(side.path for side in sides)]
-        size = work.copied + sum(path.stat().st_size for path in written)
-        for name in work.carried:
-            _carry(target / name, stage.path / name, copy=keep_old)
-        _read_back(adapter, held, work, stage, _untouched(work, before, held))
-        files = {name: new.get(name, target / name) for name in work.parts} or new
-        manifest = stage_manifest(stack, listed, adapter, files, target)
-        before.sources.verify()  # what was not carried into the result, too
-        before.sources.check_unchanged()
-        for side in sides:
+    stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True))
+    if work.parts:
+        for name in work.written:
+            (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+            with blamed(adapter):
+                work.parts[name].write(stage.path / name)
+    else:
+        write_whole(adapter, before, held, stage)
+    sides = stage_side_files(stack, outcome.side_files, outcome.besides)
+    new = by_name(stage.path, files_below(stage.path))
+    written = [*new.values(), *(side.path for side in sides)]
+    size = work.copied + sum(path.stat().st_size for path in written)
+    for name in work.carried:
+        _carry(target / name, stage.path / name, copy=keep_old)
+    _read_back(adapter, held, work, stage, _untouched(work, before, held))
+    files = {name: new.get(name, target / name) for name in work.parts} or new
+    manifest = stage_manifest(stack, listed, adapter, files, target)
+    before.sources.verify()  # what was not carried into the result, too
+    before.sources.check_unchanged()
+    return Staging([(stage, manifest)], sides, [size])
+
+
+def _stage_list(stack: ExitStack, adapter: Adapter, target: Path, before: Checkpoint, place: Beside) -> Staging:
+    """Stage the manifest of a checkpoint that stays as it is."""
+    manifest = stage_manifest(stack, place, adapter, by_name(target, files_of(adapter, target)), target)
+    assert manifest is not None
+    before.sources.verify()
+    before.sources.check_unchanged()
+    return Staging([], [manifest], [manifest.path.stat().st_size])
+
+
+def _publish(staging: Staging, work: _Work, *, keep_old: bool) -> Path | None:
+    """Put everything in its place, the target last but for its manifest; return where the previous state is kept."""
+    kept = None
+    with staging.as_one():
+        for side in staging.sides:
             side.publish()
-        watched = dict(work.watched)
-        for name in work.watched.keys() - work.parts.keys() if work.carried else ():
-            linked = mark_of(stage.path / name)
-            if linked and linked[0] == watched[name][0]:  # another's: what is written into it is in both states
-                watched[name] = linked[:1]
-        return publish(stage, manifest, change=work.change, watched=watched, keep_old=keep_old), size
-
-
-def _list(adapter: Adapter, target: Path, before: Checkpoint, place: Beside) -> int:
-    """Write the manifest of a checkpoint that stays as it is; return its size."""
-    with ExitStack() as stack:
-        files = by_name(target, files_of(adapter, target))
-        manifest = stage_manifest(stack, place, adapter, files, target)
-        assert manifest is not None
-        before.sources.verify()
-        before.sources.check_unchanged()
-        size = manifest.path.stat().st_size
-        manifest.publish()
-    return size
+        for stage, manifest in staging.targets:
+            watched = dict(work.watched)
+            for name in work.watched.keys() - work.parts.keys() if work.carried else ():
+                linked = mark_of(stage.path / name)
+                if linked and linked[0] == watched[name][0]:  # another's: what is written into it is in both states
+                    watched[name] = linked[:1]
+            kept = publish(stage, manifest, change=work.change, watched=watched, keep_old=keep_old)
+    return kept
 
 
 def _carry(source: Path, target: Path, *, copy: bool) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,36 +129,40 @@ def convert_to_all(
     The other arguments are those of `convert`.
     """
     started = time.monotonic()
-    with os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
-        chain = resolve_chain(transforms)
-        source = Path(src)
-        places = [_place(source, target) for target in targets]
-        check_several([place for _, place in places])  # before the locks: the second of two would be busy
-        if not dry_run:
+    with signals.put_off(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
+        with signals.stoppable():
+            chain = resolve_chain(transforms)
+            source = Path(src)
+            places = [_place(source, target) for target in targets]
+            check_several([place for _, place in places])  # before the locks: the second of two would be busy
+            if not dry_run:
+                for _, place in places:
+                    stack.enter_context(exclusive(place))
+
+            before = read(
+                source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals
+            )
             for _, place in places:
-                stack.enter_context(exclusive(place))
+                check_apart(place, before)
+            before.open_experts()  # a new target holds them all, so all are judged now
+            refuse(InconsistentError, invariants.findings(before), source)
+            applied = apply(before, chain, record)
+            results = [
+                _Result(
+                    target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite)
+                )
+                for target, (adapter, place) in zip(targets, places, strict=True)
+            ]
+            manifests = [_manifest_place(result, chain) for result in results]
+            besides = [*results[0].outcome.besides, *(manifest for manifest in manifests if manifest is not None)]
+            written = [*(place for _, place in places), *(beside.path for beside in besides)]
+            check_several(written)
+            check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
 
-        before = read(source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals)
-        for _, place in places:
-            check_apart(place, before)
-        before.open_experts()  # a new target holds them all, so all are judged now
-        refuse(InconsistentError, invariants.findings(before), source)
-        applied = apply(before, chain, record)
-        results = [
-            _Result(target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite))
-            for target, (adapter, place) in zip(targets, places, strict=True)
-        ]
-        manifests = [_manifest_place(result, chain) for result in results]
-        besides = [*results[0].outcome.besides, *(manifest for manifest in manifests if manifest is not None)]
-        written = [*(place for _, place in places), *(beside.path for beside in besides)]
-        check_several(written)
-        check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
-
-        sizes = [0] * len(results)
-        if dry_run:
-            before.sources.verify()
-        else:
-            sizes = _write(results, manifests, before)
+            nothing = Staging(sizes=[0] * len(results))
+            staging = nothing if dry_run else _stage_all(stack, results, manifests)
+            before.sources.verify()  # what was not carried into the result, too
+        _publish(staging, before)
         return tuple(
             Summary(
                 source=source,
@@ -171,7 +175,7 @@ def convert_to_all(
                 dry_run=dry_run,
                 **result.outcome.facts(dropped=optimizer == "drop"),
             )
-            for result, manifest, size in zip(results, manifests, sizes, strict=True)
+            for result, manifest, size in zip(results, manifests, staging.sizes, strict=True)
         )
 
 
@@ -212,62 +216,75 @@ def _manifest_place(result: _Result, chain: Sequence[Step]) -> Beside | None:
     )
 
 
-def _write(results: Sequence[_Result], manifests: Sequence[Beside | None], before: Checkpoint) -> list[int]:
-    """Stage, read back, compare, and only then commit; return the bytes written to each target."""
-    with ExitStack() as stack:
-        staged_results = [_stage(stack, result, before) for result in results]
-        outcome = results[0].outcome
-        sides = stage_side_files(stack, outcome.side_files, outcome.besides)
-        listed = [
-            stage_manifest(stack, place, result.adapter, by_name(stage.path, files_below(stage.path)), result.place)
-            for result, stage, place in zip(results, staged_results, manifests, strict=True)
-        ]
-        before.sources.verify()  # what was not carried into the result, too
-        sizes = [sum(file.stat().st_size for file in files_below(stage.path)) for stage in staged_results]
-        sizes[0] += sum(side.path.stat().st_size for side in sides)
-        pairs = list(zip(staged_results, listed, strict=True))
-        if len(pairs) > 1:
-            for stage in (*sides, *staged_results, *filter(None, listed)):
+@dataclass(frozen=True)
+class Staging:
+    """What is staged.
+
+    Attributes:
+        targets: each with its manifest, if it gets one.
+        sides: the files beside them.
+        sizes: the bytes that are written to each target; to the first, with those of the files beside it.
+    """
+
+    targets: Sequence[tuple[Staged, Staged | None]] = ()
+    sides: Sequence[Staged] = ()
+    sizes: Sequence[int] = ()
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Publish it in a ``with`` block, in which no signal comes between one thing and another."""
+        stages = [*self.sides, *(stage for pair in self.targets for stage in pair if stage is not None)]
+        if len(stages) == 1:  # its commit is one step, and comes after all that takes long
+            yield
+            return
+        with signals.stoppable():
+            for stage in stages:
                 stage.prepare()
-        for side in sides:  # the targets last: if they are there, all is there
-            side.publish(check=before.sources.check_unchanged)
-        _publish_all(pairs, before)
-    return sizes
+        with signals.put_off():
+            yield
 
 
-def _publish_all(pairs: Sequence[tuple[Staged, Staged | None]], before: Checkpoint) -> None:
-    """Put every target in its place, and its manifest; when one is there, it is too late to stop before all are."""
-    (first, its_manifest), *rest = pairs
-    late = None
-    try:
-        publish(first, its_manifest, check=before.sources.check_unchanged)
-    except signals.Interrupted as stop:
-        if first.target not in committed:
-            raise
-        late = stop
-    with signals.put_off():
-        for number, (stage, manifest) in enumerate(rest, start=1):
+def _stage_all(stack: ExitStack, results: Sequence[_Result], manifests: Sequence[Beside | None]) -> Staging:
+    """Stage, read back and compare."""
+    stages = [_stage(stack, result) for result in results]
+    outcome = results[0].outcome
+    sides = stage_side_files(stack, outcome.side_files, outcome.besides)
+    listed = [
+        stage_manifest(stack, place, result.adapter, by_name(stage.path, files_below(stage.path)), result.place)
+        for result, stage, place in zip(results, stages, manifests, strict=True)
+    ]
+    sizes = [sum(file.stat().st_size for file in files_below(stage.path)) for stage in stages]
+    sizes[0] += sum(side.path.stat().st_size for side in sides)
+    return Staging(list(zip(stages, listed, strict=True)), sides, sizes)
+
+
+def _publish(staging: Staging, before: Checkpoint) -> None:
+    """Put everything in its place, the targets last: if they are there, all is there."""
+    pairs, check = staging.targets, before.sources.check_unchanged
+    with staging.as_one():
+        for side in staging.sides:
+            side.publish(check=check)
+        for number, (stage, manifest) in enumerate(pairs):
             try:
-                publish(stage, manifest, check=before.sources.check_unchanged)
+                publish(stage, manifest, check=check)
             except CkptError as error:
-                there, lacking = pairs[:number], pairs[number:]
-                error.message = error.message.removesuffix("; nothing was written")
-                written = f"{_names(there)} was written, " if not isinstance(error, StorageError) else ""
-                error.message += f"; {written}{_names(lacking)} was not"  # of a StorageError, each stage says it itself
+                if number:
+                    there, lacking = _names(pairs[:number]), _names(pairs[number:])
+                    error.message = error.message.removesuffix("; nothing was written")
+                    written = f"{there} was written, " if not isinstance(error, StorageError) else ""
+                    error.message += f"; {written}{lacking} was not"  # of a StorageError, each stage says it itself
                 raise
-    if late is not None:
-        raise late
 
 
 def _names(pairs: Sequence[tuple[Staged, Staged | None]]) -> str:
     return ", ".join(str(stage.target) for stage, _ in pairs)
 
 
-def _stage(stack: ExitStack, result: _Result, before: Checkpoint) -> Staged:
+def _stage(stack: ExitStack, result: _Result) -> Staged:
     """Write a result beside its target, read it back and compare."""
     adapter, held = result.adapter, result.outcome.held
     stage = stack.enter_context(staged(result.place, directory=adapter.is_directory, overwrite=result.target.overwrite))
-    write_whole(adapter, before, held, stage)
+    write_whole(adapter, result.outcome.before, held, stage)
     with blamed(adapter):
         found = adapter.read(stage.path)
     check_read_back(found, held, result.place)
@@ -300,9 +317,8 @@ def publish(stage: Staged, manifest: Staged | None, **how: Any) -> Path | None:
     try:
         return stage.publish(**how)
     finally:
-        if manifest is not None and stage.target in committed:  # even if a signal has come meanwhile
-            with signals.put_off():
-                manifest.publish()
+        if manifest is not None and stage.target in committed:  # even if what had to be done afterwards has failed
+            manifest.publish()
 
 
 def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:

@@ -1,20 +1,37 @@
-"""Signals that end a run: raised where they arrive, put off where something must be done as a whole.
+"""Signals that end a run: raised where they arrive, but not where something must be done as a whole.
 
-Imports nothing of torch.
+An exception that may come between any two instructions is no use to code that has to leave things tidy: it can come
+after a ``with`` block has ended and before what that has to do begins. So an operation that changes files is a
+`put_off` from its beginning to its end, and what takes long in it, and can be given up, is `stoppable`. Imports nothing
+of torch.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
-_putting_off: list[None] = []  # one for each `put_off` that is under way
+
+
+@dataclass(eq=False)
+class _Block:
+    """A `put_off` that is under way: what handled the signals before, and which have come."""
+
+    usual: dict[int, Any] = field(default_factory=dict)
+    caught: list[int] = field(default_factory=list)
+
+    def note(self, number: int, _: FrameType | None) -> None:
+        self.caught.append(number)
+
+
+_blocks: list[_Block] = []  # the innermost last
 
 
 class Interrupted(BaseException):
@@ -33,9 +50,10 @@ def raise_on_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Let them do nothing any more: all is done, and the exit code is known."""
+    """Let the signals that raise `Interrupted` do nothing any more: all is done, and the exit code is known."""
     for number in _ENDING:
-        signal.signal(number, signal.SIG_IGN)
+        if signal.getsignal(number) is _raise:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _raise(number: int, _: FrameType | None) -> None:
@@ -45,7 +63,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 def check() -> None:
     """Raise again what was lost: Python prints and drops an exception that is raised while it cleans up an object."""
-    if _received and not _putting_off:
+    if _received:
         raise Interrupted(_received[0])
 
 
@@ -55,22 +73,51 @@ def put_off() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where no signal is ever handled
         yield
         return
-    caught: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, _: FrameType | None) -> None:
-        caught.append(number)
-
-    _putting_off.append(None)
+    block = _Block()
+    _blocks.append(block)
     try:
         for number in _ENDING:
             if (handler := signal.getsignal(number)) is not None:  # None: not set by Python, nor to be set back by it
-                before[number] = handler
-                signal.signal(number, note)
+                block.usual[number] = handler
+                signal.signal(number, block.note)
         yield
     finally:
-        _putting_off.pop()
-        for number, usual in before.items():
-            signal.signal(number, usual)
-    if caught:
-        signal.raise_signal(caught[0])
+        _blocks.remove(block)
+        _handle(block.usual)
+    if block.caught:
+        signal.raise_signal(block.caught[0])
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let signals through again, in a stretch of the innermost `put_off`; first of all what has come before it."""
+    if not _blocks or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    block = _blocks[-1]
+    outside: dict[int, Any] = {number: signal.getsignal(number) for number in block.usual}
+    try:
+        _handle(block.usual)
+        while block.caught:
+            signal.raise_signal(block.caught.pop(0))
+        yield
+    finally:
+        if block in _blocks:  # a signal at the very end of the stretch may leave this to the garbage collector
+            _handle(outside)
+
+
+def let_through() -> None:
+    """Be `stoppable` for a moment, if anything has come."""
+    if _blocks and _blocks[-1].caught:
+        with stoppable():
+            pass
+
+
+def _handle(handlers: Mapping[int, Any]) -> None:
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    except BaseException:  # a signal, through the first of them; the others must not stay behind
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        raise

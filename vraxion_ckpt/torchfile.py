@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 import numpy
 import torch
 
-from vraxion_ckpt import progress
+from vraxion_ckpt import progress, signals
 from vraxion_ckpt.container import Container, check, fill_in_checksums, mapped
 from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, StorageError, UnsafeError, UsageError
 from vraxion_ckpt.plain import DEEPEST, check_plain, named_tensors, size_of
@@ -184,8 +184,8 @@ def save(value: Any, path: Path) -> None:
         with (
             path.open("xb") as file,
             ThreadPoolExecutor(1) as pool,
-            _no_checksums_of_torch(),
             progress.bar("writing", size_of(value)) as count,
+            _as_a_whole(),
         ):
             writer = _Writer(file, pool, count)
             try:
@@ -208,7 +208,7 @@ def size(value: Any) -> int:
     """Return how many bytes `save` would write, without writing any."""
     check_plain(value)
     counted = _Counter()
-    with _no_checksums_of_torch():
+    with _as_a_whole():
         torch.save(value, cast("BinaryIO", counted))
     return counted.size
 
@@ -227,13 +227,18 @@ class _Counter:
 
 
 @contextmanager
-def _no_checksums_of_torch() -> Iterator[None]:
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+def _as_a_whole() -> Iterator[None]:
+    """Let torch write without checksums of its own, and put off signals: `_Writer` lets them through.
+
+    An exception from anywhere else in torch makes it end the archive, and what that then says is all that is known.
+    """
+    with signals.put_off():
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 class _Writer:
@@ -260,6 +265,7 @@ class _Writer:
         if self._ended:
             return len(data)
         try:
+            signals.let_through()
             if len(data) < _LARGE:
                 self._file.write(data)
             else:
@@ -268,11 +274,11 @@ class _Writer:
                     self._file.write(data)
                 finally:
                     self.checksums[self._size, len(data)] = crc.result()  # `data` is torch's again afterwards
+            self._size += len(data)
+            self._count(len(data))
         except BaseException as error:  # a signal's too
             self.error = error
             raise
-        self._size += len(data)
-        self._count(len(data))
         return len(data)
 
     def flush(self) -> None:

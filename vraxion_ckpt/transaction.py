@@ -114,7 +114,8 @@ class Transaction:
         if self.change.pivot == ".":  # but for what the old state has linked in, too
             linked = {mark[0] for mark in self.watched.values()}
             self._sealed = {name: mark for name, mark in survey(self._staged(".")).items() if mark[0] not in linked}
-        flush(self._staged("."), self.target, folders=self.change.pivot == ".")
+        with signals.stoppable():
+            flush(self._staged("."), self.target, folders=self.change.pivot == ".")
         journal = self.folder / JOURNAL
         disk.write_new(journal, self._dump())
         disk.fsync(journal)

@@ -94,6 +94,17 @@ def test_a_signal_at_a_random_moment_leaves_the_old_state_or_comes_too_late(numb
     figure(11, f"{signal.Signals(number).name} to the real command {len(codes)} times: {stopped}")
 
 
+def test_a_signal_before_any_line_of_python_leaves_the_old_state_or_comes_too_late(tmp_path, figure):
+    (tmp_path / "alone").mkdir()
+    vc.convert(DATA / "wallclock_single.pt", f"{tmp_path / 'source'}/", transforms=START)
+    script = Path(__file__).with_name("lines.py")
+    done = subprocess.run([sys.executable, script, tmp_path, "200"], capture_output=True, text=True, check=True)
+    ends = json.loads(done.stdout)
+    assert ends["bad"] == []
+    assert ends["old"] > 90 < ends["new"]
+    figure(11, f"SIGINT before 200 lines of Python: {ends['old']} left the old state, {ends['new']} the new; 0 bad")
+
+
 def test_a_signal_before_anything_is_staged_leaves_nothing(tmp_path):
     shutil.copytree(DATA / "modular_experts3", tmp_path / "run")
     before = read_tree(tmp_path / "run")

@@ -28,6 +28,15 @@ _INTERNAL_ERROR = 70
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code of what happened."""
     signals.raise_on_signals()
+    try:
+        code = _run_with_warnings(arguments)
+        signals.ignore_signals()
+    except signals.Interrupted as stop:
+        code = _stopped(stop.number)
+    sys.exit(code)
+
+
+def _run_with_warnings(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow must not fail on a terminal that has none
@@ -35,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", CkptWarning)
         warnings.showwarning = show_warning
-        code = _run(arguments)
-    signals.ignore_signals()
-    sys.exit(code)
+        return _run(arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -58,8 +65,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         _debug()
         say("error", str(error), "red")
         return error.exit_code
-    except signals.Interrupted as stop:
-        return _stopped(stop.number)
     except click.Abort:
         return _stopped(signal.SIGINT)
     except BrokenPipeError:

@@ -167,6 +167,7 @@ def _unless_too_late(*targets: str) -> Iterator[None]:
 
         if not all(Path(os.path.realpath(target)) in committed for target in targets):
             raise
+        signals.ignore_signals()
         output.say("warning", f"the signal came too late: {', '.join(targets)} was written", "yellow")
         raise click.exceptions.Exit(0) from None
 
@@ -186,6 +187,8 @@ def _tell(context: click.Context, done: _S, show: Callable[..., None], *, as_jso
         targets = ", ".join(str(each.target) for each in _summaries(done))
         what = "nothing was to be written" if done.dry_run else f"{targets} was written"
         raise StorageError(f"{what}, but not this summary: {error.strerror}", path="the output") from error
+    finally:
+        signals.ignore_signals()  # all is done, and said
 
 
 def _summaries(done: Summary | Ran) -> Sequence[Summary]:

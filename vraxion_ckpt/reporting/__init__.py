@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+from vraxion_ckpt import signals
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.difference import diff_checkpoints
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.pipeline import stage_side_files
+from vraxion_ckpt.pipeline import Staging, stage_side_files
 from vraxion_ckpt.plugins import AdapterLike
 from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
 from vraxion_ckpt.reporting.gather import Subject, gather
@@ -78,31 +79,34 @@ def report(
         raise UsageError("the page is HTML, and this is the name of a picture", path=page, hint="--png makes one")
     _require("plotly", "report", page)
     _require("matplotlib", "png", picture)
-    with os_errors_named(path, *given), ExitStack() as stack:
-        places = [Path(os.path.realpath(place)) for place in given]
-        check_several(places)
-        counted = [Path(os.path.realpath(file)) for file in (visits, visits_after) if file is not None]
-        check_inputs(places, (), {}, set(counted))
-        for place in places:
-            check_target(place, overwrite=overwrite)
-        there = [place.exists() for place in places]
-        checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
-        before = read_unbound(against, allow_globals=allow_globals) if against is not None else None
-        read = [one for one in (checkpoint, before) if one is not None]
-        for place in places:
-            if place.is_dir():
-                raise UsageError("is a directory, not a file to write", path=place)
+    with signals.put_off(), os_errors_named(path, *given), ExitStack() as stack:
+        with signals.stoppable():
+            places = [Path(os.path.realpath(place)) for place in given]
+            check_several(places)
+            counted = [Path(os.path.realpath(file)) for file in (visits, visits_after) if file is not None]
+            check_inputs(places, (), {}, set(counted))
+            for place in places:
+                check_target(place, overwrite=overwrite)
+            there = [place.exists() for place in places]
+            checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+            before = read_unbound(against, allow_globals=allow_globals) if against is not None else None
+            read = [one for one in (checkpoint, before) if one is not None]
+            for place in places:
+                if place.is_dir():
+                    raise UsageError("is a directory, not a file to write", path=place)
+                for one in read:
+                    check_apart(place, one)
+            subject = _gathered(checkpoint, before, visits, visits_after, param_names)
+            drawn = {place: make(subject) for place, make in ((page, _page), (picture, _picture)) if place is not None}
             for one in read:
-                check_apart(place, one)
-        subject = _gathered(checkpoint, before, visits, visits_after, param_names)
-        drawn = {place: make(subject) for place, make in ((page, _page), (picture, _picture)) if place is not None}
-        for one in read:
-            one.sources.verify()
-            one.sources.check_unchanged()
-        contents = {Path(place): content for place, content in drawn.items()}
-        besides = [Beside(place, replace) for place, replace in zip(places, there, strict=True)]
-        for stage in stage_side_files(stack, contents, besides):
-            stage.publish()
+                one.sources.verify()
+                one.sources.check_unchanged()
+            contents = {Path(place): content for place, content in drawn.items()}
+            besides = [Beside(place, replace) for place, replace in zip(places, there, strict=True)]
+            staging = Staging(sides=stage_side_files(stack, contents, besides))
+        with staging.as_one():
+            for stage in staging.sides:
+                stage.publish()
         sizes = {Path(place): len(content) for place, content in contents.items()}
         return Reported(
             headline=subject.headline,
