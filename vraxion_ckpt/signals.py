@@ -70,7 +70,7 @@ def check() -> None:
 @contextmanager
 def put_off() -> Iterator[None]:
     """Put off signals to the end of a ``with`` block: what is in it is done, or fails, as a whole."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal is ever handled
+    if not _signals_come():
         yield
         return
     block = _Block()
@@ -91,7 +91,7 @@ def put_off() -> Iterator[None]:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Let signals through again, in a stretch of the innermost `put_off`; first of all what has come before it."""
-    if not _blocks or threading.current_thread() is not threading.main_thread():
+    if not _signals_come() or not _blocks:
         yield
         return
     block = _blocks[-1]
@@ -108,9 +108,14 @@ def stoppable() -> Iterator[None]:
 
 def let_through() -> None:
     """Be `stoppable` for a moment, if anything has come."""
-    if _blocks and _blocks[-1].caught:
+    if _signals_come() and _blocks and _blocks[-1].caught:
         with stoppable():
             pass
+
+
+def _signals_come() -> bool:
+    """Tell whether this is the thread in which signals are handled; the blocks are its own."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _handle(handlers: Mapping[int, Any]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,7 +56,7 @@ def convert(
     from vraxion_ckpt.pipeline import convert as run
 
     names = arguments.load_names(param_names)
-    with _unless_too_late(dst):
+    with output.unless_too_late(dst):
         done = run(src, dst, param_names=names, **options)
         _tell(context, done, show_changes.converted, as_json=as_json)
 
@@ -89,7 +88,7 @@ def edit(context: click.Context, /, path: str, param_names: Path | None, as_json
     from vraxion_ckpt.inplace import edit as run
 
     names = arguments.load_names(param_names)
-    with _unless_too_late(path):
+    with output.unless_too_late(path):
         done = run(path, param_names=names, **options)
         _tell(context, done, show_changes.edited, as_json=as_json)
 
@@ -140,7 +139,7 @@ def run(
     from vraxion_ckpt.recipe import carry_out, prepare
 
     ready = prepare(recipe, given, overwrite=overwrite)
-    with _unless_too_late(*(os.fspath(target.path) for target in ready.targets)):
+    with output.unless_too_late(*(os.fspath(target.path) for target in ready.targets)):
         done = carry_out(ready, dry_run=dry_run)
         _tell(context, done, show_changes.ran, as_json=as_json)
 
@@ -155,21 +154,6 @@ def _given(settings: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--set {name} is given twice")
         given[name] = value
     return given
-
-
-@contextmanager
-def _unless_too_late(*targets: str) -> Iterator[None]:
-    """End with 0, and say so, where a signal comes when the targets are already in their new state."""
-    try:
-        yield
-    except signals.Interrupted:
-        from vraxion_ckpt.transaction import committed
-
-        if not all(Path(os.path.realpath(target)) in committed for target in targets):
-            raise
-        signals.ignore_signals()
-        output.say("warning", f"the signal came too late: {', '.join(targets)} was written", "yellow")
-        raise click.exceptions.Exit(0) from None
 
 
 def _tell(context: click.Context, done: _S, show: Callable[..., None], *, as_json: bool) -> None:

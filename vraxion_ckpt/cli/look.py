@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from vraxion_ckpt.cli import arguments
+from vraxion_ckpt import signals
+from vraxion_ckpt.cli import arguments, output
 from vraxion_ckpt.cli.completion import complete_format
 
 
@@ -93,9 +94,12 @@ def report(context: click.Context, /, path: str, param_names: Path | None, as_js
     from vraxion_ckpt.cli import show_report
     from vraxion_ckpt.reporting import report as run
 
-    facts = run(path, param_names=arguments.load_names(param_names), **options)
-    if as_json or not context.find_root().params["quiet"]:
-        arguments.tell(facts, show_report.reported, as_json=as_json)
+    names = arguments.load_names(param_names)
+    with output.unless_too_late(*filter(None, (options["page"], options["picture"]))):
+        facts = run(path, param_names=names, **options)
+        if as_json or not context.find_root().params["quiet"]:
+            arguments.tell(facts, show_report.reported, as_json=as_json)
+        signals.ignore_signals()
 
 
 COMMANDS = (inspect, diff, check, report)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
+
+from vraxion_ckpt import signals
 
 # Signs that would move a cursor, set a title or turn writing round, if a checkpoint's names could hold them: pictures.
 _SIGNS = {
@@ -45,3 +50,21 @@ def drop_output() -> None:
     """Point standard output nowhere, so that the interpreter does not fail on what is left of it at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def unless_too_late(*targets: str) -> Iterator[None]:
+    """End with 0, and say so, where a signal comes when the targets are already in their new state.
+
+    The last thing in the block is to ignore signals: after it nothing asks any more which state that is.
+    """
+    try:
+        yield
+    except signals.Interrupted:
+        from vraxion_ckpt.transaction import committed
+
+        if not targets or not all(Path(os.path.realpath(target)) in committed for target in targets):
+            raise
+        signals.ignore_signals()
+        say("warning", f"the signal came too late: {', '.join(targets)} was written", "yellow")
+        raise click.exceptions.Exit(0) from None
