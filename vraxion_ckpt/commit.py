@@ -13,7 +13,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -161,21 +161,22 @@ class Staged:
         path: where to write it; for a file, nothing is there yet, for a directory, an empty one.
         target: where it goes.
         overwrite: whether a target that exists is replaced.
+        change: of a target that exists, which of its files; all of it if not given.
     """
 
     path: Path
     target: Path
     overwrite: bool
+    change: Change = field(default_factory=Change)
 
     def prepare(self) -> None:
         """Flush it to disk, and refuse a target that has appeared: of several, all that can fail early."""
         if os.path.lexists(self.target) and not self.overwrite:
             raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
-        flush(self.path, self.target)
+        flush(self.path, self.target, folders=self.change.pivot == ".")
 
     def publish(
         self,
-        change: Change | None = None,
         *,
         check: Callable[[], None] | None = None,
         watched: Mapping[str, Mark] | None = None,
@@ -184,7 +185,6 @@ class Staged:
         """Flush it to disk and put it in its place: the commit.
 
         Args:
-            change: of a target that exists, which of its files; all of it if not given.
             check: called when all is flushed; raises if what was read to make the result has changed meanwhile.
             watched: of a target that exists, what must not have changed meanwhile, as `survey` has found it.
             keep_old: leave the previous state beside the target.
@@ -201,7 +201,7 @@ class Staged:
         if os.path.lexists(self.target):
             if not self.overwrite:
                 raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
-            transaction = Transaction(folder, self.target, change or Change(), keep_old, check, watched or {})
+            transaction = Transaction(folder, self.target, self.change, keep_old, check, watched or {})
             transaction.run()
             return transaction.kept
         try:
@@ -220,10 +220,10 @@ class Staged:
 
 
 @contextmanager
-def staged(target: Path, *, directory: bool, overwrite: bool) -> Iterator[Staged]:
+def staged(target: Path, *, directory: bool, overwrite: bool, change: Change | None = None) -> Iterator[Staged]:
     """Make a place to write a result to; at the end it is gone, whatever has become of the result."""
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
-    stage = Staged(folder / target.name, target, overwrite)
+    stage = Staged(folder / target.name, target, overwrite, change or Change())
     committed.discard(target)
     try:
         disk.mkdir(folder, 0o700)  # what is in it may be meant for fewer eyes than its mode bits say yet

@@ -354,7 +354,7 @@ def _stage(
 ) -> Staging:
     """Stage what changes, read it back and compare."""
     before, held = outcome.before, outcome.held
-    stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True))
+    stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True, change=work.change))
     if work.parts:
         for name in work.written:
             (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -397,7 +397,7 @@ def _publish(staging: Staging, work: _Work, *, keep_old: bool) -> Path | None:
                 linked = mark_of(stage.path / name)
                 if linked and linked[0] == watched[name][0]:  # another's: what is written into it is in both states
                     watched[name] = linked[:1]
-            kept = publish(stage, manifest, change=work.change, watched=watched, keep_old=keep_old)
+            kept = publish(stage, manifest, watched=watched, keep_old=keep_old)
     return kept
 
 

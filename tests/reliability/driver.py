@@ -21,7 +21,7 @@ assert "torch" not in sys.modules
 try:
     with exclusive(target):
         marks = survey(target)
-        with staged(target, directory=target.is_dir(), overwrite=True) as stage:
+        with staged(target, directory=target.is_dir(), overwrite=True, change=change) as stage:
             for file in sorted(file for file in (new, *new.rglob("*")) if file.is_file()):
                 name = file.relative_to(new)
                 content = file.read_bytes()
@@ -30,7 +30,7 @@ try:
                     disk.write_new(stage.path / name, content)
                 elif change.pivot == ".":
                     disk.link_or_copy(target / name, stage.path / name)
-            stage.publish(change, watched=marks)
+            stage.publish(watched=marks)
 except CkptError as error:
     sys.stderr.write(f"{error}\n")
     sys.exit(error.exit_code)

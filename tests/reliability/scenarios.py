@@ -63,7 +63,7 @@ class Scenario:
         """Do what an edit does between writing tensors and printing its summary."""
         with exclusive(target):
             marks = survey(target) if self.old else {}
-            with staged(target, directory=not self.is_file, overwrite=True) as stage:
+            with staged(target, directory=not self.is_file, overwrite=True, change=self.change) as stage:
                 whole = self.change.pivot == "."
                 for name, content in self.new.items():
                     place = stage.path / name
@@ -74,7 +74,7 @@ class Scenario:
                         disk.write_new(place, content)
                     elif whole:
                         (disk.copy if self.keep_old else disk.link_or_copy)(target / name, place)
-                stage.publish(self.change, watched=marks, keep_old=self.keep_old)
+                stage.publish(watched=marks, keep_old=self.keep_old)
 
     def again(self, target: Path) -> None:
         """Run once more after an end that was not foreseen, as somebody would who wants the new state."""

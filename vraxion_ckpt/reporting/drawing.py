@@ -22,11 +22,15 @@ LOADS = {"before": "#999999", "predicted": "#e69f00", "measured": "#009e73", "af
 # Curves may lie on each other.
 DASHES = {"before": "solid", "predicted": "dash", "measured": "dot", "after": "dash", "now": "solid"}
 
-# One that is shorter than so many degrees is marked as long as that.
-SHORTEST_MARK = 3.0
+# The radii of what a ring is drawn with: the hot arc inside the owners, the visits outside.
+_HOT, _INNER, _OUTER, _VISITS, _TALLEST, _ROOM = 0.49, 0.62, 1.0, 1.04, 0.42, 0.06
+_THICKNESS = 0.08
+# A hot arc that is shorter than so many degrees is marked as long as that.
+_SHORTEST_MARK = 3.0
 # Shares of more experts are a curve.
 MOST_BARS = 32
 _MOST_SECTORS = 1440
+_MOST_OUTLINED = 360
 _MOST_BINS = 720
 
 
@@ -45,6 +49,83 @@ class Sector:
     owner: int
     owned: int
     owners: int
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars that stand on a circle.
+
+    Attributes:
+        name: what they show.
+        base: the radius of the circle.
+        heights: of each, above it.
+        middles: where each stands, in turns from address 0 on.
+        widths: of each, in turns.
+        colours: of each.
+        texts: what is told of each.
+        outlined: whether they are few enough for a line around each.
+    """
+
+    name: str
+    base: float
+    heights: Sequence[float]
+    middles: Sequence[float]
+    widths: Sequence[float]
+    colours: Sequence[str]
+    texts: Sequence[str]
+    outlined: bool = False
+
+
+def ring_bars(one: Ring, hot: Hot | None, num_colours: int) -> list[Bars]:
+    """Return what a ring is drawn with: owners, visits if there are, and the hot arc if it is one of this ring."""
+    length = len(one.owners)
+    shown = hot if hot is not None and hot.arc.ring_len == length else None
+    parts, _ = sectors(one.owners)
+    bars = [
+        Bars(
+            "owners",
+            _INNER,
+            [_OUTER - _INNER] * len(parts),
+            [(part.start + part.length / 2) / length for part in parts],
+            [part.length / length for part in parts],
+            [colour(part.owner, num_colours, shown) for part in parts],
+            [hover(part, length) for part in parts],
+            outlined=1 < len(parts) <= _MOST_OUTLINED,
+        )
+    ]
+    if one.visits is not None:
+        starts, lengths, means = binned(one.visits)
+        top = max(means) or 1.0
+        bars.append(
+            Bars(
+                "visits",
+                _VISITS,
+                [_TALLEST * mean / top for mean in means],
+                [(start + size / 2) / length for start, size in zip(starts, lengths, strict=True)],
+                [size / length for size in lengths],
+                [VISITS] * len(means),
+                [
+                    f"{mean:,.4g} visits{' an address' if size > 1 else ''}<br>{span(start, size, length)}"
+                    for start, size, mean in zip(starts, lengths, means, strict=True)
+                ],
+            )
+        )
+    if shown is not None:
+        arc = shown.arc
+        width = max(arc.length / length, _SHORTEST_MARK / 360)
+        middle = (arc.start + arc.length / 2) / length
+        bars.append(Bars("hot arc", _HOT, [_THICKNESS], [middle], [width], [HOT], [given_away(shown)]))
+    return bars
+
+
+def ring_radius(*, room: bool) -> float:
+    """Return how far out a ring is drawn, with room for visits or without."""
+    return _VISITS + (_TALLEST + _ROOM) * room
+
+
+def ring_ticks(length: int) -> list[int]:
+    """Return the addresses whose numbers stand at a ring."""
+    return sorted({0, length // 4, length // 2, 3 * length // 4})
 
 
 def colour(expert: int, num_experts: int, hot: Hot | None) -> str:
@@ -126,7 +207,7 @@ def caption(one: Ring, hot: Hot | None) -> str:
         told[0] += f", drawn as {_MOST_SECTORS:,} equal parts, whose colours are as frequent as what their owners own"
     told.append(experts(one.num_experts))
     if hot is not None and hot.arc.ring_len == len(one.owners):
-        longer = ", marked longer than it is" if hot.arc.length * 360 < SHORTEST_MARK * hot.arc.ring_len else ""
+        longer = ", marked longer than it is" if hot.arc.length * 360 < _SHORTEST_MARK * hot.arc.ring_len else ""
         told.append(f"{given_away(hot)}{longer}")
     if one.visits is not None:
         means = binned(one.visits)[2]

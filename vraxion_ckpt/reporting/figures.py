@@ -10,27 +10,19 @@ import numpy as np
 from vraxion_ckpt.reporting.drawing import (
     CHILD,
     DASHES,
-    HOT,
     LOADS,
     MOST_BARS,
     PARENT,
-    SHORTEST_MARK,
-    VISITS,
-    binned,
     colour,
     curve,
-    given_away,
-    hover,
     largest,
-    sectors,
-    span,
+    ring_bars,
+    ring_radius,
+    ring_ticks,
 )
 from vraxion_ckpt.reporting.gather import Alike, Hot, Ring
 
 Figure = dict[str, Any]
-
-# Radii of what a ring is drawn with.
-_INNER, _OUTER, _HOT, _VISITS = 0.62, 1.0, 0.57, 0.42
 
 
 def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> Figure:
@@ -43,59 +35,24 @@ def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> 
         room: whether there must be room for visits, here or on the ring beside it.
     """
     length = len(one.owners)
-    turn = 360 / length
-    parts, _ = sectors(one.owners)
-    shown = hot if hot is not None and hot.arc.ring_len == length else None
-    trace: dict[str, Any] = {
-        "type": "barpolar",
-        "name": "owners",
-        "base": _INNER,
-        "r": [_OUTER - _INNER] * len(parts),
-        "theta": [(part.start + part.length / 2) * turn for part in parts],
-        "width": [part.length * turn for part in parts],
-        "marker": {
-            "color": [colour(part.owner, num_colours, shown) for part in parts],
-            "line": {"width": 0.5 if 1 < len(parts) <= 360 else 0, "color": "rgba(127,127,127,0.6)"},
-        },
-        "text": [hover(part, length) for part in parts],
-        "hovertemplate": "%{text}<extra></extra>",
-    }
-    traces = [trace]
-    if one.visits is not None:
-        starts, lengths, means = binned(one.visits)
-        top = max(means) or 1.0
-        traces.append(
-            {
-                "type": "barpolar",
-                "name": "visits",
-                "base": _OUTER + 0.04,
-                "r": [_VISITS * mean / top for mean in means],
-                "theta": [(start + size / 2) * turn for start, size in zip(starts, lengths, strict=True)],
-                "width": [size * turn for size in lengths],
-                "marker": {"color": VISITS, "line": {"width": 0}},
-                "text": [
-                    f"{mean:,.4g} visits{' an address' if size > 1 else ''}<br>{span(start, size, length)}"
-                    for start, size, mean in zip(starts, lengths, means, strict=True)
-                ],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
-    if shown is not None:
-        arc = shown.arc
-        traces.append(
-            {
-                "type": "barpolar",
-                "name": "hot arc",
-                "base": _HOT - 0.08,
-                "r": [0.08],
-                "theta": [(arc.start + arc.length / 2) * turn],
-                "width": [max(arc.length * turn, SHORTEST_MARK)],
-                "marker": {"color": HOT, "line": {"width": 0}},
-                "text": [given_away(shown)],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
-    ticks = sorted({0, length // 4, length // 2, 3 * length // 4})
+    traces = [
+        {
+            "type": "barpolar",
+            "name": bars.name,
+            "base": bars.base,
+            "r": bars.heights,
+            "theta": [middle * 360 for middle in bars.middles],
+            "width": [width * 360 for width in bars.widths],
+            "marker": {
+                "color": bars.colours,
+                "line": {"width": 0.5 if bars.outlined else 0, "color": "rgba(127,127,127,0.6)"},
+            },
+            "text": bars.texts,
+            "hovertemplate": "%{text}<extra></extra>",
+        }
+        for bars in ring_bars(one, hot, num_colours)
+    ]
+    ticks = ring_ticks(length)
     side = 20 + 8 * len(f"{length:,}")  # the numbers beside the ring
     return {
         "data": traces,
@@ -105,11 +62,11 @@ def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> 
             "margin": {"l": side, "r": side, "t": 40, "b": 40},
             "polar": {
                 "bgcolor": "rgba(0,0,0,0)",
-                "radialaxis": {"visible": False, "range": [0, _OUTER + 0.04 + (_VISITS + 0.06) * room]},
+                "radialaxis": {"visible": False, "range": [0, ring_radius(room=room)]},
                 "angularaxis": {
                     "direction": "clockwise",
                     "rotation": 90,
-                    "tickvals": [tick * turn for tick in ticks],
+                    "tickvals": [tick * 360 / length for tick in ticks],
                     "ticktext": [f"{tick:,}" for tick in ticks],
                     "ticks": "",
                     "showgrid": False,

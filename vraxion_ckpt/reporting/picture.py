@@ -16,20 +16,17 @@ from matplotlib.ticker import PercentFormatter
 from vraxion_ckpt.reporting.drawing import (
     CHILD,
     DASHES,
-    HOT,
     LOADS,
     MOST_BARS,
     PARENT,
-    SHORTEST_MARK,
-    VISITS,
-    binned,
     caption,
-    colour,
     curve,
     largest,
     named_colours,
     palette,
-    sectors,
+    ring_bars,
+    ring_radius,
+    ring_ticks,
 )
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
 
@@ -64,45 +61,24 @@ def draw(subject: Subject) -> bytes:
 
 def _ring(axes: Any, one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> None:
     length = len(one.owners)
-    turn = 2 * math.pi / length
-    parts, _ = sectors(one.owners)
-    shown = hot if hot is not None and hot.arc.ring_len == length else None
-    axes.bar(
-        [(part.start + part.length / 2) * turn for part in parts],
-        [0.38] * len(parts),
-        [part.length * turn for part in parts],
-        bottom=0.62,
-        color=[colour(part.owner, num_colours, shown) for part in parts],
-        edgecolor="white",
-        linewidth=0.4 if 1 < len(parts) <= 360 else 0,
-    )
-    if one.visits is not None:
-        starts, lengths, means = binned(one.visits)
-        top = max(means) or 1.0
+    for bars in ring_bars(one, hot, num_colours):
         axes.bar(
-            [(start + size / 2) * turn for start, size in zip(starts, lengths, strict=True)],
-            [0.42 * mean / top for mean in means],
-            [size * turn for size in lengths],
-            bottom=1.04,
-            color=VISITS,
-        )
-    if shown is not None:
-        arc = shown.arc
-        axes.bar(
-            [(arc.start + arc.length / 2) * turn],
-            [0.08],
-            [max(arc.length * turn, math.radians(SHORTEST_MARK))],
-            bottom=0.49,
-            color=HOT,
+            [middle * math.tau for middle in bars.middles],
+            bars.heights,
+            [width * math.tau for width in bars.widths],
+            bottom=bars.base,
+            color=bars.colours,
+            edgecolor="white",
+            linewidth=0.4 if bars.outlined else 0,
         )
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    axes.set_ylim(0, 1.52 if room else 1.04)
+    axes.set_ylim(0, ring_radius(room=room))
     for artist in axes.patches:
         artist.set_in_layout(False)  # they are inside anyway, and thousands
     axes.set_yticks([])
-    ticks = sorted({0, length // 4, length // 2, 3 * length // 4})
-    axes.set_xticks([tick * turn for tick in ticks], [f"{tick:,}" for tick in ticks])
+    ticks = ring_ticks(length)
+    axes.set_xticks([tick * math.tau / length for tick in ticks], [f"{tick:,}" for tick in ticks])
     axes.grid(visible=False)
     axes.spines["polar"].set_visible(False)
     axes.set_title(one.title, fontsize=11)
