@@ -223,7 +223,7 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     for where, listed in lists:
         lacking = [n for n in listed if n not in known and not (head is not None and head.is_not_at_hand(n))]
         if lacking:
-            what = f"the model lacks {', '.join(lacking[:4])}{', …' if len(lacking) > 4 else ''}"
+            what = f"the model lacks {_first_few(lacking)}"
             yield Finding(severity=Severity.ERROR, rule="names", what=what, where=where)
     (_, model), (_, optimizer) = lists
     both = set(model) & set(optimizer)
@@ -240,7 +240,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
         for slot in entries
     }
     for tie in invariants.shared_memory(checkpoint):
-        what = f"{', '.join(tie[:4])}{', …' if len(tie) > 4 else ''} are one tensor"
+        what = f"{_first_few(tie)} are one tensor"
         if slots.intersection(tie):
             hint = "give each a copy of its own: the first training step updates all of them"
             yield Finding(severity=Severity.ERROR, rule="shared memory", what=what, hint=hint)
@@ -360,6 +360,10 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
     foreign = adapter.foreign_files(root) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
-        names = ", ".join(str(path.relative_to(root)) for path in others[:4])
+        names = _first_few([str(path.relative_to(root)) for path in others])
         what = f"{len(others)} file{'s' * (len(others) > 1)} in it are no part of the checkpoint: {names}"
-        yield Finding(severity=Severity.NOTE, rule="foreign files", what=what + ", …" * (len(others) > 4))
+        yield Finding(severity=Severity.NOTE, rule="foreign files", what=what)
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + ", …" * (len(names) > 4)
