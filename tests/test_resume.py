@@ -180,7 +180,8 @@ def test_training_goes_on_as_if_the_split_had_happened_in_memory(make, experts, 
 
     chain = ["single_to_experts"] if experts == 1 else []
     split = ("mitosis_split", {"parent": 0, "addresses": moved, "noise": 0})
-    vc.convert(tmp_path / "saved.pt", f"{tmp_path}/{target}", transforms=[*chain, split])
+    order = None if names else "model"  # of an unknown trainer, without names, it must be said
+    vc.convert(tmp_path / "saved.pt", f"{tmp_path}/{target}", transforms=[*chain, split], optimizer_order=order)
     resumed, resumed_optimizer = resume(tmp_path / target, experts + 1, head_last, make)
     cold = copy.deepcopy(resumed)
     cold_optimizer = make(cold)
@@ -203,7 +204,7 @@ def test_reset_gives_the_child_no_state_and_leaves_the_rest(target, tmp_path):
     model, optimizer = trained(2, True, adam)
     save(model, optimizer, 2, tmp_path / "saved.pt", names=False)
     split = "mitosis_split:parent=0,addresses=[0,2,4,6,8],noise=0,optimizer=reset"
-    vc.convert(tmp_path / "saved.pt", f"{tmp_path}/{target}", transforms=[split])
+    vc.convert(tmp_path / "saved.pt", f"{tmp_path}/{target}", transforms=[split], optimizer_order="model")
     resumed, resumed_optimizer = resume(tmp_path / target, 3, True, adam)
     assert_same(state_by_name(resumed, resumed_optimizer), state_by_name(model, optimizer))
     train(resumed, resumed_optimizer, range(4, 5))
@@ -253,10 +254,9 @@ CHAIN = ["single_to_experts", "mitosis_split:parent=0,addresses=[1,2],noise=0"]
 def test_an_optimizer_that_cannot_be_bound_is_refused_with_the_three_ways_out(ambiguous, tmp_path):
     with pytest.raises(BindingError) as refusal:
         vc.convert(ambiguous[0], tmp_path / "out.pt", transforms=CHAIN)
+    assert refusal.value.key == "head.single.bias"
     text = str(refusal.value)
-    assert "before [4]" in text
-    assert "id 0" in text
-    for way in ("--param-names", "--optimizer drop", "named_parameters()"):
+    for way in ("--param-names", "--optimizer-order", "--optimizer drop"):
         assert way in text
     assert not (tmp_path / "out.pt").exists()
 
@@ -296,7 +296,7 @@ def test_third_way_out_saving_with_names(ambiguous, tmp_path):
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["before", "head.single.weight"], "2 names are in the given list, 3 parameters in the optimizer"),
+        (["before", "head.single.weight"], "2 names are in given names, 3 parameters in the optimizer"),
         (["before", "head.single.bias", "head.single.weight"], "shape"),
         (["before", "before", "head.single.weight"], "twice"),
         (["nowhere", "head.single.weight", "head.single.bias"], "nowhere"),
@@ -320,8 +320,7 @@ def test_names_in_the_payload_are_not_taken_for_the_order_of_several_groups(tmp_
     payload = {"model": model.state_dict(), "optim": optimizer.state_dict()}
     payload["param_names"] = [name for name, _ in model.named_parameters()]
     torch.save(payload, tmp_path / "groups.pt")
-    with pytest.raises(BindingError):
-        vc.open(tmp_path / "groups.pt")
+    assert vc.open(tmp_path / "groups.pt").optimizer.undecided == set(payload["param_names"])
     names = ["1.weight", "3.weight", "0.weight", "2.weight"]
     vc.convert(tmp_path / "groups.pt", tmp_path / "named.pt", param_names=names)
     bound = vc.open(tmp_path / "named.pt").optimizer

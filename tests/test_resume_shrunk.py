@@ -57,7 +57,8 @@ def test_training_goes_on_as_if_the_merge_had_happened_in_memory(
 
     chain: list[Any] = [("prune_merge", {"merge_from": gone, "merge_into": into, "renumber": gone < experts - 1})]
     chain += ["experts_to_single"] if experts == 2 else []
-    vc.convert(tmp_path / "saved.pt", f"{tmp_path}/{target}", transforms=chain)
+    order = None if head_last else "model"
+    vc.convert(tmp_path / "saved.pt", f"{tmp_path}/{target}", transforms=chain, optimizer_order=order)
     resumed, resumed_optimizer = resume(tmp_path / target, experts - 1, head_last, make)
     cold = copy.deepcopy(resumed)
     cold_optimizer = make(cold)

@@ -96,10 +96,13 @@ def test_two_unnamed_groups_are_bound_in_a_modular_directory_too(tmp_path):
     assert_same(load(tmp_path / "back.pt")["optim"], payload["optim"])
 
 
-def test_a_frozen_expert_is_converted_and_cloned_frozen(tmp_path):
+def test_an_optimizer_without_an_expert_is_refused_unless_told_that_it_is_frozen(tmp_path):
     torch.save({"model": experts(2), "optim": optimizer(["theta", E1])}, tmp_path / "a.pt")
     names = ["theta", E1]
-    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", param_names=names, transforms=[SPLIT])
+    with pytest.raises(BindingError) as refusal:
+        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", param_names=names, transforms=[SPLIT])
+    assert refusal.value.key == E0
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", param_names=names, transforms=[SPLIT], optimizer="partial")
     assert vc.open(tmp_path / "b.pt").optimizer.params == names
 
 
@@ -202,7 +205,7 @@ def test_an_optimizer_in_another_place_is_carried_but_never_left_ungrown(where, 
     torch.save(payload, tmp_path / "a.pt")
     vc.convert(tmp_path / "a.pt", tmp_path / "same.pt")
     assert_same(load(tmp_path / "same.pt"), payload)
-    with pytest.raises(vc.TransformError, match="cannot follow where it stands"):
+    with pytest.raises(vc.TransformError, match="so it cannot follow the head"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
 
 

@@ -16,9 +16,13 @@ core knows neither any format nor any transform by name. The modules, from the g
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
 `ring`, `balance`         arcs, windows, owners; how visits fall on experts: numpy
-`binding`                 optimizer ids ↔ parameter names
-`surgery`                 rename a head, clone or remove an expert with all that belongs to it
+`trainers`, `buffers`     which trainer wrote a checkpoint; which tensors are buffers of torch's own modules
+`assignment`, `binding`   optimizer ids ↔ parameter names
+`parameter_order`         by which rule a trainer orders the parameters of its optimizer
 `compare`, `invariants`   where two checkpoints differ; what must be true of one
+`surgery`                 rename a head, clone or remove an expert with all that belongs to it
+`placement`               where the parameters of a changed model go in the optimizer
+`companions`              averages of the model and the like, which follow the head
 `options`                 plugins whose fields are their options; ``NAME:key=value``
 `adapter`, `transform`    the two base classes, and the chain
 `hookspecs`, `plugins`    the plugin contract; discovery and names

@@ -18,15 +18,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vraxion_ckpt import invariants, progress
+from vraxion_ckpt import companions, invariants, placement, progress
 from vraxion_ckpt import manifest as manifests
 from vraxion_ckpt.adapter import Adapter, Faults
+from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import was_interrupted
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError
 from vraxion_ckpt.facts import Fact, Facts
 from vraxion_ckpt.inspection import value_facts
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind
+from vraxion_ckpt.parameter_order import explain
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike
 from vraxion_ckpt.reading import PathLike, allowing, blamed, bound_if_possible, detect_source, files_of, os_errors_named
@@ -80,6 +82,7 @@ def check(
     manifest: PathLike | None = None,
     from_: AdapterLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
     allow_globals: Sequence[str] = (),
 ) -> Checked:
     """Read all of a checkpoint and return every finding: files, checksums, invariants, values.
@@ -89,6 +92,7 @@ def check(
         manifest: a file that ``convert`` or ``edit`` wrote with ``--manifest``: digests of every file.
         from_: as for `read`.
         param_names: as for `read`.
+        optimizer_order: as for `read`.
         allow_globals: as for `read`.
 
     Raises:
@@ -102,7 +106,7 @@ def check(
         findings: list[Finding] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CkptWarning)
-            root, tensors, size = _examine(adapter, root, findings, param_names)
+            root, tensors, size = _examine(adapter, root, findings, param_names, optimizer_order)
         told = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, CkptWarning))
         findings += [Finding(severity=Severity.WARNING, rule="readable", what=text) for text in told]
         files = files_of(adapter, root)
@@ -132,7 +136,11 @@ def check(
 
 
 def _examine(
-    adapter: Adapter, root: Path, findings: list[Finding], names: Sequence[str] | None
+    adapter: Adapter,
+    root: Path,
+    findings: list[Finding],
+    names: Sequence[str] | None,
+    order: OptimizerOrder | None,
 ) -> tuple[Path, int, int]:
     """Read everything and judge it; return the root, how many tensors were looked at, and their bytes."""
     faults = Faults()
@@ -143,7 +151,7 @@ def _examine(
         for expert in checkpoint.head.experts.values() if checkpoint.head else ():
             faults.attempt(partial(getattr, expert, "tensors"))
         _verify(checkpoint, faults)
-        bound, refused = bound_if_possible(checkpoint, names)
+        bound, refused = bound_if_possible(checkpoint, names, order)
         findings += _about_binding(checkpoint, bound, refused)
         findings += _about_contents(bound)
         tensors, size = _about_values(bound, findings)
@@ -187,8 +195,14 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _about_memory(checkpoint)
     for line in invariants.findings(checkpoint):
         yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
-    for line in invariants.missing_siblings(checkpoint):
-        yield Finding(severity=Severity.WARNING, rule="trained alike", what=line)
+    for name in placement.lacking(checkpoint):
+        what = "the optimizer does not list this parameter, although it lists those of other experts"
+        hint = "convert --optimizer complete adds it, without state; if the expert is frozen, nothing is wrong"
+        yield Finding(severity=Severity.WARNING, rule="trained alike", what=what, where=name, hint=hint)
+    yield from _about_order(checkpoint)
+    for companion in companions.misfits(checkpoint):
+        what = f"{companion.problem}: it has not followed a change of the head"
+        yield Finding(severity=Severity.WARNING, rule="companion", what=what, where=str(companion))
     head = checkpoint.head
     if head is None:
         yield Finding(severity=Severity.NOTE, rule="head", what="the model has no head that could be split")
@@ -202,6 +216,20 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _about_ring(checkpoint)
     yield from _about_rows(checkpoint)
     yield from _about_plan(checkpoint)
+
+
+def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Tell what is not known of an optimizer, which a chain would have to know."""
+    optimizer = checkpoint.optimizer
+    if optimizer is None or checkpoint.head is None:
+        return
+    hint = "a chain that changes the head needs --param-names, --optimizer-order or --result-order"
+    if optimizer.undecided:
+        what = f"{len(optimizer.undecided)} names could belong to other ids: {_first_few(sorted(optimizer.undecided))}"
+        yield Finding(severity=Severity.NOTE, rule="binding", what=what, where="optimizer", hint=hint)
+    elif not (optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)):
+        what = "no rule explains the order in which it lists its parameters"
+        yield Finding(severity=Severity.WARNING, rule="order", what=what, where="optimizer", hint=hint)
 
 
 def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:

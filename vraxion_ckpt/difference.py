@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vraxion_ckpt import binding, progress, ring
+from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.changes import (
     ArcChange,
     Change,
@@ -45,6 +46,7 @@ def diff(
     from_: AdapterLike | None = None,
     from_b: AdapterLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
     allow_globals: Sequence[str] = (),
 ) -> Difference:
     """Compare two checkpoints of any formats, every tensor bit by bit.
@@ -55,6 +57,7 @@ def diff(
         from_: the format of `a`, found from its content if not given.
         from_b: that of `b`.
         param_names: every optimizer parameter's name in optimizer order, for what does not tell.
+        optimizer_order: how the optimizer was built, for what does not tell.
         allow_globals: full names of classes that a pickle may use beside plain data.
 
     Raises:
@@ -64,18 +67,23 @@ def diff(
     one, other = (
         read_unbound(path, from_=format_, allow_globals=allow_globals) for path, format_ in ((a, from_), (b, from_b))
     )
-    found = diff_checkpoints(one, other, param_names)
+    found = diff_checkpoints(one, other, param_names, optimizer_order)
     for checkpoint in (one, other):
         checkpoint.sources.verify()
         checkpoint.sources.check_unchanged()
     return found
 
 
-def diff_checkpoints(a: Checkpoint, b: Checkpoint, param_names: Sequence[str] | None = None) -> Difference:
+def diff_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
+) -> Difference:
     """Compare two checkpoints as they were opened."""
     a.open_experts()
     b.open_experts()
-    (a, refused_a), (b, refused_b) = bound_if_possible(a, param_names), bound_if_possible(b, param_names)
+    (a, refused_a), (b, refused_b) = (bound_if_possible(c, param_names, optimizer_order) for c in (a, b))
     not_bound = [f"{c.origin.path}: {why.message}" for c, why in ((a, refused_a), (b, refused_b)) if why]
     matching = match(a.head, b.head)
     names = _names(a.head, b.head, matching)

@@ -52,6 +52,8 @@ class _Optimizer(BaseModel):
     groups: list[_Group]
     state: Any
     extra: Any
+    undecided: list[str] = []
+    prefixes: tuple[str, str] = ("", "")
 
 
 class _Document(BaseModel):
@@ -126,6 +128,10 @@ def dump(
             "state": _encode(optimizer.state, "optimizer", tensors),
             "extra": _encode(optimizer.extra, "optimizer", tensors),
         }
+        if optimizer.undecided:
+            document["optimizer"]["undecided"] = sorted(optimizer.undecided)
+        if any(optimizer.prefixes):
+            document["optimizer"]["prefixes"] = list(optimizer.prefixes)
     return tensors.by_name, document
 
 
@@ -281,7 +287,7 @@ def _load_optimizer(parsed: _Optimizer, decoder: _Decoder) -> Optimizer:
         if not isinstance(options, dict) or options.keys() & {"params", "param_names"}:
             raise InconsistentError("the options of a param group are no dict of their own", key="optimizer")
         groups.append(ParamGroup(options, group.params, tuple(group.keys)))
-    return Optimizer(groups, state, extra)
+    return Optimizer(groups, state, extra, undecided=frozenset(parsed.undecided), prefixes=parsed.prefixes)
 
 
 class _Decoder:

@@ -24,10 +24,12 @@ from typing import ClassVar
 
 from vraxion_ckpt import disk, invariants, signals
 from vraxion_ckpt.adapter import Adapter, Part
+from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
+from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.compare import without_experts
 from vraxion_ckpt.errors import InconsistentError, UsageError
-from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
+from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
 from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
@@ -128,7 +130,10 @@ def edit(
     dry_run: bool = False,
     manifest: PathLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
+    result_order: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
+    companions: CompanionPolicy = "grow",
     allow_globals: Sequence[str] = (),
 ) -> Edited:
     """Run a chain of transforms on a checkpoint in place; or raise, and leave it as it was.
@@ -145,7 +150,10 @@ def edit(
         dry_run: do everything but write.
         manifest: a file for the digests of every file of the new state; an older manifest there is replaced.
         param_names: as for `read`.
-        optimizer: as for `read`.
+        optimizer_order: as for `read`.
+        result_order: as for `convert`.
+        optimizer: as for `convert`.
+        companions: as for `convert`.
         allow_globals: as for `read`.
 
     Raises:
@@ -168,11 +176,20 @@ def edit(
                 stack.enter_context(exclusive(target))
 
             marks = survey(target)
+            policy = chain_policy(companions, result_order)
             before = read(
-                target, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals
+                target,
+                from_=from_,
+                param_names=param_names,
+                optimizer_order=optimizer_order,
+                optimizer=optimizer,
+                allow_globals=allow_globals,
             )
             _refuse_a_part(target, before)
-            outcome = judge(apply(before, chain), adapter, target, losses, overwrite=False)
+            idle = not chain and optimizer in ("keep", "partial") and to is None and result_order is None
+            if not idle:
+                check_complete(before, optimizer)
+            outcome = judge(apply(before, chain, policy=policy), adapter, target, losses, overwrite=False)
             listed = _manifest_place(manifest, outcome, target, chain, keep_old=keep_old)
             if listed is not None:
                 before.open_experts()  # nothing is vouched for that was not read
@@ -182,7 +199,6 @@ def edit(
             refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
             held = outcome.held
             with blamed(adapter):
-                idle = not chain and optimizer == "keep" and to is None
                 work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
             if not dry_run:
                 _refuse_unwritable(target, work)

@@ -14,11 +14,13 @@ from torch import Tensor
 from vraxion_ckpt import binding, progress, ring
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs
+from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
 from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
 from vraxion_ckpt.options import configure
+from vraxion_ckpt.parameter_order import explain
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike, adapters
 from vraxion_ckpt.reading import PathLike, blamed, files_of, os_errors_named, read_unbound
@@ -114,7 +116,11 @@ class OptimizerFacts(Fact):
     bound: bool
     """Whether every position is bound to a parameter's name; only then can a chain carry it."""
     how: str
-    """How it was bound, or why not."""
+    """How it was bound and what was assumed, or why not."""
+    undecided: tuple[str, ...]
+    """Names that may belong to other positions; a chain that changes one of them is refused."""
+    order: str | None
+    """The rule that explains the order of the parameters; null if none does, or several."""
     parameters: int
     with_state: int
     slots: tuple[str, ...]
@@ -181,6 +187,7 @@ def inspect(
     against: PathLike | None = None,
     from_: AdapterLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
     allow_globals: Sequence[str] = (),
 ) -> Inspection:
     """Look at a checkpoint; an optimizer that cannot be bound is a fact, not an error.
@@ -194,6 +201,7 @@ def inspect(
         against: the checkpoint before the split; if not given, what the payload records of the last split is undone.
         from_: as for `read`.
         param_names: as for `read`.
+        optimizer_order: as for `read`.
         allow_globals: as for `read`.
 
     Raises:
@@ -205,7 +213,7 @@ def inspect(
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
     why = ""
     try:
-        checkpoint = binding.bind(checkpoint, param_names)
+        checkpoint = binding.bind(checkpoint, param_names, optimizer_order)
     except BindingError as refused:
         why = str(refused)
     if tensors or values:
@@ -298,12 +306,20 @@ def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
     return OptimizerFacts(
         bound=optimizer is not None,
         how=optimizer.bound_by if optimizer else why,
+        undecided=tuple(sorted(optimizer.undecided)) if optimizer else (),
+        order=order_in_words(optimizer, checkpoint) if optimizer else None,
         parameters=sum(sizes),
         with_state=len(state),
         slots=tuple(sorted({str(slot) for slots in state.values() for slot in slots})),
         bytes=size_of(state),
         groups=tuple(GroupFacts(params=n, options=o) for n, o in zip(sizes, options, strict=True)),
     )
+
+
+def order_in_words(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
+    """Return the rule that explains the order of an optimizer's parameters, or None if there is not exactly one."""
+    rules = optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)
+    return str(rules[0]) if len(rules) == 1 else None
 
 
 def _plan_facts(checkpoint: Checkpoint) -> PlanFacts | None:

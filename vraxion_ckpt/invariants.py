@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vraxion_ckpt.binding import known_shapes, shape_conflicts
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.facts import Number
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
@@ -105,26 +106,8 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
     for name in params:
         if name not in tensors and not (head and head.is_not_at_hand(name)):
             yield f"the optimizer lists {name}, which the model does not have"
-    for name, slots in optimizer.state.items():
-        for slot, value in slots.items():
-            if name in tensors and isinstance(value, Tensor) and value.ndim and value.shape != tensors[name].shape:
-                yield f"slot {slot} of {name} is {list(value.shape)}, the parameter {list(tensors[name].shape)}"
-
-
-def missing_siblings(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield leaves of experts that the optimizer does not train although it trains the same leaf of others.
-
-    A frozen expert is one, and no fault; but a chain must not bring the first.
-    """
-    if checkpoint.head is None or checkpoint.optimizer is None:
-        return
-    head, optimizer_names = checkpoint.head, set(checkpoint.optimizer.params)
-    opened = {i: expert for i, expert in head.experts.items() if expert.is_open}
-    trained = {leaf for i, expert in opened.items() for leaf in expert if head.prefix(i) + leaf in optimizer_names}
-    for i, expert in opened.items():
-        for leaf in expert:
-            if leaf in trained and head.prefix(i) + leaf not in optimizer_names:
-                yield f"the optimizer trains {leaf} of other experts, but not {head.prefix(i)}{leaf}"
+    for conflict in shape_conflicts(optimizer, known_shapes(checkpoint)):
+        yield f"{conflict.name}: {conflict.what}"
 
 
 def router_owners(router: Tensor) -> Ints:

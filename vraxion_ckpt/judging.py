@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
-from vraxion_ckpt import invariants
+from vraxion_ckpt import invariants, placement
 from vraxion_ckpt.adapter import Adapter, Loss
-from vraxion_ckpt.errors import CkptWarning, InvariantError, LossError, TransformError, UsageError
+from vraxion_ckpt.companions import CompanionPolicy
+from vraxion_ckpt.errors import BindingError, CkptWarning, InvariantError, LossError, UsageError
 from vraxion_ckpt.invariants import Preservation
 from vraxion_ckpt.model import Checkpoint, HeadKind, Record
-from vraxion_ckpt.reading import blamed, refuse
+from vraxion_ckpt.reading import OptimizerPolicy, blamed, refuse
 from vraxion_ckpt.summary import Outcome
 from vraxion_ckpt.targets import check_side_files
-from vraxion_ckpt.transform import Step, apply_chain, moved_addresses
+from vraxion_ckpt.transform import FOLLOW, ChainPolicy, Step, apply_chain
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -25,6 +26,13 @@ def check_policy(losses: LossPolicy) -> None:
     """Refuse a policy that there is not."""
     if losses not in ("raise", "warn", "ignore"):
         raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
+
+
+def chain_policy(companions: CompanionPolicy, result_order: Sequence[str] | None) -> ChainPolicy:
+    """Return what the user says about all that follows a chain; refuse what there is not."""
+    if companions not in get_args(CompanionPolicy):
+        raise UsageError(f"companions={companions!r}: none of {', '.join(get_args(CompanionPolicy))}")
+    return ChainPolicy(companions, result_order)
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,12 @@ class Applied:
     preservation: Preservation | None
 
 
-def apply(before: Checkpoint, chain: Sequence[Step], record: Record | None = None) -> Applied:
+def apply(
+    before: Checkpoint, chain: Sequence[Step], record: Record | None = None, policy: ChainPolicy = FOLLOW
+) -> Applied:
     """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps."""
     begun = before if record is None else replace(before, history=(*before.history, record))
-    after, side_files = apply_chain(begun, chain)
+    after, side_files = apply_chain(begun, chain, policy)
     return Applied(before, after, chain, side_files, _check_result(before, after, chain))
 
 
@@ -59,57 +69,42 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     """Hold the chain to what must be true after it."""
     refuse(InvariantError, invariants.findings(after), after.origin.path)
     refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
-    if not any(invariants.missing_siblings(before)):
-        refuse(InvariantError, invariants.missing_siblings(after), after.origin.path)
+    if not any(placement.lacking(before)):
+        refuse(InvariantError, map(_untrained, placement.lacking(after)), after.origin.path)
     noises = [step.transform.function_noise() for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:
         raise InvariantError(f"the function was to be preserved: {preservation}", path=after.origin.path)
-    if chain:
-        _check_leftovers(before, after)
-    return preservation
-
-
-def _check_leftovers(before: Checkpoint, after: Checkpoint) -> None:
-    """Say what a chain has left as it was although it belongs to what it changed; refuse to leave an optimizer so."""
-    if after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
+    if chain and after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
         message = (
             "one expert under head.experts.* is loaded by no runtime; let mitosis_split or experts_to_single follow"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
-    if not _head_was_rebuilt(before, after):
-        return
-    assert before.head is not None
-    prefixes = (before.head.names.single, before.head.names.experts)
-    for key, value in _dicts_in(after.payload):
-        if {"state", "param_groups"} <= value.keys():
-            raise TransformError(
-                "is an optimizer's state, which cannot follow where it stands", key=key, hint="save it under `optim`"
-            )
-        if any(str(name).startswith(prefixes) for name in value):
-            message = f"the payload's {key!r} also names tensors of the head; it is carried along unchanged"
-            warnings.warn(message, CkptWarning, stacklevel=4)
+    return preservation
 
 
-def _head_was_rebuilt(before: Checkpoint, after: Checkpoint) -> bool:
-    """Tell whether parameters of the head have come, gone or been renamed, even if there are as many as before."""
-    if before.head is None or after.head is None:
-        return False
-    if before.head.kind != after.head.kind or before.num_experts != after.num_experts:
-        return True
-    return before.head.experts != after.head.experts and moved_addresses(before, after) > 0
+def _untrained(name: str) -> str:
+    return f"the optimizer trains the same leaf of other experts, but not {name}"
 
 
-def _dicts_in(value: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Yield every dict inside a plain value with the path that leads there."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, entry in entries:
-        place = f"{key}.{name}" if key else str(name)
-        if isinstance(entry, dict):
-            yield place, entry
-        if isinstance(entry, dict | list | tuple):
-            yield from _dicts_in(entry, place)
+def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
+    """Refuse an optimizer that lacks parameters of experts although it trains their siblings, unless told to keep it.
+
+    Raises:
+        BindingError: naming the first parameter.
+    """
+    lacking = list(placement.lacking(checkpoint)) if policy == "keep" else []
+    if lacking:
+        more = f" ({len(lacking)} in all)" if lacking[1:] else ""
+        raise BindingError(
+            f"the optimizer does not list this parameter{more}, although it lists those of other experts: no trainer "
+            "that trains all experts can load it",
+            path=checkpoint.origin.path,
+            key=lacking[0],
+            hint="add what it lacks, without state (--optimizer complete), or, if the expert is frozen, carry it as it "
+            "is (--optimizer partial)",
+        )
 
 
 def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vraxion_ckpt import progress
 from vraxion_ckpt.sources import Sources
+
+if TYPE_CHECKING:
+    from vraxion_ckpt.parameter_order import Rule
 
 
 @dataclass(frozen=True)
@@ -153,13 +156,21 @@ class Optimizer:
         groups: the param groups, in order.
         state: slots (``exp_avg``, ``momentum_buffer``, ``step``, …) of every parameter that has any.
         extra: further entries of the optimizer's state dict.
-        bound_by: how the names were found, for people.
+        bound_by: how the names were found, and what was assumed, for people.
+        undecided: names that may belong to other ids, or to none, as far as can be told. Their state stays with its
+            position; a chain that changes one of them is refused.
+        rules: those that explain the order of the parameters, or None as long as nobody has asked.
+        prefixes: what stands before every name in the file's param groups, and what before it in the model
+            (``module.`` and nothing, for an optimizer of a wrapped model).
     """
 
     groups: list[ParamGroup]
     state: dict[str, dict[str, Any]]
     extra: dict[str, Any] = field(default_factory=dict)
     bound_by: str = "names"
+    undecided: frozenset[str] = frozenset()
+    rules: tuple[Rule, ...] | None = None
+    prefixes: tuple[str, str] = ("", "")
 
     @property
     def params(self) -> list[str]:
@@ -183,11 +194,27 @@ class UnboundOptimizer:
         state_dict: what ``Optimizer.state_dict()`` returned.
         names: every parameter's name in optimizer order, where an earlier conversion recorded it.
         digest: of the state that the recorded names were for, see `vraxion_ckpt.binding.digest`.
+        undecided: those of the recorded names that were not certain, see `Optimizer`.
     """
 
     state_dict: dict[str, Any]
     names: tuple[str, ...] | None = None
     digest: str | None = None
+    undecided: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """What tensors of a changed head come from.
+
+    Attributes:
+        prefix: what stood before their leaf names in the state dict before the step; or one tensor's whole name.
+        noise: standard deviation of each noise that was added, and what its generator was seeded with before the
+            leaf name; empty for an exact copy.
+    """
+
+    prefix: str
+    noise: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -283,6 +310,9 @@ class Checkpoint:
         metadata: the state dict's ``_metadata`` (module versions), or None.
         lifecycle: one row an expert, garbage-collected ones included.
         plan: a split that was planned and not yet carried out.
+        ancestors: for each prefix of tensors that a step has renamed or made of others, of which. The functions of
+            `vraxion_ckpt.surgery` fill it in; from it follows what becomes of all else that names the head's tensors
+            (`vraxion_ckpt.placement`, `vraxion_ckpt.companions`). Empty between steps.
     """
 
     core: dict[str, Tensor]
@@ -297,6 +327,7 @@ class Checkpoint:
     history: tuple[Record, ...] = ()
     origin: Origin = Origin()
     sources: Sources = field(default_factory=Sources)
+    ancestors: dict[str, Ancestor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
@@ -313,6 +344,13 @@ class Checkpoint:
         """The training step, 0 where the payload has none."""
         step = self.payload.get("step")
         return step if isinstance(step, int) and not isinstance(step, bool) else 0
+
+    def former_name(self, name: str) -> str:
+        """Return what a tensor, or the one that it was made of, was called before the step."""
+        for end in (i + 1 for i, char in enumerate(name) if char == "." or i == len(name) - 1):
+            if name[:end] in self.ancestors:
+                return self.ancestors[name[:end]].prefix + name[end:]
+        return name
 
     def open_experts(self) -> None:
         """Open the files of all experts that have files of their own."""
@@ -356,4 +394,5 @@ class Checkpoint:
             payload=dict(self.payload),
             metadata=dict(self.metadata) if self.metadata is not None else None,
             lifecycle=dict(self.lifecycle),
+            ancestors={},
         )

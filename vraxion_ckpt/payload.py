@@ -89,6 +89,7 @@ class Extras(BaseModel):
     head_position: int | None = None
     optimizer_names: tuple[str, ...] | None = None
     optimizer_digest: str | None = None
+    optimizer_undecided: tuple[str, ...] = ()
     dialects: dict[str, Any] = {}
 
     def as_json(self) -> dict[str, Any]:
@@ -173,9 +174,11 @@ def _parse(payload: Any) -> Parsed:
     own = {"model", "param_names", OUR_KEY, optimizer_key}
     checkpoint = Checkpoint(
         core=dict(state),
-        unbound=UnboundOptimizer(optimizer, extras.optimizer_names, extras.optimizer_digest)
-        if optimizer is not None
-        else None,
+        unbound=None
+        if optimizer is None
+        else UnboundOptimizer(
+            optimizer, extras.optimizer_names, extras.optimizer_digest, frozenset(extras.optimizer_undecided)
+        ),
         payload={} if bare else {key: value for key, value in payload.items() if key not in own},
         param_names=None if bare else names_in_payload(payload.get("param_names")),
         metadata=metadata,
@@ -346,7 +349,7 @@ def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str
     """Return the extras that record the optimizer's names, if reading the result back would not find them again."""
     if checkpoint.optimizer is None:
         return {}
-    names = checkpoint.optimizer.params
+    names, undecided = checkpoint.optimizer.params, checkpoint.optimizer.undecided
     state_dict = unbind(checkpoint.optimizer)
     as_written = replace(
         checkpoint,
@@ -358,6 +361,10 @@ def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str
         found = bind(as_written).optimizer
     except BindingError:
         found = None
-    if found is not None and found.params == names:
+    if found is not None and found.params == names and found.undecided == undecided:
         return {}
-    return {"optimizer_names": tuple(names), "optimizer_digest": digest(state_dict)}
+    return {
+        "optimizer_names": tuple(names),
+        "optimizer_digest": digest(state_dict),
+        "optimizer_undecided": tuple(sorted(undecided)),
+    }

@@ -20,7 +20,9 @@ from typing import Any
 
 from vraxion_ckpt import binding, invariants, signals
 from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, exclusive, leftovers, staged
+from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.compare import differences_and_checksums, without_experts
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import (
@@ -30,7 +32,7 @@ from vraxion_ckpt.errors import (
     StorageError,
     UsageError,
 )
-from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
+from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
 from vraxion_ckpt.manifest import by_name, dumps, make
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_chain
@@ -72,7 +74,10 @@ def convert(
     dry_run: bool = False,
     manifest: PathLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
+    result_order: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
+    companions: CompanionPolicy = "grow",
     allow_globals: Sequence[str] = (),
 ) -> Summary:
     """Read `src`, run a chain of transforms, write `dst`; or raise, and leave everything as it was.
@@ -89,7 +94,11 @@ def convert(
         from_: as for `read`.
         to: the format of `dst`.
         param_names: as for `read`.
-        optimizer: as for `read`.
+        optimizer_order: as for `read`.
+        result_order: the names of the result's optimizer in its order, where no rule tells it.
+        optimizer: as for `read`; ``partial`` carries an optimizer along that does not list all experts.
+        companions: what becomes of averages of the model and the like if the chain changes the head: ``grow`` lets them
+            follow or refuses, ``keep`` leaves them unchanged, ``drop`` leaves them out.
         allow_globals: as for `read`.
 
     Raises:
@@ -102,7 +111,10 @@ def convert(
         from_=from_,
         dry_run=dry_run,
         param_names=param_names,
+        optimizer_order=optimizer_order,
+        result_order=result_order,
         optimizer=optimizer,
+        companions=companions,
         allow_globals=allow_globals,
     )
     return summary
@@ -116,7 +128,10 @@ def convert_to_all(
     from_: AdapterLike | None = None,
     dry_run: bool = False,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
+    result_order: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
+    companions: CompanionPolicy = "grow",
     allow_globals: Sequence[str] = (),
     record: Record | None = None,
     reads: Sequence[Path] = (),
@@ -139,14 +154,21 @@ def convert_to_all(
                 for _, place in places:
                     stack.enter_context(exclusive(place))
 
+            policy = chain_policy(companions, result_order)
             before = read(
-                source, from_=from_, param_names=param_names, optimizer=optimizer, allow_globals=allow_globals
+                source,
+                from_=from_,
+                param_names=param_names,
+                optimizer_order=optimizer_order,
+                optimizer=optimizer,
+                allow_globals=allow_globals,
             )
+            check_complete(before, optimizer)
             for _, place in places:
                 check_apart(place, before)
             before.open_experts()  # a new target holds them all, so all are judged now
             refuse(InconsistentError, invariants.findings(before), source)
-            applied = apply(before, chain, record)
+            applied = apply(before, chain, record, policy)
             results = [
                 _Result(
                     target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite)

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from vraxion_ckpt import binding, invariants
+from vraxion_ckpt import binding, invariants, placement
 from vraxion_ckpt.adapter import Adapter
+from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import was_interrupted
 from vraxion_ckpt.errors import (
     BindingError,
@@ -32,7 +33,7 @@ from vraxion_ckpt.options import configure
 from vraxion_ckpt.plugins import AdapterLike, adapters, resolve_adapter
 
 PathLike = str | os.PathLike[str]
-OptimizerPolicy = Literal["keep", "drop"]
+OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
 
 
 def read(
@@ -40,6 +41,7 @@ def read(
     *,
     from_: AdapterLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
     optimizer: OptimizerPolicy = "keep",
     allow_globals: Sequence[str] = (),
 ) -> Checkpoint:
@@ -49,7 +51,9 @@ def read(
         path: a file or a directory.
         from_: its format; found from its content if not given.
         param_names: every optimizer parameter's name in optimizer order, if the file does not tell.
-        optimizer: ``drop`` leaves its state behind.
+        optimizer_order: how its trainer orders the parameters of each param group, if the file does not tell.
+        optimizer: ``drop`` leaves its state behind; ``complete`` adds the parameters of experts that it lacks, without
+            state.
         allow_globals: full names of classes that a pickle may use beside plain data.
 
     Raises:
@@ -57,10 +61,12 @@ def read(
         SourceError: what is wrong with it, and where.
         BindingError: its optimizer's parameters cannot be told apart.
     """
-    if optimizer not in ("keep", "drop"):
-        raise UsageError(f"optimizer={optimizer!r}: neither keep nor drop")
-    if optimizer == "drop" and param_names is not None:
-        raise UsageError("names are given for an optimizer that is to be dropped")
+    if optimizer not in get_args(OptimizerPolicy):
+        raise UsageError(f"optimizer={optimizer!r}: none of {', '.join(get_args(OptimizerPolicy))}")
+    if optimizer_order not in (None, *get_args(OptimizerOrder)):
+        raise UsageError(f"optimizer_order={optimizer_order!r}: none of {', '.join(get_args(OptimizerOrder))}")
+    if optimizer == "drop" and (param_names is not None or optimizer_order is not None):
+        raise UsageError("names or an order are given for an optimizer that is to be dropped")
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
     if param_names is not None and checkpoint.unbound is None:
         known = "knows its optimizer's names already" if checkpoint.optimizer else "has no optimizer to give names to"
@@ -68,7 +74,8 @@ def read(
     if optimizer == "drop":
         return replace(checkpoint, unbound=None, optimizer=None)
     try:
-        return binding.bind(checkpoint, param_names)
+        bound = binding.bind(checkpoint, param_names, optimizer_order)
+        return placement.completed(bound) if optimizer == "complete" else bound
     except (BindingError, SourceError) as error:
         error.path = error.path or checkpoint.origin.path
         raise
@@ -140,11 +147,11 @@ def allowing(adapter: Adapter, names: Sequence[str]) -> Adapter:
 
 
 def bound_if_possible(
-    checkpoint: Checkpoint, param_names: Sequence[str] | None
+    checkpoint: Checkpoint, param_names: Sequence[str] | None, order: OptimizerOrder | None = None
 ) -> tuple[Checkpoint, BindingError | SourceError | None]:
     """Bind an optimizer to names, for whoever only looks; if that fails, return the checkpoint as it was, and why."""
     try:
-        return binding.bind(checkpoint, param_names if checkpoint.unbound else None), None
+        return binding.bind(checkpoint, param_names, order) if checkpoint.unbound else checkpoint, None
     except (BindingError, SourceError) as refused:
         return checkpoint, refused
 

@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from vraxion_ckpt._version import __version__
+from vraxion_ckpt.binding import OptimizerOrder
+from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.judging import LossPolicy
@@ -51,6 +53,8 @@ class Source(_Entry):
     from_: str | None = Field(None, alias="from", description="its format, found from its content if not given")
     param_names: tuple[str, ...] | None = None
     """Every optimizer parameter's name in optimizer order."""
+    optimizer_order: OptimizerOrder | None = None
+    """How its trainer orders the parameters of each param group, if the file does not tell."""
     optimizer: OptimizerPolicy = "keep"
     allow_globals: tuple[str, ...] = ()
     """Classes its pickle may use beside plain data, by full name."""
@@ -87,6 +91,10 @@ class Recipe(_Entry):
     chain: tuple[Any, ...] = ()
     """Transforms, from left to right: ``NAME``, ``NAME:key=value``, or NAME with a mapping of its options."""
     targets: Annotated[tuple[_Output, ...], Field(min_length=1)]
+    result_order: tuple[str, ...] | None = None
+    """Every name of the results' optimizer in its order, where no rule tells it."""
+    companions: CompanionPolicy = "grow"
+    """What becomes of averages of the model and the like if the chain changes the head."""
     losses: LossPolicy = "raise"
     """What to do about what a target's format cannot hold."""
     manifest: str | None = None
@@ -113,6 +121,8 @@ class Ready:
     chain: tuple[TransformLike, ...]
     targets: tuple[Target, ...]
     record: Record
+    result_order: tuple[str, ...] | None = None
+    companions: CompanionPolicy = "grow"
 
 
 def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwrite: bool = False) -> Ready:
@@ -154,7 +164,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     summary = f"recipe {place.name}: {len(chain)} steps, {len(targets)} target{'s' * (len(targets) != 1)}"
     options = {"recipe": place.name, **{key: filled[key] for key in filled if key != "schema"}}
     record = Record("run", options, "vraxion-ckpt", __version__, Path(source.path).name, summary)
-    return Ready(place, source, chain, targets, record)
+    return Ready(place, source, chain, targets, record, recipe.result_order, recipe.companions)
 
 
 def run(
@@ -186,7 +196,10 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
         from_=source.from_,
         dry_run=dry_run,
         param_names=source.param_names,
+        optimizer_order=source.optimizer_order,
+        result_order=ready.result_order,
         optimizer=source.optimizer,
+        companions=ready.companions,
         allow_globals=source.allow_globals,
         record=ready.record,
         reads=[ready.path],

@@ -122,7 +122,9 @@ def optimizer_in_words(before: Checkpoint, after: Checkpoint, held: Checkpoint, 
         return "left behind: the target does not hold it"
     if after.optimizer is not None:
         number = len(after.optimizer.params)
-        return f"carried: {number} parameters, bound by {after.optimizer.bound_by}"
+        rules = {str(rule): None for rule in after.optimizer.rules or ()}
+        placed = f", placed in the order '{next(iter(rules))}'" if rules and after is not before else ""
+        return f"carried: {number} parameters, bound by {after.optimizer.bound_by}{placed}"
     if dropped:
         return "dropped, as asked; build a new one when you resume"
     return "dropped by the chain" if before.optimizer is not None else "none in the source"

@@ -2,7 +2,8 @@
 
 An expert is more than its tensors: optimizer state and group membership, parameter names, module versions and a
 lifecycle row go with it. These functions change a checkpoint that the caller owns (a `Checkpoint.copy`) and
-never write into a tensor.
+never write into a tensor. They note which tensor of the head comes from which (`Checkpoint.ancestors`); the order of
+the optimizer's parameters, and averages of the model, follow from that when the step is done.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vraxion_ckpt.buffers import torch_buffers
+from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.errors import CkptWarning, TransformError
-from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
+from vraxion_ckpt.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
+from vraxion_ckpt.parameter_order import owns_groups, run_of_groups, split_name
+from vraxion_ckpt.plain import bytes_of
 
 OptimizerPolicy = Literal["copy", "reset"]
 
@@ -50,7 +55,8 @@ def clone_expert(
         checkpoint: changed; its head is of kind EXPERTS.
         parent: an expert that has tensors.
         child: the next free id.
-        noise: standard deviation of Gaussian noise on the child's floating-point tensors; 0 copies bit by bit.
+        noise: standard deviation of Gaussian noise on the child's floating-point parameters, not on buffers; 0 copies
+            bit by bit.
         seed: each tensor's noise is drawn from a generator seeded with (seed, the child's tensor name), so it
             depends on nothing else.
         optimizer: ``copy`` every slot, or ``reset``: the child's parameters have no state, as if they had never
@@ -67,11 +73,18 @@ def clone_expert(
     for name, other in _ties(checkpoint, old):
         # A clone has storages of its own, so it could not be tied as its parent is.
         raise TransformError(f"is tied to {other}; a clone would come untied", key=name)
-    head.experts[child] = Expert(
-        {leaf: _copy_with_noise(tensor, noise, f"{seed}:{new}{leaf}") for leaf, tensor in tensors.items()}
+    buffers = buffers_of(checkpoint, parent) if noise else set()
+    added = ((noise, f"{seed}:{new}"),) if noise else ()
+    copies = {leaf: copy_of(t, () if leaf in buffers else added, leaf) for leaf, t in tensors.items()}
+    head.experts[child] = Expert(copies)
+    _note(checkpoint, new, old, added)
+    _say_where_noise_is_lost(
+        {leaf: (tensors[leaf], copies[leaf]) for leaf in tensors if leaf not in buffers}, noise, new
     )
     if checkpoint.optimizer is not None:
-        _clone_in_optimizer(checkpoint.optimizer, head, old, new, optimizer)
+        _refuse_flat_state(checkpoint.optimizer)
+        clones = {leaf: (tensors[leaf], copies[leaf]) for leaf in tensors}
+        _clone_in_optimizer(checkpoint, checkpoint.optimizer, old, new, clones if noise else {}, optimizer)
     if checkpoint.param_names is not None:
         checkpoint.param_names = tuple(_insert_clones(list(checkpoint.param_names), head, old, new))
     if checkpoint.metadata is not None:
@@ -97,6 +110,8 @@ def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
         if not other.startswith(gone):
             # An optimizer lists tied parameters by their first name alone; state under it would be lost to the other.
             raise TransformError(f"is tied to {other}, which stays and may lose its optimizer state", key=name)
+    if checkpoint.optimizer is not None:
+        _refuse_flat_state(checkpoint.optimizer)
     _drop_stale_plans(checkpoint, expert, into)
     ids = {i: i - (i > expert) for i in {*head.experts, *head.deleted} - {expert}}
     _rename(checkpoint, {gone: None} | {head.prefix(old): head.prefix(new) for old, new in ids.items()})
@@ -148,9 +163,19 @@ def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
     def renamed_keys(entries: Mapping[str, _V]) -> dict[str, _V]:
         return {new: value for old, value in entries.items() if (new := renamed(old)) is not None}
 
+    sources = {old: checkpoint.ancestors.pop(old, Ancestor(old)) for old in prefixes}
+    for old, new in prefixes.items():
+        if new is not None and sources[old] != Ancestor(new):
+            checkpoint.ancestors[new] = sources[old]
     if checkpoint.optimizer is not None:
+        # A group of an expert alone goes with it; an empty one that was there before stays.
+        held = [bool(group.params) for group in checkpoint.optimizer.groups]
+        own = owns_groups(checkpoint.optimizer, checkpoint)
         for group in checkpoint.optimizer.groups:
             group.params = [new for name in group.params if (new := renamed(name)) is not None]
+        if own:
+            groups = zip(checkpoint.optimizer.groups, held, strict=True)
+            checkpoint.optimizer.groups = [group for group, had_some in groups if group.params or not had_some]
         checkpoint.optimizer.state = renamed_keys(checkpoint.optimizer.state)
     if checkpoint.param_names is not None:
         checkpoint.param_names = tuple(new for name in checkpoint.param_names if (new := renamed(name)) is not None)
@@ -190,14 +215,59 @@ def _drop_stale_plans(checkpoint: Checkpoint, expert: int, into: int) -> None:
         warnings.warn(message, CkptWarning, stacklevel=3)
 
 
-def _copy_with_noise(tensor: Tensor, noise: float, seed: str) -> Tensor:
+def _note(checkpoint: Checkpoint, new: str, old: str, noise: tuple[tuple[float, str], ...]) -> None:
+    """Note that what stands under one prefix was made of what stands under another, perhaps in the same step."""
+    source = checkpoint.ancestors.get(old, Ancestor(old))
+    checkpoint.ancestors[new] = Ancestor(source.prefix, source.noise + noise)
+
+
+def buffers_of(checkpoint: Checkpoint, expert: int) -> set[str]:
+    """Return the leaves of an expert that are buffers: by torch's own names, or since no optimizer lists them.
+
+    What a bound optimizer lists of no expert, although it lists other leaves of experts, is no parameter.
+    """
+    head = _head(checkpoint)
+    leaves = set(head.experts[expert])
+    buffers = torch_buffers(leaves)
+    listed = checkpoint.optimizer.params if checkpoint.optimizer else []
+    trained = {found[1] for name in listed if (found := split_name(name, head.names))}
+    return buffers | (leaves - trained if trained else set())
+
+
+def copy_of(tensor: Tensor, noise: tuple[tuple[float, str], ...], leaf: str) -> Tensor:
+    """Return a copy of its own, with Gaussian noise if it is of a floating-point type.
+
+    Args:
+        tensor: any tensor.
+        noise: standard deviations, each with what its generator is seeded with before the leaf's name.
+        leaf: the name of the tensor in its expert.
+    """
     copy = tensor.detach().clone(memory_format=torch.preserve_format)
-    if noise and copy.is_floating_point():
+    for deviation, seed in noise if copy.is_floating_point() else ():
         noisy = copy.contiguous()
-        _add_noise(noisy.view(-1), noise, seed)
+        _add_noise(noisy.view(-1), deviation, seed + leaf)
         if noisy is not copy:
             copy.copy_(noisy)
     return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: float, new: str) -> None:
+    """Warn of parameters that noise has left as they were: of another type, or of too few digits."""
+    lost = []
+    for leaf, (old, copy) in pairs.items() if noise else ():
+        numbers = copy.numel()
+        if numbers and not copy.is_floating_point():
+            lost.append(f"{leaf} is {copy.dtype}".replace("torch.", ""))
+        elif numbers:
+            changed = int((bytes_of(old).view(-1, old.itemsize) != bytes_of(copy).view(-1, old.itemsize)).any(1).sum())
+            if 2 * changed < numbers:
+                lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed".replace("torch.", ""))
+    if lost:
+        message = (
+            f"noise of {noise:g} changes little or nothing in {new.removesuffix('.')}: {'; '.join(lost[:3])}"
+            f"{f'; and {len(lost) - 3} more' if lost[3:] else ''}; there the clone is a copy of its parent"
+        )
+        warnings.warn(message, CkptWarning, stacklevel=4)
 
 
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
@@ -211,16 +281,68 @@ def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
         piece.copy_((piece.to(wide) + noise * drawn).to(flat.dtype))
 
 
-def _clone_in_optimizer(optimizer: Optimizer, head: Head, old: str, new: str, policy: OptimizerPolicy) -> None:
+def _refuse_flat_state(optimizer: Optimizer) -> None:
+    """Refuse state that spans the parameters of a group, as L-BFGS keeps it: it cannot be cut."""
     for group in optimizer.groups:
-        group.params = _insert_clones(group.params, head, old, new)
+        held = [name for name in group.params if name in optimizer.state]
+        slots = optimizer.state[held[0]] if len(group.params) > 1 and len(held) == 1 else {}
+        if "prev_flat_grad" in slots:  # as torch.optim.LBFGS calls it, one vector over all parameters
+            raise TransformError(
+                "the optimizer keeps one state for all parameters (L-BFGS), which cannot follow a change of them",
+                key=held[0],
+                hint="leave it behind: --optimizer drop",
+            )
+
+
+def _clone_in_optimizer(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    old: str,
+    new: str,
+    clones: Mapping[str, tuple[Tensor, Tensor]],
+    policy: OptimizerPolicy,
+) -> None:
+    """Give the clone's parameters a place in the param groups, and their state.
+
+    Args:
+        checkpoint: tells which experts there are.
+        optimizer: changed.
+        old: the parent's prefix.
+        new: the clone's.
+        clones: the parent's tensors and the clone's by leaf, where they differ.
+        policy: whether the state is copied.
+    """
+    if owns_groups(optimizer, checkpoint):
+        own = [
+            replace(group, options=dict(group.options), params=[new + name[len(old) :] for name in group.params])
+            for group in optimizer.groups
+            if group.params and all(name.startswith(old) for name in group.params)
+        ]
+        run = run_of_groups(optimizer, checkpoint)
+        at = run[1] if run else len(optimizer.groups)
+        optimizer.groups[at:at] = own
+    else:
+        for group in optimizer.groups:
+            group.params += [new + name[len(old) :] for name in group.params if name.startswith(old)]
     if policy == "copy":
-        clones = {
-            new + name[len(old) :]: {slot: _unshared(value) for slot, value in slots.items()}
-            for name, slots in optimizer.state.items()
-            if name.startswith(old)
-        }
-        optimizer.state = _insert_after(optimizer.state, lambda n: n.startswith(head.names.experts), clones)
+        for name in [name for name in optimizer.state if name.startswith(old)]:
+            leaf = name[len(old) :]
+            slots = {slot: _unshared(value) for slot, value in optimizer.state[name].items()}
+            for slot, value in slots.items() if leaf in clones else ():
+                if is_master_copy(value, slot, clones[leaf][0]):
+                    slots[slot] = clones[leaf][1].detach().to(value.dtype, copy=True)
+            optimizer.state[new + leaf] = slots
+
+
+def is_master_copy(value: Any, name: str, parameter: Tensor) -> bool:
+    """Tell whether a value is a copy of a parameter of a wider type, from which an optimizer computes it."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():
+        return False
+    if name == "master_param":
+        return True
+    return value.itemsize > parameter.itemsize and same_bits(
+        value.detach().to(parameter.dtype), parameter.detach().clone()
+    )
 
 
 def _insert_clones(names: list[str], head: Head, old: str, new: str) -> list[str]:

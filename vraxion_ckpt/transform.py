@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vraxion_ckpt.companions import CompanionPolicy, follow
 from vraxion_ckpt.errors import CkptError, PluginError, StorageError
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.options import Plugin, resolved
+from vraxion_ckpt.placement import place, place_as_listed, refuse_undecided
 
 
 class Transform(Plugin):
@@ -54,7 +56,25 @@ class Step:
     version: str
 
 
-def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoint, dict[Path, bytes]]:
+@dataclass(frozen=True)
+class ChainPolicy:
+    """What the user says about all that follows when a chain changes the head.
+
+    Attributes:
+        companions: what becomes of averages and the like.
+        result_order: the names of the result's optimizer in its order; found by rule if not given.
+    """
+
+    companions: CompanionPolicy = "grow"
+    result_order: Sequence[str] | None = None
+
+
+FOLLOW = ChainPolicy()
+
+
+def apply_chain(
+    checkpoint: Checkpoint, chain: Iterable[Step], policy: ChainPolicy = FOLLOW
+) -> tuple[Checkpoint, dict[Path, bytes]]:
     """Apply transforms from left to right, recording each in the checkpoint's history.
 
     Returns:
@@ -93,9 +113,20 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
             source=before.origin.path.name if before.origin.path else "",
             summary=_in_one_line(before, after),
         )
-        checkpoint = replace(after, history=(*before.history, record))
+        after = _followed(before, after, policy)
+        checkpoint = replace(after, history=(*before.history, record), ancestors={})
         side_files.update(asked)
+    if policy.result_order is not None:
+        checkpoint = place_as_listed(checkpoint, policy.result_order)
     return checkpoint, side_files
+
+
+def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Checkpoint:
+    """Return a step's result with the optimizer in order, and averages of the model changed as the head was."""
+    refuse_undecided(before, after)
+    if policy.result_order is None:
+        after = place(before, after)
+    return follow(before, after, policy.companions)
 
 
 def _versions(checkpoint: Checkpoint) -> list[tuple[Tensor, int]]:

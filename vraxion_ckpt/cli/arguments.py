@@ -43,6 +43,11 @@ def read_options(command: _F) -> _F:
             help="Names of the optimizer's parameters in its order: one a line, or a JSON list.",
         ),
         click.option(
+            "--optimizer-order",
+            type=click.Choice(["model", "sorted", "reversed"]),
+            help="How its trainer orders the parameters of each group, where the file does not tell.",
+        ),
+        click.option(
             "--allow-global",
             "allow_globals",
             multiple=True,
@@ -67,10 +72,24 @@ def chain_options(command: _F) -> _F:
         ),
         click.option(
             "--optimizer",
-            type=click.Choice(["keep", "drop"]),
+            type=click.Choice(["keep", "drop", "complete", "partial"]),
             default="keep",
             show_default=True,
-            help="Carry the optimizer's state along, or leave it behind.",
+            help="Carry the optimizer's state along, or leave it behind; add the experts that it lacks, without state, "
+            "or carry it without them.",
+        ),
+        click.option(
+            "--result-order",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Names of the result's optimizer in its order, where no rule tells it: as --param-names.",
+        ),
+        click.option(
+            "--companions",
+            type=click.Choice(["grow", "keep", "drop"]),
+            default="grow",
+            show_default=True,
+            help="What becomes of averages of the model and the like, if the head changes.",
         ),
         click.option(
             "-t",
@@ -115,22 +134,22 @@ def must_exist(path: str) -> None:
         raise UsageError("no such file or directory", path=path)
 
 
-def load_names(path: Path | None) -> list[str] | None:
-    """Read the names of ``--param-names``."""
+def load_names(path: Path | None, option: str = "--param-names") -> list[str] | None:
+    """Read the names in the file of an option: one a line, or a JSON list."""
     if path is None:
         return None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UsageError(f"--param-names: {reason}", path=path) from error
+        raise UsageError(f"{option}: {reason}", path=path) from error
     if not text.lstrip().startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
     from vraxion_ckpt import jsonfile
 
     names = jsonfile.loads(text, path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError("--param-names: must be a list of names", path=path)
+        raise UsageError(f"{option}: must be a list of names", path=path)
     return list(names)
 
 

@@ -42,7 +42,14 @@ _S = TypeVar("_S", "Summary", "Edited", "Ran")
 @arguments.as_json
 @click.pass_context
 def convert(
-    context: click.Context, /, src: str, dst: str, param_names: Path | None, as_json: bool, **options: Any
+    context: click.Context,
+    /,
+    src: str,
+    dst: str,
+    param_names: Path | None,
+    result_order: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Read SRC, run a chain of transforms, write DST.
 
@@ -55,9 +62,9 @@ def convert(
     from vraxion_ckpt.cli import show_changes
     from vraxion_ckpt.pipeline import convert as run
 
-    names = arguments.load_names(param_names)
+    names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(dst):
-        done = run(src, dst, param_names=names, **options)
+        done = run(src, dst, param_names=names, result_order=order, **options)
         _tell(context, done, show_changes.converted, as_json=as_json)
 
 
@@ -73,7 +80,15 @@ def convert(
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
-def edit(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
+def edit(
+    context: click.Context,
+    /,
+    path: str,
+    param_names: Path | None,
+    result_order: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Run a chain of transforms on PATH where it lies: it is in the old state or in the new one, at every moment.
 
     Of a modular directory, only the files that change are written. Without -t, it only cleans up what a killed run
@@ -87,9 +102,9 @@ def edit(context: click.Context, /, path: str, param_names: Path | None, as_json
     from vraxion_ckpt.cli import show_changes
     from vraxion_ckpt.inplace import edit as run
 
-    names = arguments.load_names(param_names)
+    names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(path):
-        done = run(path, param_names=names, **options)
+        done = run(path, param_names=names, result_order=order, **options)
         _tell(context, done, show_changes.edited, as_json=as_json)
 
 

@@ -83,6 +83,7 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
         lines.append(("", f"… {len(optimizer.groups) - MOST_ROWS} more groups"))
     if optimizer.bound:
         lines.append(("bound by", optimizer.how))
+        lines.append(("order", optimizer.order or "explained by no rule, or by several"))
     else:
         lines.append(("NOT BOUND", Text(optimizer.how, style="yellow")))
     return lines

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from vraxion_ckpt import signals
+from vraxion_ckpt.binding import OptimizerOrder
+from vraxion_ckpt.changes import Difference
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.difference import diff_checkpoints
 from vraxion_ckpt.errors import UsageError
@@ -52,6 +54,7 @@ def report(
     overwrite: bool = False,
     from_: AdapterLike | None = None,
     param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
     allow_globals: Sequence[str] = (),
 ) -> Reported:
     """Draw a checkpoint: its ring, its experts and what has changed, as a page, a picture, or both.
@@ -66,6 +69,7 @@ def report(
         overwrite: replace files that exist.
         from_: as for `read`.
         param_names: as for `read`.
+        optimizer_order: as for `read`.
         allow_globals: as for `read`.
 
     Raises:
@@ -96,7 +100,8 @@ def report(
                     raise UsageError("is a directory, not a file to write", path=place)
                 for one in read:
                     check_apart(place, one)
-            subject = _gathered(checkpoint, before, visits, visits_after, param_names)
+            difference = diff_checkpoints(before, checkpoint, param_names, optimizer_order) if before else None
+            subject = _gathered(checkpoint, before, visits, visits_after, difference)
             drawn = {place: make(subject) for place, make in ((page, _page), (picture, _picture)) if place is not None}
             for one in read:
                 one.sources.verify()
@@ -127,7 +132,7 @@ def _gathered(
     before: Checkpoint | None,
     visits: PathLike | None,
     visits_after: PathLike | None,
-    param_names: Sequence[str] | None,
+    difference: Difference | None,
 ) -> Subject:
     signs = signs_of_life(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
     counted: list[Weights | None] = [None, None]
@@ -136,7 +141,6 @@ def _gathered(
         counted = [
             load_visits(Path(file), length).visits if file is not None else None for file in (visits, visits_after)
         ]
-    difference = diff_checkpoints(before, checkpoint, param_names) if before is not None else None
     return gather(checkpoint, before, signs, counted[0], counted[1], difference)
 
 

@@ -17,6 +17,7 @@ from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.errors import CkptError, OptionError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure, resolved
+from vraxion_ckpt.placement import lacking
 from vraxion_ckpt.plugins import adapters
 from vraxion_ckpt.testing.samples import checkpoints, samples
 from vraxion_ckpt.testing.watch import contents, untouched, written
@@ -57,8 +58,8 @@ class TransformTests:
     def assert_sound(self, options: Mapping[str, Any], before: Checkpoint, after: Checkpoint) -> None:
         """Hold a result to what must be true after every chain."""
         listed = [*invariants.findings(after), *invariants.sharing_findings(before, after)]
-        if not any(invariants.missing_siblings(before)):
-            listed += invariants.missing_siblings(after)
+        if not any(lacking(before)):
+            listed += lacking(after)
         assert not listed, "; ".join(listed)
         noise = configure(self.transform, options).function_noise()
         preservation = invariants.preservation(before, after, noise)

@@ -1,0 +1,206 @@
+"""What belongs to the model and stands elsewhere (averages, master copies, lists) follows the head, or is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support import assert_same, load
+from test_optimizer_order import Net, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.errors import TransformError
+
+SPLIT = ["single_to_experts", "mitosis_split:parent=0,addresses=[0-11],noise=0"]
+NOISY = ["single_to_experts", "mitosis_split:parent=0,addresses=[0-11],noise=0.01"]
+GROW = ["mitosis_split:parent=1,addresses=[1],noise=0"]
+PRUNE = ["prune_merge:merge_from=0,merge_into=1,renumber=true"]
+
+
+def trained(experts: int, make=lambda model: torch.optim.Adam(model.named_parameters())):
+    torch.manual_seed(2)
+    model = Net(experts, layered=False)
+    optimizer = make(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1))
+        average.update_parameters(model)
+    return model, optimizer, average
+
+
+def payload_of(model: nn.Module, optimizer: torch.optim.Optimizer, **more: object) -> dict:
+    return {"model": model.state_dict(), "optim": optimizer.state_dict(), "step": 3, **more}
+
+
+def converted(payload: dict, chain: list, tmp_path, target: str = "out.pt", **options: object) -> dict:
+    torch.save(payload, tmp_path / "in.pt")
+    vc.convert(tmp_path / "in.pt", f"{tmp_path}/{target}", transforms=chain, **options)
+    if not target.endswith(".pt"):
+        vc.convert(tmp_path / target, tmp_path / "again.pt")
+        target = "again.pt"
+    return load(tmp_path / target)
+
+
+@pytest.mark.parametrize("target", ["out.pt", "out/", "out.safetensors"])
+@pytest.mark.parametrize(("before", "chain", "parents"), [(1, SPLIT, [0, 0]), (2, GROW, [0, 1, 1]), (3, PRUNE, [1, 2])])
+def test_an_averaged_model_is_loaded_by_torch_and_has_its_parents_values(before, chain, parents, target, tmp_path):
+    model, optimizer, average = trained(before)
+    result = converted(payload_of(model, optimizer, ema=average.state_dict()), chain, tmp_path, target)
+    again = AveragedModel(Net(len(parents), layered=False))
+    again.load_state_dict(result["ema"], strict=True)
+    assert again.n_averaged == 3
+    assert torch.equal(again.module.router_map, result["model"]["router_map"])
+    for i, parent in enumerate(parents):
+        assert_same(dict(again.module.head.of(i).state_dict()), dict(average.module.head.of(parent).state_dict()))
+    assert_same(dict(again.module.trunk.state_dict()), dict(average.module.trunk.state_dict()))
+
+
+def test_the_average_of_a_clone_with_noise_has_the_same_noise(tmp_path):
+    model, optimizer, average = trained(1)
+    result = converted(payload_of(model, optimizer, ema=average.state_dict()), NOISY, tmp_path)
+    state, ema = result["model"], result["ema"]
+    noise = state["head.experts.1.weight"] - state["head.experts.0.weight"]
+    assert noise.abs().max() > 0.001
+    expected = ema["module.head.experts.0.weight"] + noise
+    torch.testing.assert_close(ema["module.head.experts.1.weight"], expected, rtol=0, atol=1e-7)
+
+
+def test_an_average_inside_the_model_follows_it(tmp_path):
+    class Whole(Net):
+        def __init__(self, experts: int) -> None:
+            super().__init__(experts, layered=False)
+            self.ema = copy.deepcopy(Net(experts, layered=False)).requires_grad_(False)
+
+    torch.manual_seed(0)
+    model = Whole(1)
+    optimizer = torch.optim.Adam([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    train(model, optimizer, range(2))
+    result = converted(payload_of(model, optimizer), SPLIT, tmp_path)
+    grown = Whole(2)
+    grown.load_state_dict(result["model"], strict=True)
+    assert list(grown.state_dict()) == list(result["model"])
+    for i in range(2):
+        assert_same(dict(grown.ema.head.of(i).state_dict()), dict(model.ema.head.single.state_dict()))
+    assert torch.equal(grown.ema.router_map, grown.router_map) == torch.equal(model.ema.router_map, model.router_map)
+
+
+def shadow(model: nn.Module) -> dict:
+    """Return what torch-ema keeps: a list in the order of parameters()."""
+    return {"decay": 0.9, "shadow_params": [p.detach() * 2 for p in model.parameters()]}
+
+
+def test_a_list_with_an_entry_for_each_parameter_follows_the_models_order(tmp_path):
+    model, optimizer, _ = trained(1)
+    result = converted(payload_of(model, optimizer, ema=shadow(model)), SPLIT, tmp_path)
+    grown = Net(2, layered=False)
+    old = {name: p.detach() * 2 for name, p in model.named_parameters()}
+    names = [n.replace("experts.0", "single").replace("experts.1", "single") for n, _ in grown.named_parameters()]
+    assert_same(result["ema"]["shadow_params"], [old[name] for name in names])
+
+
+def by_name(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(sorted(model.named_parameters()))
+
+
+def flattened(model: nn.Module) -> dict:
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(1))
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
+UNKNOWN = {
+    "a list where the optimizer's order is not the model's": (
+        "ema.shadow_params",
+        lambda m, o: {"ema": shadow(m)},
+        by_name,
+    ),
+    "an optimizer keyed by names": ("optim_state", lambda m, o: {"optim_state": flattened(m)}, None),
+    "an optimizer under another key": ("second", lambda m, o: {"second": o.state_dict()}, None),
+    "a list of names": ("frozen", lambda m, o: {"frozen": ["head.single.weight"]}, None),
+    "an average of another head": ("ema", lambda m, o: {"ema": Net(2, layered=False).state_dict()}, None),
+    "an average with an unknown part": (
+        "ema",
+        lambda m, o: {"ema": {**m.state_dict(), "head.single.scale": torch.ones(1)}},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_cannot_follow_is_named_and_refused_unless_told_otherwise(kind, tmp_path):
+    key, extra, make = UNKNOWN[kind]
+    model, optimizer, _ = trained(1, make) if make else trained(1)
+    payload = payload_of(model, optimizer, **extra(model, optimizer))
+    with pytest.raises(TransformError) as refusal:
+        converted(payload, SPLIT, tmp_path)
+    assert refusal.value.key.split(" ")[0] == key
+    assert "--companions" in refusal.value.hint
+    assert not (tmp_path / "out.pt").exists()
+    top = key.split(".")[0]
+    with pytest.warns(vc.CkptWarning, match="unchanged, as asked"):
+        kept = converted(payload, SPLIT, tmp_path, "kept.pt", companions="keep")
+    assert_same(kept[top], payload[top])
+    with pytest.warns(vc.CkptWarning, match="left out, as asked"):
+        assert top not in converted(payload, SPLIT, tmp_path, "dropped.pt", companions="drop")
+    unchanged = converted(payload, [], tmp_path, "same.pt")
+    assert_same(unchanged[top], payload[top])
+
+
+def test_master_copies_beside_the_optimizers_state_are_ordered_as_it_is(tmp_path):
+    model, optimizer, _ = trained(2, by_name)
+    saved = {
+        **optimizer.state_dict(),
+        "fp32_master": [p.detach().double() for _, p in sorted(model.named_parameters())],
+    }
+    result = converted({**payload_of(model, optimizer), "optim": saved}, GROW, tmp_path)
+    wanted = sorted(n for n, _ in Net(3, layered=False).named_parameters())
+    assert result["optim"]["param_groups"][0]["param_names"] == wanted
+    for name, master in zip(wanted, result["optim"]["fp32_master"], strict=True):
+        assert torch.equal(master.float(), result["model"][name])
+
+
+def test_a_master_param_of_a_noisy_clone_gets_the_clones_value(tmp_path):
+    weights = {name: torch.randn(64, 4).bfloat16() for name in ("trunk.weight", "core.weight", "head.single.weight")}
+    state = {"router_map": torch.zeros(8, dtype=torch.int64), **weights}
+    slots = {i: {"master_param": weight.float()} for i, weight in enumerate(weights.values())}
+    groups = [{"lr": 0.1, "params": [0, 1, 2], "param_names": list(weights)}]
+    payload = {"model": state, "optim": {"state": slots, "param_groups": groups}}
+    chain = ["single_to_experts", "mitosis_split:parent=0,addresses=[1],noise=0.5"]
+    result = converted(payload, chain, tmp_path)
+    assert not torch.equal(result["model"]["head.experts.1.weight"], state["head.single.weight"])
+    for i, name in enumerate(result["optim"]["param_groups"][0]["param_names"]):
+        assert torch.equal(result["optim"]["state"][i]["master_param"], result["model"][name].float())
+
+
+def test_values_by_name_that_are_no_tensors_follow_too(tmp_path):
+    model, optimizer, _ = trained(1)
+    scales = {"trunk.weight": 1.0, "head.single.weight": 0.5, "head.single.bias": {"lr": 2}}
+    result = converted(payload_of(model, optimizer, scales=scales), SPLIT, tmp_path)
+    assert result["scales"] == {
+        "trunk.weight": 1.0,
+        **{f"head.experts.{i}.weight": 0.5 for i in range(2)},
+        **{f"head.experts.{i}.bias": {"lr": 2} for i in range(2)},
+    }
+
+
+def test_a_chain_that_only_moves_addresses_moves_them_in_the_average_too(tmp_path):
+    model, optimizer, average = trained(2)
+    state = average.state_dict()
+    payload = payload_of(model, optimizer, ema=state)
+    chain = ["prune_merge:merge_into=0", "experts_to_single"]
+    result = converted(payload, chain, tmp_path)
+    assert result["ema"]["module.router_map"].tolist() == [0] * len(model.router_map)
+
+
+def test_an_average_that_has_not_followed_is_a_finding(tmp_path):
+    model, optimizer, _ = trained(2)
+    _, _, old = trained(1)
+    torch.save(payload_of(model, optimizer, ema=old.state_dict()), tmp_path / "stale.pt")
+    torch.save(payload_of(model, optimizer, ema=trained(2)[2].state_dict()), tmp_path / "fine.pt")
+    findings = [each for each in vc.check(tmp_path / "stale.pt").findings if each.rule == "companion"]
+    assert [each.where for each in findings] == ["ema (module.*)"]
+    assert not [each for each in vc.check(tmp_path / "fine.pt").findings if each.rule == "companion"]
