@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vraxion_ckpt.binding import bind, unbind
-from vraxion_ckpt.errors import BindingError
 from vraxion_ckpt.model import Checkpoint, UnboundOptimizer
 
 SHAPES = [(2,), (3,), (2, 2)]

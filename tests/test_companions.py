@@ -112,21 +112,18 @@ def flattened(model: nn.Module) -> dict:
     return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
 
 
+def another_part(model: nn.Module) -> dict:
+    return {**model.state_dict(), "head.single.scale": torch.ones(1)}
+
+
+# What stands in the payload, the key that is named, and how the optimizer is built.
 UNKNOWN = {
-    "a list where the optimizer's order is not the model's": (
-        "ema.shadow_params",
-        lambda m, o: {"ema": shadow(m)},
-        by_name,
-    ),
-    "an optimizer keyed by names": ("optim_state", lambda m, o: {"optim_state": flattened(m)}, None),
-    "an optimizer under another key": ("second", lambda m, o: {"second": o.state_dict()}, None),
-    "a list of names": ("frozen", lambda m, o: {"frozen": ["head.single.weight"]}, None),
-    "an average of another head": ("ema", lambda m, o: {"ema": Net(2, layered=False).state_dict()}, None),
-    "an average with an unknown part": (
-        "ema",
-        lambda m, o: {"ema": {**m.state_dict(), "head.single.scale": torch.ones(1)}},
-        None,
-    ),
+    "a list where the optimizer's order is not the model's": ("ema.shadow_params", shadow, by_name),
+    "an optimizer keyed by names": ("optim_state", flattened, None),
+    "an optimizer under another key": ("second", lambda model: torch.optim.SGD(model.parameters()).state_dict(), None),
+    "a list of names": ("frozen", lambda _: ["head.single.weight"], None),
+    "an average of another head": ("ema", lambda _: Net(2, layered=False).state_dict(), None),
+    "an average with an unknown part": ("ema", another_part, None),
 }
 
 
@@ -134,13 +131,13 @@ UNKNOWN = {
 def test_what_cannot_follow_is_named_and_refused_unless_told_otherwise(kind, tmp_path):
     key, extra, make = UNKNOWN[kind]
     model, optimizer, _ = trained(1, make) if make else trained(1)
-    payload = payload_of(model, optimizer, **extra(model, optimizer))
+    top = key.split(".")[0]
+    payload = payload_of(model, optimizer, **{top: extra(model)})
     with pytest.raises(TransformError) as refusal:
         converted(payload, SPLIT, tmp_path)
     assert refusal.value.key.split(" ")[0] == key
     assert "--companions" in refusal.value.hint
     assert not (tmp_path / "out.pt").exists()
-    top = key.split(".")[0]
     with pytest.warns(vc.CkptWarning, match="unchanged, as asked"):
         kept = converted(payload, SPLIT, tmp_path, "kept.pt", companions="keep")
     assert_same(kept[top], payload[top])

@@ -10,9 +10,10 @@ which parameter every number stands for. Where names come from, in order of trus
 4. inference from what is known. That an optimizer lists its parameters in some order is known if the user says so,
    or of trainers that are known (`vraxion_ckpt.trainers`). Otherwise only what the shapes alone decide is bound.
 
-A payload's ``param_names`` is taken as the optimizer's order if there is one group, or one for each parameter, or
-if it is not the model's order. A list in the model's order does not say in which order several groups list their parameters: they are taken to
-be in the model's, too, if there is one such assignment and the shapes exclude the other usual orders. What several assignments leave open is kept (`Optimizer.undecided`), and refused only where a chain
+A payload's ``param_names`` is taken as the optimizer's order if there is one group, or one for each parameter, or if
+it is not the model's order. A list in the model's order does not say in which order several groups list their
+parameters: they are taken to be in the model's, too, if there is one such assignment and the shapes exclude the other
+usual orders. What several assignments leave open is kept (`Optimizer.undecided`), and refused only where a chain
 touches it. However names were found, counts are checked, and the shapes of slots.
 """
 
