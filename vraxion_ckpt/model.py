@@ -197,6 +197,8 @@ class Lifecycle:
     Attributes:
         age_steps: present where a trainer wrote it, as is `probation`.
         extra: entries of the row that we do not know.
+        collected: a trainer lists the expert as garbage-collected, although its tensors are there and are loaded.
+        assumed: no file states the row; a reader made it up. Comparisons ignore it.
     """
 
     contrib: int | float = 0.0
@@ -206,6 +208,13 @@ class Lifecycle:
     age_steps: int | None = None
     probation: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    collected: bool = False
+    assumed: bool = field(default=False, compare=False)
+
+    @classmethod
+    def unknown(cls, step: int) -> Lifecycle:
+        """Return the row of an expert of which no file states one, in a checkpoint of training step `step`."""
+        return cls(created_step=step, last_used_step=step, assumed=True)
 
     @classmethod
     def fresh(cls, step: int, like: Lifecycle | None = None) -> Lifecycle:
@@ -259,12 +268,15 @@ class Origin:
         dialects: by format name, what that format's writer needs to speak as the source did. An adapter reads
             and replaces its own entry and carries the others along. Plain JSON-like values.
         local: what only a writer of the same format has a use for; not carried into others.
+        leftovers: files of the format in the checkpoint's directory that no loader looks at, by their path below it:
+            shards that an earlier save has left. An edit in place keeps them, unless a new file takes the name.
     """
 
     format: str = ""
     path: Path | None = None
     dialects: Mapping[str, Any] = field(default_factory=dict)
     local: Mapping[str, Any] = field(default_factory=dict)
+    leftovers: tuple[str, ...] = ()
 
 
 @dataclass
