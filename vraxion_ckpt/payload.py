@@ -333,8 +333,8 @@ def build_payload(
         entries["num_experts"] = checkpoint.num_experts
     if optimizer_key:
         entries[optimizer_key] = unbind(checkpoint.optimizer) if checkpoint.optimizer else None
-    # Where names are not known, VRAXION's own exploder writes None.
-    entries["param_names"] = None if checkpoint.param_names is None else list(checkpoint.param_names)
+    if checkpoint.param_names is not None:
+        entries["param_names"] = list(checkpoint.param_names)
     new = [key for key in entries if key not in (*dialect.keys, "num_experts", "param_names")]
     if ours:
         entries[OUR_KEY] = ours
