@@ -218,10 +218,6 @@ ROWS: dict[str, tuple[Damage, str]] = {
         both(meta(lambda m: m.update(deleted=[1])), remove("experts/expert_002.pt")),
         r"expert_002.pt is missing",
     ),
-    "deleted, its shard damaged": (
-        both(meta(lambda m: m.update(deleted=[1])), cut("experts/expert_001.pt", 0.5)),
-        r"shard of expert 1 is damaged",
-    ),
     "deleted unknown": (meta(lambda m: m.update(deleted=[7])), r"\[deleted\].*ids below 3"),
     "deleted as text": (meta(lambda m: m.update(deleted="1")), r"\[deleted\]"),
     "fifo": (fifo("experts/meta.json"), r"meta.json: must be a regular file"),

@@ -467,7 +467,6 @@ WITHIN = {
     **dict.fromkeys(("truncated", "one byte short", "empty dict", "a list", "a number", "a leaf missing"), 1),
     **dict.fromkeys(("a leaf too many", "wrong shape", "wrong dtype"), 1),
     **{"wrong shape, the first": 0, "dtype of counts": 2},
-    "deleted, its shard damaged": 1,
 }
 BILLION = of_modular.router(lambda payload: payload.update(num_experts=10**9))
 
@@ -482,7 +481,7 @@ MODULAR: Entries = {
         for name, (damage, says) in of_modular.SHARDS.items()
     },
     **{
-        f"{kind}: {name}": Bad(directory(damage), InconsistentError, (says,), parent=WITHIN.get(name, 0))
+        f"{kind}: {name}": Bad(directory(damage), InconsistentError, (says,))
         for kind, cases in (("number", of_modular.NUMBERS), ("row", of_modular.ROWS))
         for name, (damage, says) in cases.items()
     },

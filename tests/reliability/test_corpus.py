@@ -166,7 +166,7 @@ ACCEPTED = {
 @pytest.mark.parametrize(("odd", "says"), ACCEPTED.values(), ids=ACCEPTED)
 def test_what_trainers_leave_is_read_as_they_read_it_with_a_warning(odd, says, command, cli, tmp_path):
     path = directory(odd)(tmp_path / "in")
-    arguments = {"convert": [tmp_path / "new/"], "inspect": [], "edit": ["-t", SPLIT]}[command]
+    arguments = {"convert": [f"{tmp_path}/new/"], "inspect": [], "edit": ["-t", SPLIT]}[command]
     before = resume(path)
     code, said = cli(command, path, *arguments)
     assert (code, says in " ".join(said.split())) == (0, True)
