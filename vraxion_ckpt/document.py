@@ -98,7 +98,7 @@ def dump(
     extras = Extras(
         history=checkpoint.history,
         plan=checkpoint.plan,
-        lifecycle=checkpoint.lifecycle,
+        lifecycle={} if checkpoint.has_no_rows else checkpoint.lifecycle,
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
         dialects=dict(checkpoint.origin.dialects),
     )

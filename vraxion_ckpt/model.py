@@ -326,6 +326,12 @@ class Checkpoint:
         step = self.payload.get("step")
         return step if isinstance(step, int) and not isinstance(step, bool) else 0
 
+    @property
+    def has_no_rows(self) -> bool:
+        """Whether every lifecycle row is the one that a reader assumes, so that none need be written."""
+        unknown = Lifecycle.unknown(self.step)
+        return all(row.assumed and row == unknown for row in self.lifecycle.values())
+
     def open_experts(self) -> None:
         """Open the files of all experts that have files of their own."""
         closed = [expert for expert in self.head.experts.values() if not expert.is_open] if self.head else []

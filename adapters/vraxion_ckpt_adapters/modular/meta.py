@@ -188,5 +188,4 @@ def _numbered(ids: Sequence[int]) -> str:
 def is_without_rows(checkpoint: Checkpoint, dialect: MetaDialect) -> bool:
     """Tell whether no row is to be written: as the exploder does of a single head, while nobody has stated one."""
     single = checkpoint.head is not None and checkpoint.head.kind is HeadKind.SINGLE
-    unknown = all(row.assumed and row == Lifecycle.unknown(checkpoint.step) for row in checkpoint.lifecycle.values())
-    return single and unknown and "step" not in dialect.keys
+    return single and checkpoint.has_no_rows and "step" not in dialect.keys
