@@ -138,7 +138,7 @@ def test_a_probe_answers_last_and_is_checked(probe):
     answers[0] = vc.Visits(np.array([float("nan")] * 64))
     with pytest.raises(vc.CkptError, match="not finite"):
         planned({})
-    with pytest.raises(vc.TransformError, match="nobody knows"):
+    with pytest.raises(vc.TransformError, match="no visit counts"):
         planned({}, vc.open(DATA / "wallclock_single.pt"))
 
 

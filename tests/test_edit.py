@@ -663,12 +663,12 @@ def test_a_second_run_is_busy_until_the_first_is_dead(tmp_path, command):
     assert beside(target) == []
 
 
-def die_before_the_pivot(target: Path) -> None:
-    """Grow in a process that is killed when all is in place but the router."""
+def die_before_the_pivot(target: Path, name: str = ROUTER) -> None:
+    """Grow in a process that is killed when all is in place but the router, or before another file is exchanged."""
     exchange = disk.exchange
 
     def dying(one: Path, other: Path) -> None:
-        if other == target / ROUTER:
+        if other == target / name:
             os.kill(os.getpid(), signal.SIGKILL)
         exchange(one, other)
 
@@ -692,6 +692,21 @@ def test_an_interrupted_edit_is_told_of_and_mended(tmp_path, command):
     assert contents(target) == before
     assert beside(target) == []
     assert command("inspect", target)[0] == 0
+
+
+def test_an_interrupted_edit_that_can_be_read_is_the_old_state_and_told_of(tmp_path, command):
+    target = lay(tmp_path)
+    before = contents(target)
+    die_before_the_pivot(target, META)  # the new shard is there, and router and rows are old
+    assert contents(target).keys() - before.keys() == {"experts/expert_003.pt"}
+    for arguments in (["inspect", target], ["convert", target, tmp_path / "new.pt"], ["edit", target, "--dry-run"]):
+        code, _, complained = command(*arguments)
+        assert code == 0
+        assert f"an edit of it was interrupted; `vraxion-ckpt edit {target}`" in complained
+    assert command("check", target)[0] == 1
+    assert load(tmp_path / "new.pt")["num_experts"] == 3
+    assert command("edit", target)[0] == 0
+    assert contents(target) == before
 
 
 def test_the_next_run_cleans_up_and_touches_nothing_that_only_looks_like_a_leftover(tmp_path):

@@ -140,9 +140,7 @@ SHARDS: dict[str, tuple[Damage, str]] = {
     "first missing": (remove("experts/expert_000.pt"), r"expert_000.pt is missing"),
     "middle missing": (remove("experts/expert_001.pt"), r"expert_001.pt is missing"),
     "last missing": (remove("experts/expert_002.pt"), r"expert_002.pt is missing"),
-    "gap": (rename("expert_001.pt", "expert_003.pt"), r"expert_003.pt is beyond num_experts = 3"),
-    "stale": (copy("expert_001.pt", "expert_003.pt"), r"expert_003.pt is beyond num_experts = 3"),
-    "stale, far": (copy("expert_001.pt", "expert_017.pt"), r"expert_017.pt is beyond"),
+    "gap": (rename("expert_001.pt", "expert_003.pt"), r"expert_001.pt is missing"),
     "truncated": (cut("experts/expert_001.pt", 0.5), r"expert_001.pt.*shard of expert 1 is damaged"),
     "one byte short": (cut("experts/expert_001.pt", 0.9999), r"shard of expert 1 is damaged"),
     "empty file": (cut("experts/expert_001.pt", 0), r"shard of expert 1 is damaged: is empty"),
@@ -196,7 +194,7 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
     "expert inside": (router(lambda p: p["model"].update({"head.experts.0.weight": ZEROS})), r"router.state.*shards"),
     "single head inside": (
         router(lambda p: p["model"].update({"head.single.weight": ZEROS})),
-        r"shards beside a single",
+        r"router.state \[num_experts\].*is 3, but the head is single",
     ),
 }
 
@@ -216,7 +214,10 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "tenured as 1": (row(1, tenured=1), r"experts\[1\].*tenured"),
     "key twice": (meta_text('"step": 4', '"step": 3, "step": 4'), r"\[step\].*occurs twice"),
     "key twice in a row": (meta_text('"id": 1', '"id": 0, "id": 1'), r"\[id\].*occurs twice"),
-    "deleted lives": (meta(lambda m: m.update(deleted=[1])), r"\[deleted\].*lists expert 1, whose shard is there"),
+    "deleted, and another missing": (
+        both(meta(lambda m: m.update(deleted=[1])), remove("experts/expert_002.pt")),
+        r"expert_002.pt is missing",
+    ),
     "deleted unknown": (meta(lambda m: m.update(deleted=[7])), r"\[deleted\].*ids below 3"),
     "deleted as text": (meta(lambda m: m.update(deleted="1")), r"\[deleted\]"),
     "fifo": (fifo("experts/meta.json"), r"meta.json: must be a regular file"),
@@ -320,8 +321,9 @@ def test_without_meta_the_rows_are_rebuilt_with_a_warning(target, tmp_path):
 @pytest.mark.parametrize(
     ("stem", "damage", "says"),
     [
-        ("modular_single", meta(lambda m: m.update(deleted=[0])), "lists expert 0, whose head is in router.state"),
-        ("modular_single", copy("meta.json", "expert_000.pt"), "shards beside a single head"),
+        ("modular_single", meta(lambda m: m.update(deleted=[1])), "must list expert ids below 1"),
+        ("modular_single", copy("meta.json", "expert_0.pt"), "a shard is called expert_<id>.pt"),
+        ("modular_single", meta(lambda m: m.update(num_experts=2)), "is 2, router.state says 1"),
         ("modular_gc", meta(lambda m: m.update(deleted=[])), "expert_001.pt is missing"),
         ("modular_gc", meta(lambda m: m.update(deleted=[1, 1])), "lists an expert twice"),
         (

@@ -1,9 +1,9 @@
 """The three-way resume proof for optimizers in every order, with names in every place.
 
 A trainer orders its parameters by some rule; the file has their names in the param groups, in the payload, given by
-the user, or nowhere. After a split or a merge, the checkpoint is loaded into an optimizer that the same rule builds. Either
-every parameter has the state that surgery in memory gives it, and training goes on bit by bit the same, or the chain was
-refused with exit code 9. All layers of the model are alike, so that shapes tell as little as possible.
+the user, or nowhere. After a split or a merge, the checkpoint is loaded into an optimizer that the same rule builds.
+Either every parameter has the state that surgery in memory gives it, and training goes on bit by bit the same, or the
+chain was refused with exit code 9. All layers of the model are alike, so that shapes tell as little as possible.
 """
 
 from __future__ import annotations

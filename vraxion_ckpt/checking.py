@@ -27,7 +27,7 @@ from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceErro
 from vraxion_ckpt.facts import Fact, Facts
 from vraxion_ckpt.inspection import value_facts
 from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, HeadKind
+from vraxion_ckpt.model import Checkpoint, HeadKind, Origin
 from vraxion_ckpt.parameter_order import explain
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike
@@ -106,10 +106,12 @@ def check(
         findings: list[Finding] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CkptWarning)
-            root, tensors, size = _examine(adapter, root, findings, param_names, optimizer_order)
+            checkpoint, tensors, size = _examine(adapter, root, findings, param_names, optimizer_order)
         told = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, CkptWarning))
         findings += [Finding(severity=Severity.WARNING, rule="readable", what=text) for text in told]
-        files = files_of(adapter, root)
+        origin = checkpoint.origin if checkpoint is not None else Origin()
+        root = origin.path or root
+        files = files_of(adapter, root, origin.leftovers)
         findings += _about_files(adapter, root, files)
         if listed is not None:
             findings += [
@@ -141,8 +143,8 @@ def _examine(
     findings: list[Finding],
     names: Sequence[str] | None,
     order: OptimizerOrder | None,
-) -> tuple[Path, int, int]:
-    """Read everything and judge it; return the root, how many tensors were looked at, and their bytes."""
+) -> tuple[Checkpoint | None, int, int]:
+    """Read everything and judge it; return the checkpoint, how many tensors were looked at, and their bytes."""
     faults = Faults()
     tensors = size = 0
     with blamed(adapter):
@@ -156,9 +158,8 @@ def _examine(
         findings += _about_contents(bound)
         tensors, size = _about_values(bound, findings)
         faults.attempt(checkpoint.sources.check_unchanged)
-        root = checkpoint.origin.path or root
     findings += [_finding("readable", error) for error in faults.errors]
-    return root, tensors, size
+    return checkpoint, tensors, size
 
 
 def _finding(rule: str, error: CkptError, severity: Severity = Severity.ERROR) -> Finding:
@@ -304,7 +305,8 @@ def _these(ids: Sequence[int], most: int = 8) -> str:
 def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
     if "step" not in checkpoint.payload:
         return
-    late = [i for i, r in checkpoint.lifecycle.items() if max(r.created_step, r.last_used_step) > checkpoint.step]
+    stated = {i: row for i, row in checkpoint.lifecycle.items() if not row.assumed}
+    late = [i for i, row in stated.items() if max(row.created_step, row.last_used_step) > checkpoint.step]
     if late:
         what = f"the row of {_these(late)} is of a later step than the checkpoint's, {checkpoint.step}"
         yield Finding(severity=Severity.WARNING, rule="mixed saves", what=what)

@@ -12,7 +12,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -68,7 +68,9 @@ def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Ite
     elif type(a) is not type(b):
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
     elif is_dataclass(a) and not isinstance(a, type):  # whose own equality takes 0 for 0.0
-        yield from differences(vars(a), vars(b), key, same=same)
+        compared = [f.name for f in fields(a) if f.compare]
+        one, other = ({name: getattr(value, name) for name in compared} for value in (a, b))
+        yield from differences(one, other, key, same=same)
     elif isinstance(a, Mapping):
         if isinstance(a, OrderedDict) and (vars(a) or vars(b)):
             yield from differences(vars(a), vars(b), f"{key} attributes", same=same)

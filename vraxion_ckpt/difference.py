@@ -390,12 +390,15 @@ def _lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list
     now = _ids_after(a, b, matching)
     for i, row in a.lifecycle.items():
         other = b.lifecycle.get(now.get(i, -1))
-        if other is None:
-            changes.append(_removed(f"row of expert {i}", None))
-        else:
+        if other is not None and not row.assumed and not other.assumed:
             changes += _changes(vars(row), vars(other), f"row of expert {i}")
-    changes += [_added(f"row of expert {j}", None) for j in b.lifecycle if j not in now.values()]
-    return changes
+        elif row != other:  # what no file states is no row
+            if not row.assumed:
+                changes.append(_removed(f"row of expert {i}", None))
+            if other is not None and not other.assumed:
+                changes.append(_added(f"row of expert {now[i]}", None))
+    added = (j for j, row in b.lifecycle.items() if j not in now.values() and not row.assumed)
+    return changes + [_added(f"row of expert {j}", None) for j in added]
 
 
 def _history_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:

@@ -100,7 +100,7 @@ def dump(
     extras = Extras(
         history=checkpoint.history,
         plan=checkpoint.plan,
-        lifecycle=checkpoint.lifecycle,
+        lifecycle={} if checkpoint.has_no_rows else checkpoint.lifecycle,
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
         dialects=dict(checkpoint.origin.dialects),
     )
@@ -271,7 +271,7 @@ def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name:
         origin=Origin(format_name, path, extras.dialects),
     )
     found = split_head(checkpoint, path, frozenset(extras.deleted))
-    rows = {i: Lifecycle.fresh(found.step) for i in range(found.num_experts)}
+    rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
     return replace(found, lifecycle=extras.lifecycle or rows)
 
 
@@ -406,7 +406,7 @@ def bare(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpo
     order = [*others[:position], *head, *others[position:]]
     checkpoint = Checkpoint({name: tensors[name] for name in order}, origin=Origin(format_name, path))
     found = split_head(checkpoint, path)
-    return replace(found, lifecycle={i: Lifecycle.fresh(0) for i in range(found.num_experts)})
+    return replace(found, lifecycle={i: Lifecycle.unknown(0) for i in range(found.num_experts)})
 
 
 def _expert_id(name: str) -> int:

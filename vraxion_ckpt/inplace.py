@@ -37,6 +37,7 @@ from vraxion_ckpt.pipeline import (
     check_read_back,
     files_below,
     publish,
+    quietly,
     stage_manifest,
     stage_side_files,
     write_whole,
@@ -290,25 +291,31 @@ def _plan(
     """Find out which files differ, and by that the kind of the edit."""
     foreign = {str(path.relative_to(target)) for path in adapter.foreign_files(target)} if target.is_dir() else set()
     others = tuple(sorted(name for name in foreign if not _is_below(str(Path(name).parent), foreign)))
-    ours = {name: mark for name, mark in marks.items() if not foreign or not _is_below(name, foreign)}
+    left = set(before.origin.leftovers)
+    watched = {name: mark for name, mark in marks.items() if not foreign or not _is_below(name, foreign)}
+    ours = {name: mark for name, mark in watched.items() if name not in left}
     if idle:
         return _Work(EditKind.NOTHING, written=(), untouched=len(ours))
     if not target.is_dir():
         return _Work(EditKind.REPLACE, watched=marks)
     if adapter.pivot is None:
         copied = _bytes_of_files(target, marks.keys() - ours.keys()) if keep_old else 0
-        return _Work(EditKind.REWRITE, carried=others, copied=copied, watched=marks)
+        return _Work(EditKind.REWRITE, carried=(*sorted(left), *others), copied=copied, watched=marks)
     old = {name: part for name, part in adapter.parts(before).items() if name in ours}
     new = adapter.parts(held)
     same = {name for name, part in new.items() if name in old and old[name].content == part.content}
     written = tuple(name for name in new if name not in same)
     removed = tuple(name for name in old if name not in new)
     rest = tuple(name for name in (*written, *removed) if name != adapter.pivot)
+    for name in written:
+        if name not in old and os.path.lexists(target / name) and not stat.S_ISREG((target / name).lstat().st_mode):
+            message = "is no regular file, and has the name of a file of the new state"
+            raise UsageError(message, path=target / name, hint="move it away, or use convert to a new path")
 
     def unseen_by(reader: Checkpoint) -> bool:
         return all(adapter.unseen(name, before, held, reader) for name in rest)
 
-    work = _Work(EditKind.REWRITE, Change(), new, written, removed, untouched=len(same), watched=ours)
+    work = _Work(EditKind.REWRITE, Change(), new, written, removed, untouched=len(same), watched=watched)
     in_place = adapter.pivot in written and adapter.pivot in old and not keep_old
     if in_place and not rest:
         return replace(work, kind=EditKind.ROUTER_ONLY, change=Change(adapter.pivot))
@@ -317,8 +324,9 @@ def _plan(
     if in_place and all(name in old for name in rest) and unseen_by(held):
         later = tuple(name for name in rest if name in new)
         return replace(work, kind=EditKind.SHRINK, change=Change(adapter.pivot, later=later, removed=removed))
-    copied = _bytes_of_files(target, same | (marks.keys() - ours.keys())) if keep_old else 0
-    return replace(work, carried=(*sorted(same), *others), copied=copied, watched=marks)
+    kept = left - new.keys()
+    copied = _bytes_of_files(target, same | kept | (marks.keys() - watched.keys())) if keep_old else 0
+    return replace(work, carried=(*sorted(same | kept), *others), copied=copied, watched=marks)
 
 
 def _refuse_unwritable(target: Path, work: _Work) -> None:
@@ -394,7 +402,8 @@ def _stage(
 
 def _stage_list(stack: ExitStack, adapter: Adapter, target: Path, before: Checkpoint, place: Beside) -> Staging:
     """Stage the manifest of a checkpoint that stays as it is."""
-    manifest = stage_manifest(stack, place, adapter, by_name(target, files_of(adapter, target)), target)
+    files = files_of(adapter, target, before.origin.leftovers)
+    manifest = stage_manifest(stack, place, adapter, by_name(target, files), target)
     assert manifest is not None
     before.sources.verify()
     before.sources.check_unchanged()
@@ -437,7 +446,7 @@ def _carry(source: Path, target: Path, *, copy: bool) -> None:
 def _read_back(adapter: Adapter, held: Checkpoint, work: _Work, stage: Staged, untouched: set[int]) -> None:
     """Read the new state as anyone would, and compare what has changed with what it was made from."""
     in_place = work.change.pivot != "."
-    with blamed(adapter):
+    with blamed(adapter), quietly():
         found = adapter.read_over(stage.target, stage.path, work.removed) if in_place else adapter.read(stage.path)
         if not in_place:
             found.open_experts()  # those that stay as they are, too

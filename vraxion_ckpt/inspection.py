@@ -18,7 +18,7 @@ from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
 from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
+from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record
 from vraxion_ckpt.options import configure
 from vraxion_ckpt.parameter_order import explain
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
@@ -72,6 +72,8 @@ class LifecycleFacts(Fact):
     tenured: bool
     age_steps: int | None
     probation: bool | None
+    collected: bool
+    """Listed as garbage-collected by a trainer, although its tensors are there."""
     extra: Plain
 
 
@@ -86,6 +88,7 @@ class ExpertFacts(Fact):
     share: float | None
     """The same as a part of the ring."""
     lifecycle: LifecycleFacts | None
+    """Null where no file states it."""
     bytes: int | None
     """Null where its file was not opened; ``--tensors`` opens all."""
     tensors: dict[str, TensorFacts] | None
@@ -223,7 +226,7 @@ def inspect(
     with os_errors_named(path):
         adapter = configure(adapters()[format_], {})
         with blamed(adapter):
-            files = files_of(adapter, root)
+            files = files_of(adapter, root, checkpoint.origin.leftovers)
             dialect = adapter.dialect(checkpoint)
         size = sum(file.stat().st_size for file in files)
     facts = Inspection(
@@ -269,12 +272,16 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
                 deleted=i in head.deleted,
                 addresses=counts[i] if counts else None,
                 share=counts[i] / length if counts else None,
-                lifecycle=LifecycleFacts.model_validate(vars(row)) if row else None,
+                lifecycle=_lifecycle_facts(row) if row and not row.assumed else None,
                 bytes=None if held is None else size_of(dict(held)),
                 tensors=None if held is None else {leaf: _tensor_facts(t) for leaf, t in held.items()},
             )
         )
     return tuple(facts)
+
+
+def _lifecycle_facts(row: Lifecycle) -> LifecycleFacts:
+    return LifecycleFacts.model_validate({name: getattr(row, name) for name in LifecycleFacts.model_fields})
 
 
 def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:

@@ -224,6 +224,8 @@ class Lifecycle:
     Attributes:
         age_steps: present where a trainer wrote it, as is `probation`.
         extra: entries of the row that we do not know.
+        collected: a trainer lists the expert as garbage-collected, although its tensors are there and are loaded.
+        assumed: no file states the row; a reader made it up. Comparisons ignore it.
     """
 
     contrib: int | float = 0.0
@@ -233,6 +235,13 @@ class Lifecycle:
     age_steps: int | None = None
     probation: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    collected: bool = False
+    assumed: bool = field(default=False, compare=False)
+
+    @classmethod
+    def unknown(cls, step: int) -> Lifecycle:
+        """Return the row of an expert of which no file states one, in a checkpoint of training step `step`."""
+        return cls(created_step=step, last_used_step=step, assumed=True)
 
     @classmethod
     def fresh(cls, step: int, like: Lifecycle | None = None) -> Lifecycle:
@@ -286,12 +295,15 @@ class Origin:
         dialects: by format name, what that format's writer needs to speak as the source did. An adapter reads
             and replaces its own entry and carries the others along. Plain JSON-like values.
         local: what only a writer of the same format has a use for; not carried into others.
+        leftovers: files of the format in the checkpoint's directory that no loader looks at, by their path below it:
+            shards that an earlier save has left. An edit in place keeps them, unless a new file takes the name.
     """
 
     format: str = ""
     path: Path | None = None
     dialects: Mapping[str, Any] = field(default_factory=dict)
     local: Mapping[str, Any] = field(default_factory=dict)
+    leftovers: tuple[str, ...] = ()
 
 
 @dataclass
@@ -351,6 +363,12 @@ class Checkpoint:
             if name[:end] in self.ancestors:
                 return self.ancestors[name[:end]].prefix + name[end:]
         return name
+
+    @property
+    def has_no_rows(self) -> bool:
+        """Whether every lifecycle row is the one that a reader assumes, so that none need be written."""
+        unknown = Lifecycle.unknown(self.step)
+        return all(row.assumed and row == unknown for row in self.lifecycle.values())
 
     def open_experts(self) -> None:
         """Open the files of all experts that have files of their own."""

@@ -11,6 +11,9 @@ from vraxion_ckpt.errors import InconsistentError, UsageError
 from vraxion_ckpt.model import Checkpoint, SplitPlan
 
 SCHEMA = "mitosis_meta_v1"
+HOW_TO_COUNT = "count visits and plan with arc_meta:visits=FILE, or give parent= and addresses= to mitosis_split"
+_ASKED_FOR = ("parent_expert", "hot_addresses")
+_MEASURED = ("acc", "slope", "imbalance", "window")  # what a trainer's request says besides
 
 
 def to_json(plan: SplitPlan) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def load(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
 
     Raises:
         UsageError: there is no such file.
-        InconsistentError: it is no plan, or one for a ring or a number of experts that `checkpoint` has not.
+        InconsistentError: it is no plan, it names no parent or no addresses, or it is for a ring or a number of experts
+            that `checkpoint` has not.
     """
     if not path.is_file():
         raise UsageError("no such file", path=path)
@@ -42,7 +46,9 @@ def load(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         raise InconsistentError("must be a JSON object", path=path)
     request = _request(data, path)
     if request is None:
-        raise InconsistentError("has no parent_expert and hot_addresses", path=path)
+        lacking = _lacking(data)
+        message = f"is a trainer's request that {lacking}" if lacking else "has no parent_expert and hot_addresses"
+        raise InconsistentError(message, path=path, hint=f"{HOW_TO_COUNT}, instead of meta=" if lacking else None)
     router = checkpoint.router_map
     actual = {"router_map_len": len(router) if router is not None else 0, "num_experts": checkpoint.num_experts}
     for key, value in actual.items():
@@ -52,7 +58,7 @@ def load(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
 
 
 def requested_by_trainer(checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]] | None:
-    """Return the split that a trainer asks for under the payload's ``mitosis``, if it does.
+    """Return the split that a trainer asks for under the payload's ``mitosis``, if it names parent and addresses.
 
     After a split the same key records what was done, with other entries; that is no request.
     """
@@ -60,9 +66,23 @@ def requested_by_trainer(checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]] 
     return _request(wish, None) if isinstance(wish, Mapping) else None
 
 
+def lacking_in_request(checkpoint: Checkpoint) -> str | None:
+    """Say what a trainer's request in the payload does not name; None if there is no request, or nothing lacks."""
+    wish = checkpoint.payload.get("mitosis")
+    return _lacking(wish) if isinstance(wish, Mapping) else None
+
+
+def _lacking(data: Mapping[str, Any]) -> str | None:
+    lacking = [key for key in _ASKED_FOR if data.get(key) is None]
+    if not lacking or not any(key in data for key in (*_ASKED_FOR, *_MEASURED)):
+        return None
+    named = f"neither {' nor '.join(lacking)}" if len(lacking) > 1 else f"no {lacking[0]}"
+    return f"names {named}: this trainer's evaluation counts no visits"
+
+
 def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int, ...]] | None:
-    if data.get("parent_expert") is None or "hot_addresses" not in data:
-        return None  # a trainer that has found no parent says None
+    if any(data.get(key) is None for key in _ASKED_FOR):
+        return None
     parent, addresses = data["parent_expert"], data["hot_addresses"]
     if type(parent) is not int:
         raise InconsistentError("must be a whole number", path=path, key="parent_expert")

@@ -92,9 +92,16 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
         refuse(InconsistentError, invariants.findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
-            error.hint = f"an edit of it was interrupted; `vraxion-ckpt edit {place}` takes it back, or finishes it"
+            error.hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
         raise
+    if was_interrupted(Path(os.path.realpath(place))):
+        message = f"{place}: an edit of it was interrupted; {_how_to_settle(place)}"
+        warnings.warn(message, CkptWarning, stacklevel=3)
     return checkpoint
+
+
+def _how_to_settle(place: Path) -> str:
+    return f"`vraxion-ckpt edit {place}` takes it back, or finishes it"
 
 
 def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
@@ -156,11 +163,11 @@ def bound_if_possible(
         return checkpoint, refused
 
 
-def files_of(adapter: Adapter, path: Path) -> list[Path]:
-    """List the files of a checkpoint, without other people's files in its directory."""
+def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> list[Path]:
+    """List the files of a checkpoint, without other people's files in its directory and without `leftovers`."""
     if not path.is_dir():
         return [path]
-    foreign = set(map(os.fspath, adapter.foreign_files(path)))
+    foreign = {*map(os.fspath, adapter.foreign_files(path)), *(os.path.join(path, name) for name in leftovers)}  # noqa: PTH118 - as below
     found = []
     for folder, below, names in os.walk(path):
         below[:] = [name for name in below if os.path.join(folder, name) not in foreign]  # noqa: PTH118 - thousands

@@ -64,7 +64,7 @@ class PtAdapter(Adapter):
         parsed = parse_payload(torchfile.load(path, sources, self.allow_global), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
-        rows = {i: Lifecycle.fresh(found.step) for i in range(found.num_experts)}
+        rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
         checkpoint = replace(
             found,
             lifecycle={**rows, **_recorded_rows(extras, rows, path)},

@@ -105,7 +105,7 @@ class SafetensorsAdapter(Adapter):
                 lost.append(Loss("the optimizer's state", why))
             if checkpoint.payload:
                 lost.append(Loss(f"the payload's {', '.join(map(str, checkpoint.payload))}", why))
-            if any(row != Lifecycle() for row in checkpoint.lifecycle.values()):
+            if any(row != Lifecycle() and not row.assumed for row in checkpoint.lifecycle.values()):
                 lost.append(Loss("the experts' lifecycle rows", why))
             if checkpoint.plan is not None:
                 lost.append(Loss("the planned split", why))
@@ -122,7 +122,7 @@ class SafetensorsAdapter(Adapter):
             optimizer=None,
             unbound=None,
             payload={},
-            lifecycle=dict.fromkeys(checkpoint.lifecycle, Lifecycle()),
+            lifecycle=dict.fromkeys(checkpoint.lifecycle, Lifecycle.unknown(0)),
             plan=None,
             origin=replace(checkpoint.origin, dialects=dialects),
         )

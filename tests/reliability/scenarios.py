@@ -152,6 +152,8 @@ def build(folder: Path) -> list[Scenario]:
     rewrite = _edit(folder, "modular_experts3", [renumber], first=[EARLIER])
     router = _edit(folder, "modular_experts3", [], optimizer="drop")
     file = _edit(folder, "wallclock_experts3.pt", [SPLIT])
+    over = _edit(folder, "trainers/modular_leftover_shard", [SPLIT])  # a new shard takes the name of one left over
+    assert over.change.first[0] in over.old
     cases = [
         grow,
         _edit(folder, "modular_gc", [SPLIT]),
@@ -162,9 +164,12 @@ def build(folder: Path) -> list[Scenario]:
         router,
         rewrite,
         file,
+        over,
+        _edit(folder, "trainers/modular_gc_shards_left", [SPLIT]),
+        _edit(folder, "trainers/exploded_single", ["single_to_experts", SPLIT]),
     ]
     variants = [
-        *(_variant(case, "no exchange", exchange=False) for case in (grow, shrink, router, file)),
+        *(_variant(case, "no exchange", exchange=False) for case in (grow, shrink, router, file, over)),
         *(_variant(case, "no links", links=False) for case in (rewrite,)),
         _variant(grow, "neither", exchange=False, links=False),
         *(_variant(case, "kept", change=Change(), keep_old=True) for case in (grow, file)),

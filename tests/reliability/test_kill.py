@@ -12,10 +12,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from scenarios import Scenario, beside, read_tree, trainer_writes, watched_disk
+from scenarios import Scenario, beside, read_tree, trainer_writes, watched_disk, write_tree
 
+import vraxion_ckpt as vc
 from vraxion_ckpt.commit import exclusive, was_interrupted
-from vraxion_ckpt.errors import ChangedError, StorageError
+from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.errors import ChangedError, InconsistentError, StorageError
 from vraxion_ckpt.transaction import committed
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
@@ -90,6 +92,34 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new_one(cases, ram, figu
     assert not bad, "\n".join(bad[:20])
     assert points >= 1000
     assert min(states["old"], states["new"]) > 50
+
+
+def test_what_is_read_after_a_kill_is_what_a_trainer_resumes(cases, ram):
+    """Where a shard beyond num_experts is ignored, a killed run must not be taken for anything else."""
+    seen = Counter()
+    kinds = ("leftover", "grow: modular_experts3", "shrink")
+    for case in (c for c in cases if c.old and not c.touched and any(kind in c.name for kind in kinds)):
+        states = {}
+        for which, tree in (("old", case.old), ("new", case.new)):
+            place = ram(case.name) / "run"
+            write_tree(place, tree)
+            states[which] = vc.open(place)
+        number, alive = 0, False
+        while not alive:
+            number += 1
+            target = case.lay(ram(case.name))
+            alive = not killed_at(case, target, number)
+            try:
+                found = vc.open(target)
+            except InconsistentError:
+                seen["refused"] += 1
+            else:
+                which = case.judge(target)
+                seen[which] += 1
+                listed = list(checkpoint_differences(states[which], found))
+                assert not listed, f"{case.name}, call {number}: {listed}"
+            shutil.rmtree(target.parent)
+    assert seen.keys() == {"old", "new", "refused"}
 
 
 def test_a_run_that_is_killed_while_it_cleans_up_is_cleaned_up_by_the_next(cases, ram, figure):

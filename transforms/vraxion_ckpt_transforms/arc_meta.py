@@ -87,7 +87,10 @@ class ArcMeta(Transform):
             return load_visits(self.visits, ring_len)
         found = plugins.probe_visits(checkpoint)
         if found is None:
-            raise TransformError("nobody knows how often each address is visited", key=self.name, hint=_HOW_TO_SUPPLY)
+            message, lacking = "no visit counts available", plan.lacking_in_request(checkpoint)
+            if lacking is not None:
+                message += f"; the trainer's `mitosis` request {lacking}"
+            raise TransformError(message, key=self.name, hint=plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY)
         try:
             probed = Visits(
                 ring.as_weights(found.visits),

@@ -103,13 +103,17 @@ class MitosisSplit(Transform):
                 )
             return attached.parent, attached.addresses
         request = plan.requested_by_trainer(checkpoint)
-        if request is None:
-            raise TransformError(
-                "there is no plan",
-                key=self.name,
-                hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses=",
-            )
-        return request
+        if request is not None:
+            return request
+        lacking = plan.lacking_in_request(checkpoint)
+        if lacking is not None:
+            message = f"there is no plan; the trainer's `mitosis` request {lacking}"
+            raise TransformError(message, key=self.name, hint=plan.HOW_TO_COUNT)
+        raise TransformError(
+            "there is no plan",
+            key=self.name,
+            hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses=",
+        )
 
     def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
         if not 0 <= parent < head.num_experts:

@@ -104,6 +104,7 @@ def _expert_table(experts: tuple[ExpertFacts, ...]) -> Table:
         row = expert.lifecycle
         shapes = [f"{leaf} {list(t.shape)}" for leaf, t in (expert.tensors or {}).items()]
         marks = " tenured" * bool(row and row.tenured) + " deleted" * expert.deleted
+        marks += " collected" * bool(row and row.collected)
         table.add_row(
             f"{expert.id}{marks}",
             "–" if expert.addresses is None else str(expert.addresses),

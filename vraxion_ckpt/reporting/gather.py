@@ -122,7 +122,7 @@ def gather(
         shares=shares,
         shares_of=shares_of,
         alike=_alike(checkpoint, hot, shares),
-        lifecycle=checkpoint.lifecycle,
+        lifecycle={i: row for i, row in checkpoint.lifecycle.items() if not row.assumed},
         deleted=checkpoint.head.deleted if checkpoint.head else frozenset(),
         history=checkpoint.history,
         changes=difference.summary() if difference else (),

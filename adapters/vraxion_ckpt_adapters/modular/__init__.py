@@ -23,7 +23,7 @@ from vraxion_ckpt.adapter import Adapter, Faults, Loss, Part
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import InconsistentError, StorageError
 from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.model import VRAXION, Checkpoint, Expert, Head, HeadKind
 from vraxion_ckpt.options import NameList
 from vraxion_ckpt.payload import (
     Extras,
@@ -42,9 +42,10 @@ from vraxion_ckpt.sources import Sources
 from vraxion_ckpt_adapters.modular.meta import (
     META,
     check_meta,
-    deleted_ids,
-    fresh_rows,
+    is_without_rows,
+    listed_as_deleted,
     parse_meta,
+    parse_rows,
     read_meta,
     recorded_meta,
     row_to_json,
@@ -53,17 +54,21 @@ from vraxion_ckpt_adapters.modular.meta import (
 )
 from vraxion_ckpt_adapters.modular.shards import (
     SHARD,
+    below,
+    check_complete,
+    check_file,
     check_fit,
-    check_ids,
+    check_names,
     content_of,
     leaves_by_expert,
+    leftovers,
     list_shards,
     load_shard,
     of_another_size,
-    present_shards,
     shard_name,
     tied_across_files,
     torch_part,
+    warn_of_leftovers,
 )
 
 _ROUTER = "system/router.state"
@@ -104,15 +109,20 @@ class ModularAdapter(Adapter):
         router, place = files.path(_ROUTER), files.path(META)
         parsed = faults.attempt(lambda: parse_payload(torchfile.load(router, sources, self.allow_global), router))
         meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
-        faults.attempt(files.shards)
-        shards = present_shards(files.root / "experts")
+        faults.attempt(files.check_names)
+        shards = files.shards()
         if parsed is not None:
             if meta is not None:
                 faults.attempt(lambda: check_meta(meta, parsed, place))
             number = parsed.num_experts
-            if number is not None and (shards or number > 1):
-                faults.attempt(lambda: check_ids(shards, deleted_ids(meta, number, files.root), number, files.root))
-                faults.attempt(lambda: rows_of(meta, number, files.root) if meta else {})
+            if any(name.startswith(VRAXION.single) for name in parsed.checkpoint.core):
+                shards = {}
+            elif number is not None and (shards or number > 1):
+                shards = below(shards, number)
+                listed = faults.attempt(lambda: listed_as_deleted(meta, number, files.root)) or frozenset()
+                faults.attempt(lambda: check_complete(shards, listed, number, files.root))
+                faults.attempt(lambda: parse_rows(meta, number, files.root) if meta else {})
+        shards = {i: path for i, path in shards.items() if faults.attempt(partial(check_file, i, path)) is not None}
         leaves = leaves_by_expert(parsed.checkpoint.param_names) if parsed is not None else {}
         whole: tuple[int, dict[str, Tensor]] | None = None
         for expert, shard in shards.items():
@@ -134,22 +144,26 @@ class ModularAdapter(Adapter):
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
             raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
+        files.check_names()
         shards = files.shards()
         num_experts = parsed.num_experts
         if num_experts is None:
-            num_experts = meta["num_experts"] if meta else max(1, len(shards))
+            num_experts = meta["num_experts"] if meta else max(1, len(shards) if found.head is None else 1)
+        listed = listed_as_deleted(meta, num_experts, root)
+        single = found.head is not None
+        left = leftovers(shards, 0 if single else num_experts)
         if found.head is None and (shards or num_experts > 1):
-            found = with_head(found, self._sharded_head(root, shards, num_experts, meta, parsed, sources))
-        elif shards:
-            raise InconsistentError("has shards beside a single head in router.state", path=root)
-        elif found.head is not None and num_experts != 1:
+            head = self._sharded_head(root, below(shards, num_experts), num_experts, listed, parsed, sources)
+            found = with_head(found, head)
+        elif single and num_experts != 1:
             raise InconsistentError(f"is {num_experts}, but the head is single", path=router, key="num_experts")
-        elif found.head is not None and deleted_ids(meta, num_experts, root):
-            raise InconsistentError("lists expert 0, whose head is in router.state", path=root, key="deleted")
+        if left:
+            warn_of_leftovers(list(left), "the head is single" if single else f"num_experts is {num_experts}", root)
+        origin = with_meta(origin_of(self.name, root, "router", parsed.dialect, parsed.extras), meta)
         return replace(
             found,
-            lifecycle=rows_of(meta, found.num_experts, root) if meta and found.head else fresh_rows(found),
-            origin=with_meta(origin_of(self.name, root, "router", parsed.dialect, parsed.extras), meta),
+            lifecycle=rows_of(found, meta, listed, root),
+            origin=replace(origin, leftovers=tuple(f"experts/{path.name}" for path in left.values())),
             sources=sources,
         )
 
@@ -158,12 +172,13 @@ class ModularAdapter(Adapter):
         root: Path,
         shards: dict[int, Path],
         num_experts: int,
-        meta: dict[str, Any] | None,
+        listed: frozenset[int],
         parsed: Parsed,
         sources: Sources,
     ) -> Head:
-        deleted = deleted_ids(meta, num_experts, root)
-        check_ids(shards, deleted, num_experts, root)
+        for i, shard in shards.items():
+            check_file(i, shard)
+        check_complete(shards, listed, num_experts, root)
         leaves = leaves_by_expert(parsed.checkpoint.param_names)
         first: list[tuple[int, dict[str, Tensor]]] = []  # the shard that was opened first: what the others must fit
 
@@ -188,7 +203,7 @@ class ModularAdapter(Adapter):
         if not 0 <= position <= len(parsed.checkpoint.core):
             raise InconsistentError("is beyond the state dict", path=root, key="head_position")
         experts = {i: opener(i, shards[i]) for i in sorted(shards)}
-        return Head(HeadKind.EXPERTS, experts, position, deleted)
+        return Head(HeadKind.EXPERTS, experts, position, listed.difference(shards))
 
     # --- write ---
 
@@ -275,18 +290,20 @@ class ModularAdapter(Adapter):
         """Return meta.json in the variant the source had, or the exploder's."""
         origin = checkpoint.origin
         dialect = recorded_meta(origin)
+        rows = {} if is_without_rows(checkpoint, dialect) else checkpoint.lifecycle
+        deleted = checkpoint.head.deleted if checkpoint.head else frozenset()
         known: dict[str, Any] = {
             "source_checkpoint": origin.path.name if origin.path else "",
             "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
             "step": checkpoint.step,
             "experts": [],
-            "deleted": sorted(checkpoint.head.deleted) if checkpoint.head else [],
+            "deleted": sorted(deleted.union(i for i, row in checkpoint.lifecycle.items() if row.collected)),
         }
         entries = {**known, **dialect.entries}
         keys = list(dialect.keys)
         if known["deleted"] and "deleted" not in keys:
             keys.append("deleted")
-        entries["experts"] = [row_to_json(i, row, dialect.row_keys) for i, row in sorted(checkpoint.lifecycle.items())]
+        entries["experts"] = [row_to_json(i, row, dialect.row_keys) for i, row in sorted(rows.items())]
         return {key: entries[key] for key in keys if key in entries}
 
     def foreign_files(self, path: Path) -> list[Path]:
@@ -297,11 +314,15 @@ class ModularAdapter(Adapter):
         return [
             entry
             for entry in sorted(path.rglob("*"))
-            if entry not in ours and not (entry.parent == path / "experts" and SHARD.fullmatch(entry.name))
+            if entry not in ours and not (entry.parent == path / "experts" and _is_shard(entry))
         ]
 
 
 def _uncounted(_: int) -> None: ...
+
+
+def _is_shard(path: Path) -> bool:
+    return SHARD.fullmatch(path.name) is not None and (path.is_symlink() or not path.is_dir())
 
 
 def _root(path: Path) -> Path:
@@ -329,10 +350,15 @@ class _Files:
             if place.is_symlink() and not place.resolve().is_relative_to(self.root.resolve()):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
 
+    def check_names(self) -> None:
+        """Refuse a shard with a name that a loader does not look for."""
+        check_names(self.root / "experts")
+
     def shards(self) -> dict[int, Path]:
         """List the shards by expert; opens none."""
-        found = list_shards(self.root / "experts", self.removed)
-        return found | (list_shards(self.staged / "experts", frozenset()) if self.staged else {})
+        found = list_shards(self.root / "experts")
+        found = {i: path for i, path in found.items() if f"experts/{path.name}" not in self.removed}
+        return found | (list_shards(self.staged / "experts") if self.staged else {})
 
 
 def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> int:

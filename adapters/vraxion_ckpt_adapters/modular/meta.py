@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from vraxion_ckpt import jsonfile
 from vraxion_ckpt.errors import CkptWarning, InconsistentError
-from vraxion_ckpt.model import Checkpoint, Lifecycle, Origin
+from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle, Origin
 from vraxion_ckpt.payload import Parsed
 from vraxion_ckpt.sources import Fingerprint, Sources
 
 META = "experts/meta.json"
+_MOST_NAMED = 8
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
 
@@ -77,8 +78,8 @@ def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
         )
 
 
-def deleted_ids(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
-    """Return the garbage-collected experts."""
+def listed_as_deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
+    """Return the experts that a trainer lists as garbage-collected, whether their shards are gone or not."""
     listed = (meta or {}).get("deleted", [])
     path = root / META
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < num_experts for i in listed):
@@ -88,7 +89,7 @@ def deleted_ids(meta: dict[str, Any] | None, num_experts: int, root: Path) -> fr
     return frozenset(listed)
 
 
-def rows_of(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
+def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
     """Return the lifecycle rows by expert; there must be one for each."""
     path = root / META
     rows: dict[int, Lifecycle] = {}
@@ -151,6 +152,40 @@ def recorded_meta(origin: Origin) -> MetaDialect:
         raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
 
 
-def fresh_rows(checkpoint: Checkpoint) -> dict[int, Lifecycle]:
-    """Return the rows of experts of which nothing is recorded."""
-    return {i: Lifecycle.fresh(checkpoint.step) for i in range(checkpoint.num_experts)}
+def rows_of(
+    checkpoint: Checkpoint, meta: dict[str, Any] | None, listed: frozenset[int], root: Path
+) -> dict[int, Lifecycle]:
+    """Return the lifecycle row of every expert, assumed where meta.json has none.
+
+    Args:
+        checkpoint: with its head.
+        meta: what meta.json holds, if there is one.
+        listed: the experts that it lists as deleted; those whose tensors are there are live, and a warning says so.
+        root: the checkpoint's directory.
+    """
+    head = checkpoint.head
+    unknown = {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
+    if meta is None or head is None:
+        return unknown
+    without = head.kind is HeadKind.SINGLE and not meta["experts"]  # as the exploder writes it
+    rows = unknown if without else parse_rows(meta, checkpoint.num_experts, root)
+    collected = sorted(listed & head.experts.keys())
+    if collected:
+        message = (
+            f"{root / META}: lists {_numbered(collected)} as deleted, but the weights are there: "
+            "read as live, as trainers do"
+        )
+        warnings.warn(message, CkptWarning, stacklevel=4)
+    return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
+
+
+def _numbered(ids: Sequence[int]) -> str:
+    """Name experts by their ids; of many, only the first ones."""
+    more = f", … ({len(ids)} in all)" if len(ids) > _MOST_NAMED else ""
+    return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:_MOST_NAMED]))}{more}"
+
+
+def is_without_rows(checkpoint: Checkpoint, dialect: MetaDialect) -> bool:
+    """Tell whether no row is to be written: as the exploder does of a single head, while nobody has stated one."""
+    single = checkpoint.head is not None and checkpoint.head.kind is HeadKind.SINGLE
+    return single and checkpoint.has_no_rows and "step" not in dialect.keys

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+import stat
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 
 from vraxion_ckpt import torchfile
 from vraxion_ckpt.adapter import Part
-from vraxion_ckpt.errors import CorruptError, InconsistentError, StorageError
+from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
 from vraxion_ckpt.model import Checkpoint, Expert, HeadKind
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.sources import Sources
 
+_MOST_NAMED = 8
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
 
 
@@ -25,54 +28,65 @@ def shard_name(expert: int) -> str:
     return f"expert_{expert:03d}.pt"
 
 
-def list_shards(folder: Path, removed: frozenset[str]) -> dict[int, Path]:
-    """List the shards by expert without opening any; refuse what a loader would stumble over."""
+def list_shards(folder: Path) -> dict[int, Path]:
+    """List what has the name of a shard, by expert."""
+    found = ((SHARD.fullmatch(name), name) for name in _names(folder))
+    return dict(sorted((int(match[1]), folder / name) for match, name in found if match))
+
+
+def check_names(folder: Path) -> None:
+    """Refuse a shard with a name that a loader does not look for."""
+    for name in sorted(_names(folder)):
+        if name.startswith("expert_") and name.endswith(".pt") and not SHARD.fullmatch(name):
+            message = "a shard is called expert_<id>.pt, its id in three digits or more"
+            raise InconsistentError(message, path=folder / name)
+
+
+def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
-        return {}
+        return []
     try:
-        with os.scandir(folder) as entries:
-            listed = sorted(
-                (e for e in entries if e.name.startswith("expert_") and e.name.endswith(".pt")), key=lambda e: e.name
-            )
+        return os.listdir(folder)  # noqa: PTH208 - there may be thousands
     except OSError as error:
         raise StorageError.from_os_error(error, folder) from error
-    shards: dict[int, Path] = {}
-    for entry in listed:
-        path = folder / entry.name
-        if f"experts/{entry.name}" in removed:
-            continue
-        found = SHARD.fullmatch(entry.name)
-        if not found:
-            raise InconsistentError("a shard is called expert_<id>.pt, its id in three digits or more", path=path)
-        if not entry.is_file(follow_symlinks=False):
-            raise InconsistentError("a shard must be a regular file", path=path)
-        if not entry.stat(follow_symlinks=False).st_size:  # seen even where it need not be opened
-            raise InconsistentError(f"the shard of expert {int(found[1])} is damaged: is empty", path=path)
-        shards[int(found[1])] = path
-    return shards
 
 
-def present_shards(folder: Path) -> dict[int, Path]:
-    """List the regular files that are shards by their names, whatever else lies beside them."""
-    found = ((SHARD.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
-    return dict(
-        sorted((int(name[1]), path) for name, path in found if name and path.is_file() and not path.is_symlink())
+def below(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
+    """Return the shards that a loader of a model with so many experts looks at."""
+    return {expert: path for expert, path in shards.items() if expert < num_experts}
+
+
+def leftovers(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
+    """Return the shards that such a loader does not look at; a folder called like a shard is none."""
+    return {i: path for i, path in shards.items() if i >= num_experts and (path.is_symlink() or not path.is_dir())}
+
+
+def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
+    """Say which shards are not looked at, and why."""
+    names = ", ".join(map(shard_name, ids[:_MOST_NAMED])) + ", …" * (len(ids) > _MOST_NAMED)
+    message = (
+        f"{root / 'experts'}: {names} {'are' if len(ids) > 1 else 'is'} left from an earlier save and ignored, "
+        f"as trainers do, since {why}; edit keeps such files, convert leaves them out"
     )
+    warnings.warn(message, CkptWarning, stacklevel=4)
 
 
-def check_ids(shards: Collection[int], deleted: frozenset[int], num_experts: int, root: Path) -> None:
-    """Refuse shards that are not those of the experts that there must be."""
-    alive = sorted(deleted.intersection(shards))
-    if alive:
-        raise InconsistentError(f"lists expert {alive[0]}, whose shard is there", path=root, key="deleted")
-    if len(shards) + len(deleted) != num_experts or max((*shards, *deleted)) != num_experts - 1:
-        beyond = [i for i in shards if i >= num_experts]
-        if beyond:
-            message = f"{shard_name(beyond[0])} is beyond num_experts = {num_experts}"
-        else:
-            present = deleted.union(shards)
-            missing = next(i for i in range(len(present) + 1) if i not in present)
-            message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
+def check_file(expert: int, path: Path) -> Path:
+    """Return the path of a shard; refuse one that cannot be one, even where it need not be opened."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InconsistentError("a shard must be a regular file", path=path)
+    if not status.st_size:
+        raise InconsistentError(f"the shard of expert {expert} is damaged: is empty", path=path)
+    return path
+
+
+def check_complete(shards: Collection[int], deleted: frozenset[int], num_experts: int, root: Path) -> None:
+    """Refuse a directory in which an expert has no shard and is not listed as deleted."""
+    present = deleted.union(shards)
+    if len(present) != num_experts:
+        missing = next(i for i in range(len(present) + 1) if i not in present)
+        message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
         raise InconsistentError(message, path=root / "experts")
 
 
