@@ -34,6 +34,7 @@ FLOORS = [
     "balance",
     "model",
     "plain",
+    "expert_health",
     "binding",
     "surgery",
     "compare",

@@ -15,6 +15,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
+`expert_health`           experts that should not be cloned: all zero, or not finite
 `ring`, `balance`         arcs, windows, owners; how visits fall on experts: numpy
 `binding`                 optimizer ids ↔ parameter names
 `surgery`                 rename a head, clone or remove an expert with all that belongs to it
