@@ -59,6 +59,8 @@ FLOORS = [
     "measure",
     "changes",
     "difference",
+    "findings",
+    "optimizer_findings",
     "checking",
     "targets",
     "summary",

@@ -310,9 +310,14 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The training step, 0 where the payload has none."""
+        """The training step, 0 where it is not known."""
+        return self.known_step or 0
+
+    @property
+    def known_step(self) -> int | None:
+        """The training step, or None where the payload has none that is a whole number ≥ 0."""
         step = self.payload.get("step")
-        return step if isinstance(step, int) and not isinstance(step, bool) else 0
+        return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
     def open_experts(self) -> None:
         """Open the files of all experts that have files of their own."""

@@ -1,7 +1,7 @@
 """Put the snapshot of a hibernated expert back: the checkpoint holds zeros where the trainer had moved it out.
 
-VRAXION's trainers write ``expert_<id>.pt`` when an expert is idle: a dict of leaf name → tensor, without a step. A later
-hibernation of the same expert overwrites it, so a snapshot may be older or newer than the checkpoint.
+VRAXION's trainers write ``expert_<id>.pt`` when an expert is idle: a dict of leaf name → tensor, without a step. A
+later hibernation of the same expert overwrites it, so a snapshot may be older or newer than the checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RestoreHibernated(Transform):
         restored = {i: self._restored(i, head.experts[i], checkpoint) for i in chosen}
         # Assigned only now: an error for one of them leaves all as they are.
         head.experts = {i: restored.get(i, expert) for i, expert in head.experts.items()}
-        self._warn(head, restored)
+        self._warn(restored)
         return checkpoint
 
     def _chosen(self, head: Head) -> list[int]:
@@ -105,7 +105,7 @@ class RestoreHibernated(Transform):
             raise TransformError("a snapshot must be a regular file in that directory", path=path, key=self.name)
         return path
 
-    def _warn(self, head: Head, restored: Mapping[int, Expert]) -> None:
+    def _warn(self, restored: Mapping[int, Expert]) -> None:
         several = len(restored) > 1
         listed = ", ".join(map(str, restored))
         message = (

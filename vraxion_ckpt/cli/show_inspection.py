@@ -102,7 +102,7 @@ def _expert_table(experts: tuple[ExpertFacts, ...]) -> Table:
     for expert in experts[:MOST_ROWS]:
         row = expert.lifecycle
         shapes = [f"{leaf} {list(t.shape)}" for leaf, t in (expert.tensors or {}).items()]
-        marks = " tenured" * bool(row and row.tenured) + " deleted" * expert.deleted
+        marks = " tenured" * bool(row and row.tenured) + " deleted" * expert.deleted + " zero" * bool(expert.zero)
         table.add_row(
             f"{expert.id}{marks}",
             "–" if expert.addresses is None else str(expert.addresses),
