@@ -137,6 +137,8 @@ class PlanFacts(Fact):
     """Start and length."""
     policy: str
     metrics: Plain
+    note: str
+    """What the visits depend on that it was made from."""
 
 
 class CoreFacts(Fact):
@@ -323,7 +325,12 @@ def _plan_facts(checkpoint: Checkpoint) -> PlanFacts | None:
     if plan is None:
         return None
     return PlanFacts(
-        parent=plan.parent, addresses=plan.addresses, arc=plan.arc, policy=plan.policy, metrics=dict(plan.metrics)
+        parent=plan.parent,
+        addresses=plan.addresses,
+        arc=plan.arc,
+        policy=plan.policy,
+        metrics=dict(plan.metrics),
+        note=plan.note,
     )
 
 

@@ -227,6 +227,7 @@ class SplitPlan:
         addresses: in arc order.
         metrics: figures about the choice, as in ``mitosis_meta_v1``.
         step: the training step of the checkpoint it was made for.
+        note: what the visits depend on that it was made from, see `vraxion_ckpt.ring.Visits`.
     """
 
     parent: int
@@ -237,6 +238,7 @@ class SplitPlan:
     num_experts: int
     metrics: Mapping[str, int | float] = field(default_factory=dict)
     step: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)

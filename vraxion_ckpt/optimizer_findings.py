@@ -123,7 +123,7 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
                 yield Finding(
                     severity=Severity.WARNING,
                     rule="state",
-                    what=f"{len(lacking)} parameters lack slot {slot} ({first_few(lacking)}); {count} like them have it",
+                    what=f"slot {slot} is missing for {len(lacking)} ({first_few(lacking)}); {count} like them have it",
                     where=f"optimizer group {number}",
                 )
 

@@ -119,7 +119,8 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
     if replaced:
         parts.append(f"expert{'s' * (len(replaced) != 1)} {', '.join(map(str, replaced))} replaced")
     if after.plan is not None and after.plan != before.plan:
-        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses")
+        note = f" ({after.plan.note})" if after.plan.note else ""
+        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses{note}")
     return ", ".join(parts)
 
 

@@ -100,8 +100,9 @@ class MitosisSplit(Transform):
                     hint="put arc_meta right before this step",
                 )
             if attached.step != checkpoint.step:
+                now = "is at no known step" if checkpoint.known_step is None else f"is at {checkpoint.step}"
                 raise InconsistentError(
-                    f"the attached plan was made at step {attached.step}, the checkpoint is at {checkpoint.step}",
+                    f"the attached plan was made at step {attached.step}, the checkpoint {now}",
                     key=self.name,
                     hint="put arc_meta right before this step",
                 )

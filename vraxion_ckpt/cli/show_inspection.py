@@ -33,7 +33,8 @@ def inspection(facts: Inspection) -> None:
         *optimizer_lines(facts.optimizer),
     ]
     if facts.plan:
-        lines.append(("plan", f"expert {facts.plan.parent} gives up {len(facts.plan.addresses)} addresses"))
+        note = f" ({facts.plan.note})" if facts.plan.note else ""
+        lines.append(("plan", f"expert {facts.plan.parent} gives up {len(facts.plan.addresses)} addresses{note}"))
     lines += [("history", f"{record.name} on {record.source or '?'}: {record.summary}") for record in facts.history]
     for name, losses in facts.losses.items():
         lines.append((f"as {name}", f"would lose {'; '.join(map(str, losses)) or 'nothing'}"))
