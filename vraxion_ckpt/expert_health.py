@@ -16,7 +16,7 @@ from vraxion_ckpt.plain import as_numbers, bytes_of
 
 # Statistics that torch's normalisation layers keep in buffers; hibernation zeroes parameters only.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-HOW_TO_RESTORE = "if a trainer has hibernated it, restore_hibernated:snapshots=DIR puts its snapshot back"
+HOW_TO_RESTORE = "if a trainer hibernated experts, restore_hibernated:snapshots=DIR puts their weights back"
 _FIRST_PIECE = 2**10  # the first nonzero weight is nearly always here
 _PIECE = 2**22
 
