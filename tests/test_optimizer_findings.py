@@ -144,10 +144,10 @@ def test_a_parameter_without_state_among_others_that_have_some_is_a_note(tmp_pat
         del payload["optim"]["state"][payload["param_names"].index(E1)]
 
     (line,) = found(spoilt(tmp_path, change), severity="note", rule="state")
-    assert line.startswith("optimizer group 0: 3 of 31 parameters have no state")
+    assert line.startswith("optimizer group 0: 3 of 31 have no state")
     assert E1 in line
     (before,) = found(NAMED, severity="note", rule="state")
-    assert "2 of 31 parameters have no state (input_proj.weight, input_proj.bias)" in before
+    assert "2 of 31 have no state (input_proj.weight, input_proj.bias)" in before
     assert found(spoilt(tmp_path, lambda payload: payload["optim"]["state"].clear()), rule="state") == []
 
 

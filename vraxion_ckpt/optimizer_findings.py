@@ -105,10 +105,7 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
         yield Finding(
             severity=Severity.NOTE,
             rule="state",
-            what=(
-                f"{len(without)} of {len(group)} parameters have no state ({first_few(without)}): "
-                "they never received a gradient, or their state was lost"
-            ),
+            what=f"{len(without)} of {len(group)} have no state ({first_few(without)}): no gradient so far, or lost",
             where=f"optimizer group {number}",
         )
     alike: dict[int, list[_Parameter]] = defaultdict(list)
