@@ -90,11 +90,13 @@ def watched(work: Callable[[], object]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
+    try:
+        started = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+    finally:  # or the watcher would keep a process that has failed
+        done.set()
+        watcher.join()
     return {"seconds": seconds, "peak": max(peak, anonymous_bytes())}
 
 
@@ -220,7 +222,7 @@ def make_monolith(path: Path, gib: float) -> None:
 
 
 def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, ring: int = 0) -> None:
-    """Write a modular directory whose shards together seem to hold `size` bytes: zeros that take no room.
+    """Write a modular directory whose shards together seem to hold `size` bytes: a one, and zeros that take no room.
 
     The model has `core` rows outside its experts, and a ring of `ring` addresses or 16 for each expert. The optimizer
     has no state, as plain SGD: where it has, ``router.state`` holds tensors of every expert.
@@ -242,15 +244,17 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
 
     # One shard in full, whose bytes before and after the tensor then frame a hole in each of the others.
     model_shard = root / "shard"
-    torch.save({"weight": torch.zeros(max(1, size // experts // 4 // WIDTH), WIDTH)}, model_shard)
+    weight = torch.zeros(max(1, size // experts // 4 // WIDTH), WIDTH)
+    weight[0, 0] = 1  # or all experts would count as hibernated
+    torch.save({"weight": weight}, model_shard)
     (hole,) = container.check(model_shard).storages()
     with container.mapped(model_shard) as data:
-        head, tail = bytes(data[: hole.start]), bytes(data[hole.start + hole.size :])
+        head, tail = bytes(data[: hole.start + weight.itemsize]), bytes(data[hole.start + hole.size :])
     model_shard.unlink()
     for i in range(experts):
         with (root / "experts" / f"expert_{i:03d}.pt").open("xb") as file:
             file.write(head)
-            file.seek(hole.size, os.SEEK_CUR)
+            file.seek(hole.size - weight.itemsize, os.SEEK_CUR)
             file.write(tail)
 
 

@@ -158,18 +158,28 @@ def runtime(monkeypatch):
 
     class AbsoluteHallway(torch.nn.Module):
         built: ClassVar[list] = []
+        parts: ClassVar[dict] = {}  # further parameters, by the name and the shape
 
         def __init__(self, input_dim, num_classes, ring_len, slot_dim):
             super().__init__()
             torch.randn(3)  # building draws random numbers, as the real one does
-            self.theta_ptr_reduced = torch.nn.Parameter(torch.zeros(ring_len))
+            body = load(DATA / "wallclock_experts3.pt")["model"]
+            shapes = {name: t.shape for name, t in body.items() if not name.startswith("head.")} | self.parts
+            for name, shape in shapes.items():
+                place = self
+                *modules, leaf = name.split(".")
+                for module_name in modules:
+                    if not hasattr(place, module_name):
+                        place.add_module(module_name, torch.nn.Module())
+                    place = getattr(place, module_name)
+                place.register_buffer(leaf, torch.zeros(shape))
             self.built.append((input_dim, num_classes, ring_len, slot_dim, module.EXPERT_HEADS))
 
         def forward(self, x):
             # Steps off the ring at both ends, to be clamped.
             self.last_ptr_int = (x.sum(dim=(1, 2)) * 4 + 32).round().long()
             assert not self.training
-            assert float(self.theta_ptr_reduced.detach().abs().sum()) > 0
+            assert float(self.theta_ptr_reduced.abs().sum()) > 0
 
     module = types.ModuleType("vraxion.instnct.absolute_hallway")
     module.__spec__ = types.SimpleNamespace(name=module.__name__)
@@ -198,5 +208,56 @@ def test_the_runtime_probe_builds_the_model_from_the_checkpoint_and_leaves_no_tr
     assert visits.sum() == 4096
 
 
-def test_without_the_runtime_the_probe_is_silent():
+def test_the_environment_that_the_runtime_reads_is_recorded_with_the_plan(runtime, monkeypatch, tmp_path, run_cli):  # noqa: ARG001
+    monkeypatch.setenv("VRX_SENSORY_RING", "0")
+    source = DATA / "wallclock_experts3.pt"
+    code, said, _ = run_cli("-v", "convert", source, tmp_path / "a.pt", "-t", f"arc_meta:output={tmp_path}/plan.json")
+    assert code == 0
+    assert "VRX_SENSORY_RING=0" in said
+    assert "VRX_SENSORY_RING=0" in json.loads((tmp_path / "plan.json").read_text())["note"]
+    facts = vc.inspect(tmp_path / "a.pt")
+    assert "with VRX_SENSORY_RING=0" in facts.plan.note
+    assert "with VRX_SENSORY_RING=0" in facts.history[-1].summary
+    monkeypatch.delenv("VRX_SENSORY_RING")
+    assert "no VRX_* environment variable" in plugins.probe_visits(vc.open(source)).note
+
+
+def test_weights_that_do_not_match_the_runtimes_are_named(runtime):
+    body = vc.open(DATA / "wallclock_experts3.pt")
+    body.core["vault_up.weight"] = torch.ones(2, 2)
+    with pytest.warns(vc.CkptWarning, match=r"1 weights of the checkpoint were not taken .*\(vault_up.weight\)"):
+        plugins.probe_visits(body)
+    runtime.AbsoluteHallway.parts = {"think_gru.weight": (2, 2), "head.experts.0.weight": (2, 2)}
+    with pytest.warns(vc.CkptWarning, match=r"1 weights of VRAXION's runtime are not .*\(think_gru.weight\)") as told:
+        plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
+    assert len(told) == 1
+    runtime.AbsoluteHallway.parts = {"theta_ptr_reduced": (128,)}
+    with pytest.raises(vc.CkptError, match="builds another model") as refusal:
+        plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
+    assert refusal.value.exit_code == 15
+
+
+def test_without_the_runtime_the_probe_is_silent_and_the_error_says_what_is_missing():
     assert plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt")) is None
+    with pytest.raises(vc.TransformError) as refusal:
+        planned({})
+    assert "VRAXION's runtime is missing" in refusal.value.hint
+    assert "PYTHONPATH" in refusal.value.hint
+
+
+def test_a_runtime_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
+    package = tmp_path / "vraxion" / "instnct"
+    package.mkdir(parents=True)
+    (package / "absolute_hallway.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("vraxion", "vraxion.instnct", "vraxion.instnct.absolute_hallway"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that what the import leaves there goes again
+        del sys.modules[name]
+    with pytest.raises(
+        vc.CkptError, match=r"cannot be imported: ModuleNotFoundError: .*no_such_module_at_all"
+    ) as refusal:
+        planned({})
+    assert refusal.value.exit_code == 15
+    foreign = vc.open(DATA / "wallclock_experts3.pt")
+    del foreign.core["input_proj.weight"]
+    assert plugins.probe_visits(foreign) is None  # no model of VRAXION's, so its runtime is not asked for

@@ -6,6 +6,7 @@ import json
 from typing import ClassVar
 
 import pytest
+import torch
 from vraxion_ckpt_adapters.modular import ModularAdapter
 from vraxion_ckpt_adapters.pt import PtAdapter
 from vraxion_ckpt_adapters.safetensors_file import SafetensorsAdapter
@@ -13,9 +14,10 @@ from vraxion_ckpt_transforms.arc_meta import ArcMeta
 from vraxion_ckpt_transforms.experts_to_single import ExpertsToSingle
 from vraxion_ckpt_transforms.mitosis_split import MitosisSplit
 from vraxion_ckpt_transforms.prune_merge import PruneMerge
+from vraxion_ckpt_transforms.restore_hibernated import RestoreHibernated
 from vraxion_ckpt_transforms.single_to_experts import SingleToExperts
 
-from vraxion_ckpt.testing import RING, AdapterTests, TransformTests
+from vraxion_ckpt.testing import RING, AdapterTests, TransformTests, make
 
 
 class TestPt(AdapterTests):
@@ -61,6 +63,7 @@ class TestMitosisSplit(TransformTests):
         ({"parent": 0, "addresses": [1]}, "experts", "belongs to expert 1"),
         ({"parent": 0, "addresses": [0]}, "single", "the head is single"),
         ({"parent": 1, "addresses": [1]}, "deleted_expert", "was deleted"),
+        ({"parent": 1, "addresses": [1]}, "hibernated", "all weights of expert 1 are zero"),
     ]
 
 
@@ -75,6 +78,7 @@ class TestPruneMerge(TransformTests):
         ({"merge_from": 0, "merge_into": 1}, "experts", "renumber"),
         ({"merge_into": 0}, "single", "single"),
         ({"merge_into": 1}, "deleted_expert", "1"),
+        ({"merge_into": 1}, "hibernated", "all weights of expert 1 are zero"),
     ]
 
 
@@ -97,3 +101,25 @@ def visits(tmp_path_factory):
 class TestArcMeta(TransformTests):
     transform = ArcMeta
     refused: ClassVar = [({}, "experts", "visits")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def snapshots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("snapshots")
+    for i in (0, 1):
+        torch.save(dict(make(seed=5).head.experts[i]), folder / f"expert_{i}.pt")
+    TestRestoreHibernated.accepted = [
+        ({"snapshots": str(folder)}, "hibernated"),
+        ({"snapshots": str(folder), "experts": "[0]", "replace": "true"}, "two_experts"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:the weights of expert:vraxion_ckpt.errors.CkptWarning")
+class TestRestoreHibernated(TransformTests):
+    transform = RestoreHibernated
+    refused: ClassVar = [
+        ({"snapshots": "no/such/folder"}, "hibernated", "no such directory"),
+        ({"snapshots": "."}, "hibernated", "no snapshot of expert 1"),
+        ({"snapshots": "."}, "experts", "no expert whose weights are all zero"),
+        ({"snapshots": "."}, "headless", "no head"),
+    ]

@@ -92,6 +92,9 @@ def alike(*experts: int, **changes: float) -> dict[str, torch.Tensor]:
     return state
 
 
+TO_SINGLE = "experts_to_single:allow_nan=true"
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, None])
 def test_experts_that_are_alike_in_every_bit_become_one(dtype, tmp_path):
     model, names = alike(2, 0, 1), [f"head.experts.{i}.weight" for i in (2, 0, 1)]
@@ -101,7 +104,7 @@ def test_experts_that_are_alike_in_every_bit_become_one(dtype, tmp_path):
     # Expert 1 has never had a gradient, and expert 2 is frozen.
     payload = {"model": model, "optim": optimizer_of(["theta"], names[1:], without=names[2]), "num_experts": 3}
     torch.save(payload, tmp_path / "a.pt")
-    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=["experts_to_single"])
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[TO_SINGLE])
     after = load(tmp_path / "b.pt")
     assert after["num_experts"] == 1
     assert [group["param_names"] for group in after["optim"]["param_groups"]] == [["theta"], ["head.single.weight"]]
@@ -116,7 +119,7 @@ def test_a_request_outlives_what_changes_nothing_about_its_expert(experts, dropp
     request = {"parent_expert": 0, "hot_addresses": [0, 2]}
     torch.save({"model": alike(*experts), "mitosis": request}, tmp_path / "a.pt")
     with pytest.warns(vc.CkptWarning) if dropped else contextlib.nullcontext():
-        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=["experts_to_single"])
+        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[TO_SINGLE])
     assert load(tmp_path / "b.pt").get("mitosis") == (None if dropped else request)
 
 
@@ -125,7 +128,7 @@ def test_a_plan_is_forgotten(experts, tmp_path):
     visits = tmp_path / "visits.json"
     visits.write_text(json.dumps([1] * 40))
     torch.save({"model": alike(*experts)}, tmp_path / "a.pt")
-    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[("arc_meta", {"visits": visits}), "experts_to_single"])
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[("arc_meta", {"visits": visits}), TO_SINGLE])
     assert vc.open(tmp_path / "b.pt").plan is None
 
 
@@ -174,5 +177,5 @@ def test_experts_that_one_head_cannot_stand_for_are_refused_and_nothing_is_writt
     before = files_below(tmp_path)
     for target in ("new.pt", "new/"):
         with pytest.raises(TransformError, match=says):
-            vc.convert(made, f"{tmp_path}/{target}", transforms=["experts_to_single"])
+            vc.convert(made, f"{tmp_path}/{target}", transforms=[TO_SINGLE])
     assert files_below(tmp_path) == before

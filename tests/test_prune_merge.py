@@ -154,9 +154,9 @@ def test_a_split_that_is_merged_back_leaves_everything_as_it_was(tmp_path):
 
 
 def state_of(*experts: int, leaves: tuple[str, ...] = ("down.weight", "up.weight"), **more: torch.Tensor) -> dict:
-    """A state dict whose experts, in the order given, are filled with their id."""
+    """A state dict whose experts, in the order given, are filled with their id plus 1: zeros would be hibernated."""
     state = OrderedDict(theta=torch.ones(3), router_map=torch.arange(40) % len(experts), **more)
-    state |= {f"head.experts.{i}.{leaf}": torch.full((2, 2), float(i)) for i in experts for leaf in leaves}
+    state |= {f"head.experts.{i}.{leaf}": torch.full((2, 2), float(i + 1)) for i in experts for leaf in leaves}
     return state
 
 
@@ -182,7 +182,7 @@ def test_of_a_dozen_experts_none_is_confused_with_another(tmp_path):
     old = [0, *range(2, 12)]
     pruned = vc.open(tmp_path / "b.pt")
     for leaf in ("down.weight", "up.weight"):
-        assert [float(expert[leaf][0, 0]) for expert in pruned.head.experts.values()] == old
+        assert [float(expert[leaf][0, 0]) - 1 for expert in pruned.head.experts.values()] == old
         slots = [pruned.optimizer.state[f"head.experts.{i}.{leaf}"]["exp_avg"] for i in range(11)]
         assert [float(slot[1, 1]) for slot in slots] == old
     owners = [10 if owner == 1 else owner for owner in state["router_map"].tolist()]
@@ -195,7 +195,7 @@ def test_of_a_dozen_experts_none_is_confused_with_another(tmp_path):
 def test_the_order_of_experts_in_the_state_dict_stays(tmp_path):
     torch.save({"model": state_of(2, 0, 3, 1)}, tmp_path / "a.pt")
     vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[middle(0, 3)])
-    assert {i: float(e["up.weight"][0, 0]) for i, e in vc.open(tmp_path / "b.pt").head.experts.items()} == {
+    assert {i: float(e["up.weight"][0, 0]) - 1 for i, e in vc.open(tmp_path / "b.pt").head.experts.items()} == {
         1: 2,
         2: 3,
         0: 1,

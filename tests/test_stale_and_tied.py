@@ -20,7 +20,7 @@ VISITS = EXPECTED / "wallclock_experts3.visits.json"
 def experts(count: int, **more) -> dict:
     """A state dict whose experts are all alike in shape."""
     state = {"router_map": torch.arange(8) % count, "theta": torch.ones(3), **more}
-    return state | {f"head.experts.{i}.weight": torch.full((2, 2), float(i)) for i in range(count)}
+    return state | {f"head.experts.{i}.weight": torch.full((2, 2), float(i + 1)) for i in range(count)}
 
 
 def optimizer(*groups: list[str], named: tuple[int, ...] = ()) -> dict:
@@ -209,12 +209,28 @@ def test_an_optimizer_in_another_place_is_carried_but_never_left_ungrown(where, 
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
 
 
-def test_nan_and_infinity_in_a_parent_do_not_hinder_a_split_with_noise(tmp_path):
+def test_a_parent_with_nan_or_infinity_is_cloned_only_if_allowed_and_what_noise_cannot_touch_is_said(tmp_path):
     state = experts(2)
     state[E0] = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]])
     torch.save({"model": state}, tmp_path / "a.pt")
-    done = vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=["mitosis_split:parent=0,addresses=[0]"])
-    assert str(done.function_preserved).startswith("within the noise")
+    split = "mitosis_split:parent=0,addresses=[0,2]"
+    with pytest.raises(vc.TransformError, match="expert 0 has weights that are NaN or infinite"):
+        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[split])
+    done = vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[f"{split},allow_nan=true"])
+    preserved = done.function_preserved
+    assert preserved.as_asked
+    assert (preserved.changed, preserved.nonfinite) == (2, 2)
+    assert str(preserved).startswith("finite weights within the noise")
+    assert "at 2 of them, some weights are NaN or infinite as before" in str(preserved)
+    clone = load(tmp_path / "b.pt")["model"]["head.experts.2.weight"]
+    assert clone.isfinite().tolist() == [[True, False], [False, True]]
+
+
+def test_a_clone_of_nothing_but_nan_is_judged_by_its_bits(tmp_path):
+    torch.save({"model": experts(2) | {E0: torch.full((2, 2), float("nan"))}}, tmp_path / "a.pt")
+    chain = ["mitosis_split:parent=0,addresses=[0],allow_nan=true"]
+    done = vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=chain)
+    assert str(done.function_preserved) == "yes, bit-identical at all 8 addresses"
 
 
 # --- places ---

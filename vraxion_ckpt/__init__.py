@@ -15,6 +15,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
+`expert_health`           experts that should not be cloned: all zero, or not finite
 `ring`, `balance`         arcs, windows, owners; how visits fall on experts: numpy
 `trainers`, `buffers`     which trainer wrote a checkpoint; which tensors are buffers of torch's own modules
 `assignment`, `binding`   optimizer ids ↔ parameter names
@@ -36,6 +37,8 @@ core knows neither any format nor any transform by name. The modules, from the g
 `signs`, `inspection`     how visits fall on experts before and after; what a checkpoint is and holds
 `matching`, `measure`     which expert is which of another checkpoint; how much tensors differ
 `changes`, `difference`   what is different in a second checkpoint
+`findings`                what is found about a checkpoint, and how bad it is
+`optimizer_findings`      what looks wrong in an optimizer's state
 `checking`                every finding about a checkpoint at once
 `targets`, `summary`      where a result may go; what was done
 `judging`                 run a chain, and what is refused before a byte is written

@@ -10,13 +10,10 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
-
-from torch import Tensor
 
 from vraxion_ckpt import companions, invariants, placement, progress
 from vraxion_ckpt import manifest as manifests
@@ -24,37 +21,17 @@ from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import was_interrupted
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError
-from vraxion_ckpt.facts import Fact, Facts
+from vraxion_ckpt.expert_health import HOW_TO_RESTORE, is_finite, is_zero
+from vraxion_ckpt.facts import Facts
+from vraxion_ckpt.findings import Finding, Severity, first_few
 from vraxion_ckpt.inspection import value_facts
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind, Origin
+from vraxion_ckpt.optimizer_findings import about_optimizer, count_negative, is_never_negative
 from vraxion_ckpt.parameter_order import explain
-from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
+from vraxion_ckpt.plain import named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike
 from vraxion_ckpt.reading import PathLike, allowing, blamed, bound_if_possible, detect_source, files_of, os_errors_named
-
-_PIECE = 2**22
-
-
-class Severity(StrEnum):
-    """How bad a finding is."""
-
-    ERROR = "error"
-    WARNING = "warning"
-    NOTE = "note"
-
-
-class Finding(Fact):
-    """One thing that was found."""
-
-    severity: Severity
-    rule: str
-    """Which of the rules it breaks: ``readable``, ``invariant``, ``one head``, ``manifest``, …"""
-    what: str
-    where: str = ""
-    """The file or the entry."""
-    hint: str | None = None
-    """What to do about it."""
 
 
 class Checked(Facts):
@@ -214,9 +191,12 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
             what="a runtime with one head expects head.single, and skips head.experts.0 without a word",
             hint="let mitosis_split or experts_to_single follow",
         )
+    yield from _about_zeros(checkpoint)
     yield from _about_ring(checkpoint)
+    yield from _about_step(checkpoint)
     yield from _about_rows(checkpoint)
     yield from _about_plan(checkpoint)
+    yield from about_optimizer(checkpoint)
 
 
 def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -226,7 +206,7 @@ def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     hint = "a chain that changes the head needs --param-names, --optimizer-order or --result-order"
     if optimizer.undecided:
-        what = f"{len(optimizer.undecided)} names could belong to other ids: {_first_few(sorted(optimizer.undecided))}"
+        what = f"{len(optimizer.undecided)} names could belong to other ids: {first_few(sorted(optimizer.undecided))}"
         yield Finding(severity=Severity.NOTE, rule="binding", what=what, where="optimizer", hint=hint)
     elif not (optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)):
         what = "no rule explains the order in which it lists its parameters"
@@ -252,7 +232,7 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     for where, listed in lists:
         lacking = [n for n in listed if n not in known and not (head is not None and head.is_not_at_hand(n))]
         if lacking:
-            what = f"the model lacks {_first_few(lacking)}"
+            what = f"the model lacks {first_few(lacking)}"
             yield Finding(severity=Severity.ERROR, rule="names", what=what, where=where)
     (_, model), (_, optimizer) = lists
     both = set(model) & set(optimizer)
@@ -269,7 +249,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
         for slot in entries
     }
     for tie in invariants.shared_memory(checkpoint):
-        what = f"{_first_few(tie)} are one tensor"
+        what = f"{first_few(tie)} are one tensor"
         if slots.intersection(tie):
             hint = "give each a copy of its own: the first training step updates all of them"
             yield Finding(severity=Severity.ERROR, rule="shared memory", what=what, hint=hint)
@@ -302,8 +282,28 @@ def _these(ids: Sequence[int], most: int = 8) -> str:
     return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:most]))}{more}"
 
 
+def _about_zeros(checkpoint: Checkpoint) -> Iterator[Finding]:
+    experts = checkpoint.head.experts if checkpoint.head else {}
+    zero = [i for i, expert in experts.items() if expert.is_open and is_zero(expert)]
+    if zero:
+        what = f"all weights of {_these(zero)} are zero"
+        yield Finding(severity=Severity.WARNING, rule="hibernated", what=what, hint=HOW_TO_RESTORE)
+
+
+def _about_step(checkpoint: Checkpoint) -> Iterator[Finding]:
+    step = checkpoint.payload.get("step")
+    if step is not None and checkpoint.known_step is None:
+        what = f"is {_in_words(step)}, not a whole number ≥ 0; rows and plans cannot be compared with it"
+        yield Finding(severity=Severity.WARNING, rule="step", what=what, where="payload.step")
+
+
+def _in_words(value: object) -> str:
+    text = repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
 def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
-    if "step" not in checkpoint.payload:
+    if checkpoint.known_step is None:
         return
     stated = {i: row for i, row in checkpoint.lifecycle.items() if not row.assumed}
     late = [i for i, row in stated.items() if max(row.created_step, row.last_used_step) > checkpoint.step]
@@ -352,26 +352,18 @@ def _about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int,
     total = size_of([tensor for _, tensor in named])
     with progress.bar("values", total) as count:
         for name, tensor in named:
-            if not _is_finite(tensor):
+            if not is_finite(tensor):
                 values = value_facts(tensor)
                 kinds = ((values.nans, "NaN"), (values.infinities, "infinite"))
                 what = " and ".join(f"{number} {kind}" for number, kind in kinds if number)
                 what = f"{what} of {tensor.numel()} elements"
                 findings.append(Finding(severity=Severity.WARNING, rule="finite", what=what, where=name))
+            negative = count_negative(tensor) if is_never_negative(name, tensor) else 0
+            if negative:
+                what = f"{negative} of {tensor.numel()} elements are negative, of which none can be"
+                findings.append(Finding(severity=Severity.WARNING, rule="negative", what=what, where=name))
             count(tensor.numel() * tensor.itemsize)
     return len(named), total
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, len(flat), _PIECE):
-        piece = flat[start : start + _PIECE]
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece  # torch tells it of most dtypes as they are
-        if numbers is not None and not bool(numbers.isfinite().all()):
-            return False
-    return True
 
 
 # --- files ---
@@ -390,10 +382,6 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
     foreign = adapter.foreign_files(root) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
-        names = _first_few([str(path.relative_to(root)) for path in others])
+        names = first_few([str(path.relative_to(root)) for path in others])
         what = f"{len(others)} file{'s' * (len(others) > 1)} in it are no part of the checkpoint: {names}"
         yield Finding(severity=Severity.NOTE, rule="foreign files", what=what)
-
-
-def _first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + ", …" * (len(names) > 4)

@@ -1,4 +1,7 @@
-"""What a checkpoint is and holds, as facts; reads no tensor's data unless asked to."""
+"""What a checkpoint is and holds, as facts.
+
+Of a tensor's data, it reads no more than it takes to see that an expert is not all zero, unless asked to.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
+from vraxion_ckpt.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record
@@ -93,6 +97,8 @@ class ExpertFacts(Fact):
     """Null where its file was not opened; ``--tensors`` opens all."""
     tensors: dict[str, TensorFacts] | None
     """By leaf name; null as `bytes`."""
+    zero: bool | None
+    """Whether all of its weights are zero, as those of a hibernated expert; null where its file was not opened."""
 
 
 class RingFacts(Fact):
@@ -140,6 +146,8 @@ class PlanFacts(Fact):
     """Start and length."""
     policy: str
     metrics: Plain
+    note: str
+    """What the visits depend on that it was made from."""
 
 
 class CoreFacts(Fact):
@@ -249,6 +257,10 @@ def inspect(
         losses=_losses_by_format(checkpoint),
         tensors=_tree(checkpoint, values=values) if tensors or values else None,
     )
+    zero = [str(expert.id) for expert in facts.experts if expert.zero]
+    if zero:
+        message = f"all weights of expert{'s' * (len(zero) > 1)} {', '.join(zero)} are zero; {HOW_TO_RESTORE}"
+        warnings.warn(message, CkptWarning, stacklevel=2)
     if values:
         checkpoint.sources.verify()
         checkpoint.sources.check_unchanged()
@@ -265,7 +277,8 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
     facts = []
     for i in sorted({*head.experts, *head.deleted}):
         row = checkpoint.lifecycle.get(i)
-        held = head.experts[i].tensors if i in opened else None
+        expert = head.experts.get(i)
+        held = expert.tensors if expert is not None and i in opened else None
         facts.append(
             ExpertFacts(
                 id=i,
@@ -275,6 +288,7 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
                 lifecycle=_lifecycle_facts(row) if row and not row.assumed else None,
                 bytes=None if held is None else size_of(dict(held)),
                 tensors=None if held is None else {leaf: _tensor_facts(t) for leaf, t in held.items()},
+                zero=is_zero(expert) if expert is not None and expert.is_open else None,
             )
         )
     return tuple(facts)
@@ -334,7 +348,12 @@ def _plan_facts(checkpoint: Checkpoint) -> PlanFacts | None:
     if plan is None:
         return None
     return PlanFacts(
-        parent=plan.parent, addresses=plan.addresses, arc=plan.arc, policy=plan.policy, metrics=dict(plan.metrics)
+        parent=plan.parent,
+        addresses=plan.addresses,
+        arc=plan.arc,
+        policy=plan.policy,
+        metrics=dict(plan.metrics),
+        note=plan.note,
     )
 
 

@@ -187,12 +187,15 @@ class Preservation:
         changed: how many of them are routed to tensors that are not bit-identical to those before.
         max_abs: the largest absolute difference of an entry; infinite where shapes differ, or with a NaN.
         noise: the standard deviation of the noise that was asked for, or None if the function was to change.
+        nonfinite: how many of the changed addresses are routed to weights that are NaN or infinite in part. Noise
+            does not change those; they count as equal if they are still NaN, or the same infinity.
     """
 
     addresses: int
     changed: int
     max_abs: Number
     noise: float | None = 0.0
+    nonfinite: int = 0
 
     @property
     def as_asked(self) -> bool:
@@ -208,10 +211,13 @@ class Preservation:
         if not self.changed:
             return f"yes, bit-identical at all {self.addresses} addresses"
         if self.noise and self.as_asked:
-            return (
+            within = (
                 f"within the noise of {self.noise:g}: {self.changed} of {self.addresses} addresses, "
                 f"largest difference {self.max_abs:.3g}"
             )
+            if not self.nonfinite:
+                return within
+            return f"finite weights {within}; at {self.nonfinite} of them, some weights are NaN or infinite as before"
         how = f"largest difference {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "which cannot be compared"
         return f"no: {self.changed} of {self.addresses} addresses, {how}"
 
@@ -228,27 +234,31 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
     if old.shape != new.shape:
         return None
     pairs, counts = np.unique(np.stack([old, new]), axis=1, return_counts=True)
-    changed, max_abs = 0, 0.0
+    changed = nonfinite = 0
+    max_abs = 0.0
     for (was, now), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
         a, b = before.head.experts.get(was), after.head.experts.get(now)
         if (a is None and b is None and was == now) or (a is not None and b is not None and _same_expert(a, b)):
             continue
         changed += count
-        max_abs = max(max_abs, _largest_difference(a, b))
-    return Preservation(len(new), changed, max_abs, noise)
+        largest, finite = _largest_difference(a, b)
+        max_abs = max(max_abs, largest)
+        nonfinite += 0 if finite else count
+    return Preservation(len(new), changed, max_abs, noise, nonfinite)
 
 
 def _same_expert(a: Expert, b: Expert) -> bool:
     return a is b or (a.keys() == b.keys() and all(same_bits(a[leaf], b[leaf]) for leaf in a))
 
 
-def _largest_difference(a: Expert | None, b: Expert | None) -> float:
+def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool]:
+    """Return the largest absolute difference of two experts, and whether all elements of both are finite."""
     if a is None or b is None or a.keys() != b.keys():
-        return float("inf")
-    largest = 0.0
+        return float("inf"), True
+    largest, finite = 0.0, True
     for leaf in a:
         if a[leaf].shape != b[leaf].shape:
-            return float("inf")
+            return float("inf"), True
         wide = torch.complex128 if a[leaf].is_complex() else torch.float64
         # A piece at a time: the difference of two large experts must not double the memory.
         x, y = a[leaf].detach().reshape(-1), b[leaf].detach().reshape(-1)
@@ -257,7 +267,8 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> float:
             one, other = x[piece].to(wide), y[piece].to(wide)
             same = (one == other) | (one.isnan() & other.isnan())  # an infinity less itself is not a number
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))
-    return largest
+            finite = finite and bool((one.isfinite() & other.isfinite()).all())
+    return largest, finite
 
 
 def _tensor(tensor: Tensor) -> str:

@@ -263,6 +263,7 @@ class SplitPlan:
         addresses: in arc order.
         metrics: figures about the choice, as in ``mitosis_meta_v1``.
         step: the training step of the checkpoint it was made for.
+        note: what the visits depend on that it was made from, see `vraxion_ckpt.ring.Visits`.
     """
 
     parent: int
@@ -273,6 +274,7 @@ class SplitPlan:
     num_experts: int
     metrics: Mapping[str, int | float] = field(default_factory=dict)
     step: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -353,9 +355,14 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The training step, 0 where the payload has none."""
+        """The training step, 0 where it is not known."""
+        return self.known_step or 0
+
+    @property
+    def known_step(self) -> int | None:
+        """The training step, or None where the payload has none that is a whole number ≥ 0."""
         step = self.payload.get("step")
-        return step if isinstance(step, int) and not isinstance(step, bool) else 0
+        return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
     def former_name(self, name: str) -> str:
         """Return what a tensor, or the one that it was made of, was called before the step."""

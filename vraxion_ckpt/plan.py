@@ -17,7 +17,7 @@ _MEASURED = ("acc", "slope", "imbalance", "window")  # what a trainer's request 
 
 
 def to_json(plan: SplitPlan) -> dict[str, Any]:
-    """Return a plan as ``mitosis_meta_v1``; the key order is fixed."""
+    """Return a plan as ``mitosis_meta_v1``; the key order is fixed, ``note`` comes last and only if there is one."""
     start, length = plan.arc
     return {
         "schema_version": SCHEMA,
@@ -28,6 +28,7 @@ def to_json(plan: SplitPlan) -> dict[str, Any]:
         "hot_arc": {"start": start, "len": length},
         "hot_addresses": list(plan.addresses),
         "metrics": dict(plan.metrics),
+        **({"note": plan.note} if plan.note else {}),
     }
 
 

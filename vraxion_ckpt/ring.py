@@ -25,10 +25,12 @@ class Visits:
     Attributes:
         visits: how often the pointer stood there; finite, ≥ 0.
         loss_sum: the loss summed over those visits, where it was recorded.
+        note: what the counts depend on beside the checkpoint, for people: settings, an input, a seed.
     """
 
     visits: Weights
     loss_sum: Weights | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

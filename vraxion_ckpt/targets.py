@@ -88,7 +88,7 @@ def check_apart(target: Path, before: Checkpoint) -> None:
 
 
 def files_read(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path]:
-    """Return the files that options of the chain name beside those it writes."""
+    """Return the files and directories that options of the chain name beside those it writes."""
     named = [value for step in chain for value in dict(step.transform).values() if isinstance(value, Path)]
     for path in side_files:
         if path in named:
@@ -155,11 +155,15 @@ def check_manifest(
 
 
 def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict[Path, bytes], more: set[Path]) -> None:
-    """Refuse to write over, or around, a file that the chain reads, or one of `more`."""
+    """Refuse to write over, around or into a file or directory that the chain reads, or a file of `more`."""
     for read in files_read(chain, side_files) | more:
         for place in places:
             if read == place or place in read.parents:
                 raise UsageError("is, or holds, a file that this run reads", path=place, hint="choose a new name")
+            if read in place.parents:
+                raise UsageError(
+                    f"lies in a directory that this run reads, {read}", path=place, hint="choose a place outside it"
+                )
 
 
 def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
@@ -171,6 +175,8 @@ def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path
     check_apart(real, before)
     if real in inputs:
         raise UsageError("a side file must not replace a file that the chain reads", path=path)
+    if inputs.intersection(real.parents):
+        raise UsageError("a side file must not lie in a directory that the chain reads", path=path)
     if real.is_dir():
         raise UsageError("is a directory, not a file to write", path=path)
     return real

@@ -146,9 +146,22 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
     moved = moved_addresses(before, after)
     if moved:
         parts.append(f"{moved} address{'es' * (moved != 1)} moved")
+    replaced = _replaced_experts(before, after)
+    if replaced:
+        parts.append(f"expert{'s' * (len(replaced) != 1)} {', '.join(map(str, replaced))} replaced")
     if after.plan is not None and after.plan != before.plan:
-        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses")
+        note = f" ({after.plan.note})" if after.plan.note else ""
+        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses{note}")
     return ", ".join(parts)
+
+
+def _replaced_experts(before: Checkpoint, after: Checkpoint) -> list[int]:
+    """List the experts that are other tensors now, where a head was not rebuilt in any other way."""
+    if before.head is None or after.head is None or before.head.experts.keys() != after.head.experts.keys():
+        return []
+    if before.head.kind != after.head.kind or moved_addresses(before, after):
+        return []
+    return [i for i, expert in after.head.experts.items() if expert is not before.head.experts[i]]
 
 
 def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:

@@ -7,6 +7,7 @@ own planner writes plus two predictions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +27,20 @@ _HOW_TO_SUPPLY = (
     "give a file (arc_meta:visits=FILE), let the trainer leave its `mitosis` request in the payload, or install a "
     "plugin with a probe_visits hook"
 )
+
+
+def _about_runtime() -> str:
+    """Return what to add to a hint where VRAXION's runtime, which could count visits, cannot be imported."""
+    try:
+        found = find_spec("vraxion") is not None
+    except (ImportError, ValueError):
+        found = False
+    if found:
+        return ""
+    return (
+        ". The vraxion_probe plugin could count them by running the model, but VRAXION's runtime is missing: "
+        'put its folder "Golden Code" on PYTHONPATH'
+    )
 
 
 def _auto_is_none(value: Any) -> Any:
@@ -90,11 +105,13 @@ class ArcMeta(Transform):
             message, lacking = "no visit counts available", plan.lacking_in_request(checkpoint)
             if lacking is not None:
                 message += f"; the trainer's `mitosis` request {lacking}"
-            raise TransformError(message, key=self.name, hint=plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY)
+            hint = plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY
+            raise TransformError(message, key=self.name, hint=hint + _about_runtime())
         try:
             probed = Visits(
                 ring.as_weights(found.visits),
                 ring.as_weights(found.loss_sum) if found.loss_sum is not None else None,
+                found.note,
             )
         except ValueError as error:
             raise InconsistentError(f"a probe's visits: {error}", key=self.name) from None
@@ -131,7 +148,9 @@ class ArcMeta(Transform):
         }
         addresses = tuple(int(address) for address in hot)
         window = (arc.start, arc.length)
-        return SplitPlan(parent, addresses, window, self.policy, arc.ring_len, experts, metrics, checkpoint.step)
+        return SplitPlan(
+            parent, addresses, window, self.policy, arc.ring_len, experts, metrics, checkpoint.step, visits.note
+        )
 
     def _check_parent(self, parent: int, checkpoint: Checkpoint) -> int:
         assert checkpoint.head is not None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import ClassVar
 
+from pydantic import Field
+
 from vraxion_ckpt.compare import differences, same_bits
 from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.expert_health import refuse_unhealthy
 from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Head, HeadKind, Optimizer
 from vraxion_ckpt.surgery import remove_expert, rename_head
 from vraxion_ckpt.transform import Transform
@@ -20,6 +24,9 @@ class ExpertsToSingle(Transform):
 
     name: ClassVar[str] = "experts_to_single"
 
+    allow_zero: bool = Field(False, description="allow it although the weights of all experts are all zero")
+    allow_nan: bool = Field(False, description="allow it although weights of all experts are NaN or infinite")
+
     def function_noise(self) -> float | None:
         return 0.0
 
@@ -29,6 +36,9 @@ class ExpertsToSingle(Transform):
             self._check_tensors(other, head)
             if checkpoint.optimizer is not None:
                 self._check_optimizer(other, head, checkpoint.optimizer)
+        router = checkpoint.router_map
+        if router is not None and router_owners(router).any():  # expert 0 takes over the addresses of the others
+            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
         inner = next((leaf for leaf in head.experts[0] if "." in leaf), None)
         if inner is not None:
             message = f"a single head with inner layers ({inner}) is loaded by no VRAXION runtime"

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from vraxion_ckpt import plan
 from vraxion_ckpt.errors import InconsistentError, TransformError
+from vraxion_ckpt.expert_health import refuse_unhealthy
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Head, HeadKind
@@ -35,6 +36,8 @@ class MitosisSplit(Transform):
         "refuse", description="what to do about addresses that the parent does not own"
     )
     allow_empty_parent: bool = Field(False, description="allow a split that leaves the parent no address")
+    allow_zero: bool = Field(False, description="allow it although the weights of the parent are all zero")
+    allow_nan: bool = Field(False, description="allow it although weights of the parent are NaN or infinite")
 
     def function_noise(self) -> float | None:
         return self.noise if self.foreign_addresses == "refuse" else None
@@ -43,6 +46,7 @@ class MitosisSplit(Transform):
         head, owners = self._head_and_owners(checkpoint)
         parent, addresses = self._who_and_what(checkpoint)
         self._check(parent, addresses, head, owners)
+        refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
         child = head.num_experts
         dtype = checkpoint.core[head.names.router_map].dtype
         if child > torch.iinfo(dtype).max:
@@ -96,8 +100,9 @@ class MitosisSplit(Transform):
                     hint="put arc_meta right before this step",
                 )
             if attached.step != checkpoint.step:
+                now = "is at no known step" if checkpoint.known_step is None else f"is at {checkpoint.step}"
                 raise InconsistentError(
-                    f"the attached plan was made at step {attached.step}, the checkpoint is at {checkpoint.step}",
+                    f"the attached plan was made at step {attached.step}, the checkpoint {now}",
                     key=self.name,
                     hint="put arc_meta right before this step",
                 )

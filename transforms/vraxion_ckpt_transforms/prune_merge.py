@@ -7,7 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.expert_health import refuse_unhealthy
 from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Head, HeadKind
 from vraxion_ckpt.surgery import remove_expert
 from vraxion_ckpt.transform import Transform
@@ -22,6 +24,8 @@ class PruneMerge(Transform):
     merge_into: int = Field(ge=0, description="expert that takes over its addresses")
     renumber: bool = Field(False, description="allow removing one that is not the last: ids above it move down by one")
     allow_tenured: bool = Field(False, description="allow removing a tenured expert")
+    allow_zero: bool = Field(False, description="allow it although the weights of merge_into are all zero")
+    allow_nan: bool = Field(False, description="allow it although weights of merge_into are NaN or infinite")
 
     def function_noise(self) -> float | None:
         return None
@@ -30,6 +34,11 @@ class PruneMerge(Transform):
         head = self._head(checkpoint)
         removed = head.num_experts - 1 if self.merge_from is None else self.merge_from
         self._check(removed, checkpoint, head)
+        router = checkpoint.router_map
+        if router is not None and (router_owners(router) == removed).any():
+            refuse_unhealthy(
+                checkpoint, self.merge_into, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name
+            )
         remove_expert(checkpoint, removed, self.merge_into)
         checkpoint.payload["prune"] = {
             "merge_from": removed,

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.expert_health import refuse_unhealthy
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle
 from vraxion_ckpt.surgery import OptimizerPolicy, clone_expert, rename_head
@@ -29,6 +30,8 @@ class SingleToExperts(Transform):
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
     optimizer: OptimizerPolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
+    allow_zero: bool = Field(False, description="allow it although the weights of the single head are all zero")
+    allow_nan: bool = Field(False, description="allow it although weights of the single head are NaN or infinite")
 
     def function_noise(self) -> float | None:
         return self.noise
@@ -50,6 +53,8 @@ class SingleToExperts(Transform):
                 f"ring_len is {self.ring_len}, but the router_map has {len(checkpoint.router_map)} addresses",
                 key=self.name,
             )
+        if self.experts > 1:
+            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
         rename_head(checkpoint, HeadKind.EXPERTS)
         checkpoint.lifecycle.setdefault(0, Lifecycle.fresh(checkpoint.step))
         for child in range(1, self.experts):

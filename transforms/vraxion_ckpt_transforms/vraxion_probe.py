@@ -1,59 +1,126 @@
-"""Count the ring addresses that a VRAXION model visits, by running it; silent where its runtime is not installed.
+"""Count the ring addresses that a VRAXION model visits, by running it; silent where its runtime is not importable.
 
 The model is built on the CPU from the shapes in the checkpoint, with its own weights except the head's, and fed random
-input. The random state and the runtime's global expert count are as before afterwards.
+input. What else it consists of, and how its pointer moves, the runtime reads from environment variables; those are
+recorded with the result. The random state and the runtime's global expert count are as before afterwards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
-from vraxion_ckpt.errors import PluginError
+from vraxion_ckpt.errors import CkptWarning, PluginError
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.ring import Visits
 
 RUNTIME = "vraxion.instnct.absolute_hallway"
+_SETTINGS = "VRX_"  # what the names of the runtime's environment variables begin with
 _SEED, _SAMPLES, _BATCH, _SEQUENCE = 1337, 4096, 64, 16
 
 
 @hookimpl
 def probe_visits(checkpoint: Checkpoint) -> Visits | None:
     """Run the model on random input and count where its pointer ends; None if this is not such a model."""
-    if not _runtime_is_installed():
-        return None
     router, projection = checkpoint.router_map, checkpoint.core.get("input_proj.weight")
-    if router is None or projection is None or checkpoint.head is None:
+    if router is None or projection is None or projection.ndim != 2 or checkpoint.head is None:
         return None
-    ring_len, (slot_dim, input_dim) = len(router), projection.shape
-    classes = _output_rows(checkpoint)
-    visits = np.zeros(ring_len, dtype=np.int64)
-    with _runtime(checkpoint.num_experts) as runtime, torch.no_grad():
-        model = runtime.AbsoluteHallway(input_dim=input_dim, num_classes=classes, ring_len=ring_len, slot_dim=slot_dim)
-        body = {name: t.detach().clone() for name, t in checkpoint.core.items() if not name.startswith("head.")}
-        model.load_state_dict(body, strict=False)
-        model.eval()
-        torch.manual_seed(_SEED)
-        for _ in range(math.ceil(_SAMPLES / _BATCH)):
-            model(torch.randn(_BATCH, _SEQUENCE, input_dim))
-            ended = model.last_ptr_int.reshape(-1).clamp(0, ring_len - 1).to(torch.int64)
-            visits += np.bincount(ended.numpy(), minlength=ring_len)
-    return Visits(visits)
+    with torch.random.fork_rng(devices=[]):
+        runtime = _import_runtime()
+        if runtime is None:
+            return None
+        with _expert_heads(runtime, checkpoint.num_experts), torch.no_grad():
+            model = _build(runtime, checkpoint, len(router), *projection.shape)
+            visits = _count(model, len(router), projection.shape[1])
+    return Visits(visits, note=f"visits counted by VRAXION's runtime on random input, {_settings()}")
 
 
-def _runtime_is_installed() -> bool:
+def _import_runtime() -> Any | None:
+    """Import the runtime; None if there is none.
+
+    Raises:
+        PluginError: there is one, and importing it fails.
+    """
     try:
-        return find_spec(RUNTIME) is not None
-    except (ImportError, ValueError):
-        return False
+        return import_module(RUNTIME)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{RUNTIME}.".startswith(f"{missing}."):
+            return None
+        raise PluginError(
+            f"VRAXION's runtime is there, but cannot be imported: {type(error).__name__}: {error}",
+            key="vraxion_probe",
+            hint="repair it, take it off PYTHONPATH, or give the visits as a file",
+        ) from error
+
+
+@contextmanager
+def _expert_heads(runtime: Any, number: int) -> Iterator[None]:
+    """Set the runtime's global expert count for a while."""
+    before = getattr(runtime, "EXPERT_HEADS", None)
+    runtime.EXPERT_HEADS = number
+    try:
+        yield
+    finally:
+        runtime.EXPERT_HEADS = before
+
+
+def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, input_dim: int) -> Any:
+    """Build the model and give it the checkpoint's weights outside the head; warn of those that do not match."""
+    torch.manual_seed(_SEED)  # weights that the checkpoint lacks stay as they are initialised
+    model = runtime.AbsoluteHallway(
+        input_dim=input_dim, num_classes=_output_rows(checkpoint), ring_len=ring_len, slot_dim=slot_dim
+    )
+    body = {name: t.detach().clone() for name, t in checkpoint.core.items() if not name.startswith("head.")}
+    try:
+        unmatched = model.load_state_dict(body, strict=False)
+    except RuntimeError as error:  # of another shape
+        raise PluginError(
+            f"VRAXION's runtime builds another model than the checkpoint's: {error}",
+            key="vraxion_probe",
+            hint=f"set the environment variables of the training run; now {_settings()}",
+        ) from error
+    _warn(unmatched.unexpected_keys, "weights of the checkpoint were not taken by VRAXION's runtime")
+    lacking = [name for name in unmatched.missing_keys if not name.startswith("head.")]
+    _warn(lacking, "weights of VRAXION's runtime are not in the checkpoint and stay random")
+    model.eval()
+    return model
+
+
+def _warn(names: Sequence[str], what: str) -> None:
+    if names:
+        listed = ", ".join(names[:8]) + ", …" * (len(names) > 8)
+        message = (
+            f"{len(names)} {what} ({listed}); the visits it counts may not be those of the trained model. "
+            f"Set the environment variables of the training run; now {_settings()}"
+        )
+        warnings.warn(message, CkptWarning, stacklevel=2)
+
+
+def _settings() -> str:
+    """Tell which environment variables set the runtime's options."""
+    found = [f"{name}={value[:80]}" for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)]
+    return f"with {', '.join(found)}" if found else f"no {_SETTINGS}* environment variable is set"
+
+
+def _count(model: Any, ring_len: int, input_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Feed random input and count at which address the pointer ends, shape ``[ring_len]``."""
+    visits = np.zeros(ring_len, dtype=np.int64)
+    torch.manual_seed(_SEED)
+    for _ in range(math.ceil(_SAMPLES / _BATCH)):
+        model(torch.randn(_BATCH, _SEQUENCE, input_dim))
+        ended = model.last_ptr_int.reshape(-1).clamp(0, ring_len - 1).to(torch.int64)
+        visits += np.bincount(ended.numpy(), minlength=ring_len)
+    return visits
 
 
 def _output_rows(checkpoint: Checkpoint) -> int:
@@ -64,15 +131,3 @@ def _output_rows(checkpoint: Checkpoint) -> int:
     if not weights:
         raise PluginError("the head has no weight to tell the number of classes from", key="vraxion_probe")
     return int(weights[-1].shape[0])
-
-
-@contextmanager
-def _runtime(num_experts: int) -> Iterator[Any]:
-    runtime = import_module(RUNTIME)
-    before = getattr(runtime, "EXPERT_HEADS", None)
-    with torch.random.fork_rng(devices=[]):
-        runtime.EXPERT_HEADS = num_experts  # type: ignore[attr-defined]
-        try:
-            yield runtime
-        finally:
-            runtime.EXPERT_HEADS = before  # type: ignore[attr-defined]

@@ -33,7 +33,8 @@ def inspection(facts: Inspection) -> None:
         *optimizer_lines(facts.optimizer),
     ]
     if facts.plan:
-        lines.append(("plan", f"expert {facts.plan.parent} gives up {len(facts.plan.addresses)} addresses"))
+        note = f" ({facts.plan.note})" if facts.plan.note else ""
+        lines.append(("plan", f"expert {facts.plan.parent} gives up {len(facts.plan.addresses)} addresses{note}"))
     lines += [("history", f"{record.name} on {record.source or '?'}: {record.summary}") for record in facts.history]
     for name, losses in facts.losses.items():
         lines.append((f"as {name}", f"would lose {'; '.join(map(str, losses)) or 'nothing'}"))
@@ -103,7 +104,7 @@ def _expert_table(experts: tuple[ExpertFacts, ...]) -> Table:
     for expert in experts[:MOST_ROWS]:
         row = expert.lifecycle
         shapes = [f"{leaf} {list(t.shape)}" for leaf, t in (expert.tensors or {}).items()]
-        marks = " tenured" * bool(row and row.tenured) + " deleted" * expert.deleted
+        marks = " tenured" * bool(row and row.tenured) + " deleted" * expert.deleted + " zero" * bool(expert.zero)
         marks += " collected" * bool(row and row.collected)
         table.add_row(
             f"{expert.id}{marks}",

@@ -155,6 +155,9 @@ def samples() -> dict[str, Checkpoint]:
     )
     assert planned.optimizer is not None
     planned.optimizer.extra = {"scheduled": [1, 2.5, None]}
+    hibernated = make()
+    assert hibernated.head is not None
+    hibernated.head.experts[1] = Expert({n: torch.zeros_like(t) for n, t in hibernated.head.experts[1].items()})
     turned = make()
     assert turned.head is not None
     turned.head.experts = dict(reversed(turned.head.experts.items()))
@@ -170,6 +173,7 @@ def samples() -> dict[str, Checkpoint]:
         "many_experts": make(experts=11),
         "layered_experts": make(widths=(9, 5, 3)),
         "deleted_expert": deleted,
+        "hibernated": hibernated,
         "headless": make(experts=0),
         "head_first": make(position=0),
         "planned": planned,

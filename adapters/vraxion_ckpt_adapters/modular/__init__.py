@@ -295,7 +295,7 @@ class ModularAdapter(Adapter):
         known: dict[str, Any] = {
             "source_checkpoint": origin.path.name if origin.path else "",
             "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
-            "step": checkpoint.step,
+            "step": checkpoint.payload.get("step"),
             "experts": [],
             "deleted": sorted(deleted.union(i for i, row in checkpoint.lifecycle.items() if row.collected)),
         }

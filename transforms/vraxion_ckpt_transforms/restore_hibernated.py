@@ -1,0 +1,144 @@
+"""Put the snapshot of a hibernated expert back: the checkpoint holds zeros where the trainer had moved it out.
+
+VRAXION's trainers write ``expert_<id>.pt`` when an expert is idle: a dict of leaf name → tensor, without a step. A
+later hibernation of the same expert overwrites it, so a snapshot may be older or newer than the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from vraxion_ckpt import torchfile
+from vraxion_ckpt.errors import CkptWarning, InconsistentError, TransformError, UsageError
+from vraxion_ckpt.expert_health import has_nonfinite, is_zero
+from vraxion_ckpt.hookspecs import hookimpl
+from vraxion_ckpt.model import Checkpoint, Expert, Head
+from vraxion_ckpt.options import IntList
+from vraxion_ckpt.transform import Transform
+
+
+class RestoreHibernated(Transform):
+    """Put snapshots of hibernated experts back in place of their zeros."""
+
+    name: ClassVar[str] = "restore_hibernated"
+
+    snapshots: Path = Field(description="directory that holds expert_<id>.pt, as a trainer's hibernation writes them")
+    experts: IntList | None = Field(None, description="experts to restore, like [0,2]; all that are zero if not given")
+    replace: bool = Field(False, description="allow replacing an expert whose weights are not all zero")
+
+    def function_noise(self) -> float | None:
+        return None
+
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        head = checkpoint.head
+        if head is None:
+            raise TransformError("the model has no head", key=self.name)
+        if not self.snapshots.is_dir():
+            raise UsageError("no such directory", path=self.snapshots)
+        chosen = self._chosen(head)
+        restored = {i: self._restored(i, head.experts[i], checkpoint) for i in chosen}
+        # Assigned only now: an error for one of them leaves all as they are.
+        head.experts = {i: restored.get(i, expert) for i, expert in head.experts.items()}
+        self._warn(restored)
+        return checkpoint
+
+    def _chosen(self, head: Head) -> list[int]:
+        if self.experts is None:
+            found = [i for i in sorted(head.experts) if is_zero(head.experts[i])]
+            if not found:
+                raise TransformError("there is no expert whose weights are all zero", key=self.name)
+            return found
+        if not self.experts:
+            raise TransformError("experts names none", key=self.name, hint="leave it out to restore all that are zero")
+        chosen = sorted(set(self.experts))
+        for i in chosen:
+            if i in head.deleted:
+                raise TransformError(f"expert {i} was deleted; it has no tensors to replace", key=self.name)
+            if i not in head.experts:
+                raise TransformError(f"there is no expert {i}; there are {head.num_experts}", key=self.name)
+            if not self.replace and not is_zero(head.experts[i]):
+                raise TransformError(
+                    f"expert {i} is not hibernated: its weights are not all zero",
+                    key=self.name,
+                    hint="leave it out, or pass replace=true",
+                )
+        return chosen
+
+    def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
+        """Read the snapshot of an expert; refuse one that does not fit in the expert's place."""
+        path = self._snapshot(expert)
+        snapshot = torchfile.load(path, checkpoint.sources)
+        if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
+            raise InconsistentError("a snapshot must be a dict of leaf name → tensor", path=path)
+        if odd := snapshot.keys() ^ old.keys():
+            whose = "only the snapshot" if odd <= snapshot.keys() else "only one of snapshot and checkpoint"
+            raise TransformError(f"{whose} has {_listed(odd)} of expert {expert}", path=path, key=self.name)
+        for leaf, tensor in old.items():
+            found = snapshot[leaf]
+            if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise TransformError(
+                    f"{leaf} of expert {expert} is {_brief(tensor)}, that of the snapshot {_brief(found)}",
+                    path=path,
+                    key=self.name,
+                )
+        if is_zero(snapshot):
+            raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path, key=self.name)
+        return Expert({leaf: _alone(snapshot, leaf, like=tensor) for leaf, tensor in old.items()})
+
+    def _snapshot(self, expert: int) -> Path:
+        path = self.snapshots / f"expert_{expert}.pt"
+        if not os.path.lexists(path):
+            raise TransformError(
+                f"there is no snapshot of expert {expert}: no expert_{expert}.pt in {self.snapshots}",
+                key=self.name,
+                hint=f"name the experts to restore: experts=[…] without {expert}",
+            )
+        inside = Path(os.path.realpath(path)).parent == Path(os.path.realpath(self.snapshots))
+        if not path.is_file() or not inside:
+            raise TransformError("a snapshot must be a regular file in that directory", path=path, key=self.name)
+        return path
+
+    def _warn(self, restored: Mapping[int, Expert]) -> None:
+        several = len(restored) > 1
+        listed = ", ".join(map(str, restored))
+        message = (
+            f"the weights of expert{'s' * several} {listed} were replaced by "
+            f"{'snapshots' if several else 'a snapshot'} from {self.snapshots}. A snapshot carries no step and is "
+            "overwritten by each later hibernation, so it is not known which step it is of. "
+            "The optimizer's state is the checkpoint's"
+        )
+        odd = [i for i, expert in restored.items() if has_nonfinite(expert)]
+        if odd:
+            message += f". The snapshot of expert {', '.join(map(str, odd))} has weights that are NaN or infinite"
+        warnings.warn(message, CkptWarning, stacklevel=3)
+
+
+def _alone(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
+    """Return a tensor of the snapshot, of the type of `like`, that has its storage for itself."""
+    tensor = snapshot[leaf].detach()
+    storage = tensor.untyped_storage()
+    sharing = sum(other.untyped_storage().data_ptr() == storage.data_ptr() for other in snapshot.values())
+    if sharing > 1 or storage.nbytes() != tensor.numel() * tensor.itemsize:
+        tensor = tensor.clone()
+    return nn.Parameter(tensor, like.requires_grad) if isinstance(like, nn.Parameter) else tensor
+
+
+def _brief(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(map(str, names)))
+
+
+@hookimpl
+def register_transforms() -> list[type[Transform]]:
+    """Offer the transform."""
+    return [RestoreHibernated]
