@@ -20,6 +20,7 @@ FLOORS = [
     "_version",
     "errors",
     "sources",
+    "textfile",
     "jsonfile",
     "yamlfile",
     "facts",

@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.model import Checkpoint, Head, Optimizer, ParamGroup
+from vraxion_ckpt.plain import bytes_of
 
 THREE_WAYS_OUT = (
     "give the names (--param-names FILE: one name a line, in optimizer order), leave the optimizer behind "
@@ -99,7 +99,7 @@ def digest(state_dict: Mapping[str, Any]) -> str:
             if isinstance(value, Tensor):
                 found.update(repr((str(value.dtype), tuple(value.shape))).encode())
                 if value.is_contiguous():
-                    found.update(value.detach().view(-1)[:16].view(torch.uint8).numpy().tobytes())
+                    found.update(bytes_of(value)[: 16 * value.itemsize].numpy().tobytes())
             elif isinstance(value, int | float | str):
                 found.update(repr(value).encode())
     return found.hexdigest()

@@ -22,7 +22,7 @@ from vraxion_ckpt import invariants, progress
 from vraxion_ckpt import manifest as manifests
 from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.commit import was_interrupted
-from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError
+from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError, memory_errors
 from vraxion_ckpt.facts import Fact, Facts
 from vraxion_ckpt.inspection import value_facts
 from vraxion_ckpt.invariants import router_owners
@@ -74,6 +74,7 @@ class Checked(Facts):
     """What its files were compared with."""
 
 
+@memory_errors()
 def check(
     path: PathLike,
     *,

@@ -26,7 +26,7 @@ from vraxion_ckpt import disk, invariants, signals
 from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
 from vraxion_ckpt.compare import without_experts
-from vraxion_ckpt.errors import InconsistentError, UsageError
+from vraxion_ckpt.errors import InconsistentError, UsageError, memory_errors
 from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
 from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
@@ -117,6 +117,7 @@ class _Work:
     watched: Mapping[str, Mark] = field(default_factory=dict)
 
 
+@memory_errors()
 def edit(
     path: PathLike,
     *,

@@ -14,7 +14,7 @@ from torch import Tensor
 from vraxion_ckpt import binding, progress, ring
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs
-from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
+from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
@@ -171,6 +171,7 @@ class Inspection(Facts):
     """Null unless asked for."""
 
 
+@memory_errors()
 def inspect(
     path: PathLike,
     *,
@@ -322,6 +323,7 @@ def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
         try:
             lost[name] = tuple(configure(adapter, {}).losses(checkpoint))
         except Exception as error:  # an option without a default, or a defect: no reason not to show the rest
+            raise_if_out_of_memory(error)
             warnings.warn(f"format {name} does not say what it would lose: {error}", CkptWarning, stacklevel=3)
     return lost
 

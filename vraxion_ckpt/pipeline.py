@@ -29,6 +29,7 @@ from vraxion_ckpt.errors import (
     InvariantError,
     StorageError,
     UsageError,
+    memory_errors,
 )
 from vraxion_ckpt.judging import LossPolicy, apply, check_policy, judge
 from vraxion_ckpt.manifest import by_name, dumps, make
@@ -108,6 +109,7 @@ def convert(
     return summary
 
 
+@memory_errors()
 def convert_to_all(
     src: PathLike,
     targets: Sequence[Target],

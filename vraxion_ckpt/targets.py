@@ -122,9 +122,13 @@ def check_side_files(
     for path in side_files:
         real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
-        check_target(real, overwrite=overwrite or (real.is_file() and real.read_bytes() == side_files[path]))
+        check_target(real, overwrite=overwrite or (_holds(real, side_files[path])))
         found.append(Beside(real, real.exists()))
     return tuple(found)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def check_manifest(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vraxion_ckpt.errors import CkptError, PluginError, StorageError
+from vraxion_ckpt.errors import CkptError, PluginError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.options import Plugin, resolved
@@ -79,6 +79,7 @@ def apply_chain(checkpoint: Checkpoint, chain: Iterable[Step]) -> tuple[Checkpoi
         except OSError as error:
             raise StorageError.from_os_error(error, error.filename or name) from error
         except Exception as error:
+            raise_if_out_of_memory(error)
             raise PluginError(f"{type(error).__name__}: {error}", key=name, hint=blame) from error
         if not isinstance(after, Checkpoint):
             raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name, hint=blame)

@@ -16,7 +16,7 @@ from typing import ClassVar
 from vraxion_ckpt import signals
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.difference import diff_checkpoints
-from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.errors import UsageError, memory_errors
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import Staging, stage_side_files
@@ -41,6 +41,7 @@ class Reported(Facts):
     picture_bytes: int
 
 
+@memory_errors()
 def report(
     path: PathLike,
     page: PathLike | None = None,
