@@ -110,7 +110,7 @@ def test_tensors_with_odd_strides_are_looked_at_and_changed(dtype, run_cli, tmp_
     assert run_cli("convert", source, tmp_path / "b.pt", "-t", split)[0] == 0
     assert run_cli("diff", source, tmp_path / "b.pt")[0] == 1
     assert run_cli("report", tmp_path / "b.pt", "-o", tmp_path / "b.html", "--against", source)[0] == 0
-    assert run_cli("edit", tmp_path / "b.pt", "-t", "prune_merge:prune=2,into=0")[0] == 0
+    assert run_cli("edit", tmp_path / "b.pt", "-t", "prune_merge:merge_into=0")[0] == 0
     assert vc.diff(source, tmp_path / "b.pt").model == ()
 
 

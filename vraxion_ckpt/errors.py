@@ -33,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+from vraxion_ckpt.printable import in_one_line
+
 # What torch, C++, the C library and the dynamic linker say when memory runs out, in lower case.
 _OUT_OF_MEMORY = (
     "not enough memory",
@@ -75,7 +77,7 @@ class CkptError(Exception):
     def where(self) -> str:
         """The path and the entry at fault, on one line; empty if neither is known."""
         where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
-        return where.replace("\n", "␊")  # or a name could look like a message of ours
+        return in_one_line(where)  # or a name could look like a message of ours
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message

@@ -107,9 +107,7 @@ def view_of(tensor: Tensor) -> tuple[Any, ...]:
 
     The stride of a dimension with a single entry says nothing.
     """
-    strides = tuple(
-        stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.is_conj(), tensor.is_neg()
 
 

@@ -14,6 +14,7 @@ from vraxion_ckpt import textfile
 from vraxion_ckpt.cli import output
 from vraxion_ckpt.cli.completion import complete_format, complete_transform
 from vraxion_ckpt.errors import CkptError, OutOfMemoryError, UsageError
+from vraxion_ckpt.printable import printable_facts
 
 if TYPE_CHECKING:
     from vraxion_ckpt.facts import Facts
@@ -151,7 +152,7 @@ def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
         else:
-            show(facts)
+            show(printable_facts(facts))
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
