@@ -186,9 +186,12 @@ def save(value: Any, path: Path) -> None:
     ours: torch would compute each before it writes the bytes, here another thread does it meanwhile.
 
     Raises:
+        UsageError: torch would read a file of that name with safetensors.
         UnsupportedError: `value` holds something that is not plain data.
         StorageError: the file cannot be written; the message has the reason.
     """
+    if path.name.endswith(".safetensors"):
+        raise UsageError("torch takes a file of this name for another format", path=path, hint="call it *.pt")
     check_plain(value)
     writer = None
     try:
