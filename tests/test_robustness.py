@@ -442,6 +442,7 @@ def test_a_run_with_too_little_memory_leaves_everything_as_it_was(free, tmp_path
         )
         assert done.returncode in (0, 14), (command, done.stdout, done.stderr)
         assert free < 4000 or done.returncode == 0, done.stderr
+        assert free > 4 or done.returncode == 14 or command[0] in ("check", "inspect"), command
         assert (done.returncode == 14) == ("not enough memory" in done.stderr)
         if done.returncode:
             assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "o"))] == []
@@ -485,8 +486,8 @@ def test_a_character_that_cannot_be_seen_is_spelt_out_but_in_json(run_cli, tmp_p
         shown = (told + said).replace("\n", "")
         assert not set(shown) & set(UNSEEN + "\r\t"), command
         assert "\\u200b" in shown.replace(" ", ""), (command, shown)
-        if file in command:
-            assert set(SEEN) <= set(shown) or "no\\u0007" in shown, command
+        if command[0] in ("inspect", "diff"):
+            assert set(SEEN) <= set(shown), command
     assert spelt in "".join(run_cli("inspect", file, "--tensors")[1].split())
     page = (tmp_path / f"c{UNSEEN}.html").read_text()
     assert not set(page.split("<script")[0]) & set(UNSEEN)
