@@ -46,7 +46,8 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """Return a tensor's elements as bytes."""
-    return bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+    flat = tensor.detach().resolve_conj().resolve_neg().flatten().clone(memory_format=torch.contiguous_format)
+    return bytes(flat.as_strided((len(flat),), (1,)).view(torch.uint8).tolist())
 
 
 def files_below(folder: Path) -> list[Path]:

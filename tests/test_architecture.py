@@ -18,8 +18,10 @@ CLI = sorted((ROOT / "vraxion_ckpt" / "cli").glob("*.py"))
 # From the ground up; a module imports only what stands before it.
 FLOORS = [
     "_version",
+    "printable",
     "errors",
     "sources",
+    "textfile",
     "jsonfile",
     "yamlfile",
     "facts",

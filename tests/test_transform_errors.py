@@ -267,6 +267,13 @@ def test_a_plan_file_without_a_plan_is_refused(content, tmp_path, out):
     assert "plan.json" in refusal(InconsistentError, EXPERTS3, out / "new.pt", split(meta=tmp_path / "plan.json"))
 
 
-@pytest.mark.parametrize("step", [arc_meta(visits="nowhere.json"), arc_meta(visits="/"), split(meta="nowhere.json")])
-def test_a_file_that_is_not_there_is_a_mistake_of_the_call(step, out):
-    assert "no such file" in refusal(UsageError, EXPERTS3, out / "new.pt", step)
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        (arc_meta(visits="nowhere.json"), "no such file"),
+        (arc_meta(visits="/"), "is not a regular file"),
+        (split(meta="nowhere.json"), "no such file"),
+    ],
+)
+def test_a_file_that_is_not_there_is_a_mistake_of_the_call(step, says, out):
+    assert says in refusal(UsageError, EXPERTS3, out / "new.pt", step)

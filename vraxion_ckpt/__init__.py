@@ -5,8 +5,10 @@ core knows neither any format nor any transform by name. The modules, from the g
 
 ========================  ==============================================================================
 `errors`                  the error tree, one exit code a class
+`printable`               what cannot be seen, spelt out (no torch)
 `sources`                 the files that were read, and whether they changed (no torch)
 `container`, `rehearsal`  a strict look at torch's zip archives, and at what their pickle asks for (no torch)
+`textfile`                small files that a user names: regular, bounded, without waiting (no torch)
 `jsonfile`, `yamlfile`    strict JSON and YAML (no torch)
 `facts`                   what ``--json`` prints: models that are their own JSON Schema (no torch)
 `disk`, `signals`         system calls; signals that end a run (no torch)

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from vraxion_ckpt.assignment import WAYS_OUT, Assignment, Candidates, Shape, by_shape, in_order
@@ -32,6 +31,7 @@ from vraxion_ckpt.buffers import torch_buffers
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.model import Checkpoint, Head, Optimizer, ParamGroup
 from vraxion_ckpt.parameter_order import ModelOrder, OrderKind, Rule, explains, lists_of, model_order
+from vraxion_ckpt.plain import bytes_of
 from vraxion_ckpt.trainers import known_trainer
 
 OptimizerOrder = Literal["model", "sorted", "reversed"]
@@ -293,7 +293,7 @@ def digest(state_dict: Mapping[str, Any]) -> str:
             if isinstance(value, Tensor):
                 found.update(repr((str(value.dtype), tuple(value.shape))).encode())
                 if value.is_contiguous():
-                    found.update(value.detach().view(-1)[:16].view(torch.uint8).numpy().tobytes())
+                    found.update(bytes_of(value)[: 16 * value.itemsize].numpy().tobytes())
             elif isinstance(value, int | float | str):
                 found.update(repr(value).encode())
     return found.hexdigest()

@@ -20,7 +20,7 @@ from vraxion_ckpt import manifest as manifests
 from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import was_interrupted
-from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError
+from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError, memory_errors
 from vraxion_ckpt.expert_health import HOW_TO_RESTORE, is_finite, is_zero
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.findings import Finding, Severity, first_few
@@ -53,6 +53,7 @@ class Checked(Facts):
     """What its files were compared with."""
 
 
+@memory_errors()
 def check(
     path: PathLike,
     *,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +20,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vraxion_ckpt import disk, signals
-from vraxion_ckpt.errors import BusyError, CkptError, CkptWarning, StorageError, UsageError
+from vraxion_ckpt.errors import (
+    BusyError,
+    CkptError,
+    CkptWarning,
+    OutOfMemoryError,
+    StorageError,
+    UsageError,
+    is_out_of_memory,
+)
 from vraxion_ckpt.transaction import JOURNAL, Change, Mark, Transaction, committed, flush
 
 
@@ -27,7 +36,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a target that cannot, or must not, be written; called before anything is read.
 
     Raises:
-        UsageError: it exists and `overwrite` is false, or its folder is missing or read-only.
+        UsageError: it exists and `overwrite` is false, or its folder is missing or not writable.
+        StorageError: its file system is read-only.
     """
     if target.exists() and not overwrite:
         hint = "choose a new name, or, where the command has it, pass --overwrite to replace it"
@@ -36,6 +46,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if not folder.is_dir():
         raise UsageError("there is no such folder to write into", path=folder, hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            raise StorageError("the file system is read-only", path=target)
         raise UsageError("the folder is not writable", path=folder)
 
 
@@ -77,16 +89,37 @@ def exclusive(target: Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock, place: Path, target: Path) -> None:
     """Take the lock at once, or not at all; a holder that has just removed its file is no reason to give up."""
+    there = os.path.lexists(place)
     for last in (False, False, True):
         try:
             lock.acquire(blocking=False)
             return
         except Timeout:
             if last:
+                _check_takes_files(target)  # filelock cannot tell a folder that takes none from a holder
                 hint = "wait for it to end; if none is running on this machine, one on another may be"
                 raise BusyError("another run is at work on it", path=target, hint=hint) from None
-        except OSError as error:
-            raise StorageError.from_os_error(error, place) from error
+        except Exception as error:  # a file system without locks: filelock has more than one class of error for that
+            if not there:
+                with suppress(OSError):
+                    disk.unlink(place)
+            raise _not_lockable(error, target) from error
+
+
+def _check_takes_files(target: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _not_lockable(error, target) from error
+
+
+def _not_lockable(error: Exception, target: Path) -> StorageError:
+    if is_out_of_memory(error):
+        return OutOfMemoryError(path=target)
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    hint = "write to a file system that takes files and locks, such as that of your home folder"
+    return StorageError(f"it cannot be locked by a file beside it: {reason}", path=target, hint=hint)
 
 
 def leftovers(target: Path) -> list[Path]:
@@ -241,7 +274,9 @@ def staged(target: Path, *, directory: bool, overwrite: bool, change: Change | N
 
 def _for_people(error: BaseException, stage: Staged) -> BaseException:
     """Name the target instead of the place it is staged at, and say so if it has been written all the same."""
-    if isinstance(error, OSError):
+    if is_out_of_memory(error):
+        error = OutOfMemoryError(path=stage.target)
+    elif isinstance(error, OSError):
         error = StorageError.from_os_error(error, error.filename or stage.target)
     if isinstance(error, CkptError):
         if error.path is not None and error.path.is_relative_to(stage.path):

@@ -28,6 +28,7 @@ from vraxion_ckpt.changes import (
     Side,
 )
 from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
+from vraxion_ckpt.errors import memory_errors
 from vraxion_ckpt.invariants import router_owners, shared_memory
 from vraxion_ckpt.matching import Matching, match
 from vraxion_ckpt.measure import Measure, measure
@@ -39,6 +40,7 @@ from vraxion_ckpt.reading import PathLike, bound_if_possible, read_unbound
 _MOST_ARCS = 4096
 
 
+@memory_errors()
 def diff(
     a: PathLike,
     b: PathLike,

@@ -25,10 +25,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
+from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError, raise_if_out_of_memory
 from vraxion_ckpt.model import VRAXION, Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
 from vraxion_ckpt.payload import OUR_KEY, Extras, parse_extras, split_head
-from vraxion_ckpt.plain import DEEPEST, bytes_of, check_plain
+from vraxion_ckpt.plain import DEEPEST, bytes_of, check_plain, view_of
 
 PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
@@ -158,7 +158,7 @@ class _Stored:
 
     def put(self, tensor: Tensor, wanted: str) -> dict[str, Any]:
         """Store a tensor, under `wanted` if that is free; return what refers to it."""
-        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        view = view_of(tensor)
         name = self._known.get(view) if tensor.numel() else None
         native = tensor.dtype in self._dtypes
         if name is None:
@@ -312,6 +312,7 @@ class _Decoder:
         try:
             return self._special(special, value, place, depth)
         except (TypeError, ValueError, KeyError, AttributeError, struct.error, RuntimeError) as error:
+            raise_if_out_of_memory(error)
             raise InconsistentError(f"is no {special[:_PLACE]} of ours: {error}", key=place) from error
 
     def _special(self, kind: str, value: dict[str, Any], place: str, depth: int) -> Any:

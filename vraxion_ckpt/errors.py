@@ -26,9 +26,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
+
+from vraxion_ckpt.printable import in_one_line
+
+# What torch, C++, the C library and the dynamic linker say when memory runs out, in lower case.
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "failed to map segment from shared object",
+    "can't start new thread",  # whose stack is memory
+)
 
 
 class CkptError(Exception):
@@ -61,7 +77,7 @@ class CkptError(Exception):
     def where(self) -> str:
         """The path and the entry at fault, on one line; empty if neither is known."""
         where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
-        return where.replace("\n", "␊")  # or a name could look like a message of ours
+        return in_one_line(where)  # or a name could look like a message of ours
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
@@ -156,7 +172,16 @@ class StorageError(CkptError):
     @classmethod
     def from_os_error(cls, error: OSError, path: str | os.PathLike[str]) -> StorageError:
         """Wrap an operating-system error, keeping its reason and naming the path we were working on."""
+        if is_out_of_memory(error):
+            return OutOfMemoryError(path=path)
         return cls(error.strerror or str(error), path=path)
+
+
+class OutOfMemoryError(StorageError):
+    """There was not enough memory, whoever noticed: Python, numpy, torch or the operating system."""
+
+    def __init__(self, *, path: str | os.PathLike[str] | None = None) -> None:
+        super().__init__("not enough memory", path=path, hint="run it where more memory is free")
 
 
 class PluginError(CkptError):
@@ -173,3 +198,37 @@ class BusyError(CkptError):
 
 class CkptWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory ran out, in its own words or as the cause it was raised from."""
+    if isinstance(error, OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if isinstance(error, CkptError) or not isinstance(error, Exception):
+        return False
+    text = ""
+    if isinstance(error, RuntimeError | OSError | ImportError):  # the text of another may quote a checkpoint
+        text = str(error).lower()
+    cause = error.__cause__ or error.__context__
+    return any(words in text for words in _OUT_OF_MEMORY) or (cause is not None and is_out_of_memory(cause))
+
+
+def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | None = None) -> None:
+    """Raise `OutOfMemoryError` in place of an exception that says so; return for any other.
+
+    Call it first wherever an exception of any class is turned into an error of another kind.
+    """
+    if is_out_of_memory(error):
+        raise OutOfMemoryError(path=path) from error
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise `OutOfMemoryError` for an exception that says so; also a decorator, for the functions that users call."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        raise

@@ -28,7 +28,7 @@ from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
 from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.compare import without_experts
-from vraxion_ckpt.errors import InconsistentError, UsageError
+from vraxion_ckpt.errors import InconsistentError, UsageError, memory_errors
 from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
 from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
@@ -120,6 +120,7 @@ class _Work:
     watched: Mapping[str, Mark] = field(default_factory=dict)
 
 
+@memory_errors()
 def edit(
     path: PathLike,
     *,

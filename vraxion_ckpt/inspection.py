@@ -18,7 +18,7 @@ from vraxion_ckpt import binding, progress, ring
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs
 from vraxion_ckpt.binding import OptimizerOrder
-from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError
+from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.facts import Fact, Facts, Number, Plain
 from vraxion_ckpt.invariants import router_owners
@@ -188,6 +188,7 @@ class Inspection(Facts):
     """Null unless asked for."""
 
 
+@memory_errors()
 def inspect(
     path: PathLike,
     *,
@@ -364,6 +365,7 @@ def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
         try:
             lost[name] = tuple(configure(adapter, {}).losses(checkpoint))
         except Exception as error:  # an option without a default, or a defect: no reason not to show the rest
+            raise_if_out_of_memory(error)
             warnings.warn(f"format {name} does not say what it would lose: {error}", CkptWarning, stacklevel=3)
     return lost
 

@@ -10,28 +10,37 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError, StorageError
+from vraxion_ckpt import textfile
+from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError
+
+_LARGEST = 2**26  # bytes: rows of a hundred thousand experts, or the digests of as many files
+_MOST_VALUES = 5_000_000  # an empty list of two letters takes sixty bytes of memory
 
 
-def load(path: Path) -> Any:
-    """Read a JSON file.
+def load(path: Path, *, most: int = _LARGEST) -> Any:
+    """Read a JSON file of at most `most` bytes.
 
     Raises:
+        UsageError: there is no such file, or it is not a regular one.
         CorruptError: not JSON, or not UTF-8.
         InconsistentError: a duplicate key, or a number that is not finite.
-        LimitError: nested too deeply.
+        LimitError: larger, or nested too deeply.
         StorageError: the file cannot be read.
     """
     try:
-        return loads(path.read_text(encoding="utf-8"), path)
-    except OSError as error:
-        raise StorageError.from_os_error(error, path) from error
+        return loads(textfile.read_text(path, most=most), path)
     except UnicodeDecodeError as error:
         raise CorruptError("is not UTF-8 text", path=path) from error
 
 
 def loads(text: str, path: Path | None = None) -> Any:
-    """Parse JSON text; `path` is named in errors."""
+    """Parse JSON text; `path` is named in errors.
+
+    Raises:
+        CkptError: as for `load`; LimitError also for more than five million values.
+    """
+    if sum(map(text.count, "[{,")) > _MOST_VALUES:
+        raise LimitError(f"holds more than {_MOST_VALUES} values", path=path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from typing import ClassVar
 from pydantic import Field, ValidationError
 
 from vraxion_ckpt import jsonfile, progress
-from vraxion_ckpt.errors import CkptError, InconsistentError, StorageError, UsageError
+from vraxion_ckpt.errors import CkptError, InconsistentError, StorageError
 from vraxion_ckpt.facts import Fact, Facts
 
 # The path of a checkpoint that is one file.
@@ -72,12 +72,10 @@ def load(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it is not a regular one.
         CorruptError: it is no JSON.
         InconsistentError: it is no manifest, or of a version that is not known, or names a file outside a checkpoint.
     """
-    if not path.is_file():
-        raise UsageError("no such file", path=path)
     data = jsonfile.load(path)
     if not isinstance(data, dict) or data.pop("schema", None) != Manifest.schema_name():
         raise InconsistentError("is no manifest", path=path, key="schema", hint=f"expected {Manifest.schema_name()}")

@@ -33,6 +33,7 @@ from vraxion_ckpt.errors import (
     InvariantError,
     StorageError,
     UsageError,
+    memory_errors,
 )
 from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
 from vraxion_ckpt.manifest import by_name, dumps, make
@@ -122,6 +123,7 @@ def convert(
     return summary
 
 
+@memory_errors()
 def convert_to_all(
     src: PathLike,
     targets: Sequence[Target],

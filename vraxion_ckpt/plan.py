@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vraxion_ckpt import jsonfile, ring
-from vraxion_ckpt.errors import InconsistentError, UsageError
+from vraxion_ckpt.errors import InconsistentError
 from vraxion_ckpt.model import Checkpoint, SplitPlan
 
 SCHEMA = "mitosis_meta_v1"
@@ -36,12 +36,10 @@ def load(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
     """Read who is to be split and which addresses it gives up, from a plan or a trainer's ``_meta.json``.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it is not a regular one.
         InconsistentError: it is no plan, it names no parent or no addresses, or it is for a ring or a number of experts
             that `checkpoint` has not.
     """
-    if not path.is_file():
-        raise UsageError("no such file", path=path)
     data = jsonfile.load(path)
     if not isinstance(data, dict):
         raise InconsistentError("must be a JSON object", path=path)

@@ -19,7 +19,14 @@ import pluggy
 
 from vraxion_ckpt import hookspecs
 from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.errors import CkptError, CkptWarning, OptionError, PluginError, UsageError
+from vraxion_ckpt.errors import (
+    CkptError,
+    CkptWarning,
+    OptionError,
+    PluginError,
+    UsageError,
+    raise_if_out_of_memory,
+)
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import Plugin, configure, parse
 from vraxion_ckpt.ring import Visits
@@ -75,6 +82,7 @@ def registry() -> Registry:
         try:
             _load(found, entry, distribution)
         except (Exception, SystemExit) as error:  # whatever a plugin raises, the others must work
+            raise_if_out_of_memory(error)
             found.broken.append(Broken(entry.name, distribution.name, f"{type(error).__name__}: {error}"))
             if plugin := found.manager.get_plugin(_key(entry, distribution)):
                 found.manager.unregister(plugin)
@@ -207,5 +215,6 @@ def probe_visits(checkpoint: Checkpoint) -> Visits | None:
     except CkptError:
         raise
     except Exception as error:
+        raise_if_out_of_memory(error)
         raise PluginError(f"a visits probe failed: {type(error).__name__}: {error}") from error
     return visits

@@ -27,6 +27,8 @@ from vraxion_ckpt.errors import (
     StorageError,
     UnknownFormatError,
     UsageError,
+    memory_errors,
+    raise_if_out_of_memory,
 )
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
@@ -36,6 +38,7 @@ PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
 
 
+@memory_errors()
 def read(
     path: PathLike,
     *,
@@ -81,6 +84,7 @@ def read(
         raise
 
 
+@memory_errors()
 def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
     place = Path(path)
@@ -135,6 +139,7 @@ def detects(adapter: type[Adapter], path: Path) -> bool:
     try:
         return adapter.detect(path)
     except Exception as error:  # one broken plugin must not take every other format down
+        raise_if_out_of_memory(error, path)
         warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
         return False
 
@@ -199,6 +204,7 @@ def blamed(adapter: Adapter) -> Iterator[None]:
     except (CkptError, OSError):
         raise
     except Exception as error:
+        raise_if_out_of_memory(error)
         raise PluginError(
             f"{type(error).__name__}: {error}", key=adapter.name, hint="this is a defect of the format's plugin"
         ) from error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
@@ -29,6 +29,8 @@ from vraxion_ckpt.summary import Summary
 from vraxion_ckpt.variables import Filling, nearest
 from vraxion_ckpt.yamlfile import Place, Problem, Yaml, load
 
+_T = TypeVar("_T")
+
 SCHEMA = "vraxion-ckpt/recipe/1"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # What pydantic says, for people who write recipes.
@@ -40,6 +42,8 @@ _WORDS = {
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
 }
+_MOST_TOLD = 100  # of what is wrong with a recipe
+_MOST_NUMBERS = 10_000_000  # in the lists of all steps: a range of ten letters may stand for as many
 
 
 class _Entry(BaseModel):
@@ -247,28 +251,41 @@ def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
 def _checked_chain(yaml: Yaml, chain: Any, problems: list[Problem]) -> tuple[TransformLike, ...]:
     """Look at every transform, and note what is wrong with each of its options by itself."""
     items: list[TransformLike] = []
+    numbers = 0
     for i, entry in enumerate(chain if isinstance(chain, list) else ()):
         place: Place = ("chain", i)
         if isinstance(entry, str):
             items.append(entry)
-            _attempt(lambda: resolve_chain(items[-1:]), place, yaml, problems)
         elif isinstance(entry, dict) and len(entry) == 1:
             (name, options) = next(iter(entry.items()))
+            place = (*place, name)
             if options is not None and not isinstance(options, dict):
-                problems.append(Problem((*place, name), "must be a mapping of options", yaml.line((*place, name))))
+                problems.append(Problem(place, "must be a mapping of options", yaml.line(place)))
                 continue
             given = {key: _as_text(value) for key, value in (options or {}).items()}
             items.append((name, given))
             wrong = _wrong_options(name, given)
             for key, what in wrong:
-                inner = (*place, name, key) if key else (*place, name)
+                inner = (*place, key) if key else place
                 problems.append(Problem(inner, what, yaml.line(inner)))
-            if not wrong:
-                _attempt(lambda: resolve_chain(items[-1:]), (*place, name), yaml, problems)
+            if wrong:
+                continue
         else:
             what = "must be NAME, NAME:key=value, or NAME with a mapping of its options"
             problems.append(Problem(place, what, yaml.line(place)))
+            continue
+        numbers += _attempt(lambda: _numbers_in(items[-1]), place, yaml, problems) or 0
+        if numbers > _MOST_NUMBERS:
+            what = f"the lists of the chain hold more than {_MOST_NUMBERS} numbers in all"
+            problems.append(Problem(place, what, yaml.line(place)))
+            break
     return tuple(items)
+
+
+def _numbers_in(item: TransformLike) -> int:
+    """Resolve a step, and count the entries of its lists: they take memory that its text does not."""
+    (step,) = resolve_chain([item])
+    return sum(len(value) for _, value in step.transform if isinstance(value, tuple))
 
 
 def _as_text(value: Any) -> Any:
@@ -283,12 +300,13 @@ def _wrong_options(name: str, options: Mapping[str, Any]) -> list[tuple[str, str
     return problems_with(offers[0].plugin, options) if len(offers) == 1 else []
 
 
-def _attempt(resolve: Callable[[], object], place: Place, yaml: Yaml, problems: list[Problem]) -> None:
+def _attempt(resolve: Callable[[], _T], place: Place, yaml: Yaml, problems: list[Problem]) -> _T | None:
     try:
-        resolve()
+        return resolve()
     except CkptError as error:
         hint = f" ({error.hint})" if error.hint and "describe" not in error.hint else ""
         problems.append(Problem(place, f"{error.message}{hint}", yaml.line(place)))
+    return None
 
 
 def _check_formats(yaml: Yaml, filled: Mapping[str, Any], problems: list[Problem]) -> None:
@@ -306,7 +324,9 @@ def _listed(path: Path, problems: Sequence[Problem]) -> str:
     unique = list(dict.fromkeys(problems))
     ordered = sorted(unique, key=lambda problem: problem.line or 0)
     number = "1 thing is" if len(ordered) == 1 else f"{len(ordered)} things are"
-    return "\n".join([f"{path}: {number} wrong with it", *(f"  {problem}" for problem in ordered)])
+    told = [f"  {problem}" for problem in ordered[:_MOST_TOLD]]
+    more = [f"  and {len(ordered) - _MOST_TOLD} more"] if ordered[_MOST_TOLD:] else []
+    return "\n".join([f"{path}: {number} wrong with it", *told, *more])
 
 
 # --- the schema ---

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import check_target
-from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.errors import CkptWarning, UsageError
 from vraxion_ckpt.manifest import described_by
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
@@ -28,6 +29,7 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
     known = adapters()
     if to is not None:
         adapter = resolve_adapter(to)
+        _say_if_denied(text, adapter, known.values())
     else:
         found = _by_suffix(text, known.values())
         if target.is_dir():
@@ -55,6 +57,15 @@ def _by_suffix(text: str, known: Iterable[type[Adapter]]) -> list[type[Adapter]]
     fits = [(len(suffix), adapter) for adapter in known for suffix in adapter.suffixes if text.endswith(suffix)]
     longest = max((length for length, _ in fits), default=0)
     return [adapter for length, adapter in fits if length == longest]
+
+
+def _say_if_denied(text: str, adapter: Adapter, known: Iterable[type[Adapter]]) -> None:
+    """Warn of a format that was asked for while the name has the ending of another one."""
+    name = text.rstrip("/").lower()
+    named = [other.name for other in known if name.endswith(file_suffixes(other))]
+    if named and adapter.name not in named:
+        message = f"{text} is written as {adapter.name}, and its name is that of {' or '.join(named)}"
+        warnings.warn(message, CkptWarning, stacklevel=4)
 
 
 def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: bool) -> None:
@@ -122,9 +133,13 @@ def check_side_files(
     for path in side_files:
         real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
-        check_target(real, overwrite=overwrite or (real.is_file() and real.read_bytes() == side_files[path]))
+        check_target(real, overwrite=overwrite or (_holds(real, side_files[path])))
         found.append(Beside(real, real.exists()))
     return tuple(found)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def check_manifest(
@@ -169,6 +184,10 @@ def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict
 def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
     if "\0" in str(path):
         raise UsageError(f"{str(path)!r} is no path")
+    named = [other.name for other in adapters().values() if path.name.lower().endswith(file_suffixes(other))]
+    if named:
+        message = f"{path} is written as a file beside the checkpoint, and its name is that of {' or '.join(named)}"
+        warnings.warn(message, CkptWarning, stacklevel=4)
     real = Path(os.path.realpath(path))
     if real == target or target in real.parents:
         raise UsageError("a side file must not be, or lie in, the target", path=path)

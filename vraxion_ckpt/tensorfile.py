@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from vraxion_ckpt import jsonfile, progress
-from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError, StorageError, UnsupportedError
+from vraxion_ckpt.errors import (
+    CorruptError,
+    InconsistentError,
+    LimitError,
+    StorageError,
+    UnsupportedError,
+    raise_if_out_of_memory,
+)
 from vraxion_ckpt.plain import bytes_of, size_of
 from vraxion_ckpt.sources import Fingerprint, Sources
 
@@ -51,7 +58,6 @@ _BITS = {code: 8 * dtype.itemsize for dtype, code in _CODES.items()} | {"F4": 4}
 
 LARGEST_HEADER = 100_000_000  # the library's own bound
 _MOST_TENSORS = 200_000
-_MOST_VALUES = 5_000_000
 _MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
 _PIECE = 2**24
 _METADATA = "__metadata__"
@@ -140,15 +146,13 @@ def check(path: Path) -> Header:
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
-    """Parse JSON as `jsonfile.loads` does, unless it holds so many values that they would fill the memory.
+    """Parse JSON as `jsonfile.loads` does, from bytes.
 
     Raises:
         CorruptError: not JSON, or not UTF-8.
         InconsistentError: a duplicate key, or a number that is not finite.
         LimitError: nested too deeply, or more than five million values.
     """
-    if sum(map(raw.count, (b"[", b"{", b","))) > _MOST_VALUES:
-        raise LimitError(f"holds more than {_MOST_VALUES} values", path=path)
     try:
         return jsonfile.loads(raw.decode(), path)
     except UnicodeDecodeError as error:
@@ -206,6 +210,7 @@ def load(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     except Exception as error:  # the library's own, which derives from nothing more telling
+        raise_if_out_of_memory(error, path)
         raise CorruptError(f"cannot be opened: {error}", path=path) from error
     opened = Sources()
     opened.add(path, header.fingerprint)

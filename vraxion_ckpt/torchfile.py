@@ -23,7 +23,15 @@ import torch
 
 from vraxion_ckpt import progress, signals
 from vraxion_ckpt.container import Container, check, fill_in_checksums, mapped
-from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, StorageError, UnsafeError, UsageError
+from vraxion_ckpt.errors import (
+    CkptError,
+    CorruptError,
+    LimitError,
+    StorageError,
+    UnsafeError,
+    UsageError,
+    raise_if_out_of_memory,
+)
 from vraxion_ckpt.plain import DEEPEST, check_plain, named_tensors, size_of
 from vraxion_ckpt.rehearsal import Rehearsal
 from vraxion_ckpt.sources import Part, Place, Sources
@@ -61,13 +69,16 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
         error.path = error.path or path
         raise
     except Exception as error:  # a damaged pickle can raise anything
+        raise_if_out_of_memory(error, path)
         raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
     try:
         with torch.serialization.safe_globals(allowed):
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
+        raise_if_out_of_memory(error, path)
         _refuse_pickle(path, error, allow_globals)
     except Exception as error:
+        raise_if_out_of_memory(error, path)
         raise CorruptError(f"torch cannot read it: {_first_line(error)}", path=path) from error
     opened = Sources()
     opened.add(path, container.fingerprint, container.verify)
@@ -175,9 +186,12 @@ def save(value: Any, path: Path) -> None:
     ours: torch would compute each before it writes the bytes, here another thread does it meanwhile.
 
     Raises:
+        UsageError: torch would read a file of that name with safetensors.
         UnsupportedError: `value` holds something that is not plain data.
         StorageError: the file cannot be written; the message has the reason.
     """
+    if path.name.endswith(".safetensors"):
+        raise UsageError("torch takes a file of this name for another format", path=path, hint="call it *.pt")
     check_plain(value)
     writer = None
     try:
@@ -198,7 +212,9 @@ def save(value: Any, path: Path) -> None:
     except RuntimeError as error:
         # torch reports a failed write in words of its own; the reason is what the file said.
         if writer is None or writer.error is None:
+            raise_if_out_of_memory(error, path)
             raise
+        raise_if_out_of_memory(writer.error, path)
         if isinstance(writer.error, OSError):
             raise StorageError.from_os_error(writer.error, path) from error
         raise writer.error from None

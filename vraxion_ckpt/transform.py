@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vraxion_ckpt.companions import CompanionPolicy, follow
-from vraxion_ckpt.errors import CkptError, PluginError, StorageError
+from vraxion_ckpt.errors import CkptError, PluginError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.options import Plugin, resolved
@@ -99,6 +99,7 @@ def apply_chain(
         except OSError as error:
             raise StorageError.from_os_error(error, error.filename or name) from error
         except Exception as error:
+            raise_if_out_of_memory(error)
             raise PluginError(f"{type(error).__name__}: {error}", key=name, hint=blame) from error
         if not isinstance(after, Checkpoint):
             raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name, hint=blame)

@@ -15,6 +15,8 @@ from vraxion_ckpt.yamlfile import Place, Problem, Yaml, scalar
 _VARIABLE = re.compile(r"\$\$(?=\{)|\$\{([^}]*)(\})?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FOLDER = "recipe_dir"
+_MOST_TEXT = 2**20  # characters that variables may bring in, all uses together: each may hold another one twice
+_MOST_PROBLEMS = 100  # for which a name that was probably meant is looked up
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,21 @@ class _Variable:
 
 
 _FAULTY = _Variable(None, "")  # what is wrong with it is told where it is defined
+_EMPTY = _Variable("", "")  # and with the use of it, there
 
 
 class Filling:
-    """Fills in the variables of a recipe, and notes in it what is wrong with them."""
+    """Fills in the variables of a recipe, and notes in it what is wrong with them.
+
+    What variables bring in is counted before it is put together, so no more than the bound is ever built.
+    """
 
     def __init__(self, yaml: Yaml, settings: Mapping[str, str], folder: str) -> None:
         self._yaml = yaml
         self._settings = settings
         self._known = {_FOLDER: _Variable(folder, folder)}
         self._used: set[str] = set()
+        self._left: int | None = _MOST_TEXT  # None once it was used up
 
     def all(self) -> dict[str, Any]:
         """Return the recipe's content with its variables filled in."""
@@ -55,10 +62,25 @@ class Filling:
         line = self._yaml.line(place) if place[0] != "--set" else None
         self._yaml.problems.append(Problem(place, what, line))
 
+    def _nearest(self, name: str, names: Mapping[str, Any]) -> str:
+        return nearest(name, names) if len(self._yaml.problems) < _MOST_PROBLEMS else ""
+
+    def _fits(self, name: str, text: str | None, place: Place) -> bool:
+        """Count the text of a variable where it is used; note the first that is too much."""
+        if self._left is None:
+            return False
+        self._left -= len(text or "")
+        if self._left >= 0:
+            return True
+        self._left = None
+        self._note(place, f"with the variable {name!r}, variables bring in more than {_MOST_TEXT} characters in all")
+        return False
+
     def _declare(self, declared: dict[str, Any]) -> None:
         """Take the variables one after the other, with those values that were given instead of their own."""
         for name in self._settings.keys() - declared.keys():
-            self._note(("--set", name), f"is no variable of the recipe{nearest(name, declared)}")
+            self._note(("--set", name), f"is no variable of the recipe{self._nearest(name, declared)}")
+        faulty = {problem.place for problem in self._yaml.problems}
         for name, value in declared.items():
             place: Place = ("vars", name)
             if name == _FOLDER or not _NAME.fullmatch(name):
@@ -71,7 +93,7 @@ class Filling:
                 self._known[name] = _FAULTY
             elif name in self._settings:
                 self._known[name] = self._with_others(self._given(name), ("--set", name))
-            elif any(problem.place == place for problem in self._yaml.problems):
+            elif place in faulty:
                 self._known[name] = _FAULTY
             else:
                 text = None if value is None else self._yaml.texts.get(place, str(value))
@@ -82,6 +104,8 @@ class Filling:
         if not isinstance(text, str):
             self._note(("--set", name), "must be a text, as on the command line")
             return _FAULTY
+        if not self._fits(name, text, ("--set", name)):
+            return _FAULTY
         try:
             return _Variable(scalar(text), text)
         except ValueError as error:
@@ -90,19 +114,20 @@ class Filling:
 
     def _with_others(self, variable: _Variable, place: Place) -> _Variable:
         """Fill in the variables above it that a variable is made of."""
-        whole = self._whole(variable.value)
+        whole = self._whole(variable.value, place)
         if whole is not None:
-            return self._known[whole]
+            return whole
         value = self._fill(variable.value, place)
         return _Variable(value, value if isinstance(value, str) and value != variable.value else variable.text)
 
-    def _whole(self, value: Any) -> str | None:
-        """Return the name of the variable that a text is nothing but, which is used then."""
+    def _whole(self, value: Any, place: Place) -> _Variable | None:
+        """Return the variable that a text is nothing but, which is used then."""
         found = _VARIABLE.fullmatch(value) if isinstance(value, str) else None
         if found is None or not found[2] or found[1] not in self._known:
             return None
         self._used.add(found[1])
-        return found[1]
+        variable = self._known[found[1]]
+        return variable if self._fits(found[1], variable.text, place) else _EMPTY
 
     def _fill(self, value: Any, place: Place) -> Any:
         """Fill in a value; a text that is nothing but one variable takes its value, whatever its type."""
@@ -122,9 +147,9 @@ class Filling:
             return value
         if place[0] == "chain" and len(place) == 2:
             return self._fill_step(value, place)
-        whole = self._whole(value)
+        whole = self._whole(value, place)
         if whole is not None:
-            return self._known[whole].value
+            return whole.value
         return _VARIABLE.sub(lambda found: self._text(found, place), value)
 
     def _fill_step(self, text: str, place: Place) -> Any:
@@ -145,13 +170,14 @@ class Filling:
         elif name not in self._known and place[0] in ("vars", "--set") and name in self._yaml.value["vars"]:
             self._note(place, f"the variable {name!r} is none of those above it")
         elif name not in self._known:
-            self._note(place, f"there is no variable {name!r}{nearest(name, self._known)}")
+            self._note(place, f"there is no variable {name!r}{self._nearest(name, self._known)}")
         elif self._known[name].text is None:
             self._used.add(name)
             self._note(place, f"the variable {name!r} has no value: pass --set {name}=…")
         else:
             self._used.add(name)
-            return str(self._known[name].text)
+            text = str(self._known[name].text)
+            return text if self._fits(name, text, place) else ""
         return ""
 
 

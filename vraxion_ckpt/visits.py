@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vraxion_ckpt import jsonfile
-from vraxion_ckpt.errors import CorruptError, InconsistentError, StorageError, UsageError
+from vraxion_ckpt import jsonfile, textfile
+from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.ring import Visits, Weights, as_weights
 
 
@@ -24,14 +25,13 @@ def load(path: Path, ring_len: int) -> Visits:
         ring_len: how many values there must be.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it is not a regular one.
+        LimitError: it is far larger than so many values can be.
         CorruptError: it cannot be parsed.
         InconsistentError: the wrong number of values, or values that are negative, not finite or all zero.
     """
     readers = {".npy": _read_npy, ".csv": _read_csv}
     try:
-        if not path.is_file():
-            raise UsageError("no such file", path=path)
         columns = readers.get(path.suffix.lower(), _read_json)(path, ring_len)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
@@ -40,18 +40,24 @@ def load(path: Path, ring_len: int) -> Visits:
     return Visits(visits, _weights(losses, "loss_sum", ring_len, path) if losses is not None else None)
 
 
+def _most_bytes(ring_len: int) -> int:
+    """Return how large a file may be: each address has two long numbers and some white space, beside other entries."""
+    return 2**26 + 256 * ring_len
+
+
 def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
+    number = values.size if isinstance(values, np.ndarray) else len(values)  # of which each will take eight bytes
+    if number != ring_len:
+        raise InconsistentError(f"has {number} values for {ring_len} addresses", path=path, key=key)
     try:
         weights = as_weights(values)
     except ValueError as error:
         raise InconsistentError(str(error), path=path, key=key) from None
-    if len(weights) != ring_len:
-        raise InconsistentError(f"has {len(weights)} values for {ring_len} addresses", path=path, key=key)
     return weights
 
 
-def _read_json(path: Path, _: int) -> dict[str, Any]:
-    data = jsonfile.load(path)
+def _read_json(path: Path, ring_len: int) -> dict[str, Any]:
+    data = jsonfile.load(path, most=_most_bytes(ring_len))
     if isinstance(data, list):
         data = {"visits": data}
     if not isinstance(data, dict) or "visits" not in data:
@@ -63,18 +69,21 @@ def _read_json(path: Path, _: int) -> dict[str, Any]:
     return data
 
 
-def _read_npy(path: Path, _: int) -> dict[str, Any]:
+def _read_npy(path: Path, ring_len: int) -> dict[str, Any]:
     try:
-        return {"visits": np.lib.format.open_memmap(path, mode="r")}
-    except OSError:
+        with textfile.opened(path, most=_most_bytes(ring_len)):
+            return {"visits": np.lib.format.open_memmap(path, mode="r")}
+    except (CkptError, OSError):
         raise
     except Exception as error:  # a damaged header can raise anything
+        raise_if_out_of_memory(error, path)
         raise CorruptError(f"is no plain .npy array: {error}", path=path) from error
 
 
 def _read_csv(path: Path, ring_len: int) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        text = textfile.read_text(path, most=_most_bytes(ring_len), encoding="utf-8-sig")
+        with io.StringIO(text, newline="") as file:
             rows = csv.reader(file)
             header = [name.strip() for name in next(rows, [])]
             if header not in (["address", "visits"], ["address", "visits", "loss_sum"]):

@@ -14,10 +14,13 @@ from typing import Any
 
 import yaml
 
-from vraxion_ckpt.errors import StorageError, UsageError
+from vraxion_ckpt import textfile
+from vraxion_ckpt.errors import LimitError, UsageError
 
 _LARGEST = 2**20  # bytes; whoever writes one by hand stays below
 _DEEPEST = 50
+_MOST_ENTRIES = 20_000  # keys, values and lists; PyYAML takes a second for so many
+_MOST_SHOWN = 200  # letters of a place in a message
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?")
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
@@ -44,7 +47,8 @@ class Problem:
 def spell(place: Place) -> str:
     """Return a place for people: ``chain[1].arc_meta.visits``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return text.removeprefix(".")
+    text = text.removeprefix(".")
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "…"
 
 
 @dataclass
@@ -72,17 +76,13 @@ def load(path: Path) -> Yaml:
     """Read a file of one YAML document, without running or expanding anything.
 
     Raises:
-        UsageError: there is no such file, it is too large, not UTF-8, or not YAML at all.
+        UsageError: there is no such file, it is not a regular one, too large, not UTF-8, or not YAML at all.
         StorageError: the file cannot be read.
     """
-    if not path.is_file():
-        raise UsageError("is no file" if path.exists() else "no such file", path=path)
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UsageError(f"is larger than {_LARGEST} bytes", path=path)
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise StorageError.from_os_error(error, path) from error
+        text = textfile.read_text(path, most=_LARGEST, encoding="utf-8-sig")
+    except LimitError as error:
+        raise UsageError(error.message, path=path) from error
     except UnicodeDecodeError as error:
         raise UsageError("is not UTF-8 text", path=path) from error
     try:
@@ -117,7 +117,7 @@ def scalar(text: str) -> Any:
 
 def _check_events(text: str, path: Path) -> None:
     """Refuse what would take for ever, or all memory, to be put together."""
-    depth = 0
+    depth = entries = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):  # a dozen lines of those can stand for a billion entries
@@ -125,6 +125,9 @@ def _check_events(text: str, path: Path) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             raise UsageError(f"line {line}: is nested too deeply", path=path)
+        entries += isinstance(event, yaml.NodeEvent)
+        if entries > _MOST_ENTRIES:
+            raise UsageError(f"line {line}: there are more than {_MOST_ENTRIES} entries", path=path)
 
 
 def _syntax(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, Limi
 from vraxion_ckpt.hookspecs import hookimpl
 from vraxion_ckpt.model import Checkpoint, Lifecycle, Origin
 from vraxion_ckpt.payload import OUR_KEY, PayloadDialect, dump_dialect
-from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.plain import named_tensors, view_of
 from vraxion_ckpt.sources import Fingerprint, Sources
 
 _Content = tuple[dict[str, Tensor], dict[str, str]]
@@ -333,8 +333,7 @@ def _overlapping(checkpoint: Checkpoint) -> list[str]:
         if tensor.numel():
             start = tensor.data_ptr()
             reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            view = (start, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-            spans[view] = (start, start + (reach + 1) * tensor.itemsize, name)
+            spans[view_of(tensor)] = (start, start + (reach + 1) * tensor.itemsize, name)
     end, last = 0, ""
     for start, stop, name in sorted(spans.values()):
         if start < end:

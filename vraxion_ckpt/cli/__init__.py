@@ -20,7 +20,7 @@ from vraxion_ckpt import progress, signals
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.cli import about, change, completion, look
 from vraxion_ckpt.cli.output import drop_output, say, show_warning
-from vraxion_ckpt.errors import CkptError, CkptWarning, StorageError, UsageError
+from vraxion_ckpt.errors import CkptError, CkptWarning, OutOfMemoryError, StorageError, UsageError, is_out_of_memory
 
 _INTERNAL_ERROR = 70
 
@@ -77,6 +77,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         return StorageError.exit_code
     except Exception as error:
         _debug()
+        if is_out_of_memory(error):
+            drop_output()
+            say("error", str(OutOfMemoryError()), "red")
+            return OutOfMemoryError.exit_code
         say("internal error", f"{type(error).__name__}: {error}", "red")
         say("", "  → please report it; VRAXION_CKPT_DEBUG=1 shows where it happened", "")
         return _INTERNAL_ERROR

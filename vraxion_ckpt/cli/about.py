@@ -38,7 +38,7 @@ def describe(name: str, as_json: bool) -> None:
 def demo(directory: Path | None) -> None:
     """Run the whole loop on a bundled real checkpoint, and prove what it says.
 
-    Results go to DIRECTORY, or to a new temporary one. Those of an earlier demo are replaced.
+    Results go to DIRECTORY, or to a new temporary one. Those of an earlier demo are replaced, and nothing else is.
     """
     if directory is not None and directory.exists() and not directory.is_dir():
         raise UsageError("is no directory", path=directory)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vraxion_ckpt import textfile
 from vraxion_ckpt.cli import output
 from vraxion_ckpt.cli.completion import complete_format, complete_transform
-from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.errors import CkptError, OutOfMemoryError, UsageError
+from vraxion_ckpt.printable import printable_facts
 
 if TYPE_CHECKING:
     from vraxion_ckpt.facts import Facts
@@ -134,15 +136,25 @@ def must_exist(path: str) -> None:
         raise UsageError("no such file or directory", path=path)
 
 
+_MOST_NAMES = 2**26  # bytes of them
+
+
 def load_names(path: Path | None, option: str = "--param-names") -> list[str] | None:
-    """Read the names in the file of an option: one a line, or a JSON list."""
+    """Read the names in the file of an option: one a line, or a JSON list.
+
+    Raises:
+        UsageError: there is no such file, or it is not a regular one of text.
+    """
     if path is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UsageError(f"{option}: {reason}", path=path) from error
+        text = textfile.read_text(path, most=_MOST_NAMES, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option}: is not UTF-8 text", path=path) from error
+    except OutOfMemoryError:
+        raise
+    except CkptError as error:
+        raise UsageError(f"{option}: {error.message}", path=path) from error
     if not text.lstrip().startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
     from vraxion_ckpt import jsonfile
@@ -159,7 +171,7 @@ def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
         else:
-            show(facts)
+            show(printable_facts(facts))
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:

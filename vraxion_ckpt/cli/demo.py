@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -13,20 +18,26 @@ from torch import nn
 from vraxion_ckpt import torchfile
 from vraxion_ckpt.cli import show_changes, show_inspection
 from vraxion_ckpt.cli.terminal import band, console
-from vraxion_ckpt.errors import InvariantError
+from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.errors import CkptError, InvariantError, OutOfMemoryError, UsageError
 from vraxion_ckpt.inspection import inspect
 from vraxion_ckpt.invariants import preservation, router_owners
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import convert
 from vraxion_ckpt.plugins import TransformLike
+from vraxion_ckpt.printable import printable, printable_facts
 from vraxion_ckpt.reading import read
 from vraxion_ckpt.sources import Sources
+
+# The results, by their names below the directory, and their formats.
+_RESULTS = {"ckpt_post_split.pt": "pt", "ckpt_post_split_modular": "modular"}
 
 
 def run(directory: Path | None) -> None:
     """Inspect, convert and split the bundled ``head.single`` checkpoint, to ``.pt`` and to a modular directory.
 
     Raises:
+        UsageError: `directory` holds something under the name of a result that is not exactly what a demo writes.
         InvariantError: the result is not what the loop promises.
     """
     out = console()
@@ -39,13 +50,18 @@ def run(directory: Path | None) -> None:
             ("arc_meta", {"visits": data / "wallclock_single.visits.json"}),
             "mitosis_split:noise=0",
         ]
+        for name, to in _RESULTS.items():
+            if os.path.lexists(folder / name):
+                _refuse_others(folder / name, partial(convert, source, transforms=chain, to=to))
+
         _headline("1. A real checkpoint with a single head")
-        show_inspection.inspection(inspect(source))
+        show_inspection.inspection(printable_facts(inspect(source)))
 
         _headline("2. single_to_experts → arc_meta → mitosis_split, to .pt and to modular")
-        targets = [folder / "ckpt_post_split.pt", folder / "ckpt_post_split_modular"]
-        for target, to in zip(targets, ("pt", "modular"), strict=True):
-            show_changes.converted(convert(source, target, transforms=chain, to=to, overwrite=True), verbose=to == "pt")
+        targets = [folder / name for name in _RESULTS]
+        for target, to in zip(targets, _RESULTS.values(), strict=True):
+            done = convert(source, target, transforms=chain, to=to, overwrite=True)
+            show_changes.converted(printable_facts(done), verbose=to == "pt")
             out.print()
 
         before = read(source)
@@ -59,7 +75,28 @@ def run(directory: Path | None) -> None:
         _headline("4. The proof")
         for target, after in zip(targets, afters, strict=True):
             _prove(before, after, target)
-    out.print(f"\nThe results are in {folder}", soft_wrap=True)
+    out.print(Text(printable(f"\nThe results are in {folder}")), soft_wrap=True)
+
+
+def _refuse_others(target: Path, write: Callable[[Path], object]) -> None:
+    """Refuse to replace anything but what an earlier demo has written, perhaps one of another version."""
+    with tempfile.TemporaryDirectory(prefix="vraxion-ckpt-demo-") as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = Path(name) / target.name
+        write(expected)
+        try:
+            same = not any(checkpoint_differences(_without_versions(read(expected)), _without_versions(read(target))))
+        except OutOfMemoryError:
+            raise
+        except CkptError:
+            same = False
+    if not same:
+        hint = "name another directory, or move that away"
+        raise UsageError("is not what this demo has written, and is not replaced", path=target, hint=hint)
+
+
+def _without_versions(checkpoint: Checkpoint) -> Checkpoint:
+    return replace(checkpoint, history=tuple(replace(record, version="") for record in checkpoint.history))
 
 
 def _headline(text: str) -> None:

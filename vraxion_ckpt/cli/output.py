@@ -12,20 +12,7 @@ from typing import Any
 import click
 
 from vraxion_ckpt import signals
-
-# Signs that would move a cursor, set a title or turn writing round, if a checkpoint's names could hold them: pictures.
-_SIGNS = {
-    **{code: 0x2400 + code for code in range(32) if chr(code) != "\n"},
-    0x7F: 0x2421,
-    **dict.fromkeys(
-        [*range(0x80, 0xA0), 0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
-    ),
-}
-
-
-def printable(text: str) -> str:
-    """Return a text that is safe to print, as long as it was."""
-    return text.translate(_SIGNS)
+from vraxion_ckpt.printable import printable
 
 
 def say(label: str, message: str, colour: str) -> None:

@@ -12,9 +12,7 @@ from rich.console import Console, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
-from vraxion_ckpt.cli.output import printable
 from vraxion_ckpt.ring import Ints
 
 Line = tuple[str, str | Text]
@@ -52,8 +50,6 @@ def band(owners: Ints, width: int) -> Text:
 
 def put(*renderables: RenderableType) -> None:
     """Print to standard output; off a terminal, without the blanks that fill a table's lines."""
-    for renderable in renderables:
-        _make_printable(renderable)
     out = console()
     if out.is_terminal:
         out.print(*renderables, sep="\n")
@@ -62,22 +58,6 @@ def put(*renderables: RenderableType) -> None:
         out.print(*renderables, sep="\n")
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
-
-
-def _make_printable(renderable: RenderableType | None) -> None:
-    """Replace signs that a terminal would obey in a text, a table, or a tree."""
-    if isinstance(renderable, Text):
-        renderable.plain = printable(renderable.plain)
-    elif isinstance(renderable, Table):
-        for column in renderable.columns:
-            cells = [Text(cell) if isinstance(cell, str) else cell for cell in column._cells]
-            for cell in cells:
-                _make_printable(cell)
-            column._cells[:] = cells
-    elif isinstance(renderable, Tree):
-        _make_printable(renderable.label)
-        for child in renderable.children:
-            _make_printable(child)
 
 
 def print_lines(lines: Iterable[Line]) -> None:

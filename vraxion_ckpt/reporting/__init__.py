@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
+from mimetypes import guess_type
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,12 +20,12 @@ from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.changes import Difference
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.difference import diff_checkpoints
-from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.errors import CkptWarning, UsageError, memory_errors
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import Staging, stage_side_files
-from vraxion_ckpt.plugins import AdapterLike
-from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
+from vraxion_ckpt.plugins import AdapterLike, adapters
+from vraxion_ckpt.reading import PathLike, file_suffixes, os_errors_named, read_unbound
 from vraxion_ckpt.reporting.gather import Subject, gather
 from vraxion_ckpt.ring import Weights
 from vraxion_ckpt.signs import signs_of_life
@@ -43,6 +45,7 @@ class Reported(Facts):
     picture_bytes: int
 
 
+@memory_errors()
 def report(
     path: PathLike,
     page: PathLike | None = None,
@@ -81,6 +84,9 @@ def report(
         raise UsageError("nothing is to be written", hint="name a page, a picture, or both")
     if page is not None and Path(page).suffix.lower() == ".png":
         raise UsageError("the page is HTML, and this is the name of a picture", path=page, hint="--png makes one")
+    for place, kind, own in ((page, "HTML", "text/html"), (picture, "PNG", "image/png")):
+        if place is not None:
+            _say_if_denied(Path(place), kind, own)
     _require("plotly", "report", page)
     _require("matplotlib", "png", picture)
     with signals.put_off(), os_errors_named(path, *given), ExitStack() as stack:
@@ -120,6 +126,16 @@ def report(
             picture=Path(picture) if picture is not None else None,
             picture_bytes=sizes[Path(picture)] if picture is not None else 0,
         )
+
+
+def _say_if_denied(place: Path, kind: str, own: str) -> None:
+    """Warn of a file whose name has the ending of another kind of file; an unknown ending denies nothing."""
+    named, packed = guess_type(place.name)
+    formats = [other.name for other in adapters().values() if place.name.lower().endswith(file_suffixes(other))]
+    if formats or packed or named not in (None, own, "application/xhtml+xml"):
+        other = " or ".join(formats) or packed or named
+        message = f"{place} is written as {kind}, and its name is that of {other}"
+        warnings.warn(message, CkptWarning, stacklevel=3)
 
 
 def _require(module: str, extra: str, wanted: PathLike | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from vraxion_ckpt._version import __version__
+from vraxion_ckpt.printable import printable
 from vraxion_ckpt.reporting.drawing import caption, largest, named_colours, palette
 from vraxion_ckpt.reporting.figures import Figure, norm_figure, ring_figure, share_figure, similarity_figure
 from vraxion_ckpt.reporting.gather import Alike, Subject
@@ -28,8 +29,8 @@ def render(subject: Subject) -> str:
     """Return the page as HTML."""
     figures: dict[str, Figure] = {}
     body = [
-        f"<h1>{escape(subject.name)}</h1>",
-        f'<p class="headline">{escape(subject.headline)}</p>',
+        f"<h1>{_shown(subject.name)}</h1>",
+        f'<p class="headline">{_shown(subject.headline)}</p>',
         _table(("", ""), subject.facts),
         *_rings(subject, figures),
         *_shares(subject, figures),
@@ -37,14 +38,14 @@ def render(subject: Subject) -> str:
         *_lifecycle(subject),
         *_changes(subject),
         *_history(subject),
-        f'<p class="note">vraxion-ckpt {escape(__version__)}</p>',
+        f'<p class="note">vraxion-ckpt {_shown(__version__)}</p>',
     ]
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(subject.name)}</title>",
+            f"<title>{_shown(subject.name)}</title>",
             f"<style>{_asset('page.css')}</style></head><body><main>",
             *body,
             "</main>",
@@ -54,6 +55,11 @@ def render(subject: Subject) -> str:
             "</body></html>",
         ]
     )
+
+
+def _shown(text: str) -> str:
+    """Return a text as HTML; what would turn its direction round, or cannot be seen, is spelt out."""
+    return escape(printable(text))
 
 
 def _asset(name: str) -> str:
@@ -66,17 +72,17 @@ def _embedded(value: Any) -> str:
 
 
 def _section(title: str, *content: str) -> list[str]:
-    return [f"<section><h2>{escape(title)}</h2>", *content, "</section>"] if any(content) else []
+    return [f"<section><h2>{_shown(title)}</h2>", *content, "</section>"] if any(content) else []
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    return f'<p class="note">{_shown(text)}</p>'
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
     def row(tag: str, cells: Sequence[object]) -> str:
         classes = ['class="n"' if place in numbers else "" for place in range(len(cells))]
-        inner = "".join(f"<{tag} {kind}>{escape(str(cell))}</{tag}>" for kind, cell in zip(classes, cells, strict=True))
+        inner = "".join(f"<{tag} {kind}>{_shown(str(cell))}</{tag}>" for kind, cell in zip(classes, cells, strict=True))
         return f"<tr>{inner}</tr>"
 
     head = f"<thead>{row('th', headings)}</thead>" if any(headings) else ""
@@ -86,8 +92,8 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[object]], numbers: S
 
 def _figure(figures: dict[str, Figure], name: str, figure: Figure, title: str, told: str) -> str:
     figures[name] = figure
-    heading = f"<h3>{escape(title)}</h3>" if title else ""
-    return f'<figure>{heading}<div id="{name}"></div><figcaption>{escape(told)}</figcaption></figure>'
+    heading = f"<h3>{_shown(title)}</h3>" if title else ""
+    return f'<figure>{heading}<div id="{name}"></div><figcaption>{_shown(told)}</figcaption></figure>'
 
 
 def _rings(subject: Subject, figures: dict[str, Figure]) -> list[str]:
@@ -109,7 +115,7 @@ def _rings(subject: Subject, figures: dict[str, Figure]) -> list[str]:
 
 def _key(subject: Subject) -> str:
     spans = "".join(
-        f'<span><i style="background:{tone}"></i>{escape(name)}</span>' for tone, name in named_colours(subject)
+        f'<span><i style="background:{tone}"></i>{_shown(name)}</span>' for tone, name in named_colours(subject)
     )
     return f'<div class="key">{spans}</div>'
 

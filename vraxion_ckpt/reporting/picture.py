@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from vraxion_ckpt.printable import in_one_line
 from vraxion_ckpt.reporting.drawing import (
     CHILD,
     DASHES,
@@ -40,7 +41,7 @@ def draw(subject: Subject) -> bytes:
     figure = Figure(figsize=(6 * columns, height), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     # A name may hold signs that mathematics is made of.
-    figure.suptitle(f"{subject.name}\n{subject.headline}", fontsize=12, wrap=True, parse_math=False)
+    figure.suptitle(f"{in_one_line(subject.name)}\n{subject.headline}", fontsize=12, wrap=True, parse_math=False)
     if subject.rings:
         grid = figure.add_gridspec(2, columns, height_ratios=(1.9, 1))
         room = any(one.visits is not None for one in subject.rings)
