@@ -73,9 +73,9 @@ def place_as_listed(after: Checkpoint, names: Sequence[str]) -> Checkpoint:
     lacking = sorted(set(optimizer.params) - set(names))
     unknown = sorted(set(names) - set(optimizer.params))
     if lacking or unknown or len(set(names)) != len(names):
-        what = f"lacks {lacking[0]}" if lacking else f"lists {unknown[0]}, which the result's optimizer has not"
-        if not lacking and not unknown:
-            what = "lists a name twice"
+        what = "lists a name twice"
+        if lacking or unknown:
+            what = f"lacks {lacking[0]}" if lacking else f"lists {unknown[0]}, which the result's optimizer has not"
         raise UsageError(f"--result-order {what}; it must list each of {len(optimizer.params)} parameters once")
     places = {name: i for i, name in enumerate(names)}
     groups = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in optimizer.groups]
