@@ -77,7 +77,7 @@ def test_convert_prints_a_summary_and_the_same_as_json(tmp_path):
     assert facts["schema"] == "vraxion-ckpt/convert/1"
     assert (facts["experts_before"], facts["experts_after"], facts["addresses_moved"]) == (3, 4, 2)
     assert facts["tensors"] == {"copied": 33, "renamed": 0, "created": 2, "changed": 1, "dropped": 0}
-    assert facts["function_preserved"] == {"addresses": 64, "changed": 0, "max_abs": 0.0, "noise": 0.0}
+    assert facts["function_preserved"] == {"addresses": 64, "changed": 0, "max_abs": 0.0, "noise": 0.0, "nonfinite": 0}
     assert facts["bytes_written"] == (tmp_path / "b.pt").stat().st_size
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 

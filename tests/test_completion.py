@@ -58,6 +58,7 @@ def test_transforms_are_offered_by_name(command):
         "experts_to_single",
         "mitosis_split",
         "prune_merge",
+        "restore_hibernated",
         "single_to_experts",
     ]
     assert offered(command, "x.pt", "-t", "arc_meta", "--transform", "mito") == ["mitosis_split"]
@@ -66,11 +67,12 @@ def test_transforms_are_offered_by_name(command):
 
 def test_a_name_that_is_complete_goes_on_with_a_colon_if_there_are_options():
     assert offered("convert", "-t", "mitosis_split") == ["mitosis_split:"]
-    assert offered("convert", "-t", "experts_to_single") == ["experts_to_single"]
+    assert offered("convert", "-t", "experts_to_single") == ["experts_to_single:"]
 
 
 def test_options_are_offered_until_they_are_used():
     names = ["parent", "addresses", "meta", "noise", "seed", "optimizer", "foreign_addresses", "allow_empty_parent"]
+    names += ["allow_zero", "allow_nan"]
     start = "mitosis_split:"
     assert offered("convert", "-t", start) == [f"{start}{name}=" for name in names]
     assert offered("convert", "-t", f"{start}no") == [f"{start}noise="]
@@ -142,10 +144,11 @@ def test_plugins_that_are_broken_or_print_neither_disturb_nor_take_others_away(t
     assert (done.returncode, done.stderr) == (0, "")
     entries = [line.split("\x1f") for line in done.stdout.splitlines()]
     assert [(kind, following) for kind, _, following, _ in entries] == [
-        ("word", "experts_to_single"),
+        ("open", "experts_to_single"),
         ("open", "mitosis_split"),
         ("word", "polite_after_all"),
         ("open", "prune_merge"),
+        ("open", "restore_hibernated"),
         ("open", "single_to_experts"),
     ]
 
@@ -299,5 +302,6 @@ def test_bash_keeps_colons_commas_brackets_and_quotes_as_they_were_typed(termina
 @pytest.mark.parametrize("terminal", ["bash"], indirect=True)
 def test_bash_is_offered_all_that_fits(terminal):
     line = terminal.line_after("vraxion-ckpt edit -t single_to_experts:noise=0,\x19")
-    left = " ".join(f"0,{name}=" for name in ("experts", "route", "seed", "optimizer", "ring_len"))
+    names = ("experts", "route", "seed", "optimizer", "ring_len", "allow_zero", "allow_nan")
+    left = " ".join(f"0,{name}=" for name in names)
     assert line == f"vraxion-ckpt edit -t single_to_experts:noise={left} "

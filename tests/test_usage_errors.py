@@ -84,7 +84,11 @@ def test_every_wrong_option_of_the_whole_chain_is_told_at_once_and_first_of_all(
     ("chain", "options", "says"),
     [
         (["mitosis_splt"], {}, "unknown transform 'mitosis_splt'\n  → did you mean 'mitosis_split'?"),
-        (["zzz"], {}, "there are: arc_meta, experts_to_single, mitosis_split, prune_merge, single_to_experts"),
+        (
+            ["zzz"],
+            {},
+            "there are: arc_meta, experts_to_single, mitosis_split, prune_merge, restore_hibernated, single_to_experts",
+        ),
         ([], {"to": "modulr"}, "unknown format 'modulr'\n  → did you mean 'modular'?"),
         ([], {"from_": "ptt"}, "unknown format 'ptt'"),
         ([], {"losses": "maybe"}, "none of raise, warn, ignore"),
