@@ -480,7 +480,7 @@ def test_a_character_that_cannot_be_seen_is_spelt_out_but_in_json(run_cli, tmp_p
         ["convert", file, "d.pt", "-t", f"no{UNSEEN}"],
         ["report", file, "-o", f"c{UNSEEN}.html", "--against", "b.pt"],
         ["run", "r.yaml"],
-        ["run", "b.pt", "--set", f"{UNSEEN}=1"],
+        ["run", "r.yaml", "--set", f"{UNSEEN}=1"],
     ):
         _, told, said = run_cli(*command)
         shown = (told + said).replace("\n", "")

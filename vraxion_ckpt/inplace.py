@@ -56,7 +56,7 @@ from vraxion_ckpt.reading import (
     refuse,
 )
 from vraxion_ckpt.summary import Outcome, Summary, TensorCount, count_tensors
-from vraxion_ckpt.targets import Beside, check_inputs, check_manifest, check_several
+from vraxion_ckpt.targets import Beside, check_inputs, check_manifest, check_several, say_what_names_deny
 from vraxion_ckpt.transaction import Change, Mark, mark_of, survey
 from vraxion_ckpt.transform import Step
 
@@ -198,6 +198,7 @@ def edit(
             besides = [beside.path for beside in (*outcome.besides, *filter(None, [listed]))]
             check_several([target, *besides])
             check_inputs([target, *besides], chain, outcome.side_files, set())
+            say_what_names_deny((), (*outcome.besides, *filter(None, [listed])))
             refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
             held = outcome.held
             with blamed(adapter):

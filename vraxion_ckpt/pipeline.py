@@ -49,6 +49,7 @@ from vraxion_ckpt.targets import (
     check_places,
     check_several,
     detect_target,
+    say_what_names_deny,
 )
 from vraxion_ckpt.transaction import committed
 from vraxion_ckpt.transform import Step
@@ -184,6 +185,7 @@ def convert_to_all(
             written = [*(place for _, place in places), *(beside.path for beside in besides)]
             check_several(written)
             check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
+            say_what_names_deny(((place, adapter) for adapter, place in places), besides)
 
             nothing = Staging(sizes=[0] * len(results))
             staging = nothing if dry_run else _stage_all(stack, results, manifests)

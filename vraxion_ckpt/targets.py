@@ -29,7 +29,6 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
     known = adapters()
     if to is not None:
         adapter = resolve_adapter(to)
-        _say_if_denied(text, adapter, known.values())
     else:
         found = _by_suffix(text, known.values())
         if target.is_dir():
@@ -59,13 +58,20 @@ def _by_suffix(text: str, known: Iterable[type[Adapter]]) -> list[type[Adapter]]
     return [adapter for length, adapter in fits if length == longest]
 
 
-def _say_if_denied(text: str, adapter: Adapter, known: Iterable[type[Adapter]]) -> None:
-    """Warn of a format that was asked for while the name has the ending of another one."""
-    name = text.rstrip("/").lower()
-    named = [other.name for other in known if name.endswith(file_suffixes(other))]
-    if named and adapter.name not in named:
-        message = f"{text} is written as {adapter.name}, and its name is that of {' or '.join(named)}"
-        warnings.warn(message, CkptWarning, stacklevel=4)
+def formats_named(name: str) -> list[str]:
+    """Return the formats whose ending a file's name has."""
+    return [adapter.name for adapter in adapters().values() if name.lower().endswith(file_suffixes(adapter))]
+
+
+def say_what_names_deny(targets: Iterable[tuple[Path, Adapter]], besides: Iterable[Beside]) -> None:
+    """Warn of each file or directory whose name has the ending of another format than it is written in."""
+    written = [*((place, adapter.name) for place, adapter in targets), *((beside.path, None) for beside in besides)]
+    for place, kind in written:
+        named = formats_named(place.name)
+        if named and kind not in named:
+            what = kind or "a file beside the checkpoint"
+            message = f"{place} is written as {what}, and its name is that of {' or '.join(named)}"
+            warnings.warn(message, CkptWarning, stacklevel=3)
 
 
 def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: bool) -> None:
@@ -133,7 +139,7 @@ def check_side_files(
     for path in side_files:
         real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
-        check_target(real, overwrite=overwrite or (_holds(real, side_files[path])))
+        check_target(real, overwrite=overwrite or _holds(real, side_files[path]))
         found.append(Beside(real, real.exists()))
     return tuple(found)
 
@@ -184,10 +190,6 @@ def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict
 def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
     if "\0" in str(path):
         raise UsageError(f"{str(path)!r} is no path")
-    named = [other.name for other in adapters().values() if path.name.lower().endswith(file_suffixes(other))]
-    if named:
-        message = f"{path} is written as a file beside the checkpoint, and its name is that of {' or '.join(named)}"
-        warnings.warn(message, CkptWarning, stacklevel=4)
     real = Path(os.path.realpath(path))
     if real == target or target in real.parents:
         raise UsageError("a side file must not be, or lie in, the target", path=path)

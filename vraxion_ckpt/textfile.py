@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 from vraxion_ckpt.errors import LimitError, StorageError, UsageError
 
+_PIECE = 2**20
+
 
 @contextmanager
 def opened(path: Path, *, most: int) -> Iterator[BinaryIO]:
@@ -66,8 +68,10 @@ def read_text(path: Path, *, most: int, encoding: str = "utf-8") -> str:
         CkptError: as for `opened`.
         UnicodeDecodeError: it is not UTF-8.
     """
+    content = bytearray()
     with opened(path, most=most) as file:
-        content = file.read(most + 1) or b""
-    if len(content) > most:  # it grows, or has no size, like what is in /proc
-        raise LimitError(f"is larger than {most} bytes", path=path)
+        while piece := file.read(_PIECE):
+            content += piece
+            if len(content) > most:  # it grows, or has no size, like what is in /proc
+                raise LimitError(f"is larger than {most} bytes", path=path)
     return content.decode(encoding)

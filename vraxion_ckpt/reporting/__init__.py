@@ -24,12 +24,12 @@ from vraxion_ckpt.errors import CkptWarning, UsageError, memory_errors
 from vraxion_ckpt.facts import Facts
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import Staging, stage_side_files
-from vraxion_ckpt.plugins import AdapterLike, adapters
-from vraxion_ckpt.reading import PathLike, file_suffixes, os_errors_named, read_unbound
+from vraxion_ckpt.plugins import AdapterLike
+from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
 from vraxion_ckpt.reporting.gather import Subject, gather
 from vraxion_ckpt.ring import Weights
 from vraxion_ckpt.signs import signs_of_life
-from vraxion_ckpt.targets import Beside, check_apart, check_inputs, check_several
+from vraxion_ckpt.targets import Beside, check_apart, check_inputs, check_several, formats_named
 from vraxion_ckpt.visits import load as load_visits
 
 
@@ -131,7 +131,7 @@ def report(
 def _say_if_denied(place: Path, kind: str, own: str) -> None:
     """Warn of a file whose name has the ending of another kind of file; an unknown ending denies nothing."""
     named, packed = guess_type(place.name)
-    formats = [other.name for other in adapters().values() if place.name.lower().endswith(file_suffixes(other))]
+    formats = formats_named(place.name)
     if formats or packed or named not in (None, own, "application/xhtml+xml"):
         other = " or ".join(formats) or packed or named
         message = f"{place} is written as {kind}, and its name is that of {other}"
