@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from vraxion_ckpt.errors import CkptError
+from vraxion_ckpt.errors import CkptError, PluginError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import Plugin
 
@@ -51,6 +51,8 @@ class Faults:
         """Return what a step returns; note what it raises, once, and return None."""
         try:
             return step()
+        except PluginError:
+            raise  # it says nothing of the checkpoint
         except CkptError as error:
             self.note(error)
         return None

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vraxion_ckpt import invariants, progress
+from vraxion_ckpt import adapter_calls, invariants, progress
 from vraxion_ckpt import manifest as manifests
 from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.commit import was_interrupted
@@ -29,7 +29,7 @@ from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.model import Checkpoint, HeadKind
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike
-from vraxion_ckpt.reading import PathLike, allowing, blamed, bound_if_possible, detect_source, files_of, os_errors_named
+from vraxion_ckpt.reading import PathLike, allowing, bound_if_possible, detect_source, files_of, os_errors_named
 
 _PIECE = 2**22
 
@@ -137,8 +137,7 @@ def _examine(
     """Read everything and judge it; return the root, how many tensors were looked at, and their bytes."""
     faults = Faults()
     tensors = size = 0
-    with blamed(adapter):
-        checkpoint = adapter.examine(root, faults)
+    checkpoint = adapter_calls.examine(adapter, root, faults)
     if checkpoint is not None:
         for expert in checkpoint.head.experts.values() if checkpoint.head else ():
             faults.attempt(partial(getattr, expert, "tensors"))
@@ -357,7 +356,7 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
             where=str(root),
             hint=f"`vraxion-ckpt edit {root}` takes it back, or finishes it",
         )
-    foreign = adapter.foreign_files(root) if root.is_dir() else []
+    foreign = adapter_calls.foreign_files(adapter, root) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
         names = _first_few([str(path.relative_to(root)) for path in others])

@@ -10,10 +10,10 @@ import os
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memor
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PIECE = 2**20  # is still in the processor's cache when it is looked at again
 _THREADS = min(4, os.cpu_count() or 1)
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -116,28 +119,44 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 
 
-def differences_and_checksums(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+# Gives what holds the bytes that a tensor must have, and their checksum if that is known.
+Original = Callable[[Tensor], tuple[Tensor, int | None]]
+
+
+def _itself(tensor: Tensor) -> tuple[Tensor, None]:
+    return tensor, None
+
+
+def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original = _itself) -> Iterator[str]:
     """Yield what `checkpoint_differences` does; on the way, note the checksums of both sides' sources.
 
-    Tensors are set aside, and then looked at by several threads, which read every byte once.
+    Tensors are set aside, and then looked at by several threads, which read every byte once. Those of `b` are compared
+    with the originals of those of `a`.
     """
     aside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
+    def same_as_original(x: Tensor, y: Tensor) -> bool:
+        holder, known = original(x)
+        crc = checksum_if_same(holder, y)
+        return crc is not None and known in (None, crc)
+
     def set_aside(x: Tensor, y: Tensor) -> bool:
         if not x.is_contiguous() or not y.is_contiguous():
-            return same_bits(x, y)  # here, for it is copied, and there must be but one copy at a time
+            return same_as_original(x, y)  # here, for it is copied, and there must be but one copy at a time
         aside[id(x), id(y)] = x, y
         return True
 
     def look(pair: tuple[Tensor, Tensor]) -> bool:
-        crc = checksum_if_same(*pair)
+        holder, known = originals[id(pair[0])]
+        crc = checksum_if_same(holder, pair[1])
         for tensor in pair:
             part = parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize))
             if part and crc is not None:
                 part.note(crc)
-        return crc is not None
+        return crc is not None and known in (None, crc)
 
     others = list(checkpoint_differences(a, b, same=set_aside))
+    originals = {id(x): original(x) for x, _ in aside.values()}
     parts = a.sources.parts() | b.sources.parts()
     same = True
     with (
@@ -148,7 +167,24 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
             same = same and alike
             count(x.numel() * x.itemsize)
     if others or not same:  # once more, in order
-        yield from checkpoint_differences(a, b)
+        yield from checkpoint_differences(a, b, same=same_as_original)
+
+
+def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
+    """Return the names of the pairs of tensors that are not the same, bit for bit."""
+    contiguous = [pair for pair in pairs if pair[1].is_contiguous() and pair[2].is_contiguous()]
+    others = (pair for pair in pairs if not (pair[1].is_contiguous() and pair[2].is_contiguous()))
+    same = in_threads(lambda pair: same_bits(pair[1], pair[2]), contiguous)
+    found = [name for (name, _, _), alike in zip(contiguous, same, strict=True) if not alike]
+    return found + [name for name, x, y in others if not same_bits(x, y)]  # copied, so one at a time
+
+
+def in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """Return what a function gives for each item, called in several threads."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, items))
 
 
 def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vraxion_ckpt import invariants
+from vraxion_ckpt import adapter_calls, invariants
 from vraxion_ckpt.adapter import Adapter, Loss
-from vraxion_ckpt.errors import CkptWarning, InvariantError, LossError, TransformError, UsageError
+from vraxion_ckpt.errors import CkptError, CkptWarning, InvariantError, LossError, TransformError, UsageError
 from vraxion_ckpt.invariants import Preservation
+from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.model import Checkpoint, HeadKind, Record
-from vraxion_ckpt.reading import blamed, refuse
+from vraxion_ckpt.plugin_calls import defect, observed
+from vraxion_ckpt.reading import refuse
 from vraxion_ckpt.summary import Outcome
 from vraxion_ckpt.targets import check_side_files
-from vraxion_ckpt.transform import Step, apply_chain, moved_addresses
+from vraxion_ckpt.transform import Step, apply_chain, function_noise, moved_addresses, wrote_into
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -38,11 +41,43 @@ class Applied:
     preservation: Preservation | None
 
 
-def apply(before: Checkpoint, chain: Sequence[Step], record: Record | None = None) -> Applied:
-    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps."""
+def apply(before: Checkpoint, chain: Sequence[Step], source: SourceTensors, record: Record | None = None) -> Applied:
+    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps.
+
+    Raises:
+        PluginError: a step wrote into a tensor of `source`, in whatever way.
+    """
     begun = before if record is None else replace(before, history=(*before.history, record))
-    after, side_files = apply_chain(begun, chain)
+    try:
+        after, side_files = apply_chain(begun, chain, source.made)
+    except CkptError:
+        if source.made.steps:  # what an earlier step did may be why a later one refuses
+            _check_source(source, chain)
+        raise
+    if chain:
+        _check_source(source, chain)
     return Applied(before, after, chain, side_files, _check_result(before, after, chain))
+
+
+def _check_source(source: SourceTensors, chain: Sequence[Step]) -> None:
+    """Refuse a chain that has written into the source's tensors, naming the plugin that did."""
+    written = source.altered()
+    if not written:
+        return
+    found: list[tuple[str, str]] = []
+    again, altered = source.once_more()
+
+    def look(name: str, distribution: str) -> None:
+        if not found and altered():
+            found.append((name, distribution))
+
+    with observed(look), suppress(CkptError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CkptWarning)
+        apply_chain(again, chain)
+    if not found:  # it does not do the same again
+        names = ", ".join(step.transform.name for step in chain)
+        found.append((names, " or ".join(dict.fromkeys(step.distribution for step in chain))))
+    raise defect(wrote_into(written), *found[0])
 
 
 def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
@@ -50,8 +85,7 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
     before, after = applied.before, applied.after
     besides = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
-    with blamed(adapter):
-        held = adapter.held(after)
+    held = adapter_calls.held(adapter, after)
     return Outcome(before, after, held, applied.side_files, besides, applied.preservation, tuple(lost))
 
 
@@ -61,7 +95,7 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
     if not any(invariants.missing_siblings(before)):
         refuse(InvariantError, invariants.missing_siblings(after), after.origin.path)
-    noises = [step.transform.function_noise() for step in chain]
+    noises = [function_noise(step) for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:
@@ -114,8 +148,7 @@ def _dicts_in(value: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]
 
 def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
     """Ask the format what it cannot hold, and do about it what the policy says."""
-    with blamed(adapter):
-        lost = adapter.losses(checkpoint)
+    lost = adapter_calls.losses(adapter, checkpoint)
     if lost and policy == "raise":
         listed = "; ".join(map(str, lost))
         raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to write it without")

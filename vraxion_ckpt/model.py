@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -51,6 +52,11 @@ class Expert(Mapping[str, Tensor]):
         self._versions: list[int] = []
         if not callable(tensors):
             self._take(tensors)
+
+    def open_through(self, call: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]) -> None:
+        """Let a function call what opens the file, and return what that returned; nothing if it is open already."""
+        if self._open is not None and self._tensors is None:
+            self._open = partial(call, self._open)
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from vraxion_ckpt import binding, invariants
+from vraxion_ckpt import adapter_calls, binding, invariants
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import was_interrupted
 from vraxion_ckpt.errors import (
@@ -21,7 +21,6 @@ from vraxion_ckpt.errors import (
     InconsistentError,
     InvariantError,
     OptionError,
-    PluginError,
     SourceError,
     StorageError,
     UnknownFormatError,
@@ -80,8 +79,7 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
     try:
         with os_errors_named(path):
             adapter = allowing(detect_source(place, from_), allow_globals)
-            with blamed(adapter):
-                checkpoint = adapter.read(place)
+            checkpoint = adapter_calls.read(adapter, place)
         refuse(InconsistentError, invariants.findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
@@ -99,7 +97,7 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         raise UsageError("no such file or directory", path=path)
     if from_ is not None:
         adapter = resolve_adapter(from_)
-        if path.is_dir() != adapter.is_directory and not detects(type(adapter), path):
+        if path.is_dir() != adapter_calls.is_directory(adapter) and not detects(type(adapter), path):
             kind = "directory" if path.is_dir() else "file"
             raise UsageError(f"is a {kind}, and holds no checkpoint of the format {adapter.name}", path=path)
         return adapter
@@ -119,8 +117,8 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
 def detects(adapter: type[Adapter], path: Path) -> bool:
     """Ask an adapter whether a path is of its format; one that fails to tell is named in a warning."""
     try:
-        return adapter.detect(path)
-    except Exception as error:  # one broken plugin must not take every other format down
+        return adapter_calls.detect(adapter, path)
+    except (CkptError, OSError) as error:  # one broken plugin must not take every other format down
         warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
         return False
 
@@ -153,7 +151,7 @@ def files_of(adapter: Adapter, path: Path) -> list[Path]:
     """List the files of a checkpoint, without other people's files in its directory."""
     if not path.is_dir():
         return [path]
-    foreign = set(map(os.fspath, adapter.foreign_files(path)))
+    foreign = set(map(os.fspath, adapter_calls.foreign_files(adapter, path)))
     found = []
     for folder, below, names in os.walk(path):
         below[:] = [name for name in below if os.path.join(folder, name) not in foreign]  # noqa: PTH118 - thousands
@@ -175,19 +173,6 @@ def os_errors_named(*paths: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError.from_os_error(error, error.filename or paths[0]) from error
-
-
-@contextmanager
-def blamed(adapter: Adapter) -> Iterator[None]:
-    """Name the adapter for whatever it raises beside our errors and the operating system's."""
-    try:
-        yield
-    except (CkptError, OSError):
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"{type(error).__name__}: {error}", key=adapter.name, hint="this is a defect of the format's plugin"
-        ) from error
 
 
 def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:

@@ -8,7 +8,8 @@ Imports nothing of torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Sources:
 
     files: list[Source] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
+    _call: Callable[[Callable[[], None]], None] | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[Source]:
         return iter(self.files)
@@ -84,7 +86,15 @@ class Sources:
             verify: raises `CorruptError` where a checksum fails; reads everything whose checksum nobody has noted.
             parts: what has a checksum and is mapped.
         """
-        self.files.append(Source(path, fingerprint, verify, parts or {}))
+        self.files.append(Source(path, fingerprint, self._through(verify), parts or {}))
+
+    def verify_through(self, call: Callable[[Callable[[], None]], None]) -> None:
+        """Let a function call every `verify`, of the files so far and of those to come."""
+        self._call = call
+        self.files[:] = [replace(source, verify=self._through(source.verify)) for source in self.files]
+
+    def _through(self, verify: Callable[[], None] | None) -> Callable[[], None] | None:
+        return verify if verify is None or self._call is None else partial(self._call, verify)
 
     def parts(self) -> dict[Place, Part]:
         """Return the mapped parts of all files."""
