@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vraxion_ckpt.errors import CkptError
 from vraxion_ckpt.model import Checkpoint, Expert
-from vraxion_ckpt.plain import check_plain, unusual_kind
+from vraxion_ckpt.plain import check_plain
 from vraxion_ckpt.sources import Sources
 
 _PLAIN = dict[str, Any]  # what is written as it is: only plain data in it
@@ -87,10 +87,10 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
 
 
 def _tensor_faults(value: object, place: str) -> Iterator[str]:
-    if not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        yield from _plain_faults(value, place)  # dense, on the CPU, of no subclass
+    else:
         yield f"{place} is a {_kind(value)}, not a tensor"
-    elif unusual := unusual_kind(value):
-        yield f"{place} {unusual}"
 
 
 def _plain_faults(value: object, place: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ from vraxion_ckpt.model import Checkpoint, HeadKind, Optimizer, Record
 from vraxion_ckpt.options import configure
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike, adapters
-from vraxion_ckpt.reading import PathLike, files_of, os_errors_named, read_unbound
+from vraxion_ckpt.reading import PathLike, detect_source, files_of, os_errors_named, read_unbound
 from vraxion_ckpt.signs import signs_of_life
 
 # An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
@@ -213,7 +213,8 @@ def inspect(
     root = checkpoint.origin.path or Path(path)
     format_ = checkpoint.origin.format
     with os_errors_named(path):
-        adapter = configure(adapters()[format_], {})
+        kind = adapters().get(format_)
+        adapter = configure(kind, {}) if kind else detect_source(root, from_)
         files = files_of(adapter, root)
         dialect = adapter_calls.dialect(adapter, checkpoint)
         size = sum(file.stat().st_size for file in files)

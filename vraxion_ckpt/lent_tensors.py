@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 from torch import Tensor
@@ -51,18 +51,16 @@ class MadeTensors:
         """Take the checksums of what a step returned, unless they are known or it is from the source."""
         lent = {id(tensor) for _, tensor in named(self._before)}
         made = {id(tensor): (name, tensor) for name, tensor in named(after) if id(tensor) not in lent}
-        new = [pair for key, pair in made.items() if key not in self._known]
-        known = {key: self._known[key] for key in made.keys() & self._known.keys()}
-        for (name, tensor), crc in zip(new, in_threads(checksum, [tensor for _, tensor in new]), strict=True):
-            known[id(tensor)] = name, tensor, crc
-        self._known = known
+        new = checksums([tensor for key, (_, tensor) in made.items() if key not in self._known])
+        self._known = {
+            key: (name, tensor, new[key] if key in new else self._known[key][2]) for key, (name, tensor) in made.items()
+        }
         self.steps += 1
 
     def altered(self) -> list[str]:
         """Name the tensors whose bytes have changed since they were noted."""
-        known = list(self._known.values())
-        found = in_threads(checksum, [tensor for _, tensor, _ in known])
-        return [name for (name, _, crc), now in zip(known, found, strict=True) if crc != now]
+        now = checksums([tensor for _, tensor, _ in self._known.values()])
+        return [name for name, tensor, crc in self._known.values() if now[id(tensor)] != crc]
 
     def checksum(self, tensor: Tensor) -> int | None:
         """Return the checksum that was taken of a tensor, None if none was."""
@@ -112,8 +110,7 @@ class SourceTensors:
         """Name the tensors of a result that have other bytes than when the chain had returned them."""
         self._before.sources.check_unchanged()
         pairs = [(name, self.original(tensor)[0], tensor) for name, tensor in named(checkpoint)]
-        sums = ((name, self.made.checksum(tensor), tensor) for name, tensor in named(checkpoint))
-        return different(pairs) + [name for name, crc, tensor in sums if crc is not None and crc != checksum(tensor)]
+        return different(pairs) + self.made.altered()
 
     def once_more(self) -> tuple[Checkpoint, Callable[[], list[str]]]:
         """Return an opening of its own for another run of the chain, and what names its altered tensors so far."""
@@ -170,8 +167,14 @@ def named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"expert {i} {leaf}", tensor) for leaf, tensor in expert.items())
 
 
-def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of a tensor's elements as they are stored."""
+def checksums(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Return the CRC-32 of each tensor's elements as they are stored, by the tensor's id."""
+    contiguous = [tensor for tensor in tensors if tensor.is_contiguous()]
+    found = dict(zip(map(id, contiguous), in_threads(_checksum, contiguous), strict=True))
+    return found | {id(t): _checksum(t) for t in tensors if not t.is_contiguous()}  # copied, so one at a time
+
+
+def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(bytes_of(tensor).numpy().data)
 
 

@@ -100,23 +100,6 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
-def unusual_kind(tensor: Tensor) -> str | None:
-    """Return in words what makes a tensor another thing than dense data on the CPU; None if it is that."""
-    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-        return f"is a {type(tensor).__module__}.{type(tensor).__qualname__}; only plain tensors can be carried"
-    if tensor.is_nested:  # which has a strided layout, but no shape
-        return "is a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"is a sparse tensor ({tensor.layout})"
-    if tensor.is_quantized:
-        return "is a quantised tensor"
-    if tensor.device.type != "cpu":
-        return f"is a tensor without data (on device {tensor.device})"
-    if vars(tensor):
-        return f"has attributes ({', '.join(vars(tensor))}); only plain data can be carried"
-    return None
-
-
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
     for key in item:
         if type(key) not in (str, int):
@@ -129,8 +112,16 @@ def _check_tensor(tensor: Tensor, path: Path | None, place: _Place) -> None:
     def refuse(error: type[CkptError], message: str) -> NoReturn:
         raise error(message, path=path, key=_spell(place))
 
-    if unusual := unusual_kind(tensor):
-        refuse(UnsupportedError, unusual)
+    if tensor.is_nested:  # which has a strided layout, but no shape
+        refuse(UnsupportedError, "is a nested tensor")
+    if tensor.layout != torch.strided:
+        refuse(UnsupportedError, f"is a sparse tensor ({tensor.layout})")
+    if tensor.is_quantized:
+        refuse(UnsupportedError, "is a quantised tensor")
+    if tensor.device.type != "cpu":
+        refuse(UnsupportedError, f"is a tensor without data (on device {tensor.device})")
+    if vars(tensor):
+        refuse(UnsupportedError, f"has attributes ({', '.join(vars(tensor))}); only plain data can be carried")
     held = tensor.untyped_storage().nbytes() // tensor.itemsize
     if tensor.numel() > held:
         refuse(LimitError, f"repeats its storage: {tensor.numel()} elements from {held}")

@@ -13,8 +13,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import Any, TextIO
 
 from vraxion_ckpt import signals
 from vraxion_ckpt.errors import CkptError, PluginError
@@ -73,7 +74,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def in_words(error: BaseException) -> str:
     """Return the class of an exception and its text, even if its own code for that fails."""
     try:
-        return f"{type(error).__name__}: {error}"
+        text = str(error)
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
     except Exception:
         return type(error).__name__
 
@@ -136,7 +138,7 @@ def _begin() -> None:
         if _depth == 1:
             _usual = sys.stdout
             _restore = _redirect_descriptor() if _flush(_usual) else None
-            sys.stdout = sys.stderr
+            sys.stdout = sys.stderr if sys.stderr is not None else _null_stream()
 
 
 def _end() -> None:
@@ -176,12 +178,22 @@ def _redirect_descriptor() -> Callable[[], None] | None:
     return None
 
 
+@cache
+def _null_stream() -> TextIO:
+    """Return a stream for a process without standard error; it stays open, for a plugin may keep it."""
+    return os.fdopen(_null_descriptor(), "w")
+
+
 def _error_descriptor() -> int:
     """Return descriptor 2; where it was closed from the start, it may be any file by now, so the null device."""
     if sys.__stderr__ is not None:
         with suppress(OSError):
             os.fstat(_STDERR)
             return _STDERR
+    return _null_descriptor()
+
+
+def _null_descriptor() -> int:
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         return fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)

@@ -97,7 +97,7 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         raise UsageError("no such file or directory", path=path)
     if from_ is not None:
         adapter = resolve_adapter(from_)
-        if path.is_dir() != adapter_calls.is_directory(adapter) and not detects(type(adapter), path):
+        if path.is_dir() != adapter_calls.is_directory(adapter) and not adapter_calls.detect(type(adapter), path):
             kind = "directory" if path.is_dir() else "file"
             raise UsageError(f"is a {kind}, and holds no checkpoint of the format {adapter.name}", path=path)
         return adapter
@@ -110,6 +110,8 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
     if found:
         names = ", ".join(sorted(adapter.name for adapter in found))
         raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
+    for adapter_class in known.values():
+        adapter_calls.detect(adapter_class, path)  # one that fails could be the one; it is to blame, not the file
     looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
     raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
 

@@ -126,11 +126,10 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
             after = step.transform.apply(before.copy())
         _check_result(step, before, after)
         with plugin_call(name, step.distribution), torch.no_grad():
-            asked = step.transform.side_files(after)
+            asked = step.transform.side_files(after.copy())
             asked = dict(asked) if isinstance(asked, Mapping) else asked
         if wrong := wrong_type(asked, dict[Path, bytes], "side_files"):
             raise _defect(step, wrong)
-        _check_result(step, before, after)  # which it may have changed
         return after, asked, resolved(step.transform)
     except OSError as error:
         raise StorageError.from_os_error(error, error.filename or name) from error
@@ -186,6 +185,8 @@ def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
         return 0
     known = {id(expert): i for i, expert in before.head.experts.items()}
     former = np.arange(max(before.num_experts, after.num_experts, 1))
+    if new.size and not 0 <= new.min() <= new.max() < len(former):
+        return 0  # an owner that does not exist is refused later, see `vraxion_ckpt.invariants`
     for i, expert in after.head.experts.items():
         former[i] = known.get(id(expert), i)
     return int(np.count_nonzero(old != former[new]))
