@@ -141,6 +141,8 @@ WRITES = {
     "from_numpy": lambda t: torch.from_numpy(t.numpy()).fill_(42),
     "storage": _through_storage,
     "pointer": _through_pointer,
+    "other shape": lambda t: setattr(t, "data", t.data.reshape(-1)),
+    "gradient": lambda t: t.requires_grad_(),
     "other data": lambda t: setattr(t, "data", torch.zeros_like(t)),
 }
 PLACES = {

@@ -21,6 +21,7 @@ from vraxion_ckpt import progress
 from vraxion_ckpt.binding import unbind
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.plain import bytes_of, size_of
+from vraxion_ckpt.sources import Place
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -131,7 +132,7 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
     """Yield what `checkpoint_differences` does; on the way, note the checksums of both sides' sources.
 
     Tensors are set aside, and then looked at by several threads, which read every byte once. Those of `b` are compared
-    with the originals of those of `a`.
+    with the originals of those of `a`; where a file states a checksum, and `b` has it, that is the proof.
     """
     aside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -146,28 +147,36 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
         aside[id(x), id(y)] = x, y
         return True
 
-    def look(pair: tuple[Tensor, Tensor]) -> bool:
-        holder, known = originals[id(pair[0])]
-        crc = checksum_if_same(holder, pair[1])
-        for tensor in pair:
-            part = parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize))
-            if part and crc is not None:
-                part.note(crc)
-        return crc is not None and known in (None, crc)
+    def look(pair: tuple[Tensor, Tensor]) -> bool | None:
+        """Tell whether two tensors are the same; None if they are, but may both differ from the original."""
+        x, y = pair
+        holder, known = originals.get(id(x), (x, None))
+        crc = checksum_if_same(holder, y)
+        if crc is None or known not in (None, crc):
+            return False
+        if theirs := parts.get(_place(y)):
+            theirs.note(crc)
+        ours = parts.get(_place(x))
+        stated = ours is not None and ours.note(crc)
+        return True if stated or id(x) in originals else None
 
     others = list(checkpoint_differences(a, b, same=set_aside))
-    originals = {id(x): original(x) for x, _ in aside.values()}
     parts = a.sources.parts() | b.sources.parts()
+    originals = {id(x): original(x) for x, _ in aside.values() if _place(x) not in parts}
     same = True
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         progress.bar("comparing", size_of([x for x, _ in aside.values()])) as count,
     ):
-        for (x, _), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
-            same = same and alike
+        for (x, y), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
+            same = same and (same_as_original(x, y) if alike is None else alike)
             count(x.numel() * x.itemsize)
     if others or not same:  # once more, in order
         yield from checkpoint_differences(a, b, same=same_as_original)
+
+
+def _place(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.numel() * tensor.itemsize
 
 
 def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:

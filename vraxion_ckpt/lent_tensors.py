@@ -22,20 +22,22 @@ from torch import Tensor
 
 from vraxion_ckpt.compare import different, in_threads
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
-from vraxion_ckpt.model import Checkpoint, Expert
+from vraxion_ckpt.model import Checkpoint, Expert, TensorState, tensor_state
 from vraxion_ckpt.plain import bytes_of, named_tensors
+
+_SMALL = 2**20  # bytes; of more, a checksum takes longer than to open the file again and compare
 
 
 class WriteCounts:
-    """torch's version counters of the tensors of a checkpoint, which most writes count up."""
+    """The states of the tensors of a checkpoint, with torch's version counters, which most writes count up."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._versions = [(name, tensor, tensor._version) for name, tensor in _outside_experts(checkpoint)]
+        self._states = [(name, tensor, tensor_state(tensor)) for name, tensor in _outside_experts(checkpoint)]
         self._experts = dict(checkpoint.head.experts) if checkpoint.head else {}
 
     def risen(self) -> list[str]:
         """Name what has been written into since; experts that were opened meanwhile are looked at, too."""
-        written = [name for name, tensor, version in self._versions if tensor._version != version]
+        written = [name for name, tensor, state in self._states if tensor_state(tensor) != state]
         return written + [f"expert {i}" for i, expert in self._experts.items() if expert.was_written_into]
 
 
@@ -44,7 +46,7 @@ class MadeTensors:
 
     def __init__(self, before: Checkpoint) -> None:
         self._before = before
-        self._known: dict[int, tuple[str, Tensor, int]] = {}
+        self._known: dict[int, tuple[str, Tensor, TensorState, int]] = {}
         self.steps = 0  # how many have returned
 
     def note(self, after: Checkpoint) -> None:
@@ -53,19 +55,21 @@ class MadeTensors:
         made = {id(tensor): (name, tensor) for name, tensor in named(after) if id(tensor) not in lent}
         new = checksums([tensor for key, (_, tensor) in made.items() if key not in self._known])
         self._known = {
-            key: (name, tensor, new[key] if key in new else self._known[key][2]) for key, (name, tensor) in made.items()
+            key: (name, tensor, tensor_state(tensor), new[key]) if key in new else self._known[key]
+            for key, (name, tensor) in made.items()
         }
         self.steps += 1
 
     def altered(self) -> list[str]:
         """Name the tensors whose bytes have changed since they were noted."""
-        now = checksums([tensor for _, tensor, _ in self._known.values()])
-        return [name for name, tensor, crc in self._known.values() if now[id(tensor)] != crc]
+        known = self._known.values()
+        now = checksums([tensor for _, tensor, _, _ in known])
+        return [name for name, t, state, crc in known if (tensor_state(t), now[id(t)]) != (state, crc)]
 
     def checksum(self, tensor: Tensor) -> int | None:
         """Return the checksum that was taken of a tensor, None if none was."""
         entry = self._known.get(id(tensor))
-        return entry[2] if entry else None
+        return entry[3] if entry else None
 
 
 class SourceTensors:
@@ -79,6 +83,7 @@ class SourceTensors:
             reopen: opens it again in the same way.
         """
         self.made = MadeTensors(before)
+        self._counts = WriteCounts(before)
         self._before = before
         self._reopen = reopen
         self._lent = list(_outside_experts(before))
@@ -106,6 +111,10 @@ class SourceTensors:
             return self._fresh.head.experts[i][leaf], None
         return tensor, self.made.checksum(tensor)
 
+    def written(self) -> list[str]:
+        """Name the source's tensors that have been changed in a way that torch counts; reads no bytes."""
+        return self._counts.risen()
+
     def altered_in(self, checkpoint: Checkpoint) -> list[str]:
         """Name the tensors of a result that have other bytes than when the chain had returned them."""
         self._before.sources.check_unchanged()
@@ -122,10 +131,15 @@ class SourceTensors:
         return again, lambda: self._altered(lent, again)
 
     def _altered(self, lent: list[tuple[str, Tensor]], checkpoint: Checkpoint) -> list[str]:
-        fresh = self._fresh.head.experts if self._fresh.head else {}
-        pairs = [(name, self._second(place), tensor) for place, (name, tensor) in enumerate(lent)]
+        proven = _proven(checkpoint)
+        pairs = [
+            (name, self._second(place), tensor) for place, (name, tensor) in enumerate(lent) if id(tensor) not in proven
+        ]
         for i, expert in _open_experts(checkpoint):
-            pairs += [(f"expert {i} {leaf}", fresh[i][leaf], tensor) for leaf, tensor in expert.items()]
+            for leaf, tensor in expert.items():
+                if id(tensor) not in proven:
+                    assert self._fresh.head is not None
+                    pairs.append((f"expert {i} {leaf}", self._fresh.head.experts[i][leaf], tensor))
         found = different(pairs)
         if found:
             self._before.sources.check_unchanged()
@@ -158,6 +172,20 @@ class SourceTensors:
             except CkptError:
                 self._before.sources.check_unchanged()
                 raise
+
+
+def _proven(checkpoint: Checkpoint) -> set[int]:
+    """Return the ids of small tensors that have the checksum that their file states; no file is opened for them."""
+    parts = checkpoint.sources.parts()
+    stated = [
+        (tensor, part)
+        for _, tensor in named(checkpoint)
+        if tensor.is_contiguous()
+        and tensor.numel() * tensor.itemsize <= _SMALL
+        and (part := parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize)))
+    ]
+    found = checksums([tensor for tensor, _ in stated])
+    return {id(tensor) for tensor, part in stated if part.note(found[id(tensor)])}
 
 
 def named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -37,6 +37,7 @@ from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.manifest import by_name, dumps, make
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.options import defect_of
+from vraxion_ckpt.plugin_calls import output_to_stderr
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_chain
 from vraxion_ckpt.reading import OptimizerPolicy, PathLike, os_errors_named, read, refuse
 from vraxion_ckpt.summary import Outcome, Summary, count_tensors
@@ -150,7 +151,8 @@ def convert_to_all(
             lent = SourceTensors(before, reopen)
             for _, place in places:
                 check_apart(place, before)
-            before.open_experts()  # a new target holds them all, so all are judged now
+            with output_to_stderr():  # once, not for each of them
+                before.open_experts()  # a new target holds them all, so all are judged now
             refuse(InconsistentError, invariants.findings(before), source)
             applied = apply(before, chain, lent, record)
             results = [
@@ -366,7 +368,7 @@ def check_read_back(
     refuse(InvariantError, invariants.findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
     listed = list(islice(differences_and_checksums(expected, found, lent.original), 20))
-    if listed and (written := lent.altered_in(expected)):
+    if written := lent.written() or (lent.altered_in(expected) if listed else []):
         raise defect_of(adapter, wrote_into(written))
     refuse(InvariantError, iter(listed), target)
     found.sources.verify()

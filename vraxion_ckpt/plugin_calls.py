@@ -23,6 +23,8 @@ from vraxion_ckpt.errors import CkptError, PluginError
 _STDOUT, _STDERR = 1, 2
 _FIRST_FREE = 10  # copies of descriptors are kept away from the standard ones, which may be closed
 
+_libc = ctypes.CDLL(None)
+
 _distributions: dict[type, str] = {}
 _observers: list[Callable[[str, str], object]] = []
 
@@ -110,6 +112,7 @@ def distribution_of(plugin: type) -> str:
 # --- output ---
 
 _lock = threading.Lock()
+_thread = threading.local()
 _depth = 0
 _usual: Any = None  # sys.stdout before the first of the calls that are under way
 _restore: Callable[[], None] | None = None
@@ -122,12 +125,17 @@ def output_to_stderr() -> Iterator[None]:
     Calls may be nested and come from several threads: the first redirects, the last one restores. Standard output
     belongs to the process, so output of other threads is redirected meanwhile, too.
     """
+    if getattr(_thread, "redirected", False):
+        yield
+        return
     with signals.put_off():  # a signal must not come between the two halves of a redirection
         _begin()
+        _thread.redirected = True
         try:
             with signals.stoppable():
                 yield
         finally:
+            _thread.redirected = False
             _end()
 
 
@@ -155,7 +163,7 @@ def _end() -> None:
 def _flush(stream: Any) -> bool:
     """Write what is buffered to the descriptor; return False if that fails, so that its owner sees the error later."""
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).fflush(None)
+        _libc.fflush(None)
     try:
         if stream is not None:
             stream.flush()

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vraxion_ckpt.errors import ChangedError
+from vraxion_ckpt.errors import ChangedError, CorruptError
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ class Part:
 
     Attributes:
         note: takes the CRC-32 of the bytes from someone who has read them anyway, which saves `Source.verify` the
-            work. A wrong one is no error yet, for memory may have been written to; `Source.verify` then looks.
+            work. Returns whether it is the stated one. A wrong one is no error yet, for memory may have been written
+            to; `Source.verify` then looks.
         memory: what keeps it mapped.
     """
 
-    note: Callable[[int], None]
+    note: Callable[[int], bool]
     memory: Any
 
 
@@ -105,11 +106,16 @@ class Sources:
 
         Raises:
             CorruptError: naming the file and the member.
+            ChangedError: the same, of a file that is another one by now.
         """
         while self._verified < len(self.files):
             source = self.files[self._verified]
             if source.verify is not None:
-                source.verify()
+                try:
+                    source.verify()
+                except CorruptError:
+                    self.check_unchanged()
+                    raise
             self._verified += 1
 
     def check_unchanged(self) -> None:
