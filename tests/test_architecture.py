@@ -27,6 +27,7 @@ FLOORS = [
     "facts",
     "disk",
     "signals",
+    "plugin_calls",
     "progress",
     "manifest",
     "transaction",
@@ -46,9 +47,12 @@ FLOORS = [
     "surgery",
     "placement",
     "companions",
+    "checkpoint_types",
+    "lent_tensors",
     "invariants",
     "options",
     "adapter",
+    "adapter_calls",
     "transform",
     "hookspecs",
     "plugins",
@@ -143,6 +147,19 @@ def test_one_module_alone_opens_and_writes_torch_files():
         }
         used = calls & {"torch.load", "torch.save", "pickle.load", "pickle.loads"}
         assert used == ({"torch.load", "torch.save"} if path.stem == "torchfile" else set()), path
+
+
+def test_one_module_alone_calls_adapters():
+    """There, what they print is redirected, and what they raise or return wrongly names them."""
+    methods = {"detect", "is_directory", "read", "examine", "dialect", "losses", "held", "write", "size"}
+    methods |= {"foreign_files", "parts", "unseen", "read_over"}
+    for path in [*CORE, *CLI]:
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "adapter"
+        }
+        assert (used & methods == methods) if path.stem == "adapter_calls" else not used & methods, path
 
 
 def test_the_package_exports_what_it_says_and_nothing_twice():

@@ -12,6 +12,7 @@ core knows neither any format nor any transform by name. The modules, from the g
 `jsonfile`, `yamlfile`    strict JSON and YAML (no torch)
 `facts`                   what ``--json`` prints: models that are their own JSON Schema (no torch)
 `disk`, `signals`         system calls; signals that end a run (no torch)
+`plugin_calls`            run a plugin's code: its output to stderr, its exceptions as errors that name it (no torch)
 `progress`                signs of progress on a terminal (no torch)
 `manifest`                digests of files (no torch)
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
@@ -26,8 +27,11 @@ core knows neither any format nor any transform by name. The modules, from the g
 `surgery`                 rename a head, clone or remove an expert with all that belongs to it
 `placement`               where the parameters of a changed model go in the optimizer
 `companions`              averages of the model and the like, which follow the head
+`checkpoint_types`        whether a checkpoint that a plugin returned has the declared types
+`lent_tensors`            whether a plugin wrote into a tensor that it was lent
 `options`                 plugins whose fields are their options; ``NAME:key=value``
 `adapter`, `transform`    the two base classes, and the chain
+`adapter_calls`           every call of an adapter's methods, and the types of what they return
 `hookspecs`, `plugins`    the plugin contract; discovery and names
 `catalogue`               what is installed, and the options of one plugin
 `torchfile`               the one door to ``.pt``

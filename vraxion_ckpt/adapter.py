@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from vraxion_ckpt.errors import CkptError, OutOfMemoryError
+from vraxion_ckpt.errors import CkptError, OutOfMemoryError, PluginError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import Plugin
 
@@ -51,7 +51,7 @@ class Faults:
         """Return what a step returns; note what it raises, once, and return None."""
         try:
             return step()
-        except OutOfMemoryError:  # says nothing about the checkpoint
+        except (OutOfMemoryError, PluginError):  # say nothing about the checkpoint
             raise
         except CkptError as error:
             self.note(error)

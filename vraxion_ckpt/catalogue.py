@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from vraxion_ckpt import plugins
 from vraxion_ckpt.facts import Fact, Facts, Plain
+from vraxion_ckpt.options import calling
 from vraxion_ckpt.plugins import Broken, Registered
 
 
@@ -105,7 +106,8 @@ def describe(name: str) -> Description:
     names: dict[str, list[Registered[Any]]] = {**found.adapters, **found.transforms}
     registered = plugins.find(names, name, "plugin")
     plugin = registered.plugin
-    schemas = plugin.model_json_schema().get("properties", {}).values()
+    with calling(plugin):
+        schemas = plugin.model_json_schema().get("properties", {}).values()
     options = tuple(
         OptionEntry(
             name=key,

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
-from vraxion_ckpt import companions, invariants, placement, progress
+from vraxion_ckpt import adapter_calls, companions, invariants, placement, progress
 from vraxion_ckpt import manifest as manifests
 from vraxion_ckpt.adapter import Adapter, Faults
 from vraxion_ckpt.binding import OptimizerOrder
@@ -31,7 +31,7 @@ from vraxion_ckpt.optimizer_findings import about_optimizer, count_negative, is_
 from vraxion_ckpt.parameter_order import explain
 from vraxion_ckpt.plain import named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike
-from vraxion_ckpt.reading import PathLike, allowing, blamed, bound_if_possible, detect_source, files_of, os_errors_named
+from vraxion_ckpt.reading import PathLike, allowing, bound_if_possible, detect_source, files_of, os_errors_named
 
 
 class Checked(Facts):
@@ -125,8 +125,7 @@ def _examine(
     """Read everything and judge it; return the checkpoint, how many tensors were looked at, and their bytes."""
     faults = Faults()
     tensors = size = 0
-    with blamed(adapter):
-        checkpoint = adapter.examine(root, faults)
+    checkpoint = adapter_calls.examine(adapter, root, faults)
     if checkpoint is not None:
         for expert in checkpoint.head.experts.values() if checkpoint.head else ():
             faults.attempt(partial(getattr, expert, "tensors"))
@@ -380,7 +379,7 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
             where=str(root),
             hint=f"`vraxion-ckpt edit {root}` takes it back, or finishes it",
         )
-    foreign = adapter.foreign_files(root) if root.is_dir() else []
+    foreign = adapter_calls.foreign_files(adapter, root) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
         names = first_few([str(path.relative_to(root)) for path in others])

@@ -10,10 +10,10 @@ import os
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,11 +21,15 @@ from vraxion_ckpt import progress
 from vraxion_ckpt.binding import unbind
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.plain import bytes_of, size_of
+from vraxion_ckpt.sources import Place
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PIECE = 2**20  # is still in the processor's cache when it is looked at again
 _THREADS = min(4, os.cpu_count() or 1)
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -118,39 +122,80 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 
 
-def differences_and_checksums(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+# Gives what holds the bytes that a tensor must have, and their checksum if that is known.
+Original = Callable[[Tensor], tuple[Tensor, int | None]]
+
+
+def _itself(tensor: Tensor) -> tuple[Tensor, None]:
+    return tensor, None
+
+
+def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original = _itself) -> Iterator[str]:
     """Yield what `checkpoint_differences` does; on the way, note the checksums of both sides' sources.
 
-    Tensors are set aside, and then looked at by several threads, which read every byte once.
+    Tensors are set aside, and then looked at by several threads, which read every byte once. Those of `b` are compared
+    with the originals of those of `a`; where a file states a checksum, and `b` has it, that is the proof.
     """
     aside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
+    def same_as_original(x: Tensor, y: Tensor) -> bool:
+        holder, known = original(x)
+        crc = checksum_if_same(holder, y)
+        return crc is not None and known in (None, crc)
+
     def set_aside(x: Tensor, y: Tensor) -> bool:
         if not x.is_contiguous() or not y.is_contiguous():
-            return same_bits(x, y)  # here, for it is copied, and there must be but one copy at a time
+            return same_as_original(x, y)  # here, for it is copied, and there must be but one copy at a time
         aside[id(x), id(y)] = x, y
         return True
 
-    def look(pair: tuple[Tensor, Tensor]) -> bool:
-        crc = checksum_if_same(*pair)
-        for tensor in pair:
-            part = parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize))
-            if part and crc is not None:
-                part.note(crc)
-        return crc is not None
+    def look(pair: tuple[Tensor, Tensor]) -> bool | None:
+        """Tell whether two tensors are the same; None if they are, but may both differ from the original."""
+        x, y = pair
+        holder, known = originals.get(id(x), (x, None))
+        crc = checksum_if_same(holder, y)
+        if crc is None or known not in (None, crc):
+            return False
+        if theirs := parts.get(_place(y)):
+            theirs.note(crc)
+        ours = parts.get(_place(x))
+        stated = ours is not None and ours.note(crc)
+        return True if stated or id(x) in originals else None
 
     others = list(checkpoint_differences(a, b, same=set_aside))
     parts = a.sources.parts() | b.sources.parts()
+    originals = {id(x): original(x) for x, _ in aside.values() if _place(x) not in parts}
     same = True
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         progress.bar("comparing", size_of([x for x, _ in aside.values()])) as count,
     ):
-        for (x, _), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
-            same = same and alike
+        for (x, y), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
+            same = same and (same_as_original(x, y) if alike is None else alike)
             count(x.numel() * x.itemsize)
     if others or not same:  # once more, in order
-        yield from checkpoint_differences(a, b)
+        yield from checkpoint_differences(a, b, same=same_as_original)
+
+
+def _place(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.numel() * tensor.itemsize
+
+
+def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
+    """Return the names of the pairs of tensors that are not the same, bit for bit."""
+    contiguous = [pair for pair in pairs if pair[1].is_contiguous() and pair[2].is_contiguous()]
+    others = (pair for pair in pairs if not (pair[1].is_contiguous() and pair[2].is_contiguous()))
+    same = in_threads(lambda pair: same_bits(pair[1], pair[2]), contiguous)
+    found = [name for (name, _, _), alike in zip(contiguous, same, strict=True) if not alike]
+    return found + [name for name, x, y in others if not same_bits(x, y)]  # copied, so one at a time
+
+
+def in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """Return what a function gives for each item, called in several threads."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, items))
 
 
 def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:

@@ -64,10 +64,15 @@ class Container:
         """Yield the members that are storages, in the order of their places."""
         return (member for name, member in self.members.items() if name.startswith(f"{self.prefix}/data/"))
 
-    def note(self, name: str, crc: int) -> None:
-        """Take the CRC-32 of a member's bytes from someone who has read them; `verify` then need not."""
+    def note(self, name: str, crc: int) -> bool:
+        """Take the CRC-32 of a member's bytes from someone who has read them; if it is the stated one, return True.
+
+        `verify` then need not read them.
+        """
         if crc and crc == self.members[name].crc:
             self._sound.add(name)
+            return True
+        return False
 
     def verify(self) -> None:
         """Compare the CRC-32 of every member with its bytes.

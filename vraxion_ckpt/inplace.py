@@ -19,10 +19,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from vraxion_ckpt import disk, invariants, signals
+from vraxion_ckpt import adapter_calls, disk, invariants, signals
 from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
@@ -30,6 +31,7 @@ from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.compare import without_experts
 from vraxion_ckpt.errors import InconsistentError, UsageError, memory_errors
 from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
+from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.manifest import by_name
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.pipeline import (
@@ -48,7 +50,6 @@ from vraxion_ckpt.reading import (
     OptimizerPolicy,
     PathLike,
     allowing,
-    blamed,
     detect_source,
     files_of,
     os_errors_named,
@@ -179,7 +180,8 @@ def edit(
 
             marks = survey(target)
             policy = chain_policy(companions, result_order)
-            before = read(
+            reopen = partial(
+                read,
                 target,
                 from_=from_,
                 param_names=param_names,
@@ -187,11 +189,13 @@ def edit(
                 optimizer=optimizer,
                 allow_globals=allow_globals,
             )
+            before = reopen()
+            lent = SourceTensors(before, reopen)
             _refuse_a_part(target, before)
             idle = not chain and optimizer in ("keep", "partial") and to is None and result_order is None
             if not idle:
                 check_complete(before, optimizer)
-            outcome = judge(apply(before, chain, policy=policy), adapter, target, losses, overwrite=False)
+            outcome = judge(apply(before, chain, lent, policy=policy), adapter, target, losses, overwrite=False)
             listed = _manifest_place(manifest, outcome, target, chain, keep_old=keep_old)
             if listed is not None:
                 before.open_experts()  # nothing is vouched for that was not read
@@ -201,8 +205,7 @@ def edit(
             say_what_names_deny((), (*outcome.besides, *filter(None, [listed])))
             refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
             held = outcome.held
-            with blamed(adapter):
-                work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
+            work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
             if not dry_run:
                 _refuse_unwritable(target, work)
             tensors, staging = TensorCount(), Staging(sizes=[0])
@@ -211,11 +214,10 @@ def edit(
                 tensors = count_tensors(without_experts(before, same), without_experts(held, same))
                 if dry_run:
                     before.sources.verify()
-                    with blamed(adapter):
-                        size = _size(adapter, held, work) + sum(map(len, outcome.side_files.values()))
+                    size = _size(adapter, held, work) + sum(map(len, outcome.side_files.values()))
                     staging = Staging(sizes=[size])
                 else:
-                    staging = _stage(stack, adapter, target, outcome, work, listed, keep_old=keep_old)
+                    staging = _stage(stack, adapter, target, outcome, lent, work, listed, keep_old=keep_old)
             elif listed is not None and not dry_run:
                 staging = _stage_list(stack, adapter, target, before, listed)
         kept = _publish(staging, work, keep_old=keep_old)
@@ -240,9 +242,8 @@ def edit(
 def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> Adapter:
     """Return the adapter that writes the checkpoint back."""
     found = detect_source(target, from_)
-    if found.is_directory and not target.is_dir():
-        with blamed(found):
-            _refuse_a_part(target, found.read(target))
+    if adapter_calls.is_directory(found) and not target.is_dir():
+        _refuse_a_part(target, adapter_calls.read(found, target))
     adapter = resolve_adapter(to) if to is not None else found
     if adapter.name != found.name:
         message = f"is of the format {found.name}, which an edit in place keeps"
@@ -253,8 +254,9 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
             path=target,
             hint="use convert to a new path",
         )
-    if adapter.is_directory != target.is_dir():
-        kind = "directory" if adapter.is_directory else "file"
+    is_directory = adapter_calls.is_directory(adapter)
+    if is_directory != target.is_dir():
+        kind = "directory" if is_directory else "file"
         raise UsageError(
             f"with these options {adapter.name} writes a {kind}, and this is none",
             path=target,
@@ -291,7 +293,9 @@ def _plan(
     idle: bool,
 ) -> _Work:
     """Find out which files differ, and by that the kind of the edit."""
-    foreign = {str(path.relative_to(target)) for path in adapter.foreign_files(target)} if target.is_dir() else set()
+    foreign = set()
+    if target.is_dir():
+        foreign = {os.path.relpath(path, target) for path in adapter_calls.foreign_files(adapter, target)}
     others = tuple(sorted(name for name in foreign if not _is_below(str(Path(name).parent), foreign)))
     left = set(before.origin.leftovers)
     watched = {name: mark for name, mark in marks.items() if not foreign or not _is_below(name, foreign)}
@@ -303,8 +307,8 @@ def _plan(
     if adapter.pivot is None:
         copied = _bytes_of_files(target, marks.keys() - ours.keys()) if keep_old else 0
         return _Work(EditKind.REWRITE, carried=(*sorted(left), *others), copied=copied, watched=marks)
-    old = {name: part for name, part in adapter.parts(before).items() if name in ours}
-    new = adapter.parts(held)
+    old = {name: part for name, part in adapter_calls.parts(adapter, before).items() if name in ours}
+    new = adapter_calls.parts(adapter, held)
     same = {name for name, part in new.items() if name in old and old[name].content == part.content}
     written = tuple(name for name in new if name not in same)
     removed = tuple(name for name in old if name not in new)
@@ -315,7 +319,7 @@ def _plan(
             raise UsageError(message, path=target / name, hint="move it away, or use convert to a new path")
 
     def unseen_by(reader: Checkpoint) -> bool:
-        return all(adapter.unseen(name, before, held, reader) for name in rest)
+        return all(adapter_calls.unseen(adapter, name, before, held, reader) for name in rest)
 
     work = _Work(EditKind.REWRITE, Change(), new, written, removed, untouched=len(same), watched=watched)
     in_place = adapter.pivot in written and adapter.pivot in old and not keep_old
@@ -361,7 +365,7 @@ def _untouched(work: _Work, before: Checkpoint, held: Checkpoint) -> set[int]:
 
 def _size(adapter: Adapter, held: Checkpoint, work: _Work) -> int:
     """Return how many bytes would be written; at the least, where a format cannot tell, those of the tensors."""
-    told = sum(work.parts[name].size() for name in work.written) if work.parts else adapter.size(held)
+    told = sum(work.parts[name].size() for name in work.written) if work.parts else adapter_calls.size(adapter, held)
     if told is None:
         slots = held.optimizer.state if held.optimizer else {}
         told = size_of([held.state_dict(), held.payload, slots])
@@ -373,6 +377,7 @@ def _stage(
     adapter: Adapter,
     target: Path,
     outcome: Outcome,
+    lent: SourceTensors,
     work: _Work,
     listed: Beside | None,
     *,
@@ -384,8 +389,7 @@ def _stage(
     if work.parts:
         for name in work.written:
             (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-            with blamed(adapter):
-                work.parts[name].write(stage.path / name)
+            work.parts[name].write(stage.path / name)
     else:
         write_whole(adapter, before, held, stage)
     sides = stage_side_files(stack, outcome.side_files, outcome.besides)
@@ -394,7 +398,7 @@ def _stage(
     size = work.copied + sum(path.stat().st_size for path in written)
     for name in work.carried:
         _carry(target / name, stage.path / name, copy=keep_old)
-    _read_back(adapter, held, work, stage, _untouched(work, before, held))
+    _read_back(adapter, held, lent, work, stage, _untouched(work, before, held))
     files = {name: new.get(name, target / name) for name in work.parts} or new
     manifest = stage_manifest(stack, listed, adapter, files, target)
     before.sources.verify()  # what was not carried into the result, too
@@ -445,11 +449,15 @@ def _carry(source: Path, target: Path, *, copy: bool) -> None:
         (disk.copy if copy else disk.link_or_copy)(source, target)
 
 
-def _read_back(adapter: Adapter, held: Checkpoint, work: _Work, stage: Staged, untouched: set[int]) -> None:
+def _read_back(
+    adapter: Adapter, held: Checkpoint, lent: SourceTensors, work: _Work, stage: Staged, untouched: set[int]
+) -> None:
     """Read the new state as anyone would, and compare what has changed with what it was made from."""
     in_place = work.change.pivot != "."
-    with blamed(adapter), quietly():
-        found = adapter.read_over(stage.target, stage.path, work.removed) if in_place else adapter.read(stage.path)
-        if not in_place:
+    with quietly():
+        if in_place:
+            found = adapter_calls.read_over(adapter, stage.target, stage.path, work.removed)
+        else:
+            found = adapter_calls.read(adapter, stage.path)
             found.open_experts()  # those that stay as they are, too
-    check_read_back(found, held, stage.target, untouched=untouched)
+    check_read_back(adapter, found, held, lent, stage.target, untouched=untouched)

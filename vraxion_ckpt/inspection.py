@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from vraxion_ckpt import binding, progress, ring
+from vraxion_ckpt import adapter_calls, binding, progress, ring
 from vraxion_ckpt.adapter import Loss
 from vraxion_ckpt.balance import Signs
 from vraxion_ckpt.binding import OptimizerOrder
@@ -27,7 +27,7 @@ from vraxion_ckpt.options import configure
 from vraxion_ckpt.parameter_order import explain
 from vraxion_ckpt.plain import as_numbers, named_tensors, size_of
 from vraxion_ckpt.plugins import AdapterLike, adapters
-from vraxion_ckpt.reading import PathLike, blamed, files_of, os_errors_named, read_unbound
+from vraxion_ckpt.reading import PathLike, detect_source, files_of, os_errors_named, read_unbound
 from vraxion_ckpt.signs import signs_of_life
 
 # An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
@@ -233,10 +233,10 @@ def inspect(
     root = checkpoint.origin.path or Path(path)
     format_ = checkpoint.origin.format
     with os_errors_named(path):
-        adapter = configure(adapters()[format_], {})
-        with blamed(adapter):
-            files = files_of(adapter, root, checkpoint.origin.leftovers)
-            dialect = adapter.dialect(checkpoint)
+        kind = adapters().get(format_)
+        adapter = configure(kind, {}) if kind else detect_source(root, from_)
+        files = files_of(adapter, root, checkpoint.origin.leftovers)
+        dialect = adapter_calls.dialect(adapter, checkpoint)
         size = sum(file.stat().st_size for file in files)
     facts = Inspection(
         path=root,
@@ -363,7 +363,7 @@ def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
     lost: dict[str, tuple[Loss, ...]] = {}
     for name, adapter in sorted(adapters().items()):
         try:
-            lost[name] = tuple(configure(adapter, {}).losses(checkpoint))
+            lost[name] = tuple(adapter_calls.losses(configure(adapter, {}), checkpoint))
         except Exception as error:  # an option without a default, or a defect: no reason not to show the rest
             raise_if_out_of_memory(error)
             warnings.warn(f"format {name} does not say what it would lose: {error}", CkptWarning, stacklevel=3)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from vraxion_ckpt import invariants, placement
+from vraxion_ckpt import adapter_calls, invariants, placement
 from vraxion_ckpt.adapter import Adapter, Loss
 from vraxion_ckpt.companions import CompanionPolicy
-from vraxion_ckpt.errors import BindingError, CkptWarning, InvariantError, LossError, UsageError
+from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, InvariantError, LossError, UsageError
 from vraxion_ckpt.invariants import Preservation
+from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.model import Checkpoint, HeadKind, Record
-from vraxion_ckpt.reading import OptimizerPolicy, blamed, refuse
+from vraxion_ckpt.plugin_calls import defect, observed
+from vraxion_ckpt.reading import OptimizerPolicy, refuse
 from vraxion_ckpt.summary import Outcome
 from vraxion_ckpt.targets import check_side_files
-from vraxion_ckpt.transform import FOLLOW, ChainPolicy, Step, apply_chain
+from vraxion_ckpt.transform import FOLLOW, ChainPolicy, Step, apply_chain, function_noise, wrote_into
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -47,12 +50,48 @@ class Applied:
 
 
 def apply(
-    before: Checkpoint, chain: Sequence[Step], record: Record | None = None, policy: ChainPolicy = FOLLOW
+    before: Checkpoint,
+    chain: Sequence[Step],
+    source: SourceTensors,
+    record: Record | None = None,
+    policy: ChainPolicy = FOLLOW,
 ) -> Applied:
-    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps."""
+    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps.
+
+    Raises:
+        PluginError: a step wrote into a tensor of `source`, in whatever way.
+    """
     begun = before if record is None else replace(before, history=(*before.history, record))
-    after, side_files = apply_chain(begun, chain, policy)
+    try:
+        after, side_files = apply_chain(begun, chain, policy, source.made)
+    except CkptError:
+        if source.made.steps:  # what an earlier step did may be why a later one refuses
+            _check_source(source, chain, policy)
+        raise
+    if chain:
+        _check_source(source, chain, policy)
     return Applied(before, after, chain, side_files, _check_result(before, after, chain))
+
+
+def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPolicy) -> None:
+    """Refuse a chain that has written into the source's tensors, naming the plugin that did."""
+    written = source.altered()
+    if not written:
+        return
+    found: list[tuple[str, str]] = []
+    again, altered = source.once_more()
+
+    def look(name: str, distribution: str) -> None:
+        if not found and altered():
+            found.append((name, distribution))
+
+    with observed(look), suppress(CkptError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CkptWarning)
+        apply_chain(again, chain, policy)
+    if not found:  # it does not do the same again
+        names = ", ".join(step.transform.name for step in chain)
+        found.append((names, " or ".join(dict.fromkeys(step.distribution for step in chain))))
+    raise defect(wrote_into(written), *found[0])
 
 
 def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
@@ -60,8 +99,7 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
     before, after = applied.before, applied.after
     besides = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
-    with blamed(adapter):
-        held = adapter.held(after)
+    held = adapter_calls.held(adapter, after)
     return Outcome(before, after, held, applied.side_files, besides, applied.preservation, tuple(lost))
 
 
@@ -71,7 +109,7 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
     if not any(placement.lacking(before)):
         refuse(InvariantError, map(_untrained, placement.lacking(after)), after.origin.path)
-    noises = [step.transform.function_noise() for step in chain]
+    noises = [function_noise(step) for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:
@@ -109,8 +147,7 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
 
 def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
     """Ask the format what it cannot hold, and do about it what the policy says."""
-    with blamed(adapter):
-        lost = adapter.losses(checkpoint)
+    lost = adapter_calls.losses(adapter, checkpoint)
     if lost and policy == "raise":
         listed = "; ".join(map(str, lost))
         raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to write it without")

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vraxion_ckpt import progress
@@ -41,6 +43,14 @@ class HeadKind(StrEnum):
     EXPERTS = "experts"
 
 
+TensorState = tuple[int, torch.dtype, torch.Size, tuple[int, ...], bool]
+
+
+def tensor_state(tensor: Tensor) -> TensorState:
+    """Return what changes when a tensor is written into as torch counts it, or gets another dtype or shape in place."""
+    return tensor._version, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
+
+
 class Expert(Mapping[str, Tensor]):
     """One expert's tensors by leaf name (``weight``, ``down.bias``), opened at the first look.
 
@@ -51,13 +61,18 @@ class Expert(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
         self._open = tensors if callable(tensors) else None
         self._tensors: dict[str, Tensor] | None = None
-        self._versions: list[int] = []
+        self._states: list[TensorState] = []
         if not callable(tensors):
             self._take(tensors)
 
+    def open_through(self, call: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]) -> None:
+        """Let a function call what opens the file, and return what that returned; nothing if it is open already."""
+        if self._open is not None and self._tensors is None:
+            self._open = partial(call, self._open)
+
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._versions = [tensor._version for tensor in self._tensors.values()]
+        self._states = [tensor_state(tensor) for tensor in self._tensors.values()]
 
     @property
     def is_open(self) -> bool:
@@ -66,8 +81,8 @@ class Expert(Mapping[str, Tensor]):
 
     @property
     def was_written_into(self) -> bool:
-        """Tell whether somebody has written into a tensor since it was opened or made; torch counts that."""
-        return self._tensors is not None and self._versions != [t._version for t in self._tensors.values()]
+        """Tell whether somebody has changed a tensor since it was opened or made, see `tensor_state`."""
+        return self._tensors is not None and self._states != [tensor_state(t) for t in self._tensors.values()]
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

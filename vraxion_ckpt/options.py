@@ -7,13 +7,17 @@ JSON schema. In text, a list is ``[1,3,8-15]`` and a value that holds a comma or
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from vraxion_ckpt.errors import OptionError, UsageError
+from vraxion_ckpt.errors import OptionError, PluginError, StorageError, UsageError
+from vraxion_ckpt.plugin_calls import defect, distribution_of, plugin_call
 
 _MOST_LISTED = 10_000_000  # a range in a list is expanded: [0-99999999999] must not be
 
@@ -35,6 +39,20 @@ class Plugin(BaseModel):
 
 
 P = TypeVar("P", bound=Plugin)
+
+
+def calling(plugin: Plugin | type[Plugin]) -> AbstractContextManager[None]:
+    """Return a `plugin_call` with the name and the distribution of a plugin."""
+    return plugin_call(plugin.name, partial(distribution_of, _class_of(plugin)))
+
+
+def defect_of(plugin: Plugin | type[Plugin], message: str) -> PluginError:
+    """Return the error for what a plugin did wrong."""
+    return defect(message, plugin.name, partial(distribution_of, _class_of(plugin)))
+
+
+def _class_of(plugin: Plugin | type[Plugin]) -> type[Plugin]:
+    return plugin if isinstance(plugin, type) else type(plugin)
 
 
 def expand_ranges(value: Any) -> Any:
@@ -122,21 +140,36 @@ def configure(plugin: type[P], options: Mapping[str, Any]) -> P:
 
     Raises:
         OptionError: every unknown, missing or ill-typed option, in one message.
+        PluginError: a validator of the plugin fails in another way.
     """
     wrong = problems_with(plugin, options)
     if wrong:
         listed = "; ".join(what for _, what in wrong)
         raise OptionError(listed, key=plugin.name, hint=f"see `vraxion-ckpt describe {plugin.name}`")
-    return plugin.model_validate(dict(options))
+    return _validated(plugin, options)
 
 
 def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every option that is unknown, missing or of the wrong type, and what is wrong with it."""
     try:
-        plugin.model_validate(dict(options))
+        _validated(plugin, options)
     except ValidationError as error:
         return [_explain(plugin, problem) for problem in error.errors(include_url=False)]
     return []
+
+
+def _validated(plugin: type[P], options: Mapping[str, Any]) -> P:
+    """Run a plugin's validators; what pydantic collects passes as it is."""
+    refused = None
+    try:
+        with calling(plugin):
+            try:
+                return plugin.model_validate(dict(options))
+            except ValidationError as error:
+                refused = error
+    except OSError as error:
+        raise StorageError.from_os_error(error, error.filename or plugin.name) from error
+    raise refused
 
 
 def _explain(plugin: type[Plugin], problem: Any) -> tuple[str, str]:
@@ -156,4 +189,9 @@ def _explain(plugin: type[Plugin], problem: Any) -> tuple[str, str]:
 
 def resolved(plugin: Plugin) -> dict[str, Any]:
     """Return every option with its value as plain JSON, for a checkpoint's history."""
-    return plugin.model_dump(mode="json")
+    with calling(plugin):
+        options = plugin.model_dump(mode="json")
+        if not isinstance(options, dict):
+            raise defect_of(plugin, f"model_dump returned a {type(options).__name__}, not a dict")
+        json.dumps(options)
+    return options

@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vraxion_ckpt import binding, invariants, signals
+from vraxion_ckpt import adapter_calls, binding, invariants, signals
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, exclusive, leftovers, staged
@@ -36,10 +38,13 @@ from vraxion_ckpt.errors import (
     memory_errors,
 )
 from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
+from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.manifest import by_name, dumps, make
 from vraxion_ckpt.model import Checkpoint, Record
+from vraxion_ckpt.options import defect_of
+from vraxion_ckpt.plugin_calls import output_to_stderr
 from vraxion_ckpt.plugins import AdapterLike, TransformLike, resolve_chain
-from vraxion_ckpt.reading import OptimizerPolicy, PathLike, blamed, os_errors_named, read, refuse
+from vraxion_ckpt.reading import OptimizerPolicy, PathLike, os_errors_named, read, refuse
 from vraxion_ckpt.summary import Outcome, Summary, count_tensors
 from vraxion_ckpt.targets import (
     Beside,
@@ -52,7 +57,7 @@ from vraxion_ckpt.targets import (
     say_what_names_deny,
 )
 from vraxion_ckpt.transaction import committed
-from vraxion_ckpt.transform import Step
+from vraxion_ckpt.transform import Step, wrote_into
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,8 @@ def convert_to_all(
                     stack.enter_context(exclusive(place))
 
             policy = chain_policy(companions, result_order)
-            before = read(
+            reopen = partial(
+                read,
                 source,
                 from_=from_,
                 param_names=param_names,
@@ -168,12 +174,15 @@ def convert_to_all(
                 optimizer=optimizer,
                 allow_globals=allow_globals,
             )
+            before = reopen()
+            lent = SourceTensors(before, reopen)
             check_complete(before, optimizer)
             for _, place in places:
                 check_apart(place, before)
-            before.open_experts()  # a new target holds them all, so all are judged now
+            with output_to_stderr():  # once, not for each of them
+                before.open_experts()  # a new target holds them all, so all are judged now
             refuse(InconsistentError, invariants.findings(before), source)
-            applied = apply(before, chain, record, policy)
+            applied = apply(before, chain, lent, record, policy)
             results = [
                 _Result(
                     target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite)
@@ -188,7 +197,7 @@ def convert_to_all(
             say_what_names_deny(((place, adapter) for adapter, place in places), besides)
 
             nothing = Staging(sizes=[0] * len(results))
-            staging = nothing if dry_run else _stage_all(stack, results, manifests)
+            staging = nothing if dry_run else _stage_all(stack, results, manifests, lent)
             before.sources.verify()  # what was not carried into the result, too
         _publish(staging, before)
         return tuple(
@@ -272,9 +281,11 @@ class Staging:
             yield
 
 
-def _stage_all(stack: ExitStack, results: Sequence[_Result], manifests: Sequence[Beside | None]) -> Staging:
+def _stage_all(
+    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[Beside | None], lent: SourceTensors
+) -> Staging:
     """Stage, read back and compare."""
-    stages = [_stage(stack, result) for result in results]
+    stages = [_stage(stack, result, lent) for result in results]
     outcome = results[0].outcome
     sides = stage_side_files(stack, outcome.side_files, outcome.besides)
     listed = [
@@ -308,14 +319,15 @@ def _names(pairs: Sequence[tuple[Staged, Staged | None]]) -> str:
     return ", ".join(str(stage.target) for stage, _ in pairs)
 
 
-def _stage(stack: ExitStack, result: _Result) -> Staged:
+def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
     """Write a result beside its target, read it back and compare."""
     adapter, held = result.adapter, result.outcome.held
-    stage = stack.enter_context(staged(result.place, directory=adapter.is_directory, overwrite=result.target.overwrite))
+    is_directory = adapter_calls.is_directory(adapter)
+    stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
     write_whole(adapter, result.outcome.before, held, stage)
-    with blamed(adapter), quietly():
-        found = adapter.read(stage.path)
-    check_read_back(found, held, result.place)
+    with quietly():
+        found = adapter_calls.read(adapter, stage.path)
+    check_read_back(adapter, found, held, lent, result.place)
     return stage
 
 
@@ -351,12 +363,11 @@ def publish(stage: Staged, manifest: Staged | None, **how: Any) -> Path | None:
 
 def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:
     """Let an adapter write to a stage; a source that is cut short meanwhile is told from a full disk."""
-    with blamed(adapter):
-        try:
-            adapter.write(held, stage.path)
-        except StorageError:
-            before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
-            raise
+    try:
+        adapter_calls.write(adapter, held, stage.path)
+    except StorageError:
+        before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
+        raise
 
 
 def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[Beside]) -> list[Staged]:
@@ -378,13 +389,25 @@ def quietly() -> Iterator[None]:
 
 
 def check_read_back(
-    found: Checkpoint, expected: Checkpoint, target: Path, *, untouched: Collection[int] = frozenset()
+    adapter: Adapter,
+    found: Checkpoint,
+    expected: Checkpoint,
+    lent: SourceTensors,
+    target: Path,
+    *,
+    untouched: Collection[int] = frozenset(),
 ) -> None:
-    """Compare what was read back, as anyone would read it, with what it was made from; `untouched` experts were not."""
+    """Compare what was read back, as anyone would read it, with what it was made from; `untouched` experts were not.
+
+    That is the source's files and what the chain has made, not what is in memory now: the adapter has had that since.
+    """
     if found.param_names not in (None, expected.param_names):
         raise InvariantError("param_names came back changed", path=target)
     found = binding.bind(found)
     refuse(InvariantError, invariants.findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
-    refuse(InvariantError, differences_and_checksums(expected, found), target)
+    listed = list(islice(differences_and_checksums(expected, found, lent.original), 20))
+    if written := lent.written() or (lent.altered_in(expected) if listed else []):
+        raise defect_of(adapter, wrote_into(written))
+    refuse(InvariantError, iter(listed), target)
     found.sources.verify()

@@ -19,18 +19,21 @@ import pluggy
 
 from vraxion_ckpt import hookspecs
 from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.errors import (
-    CkptError,
-    CkptWarning,
-    OptionError,
-    PluginError,
-    UsageError,
-    raise_if_out_of_memory,
-)
+from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageError, raise_if_out_of_memory
+from vraxion_ckpt.lent_tensors import WriteCounts
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import Plugin, configure, parse
+from vraxion_ckpt.plugin_calls import (
+    defect,
+    distribution_of,
+    in_words,
+    is_fault_of_plugin,
+    note_distribution,
+    output_to_stderr,
+    plugin_call,
+)
 from vraxion_ckpt.ring import Visits
-from vraxion_ckpt.transform import Step, Transform
+from vraxion_ckpt.transform import Step, Transform, wrote_into
 
 P = TypeVar("P", bound=Plugin)
 
@@ -80,10 +83,13 @@ def registry() -> Registry:
     ]
     for distribution, entry in sorted(entry_points, key=lambda pair: (pair[0].name, pair[1].name)):
         try:
-            _load(found, entry, distribution)
-        except (Exception, SystemExit) as error:  # whatever a plugin raises, the others must work
+            with output_to_stderr():
+                _load(found, entry, distribution)
+        except BaseException as error:  # whatever a plugin raises, the others must work
             raise_if_out_of_memory(error)
-            found.broken.append(Broken(entry.name, distribution.name, f"{type(error).__name__}: {error}"))
+            if not is_fault_of_plugin(error):
+                raise
+            found.broken.append(Broken(entry.name, distribution.name, in_words(error)))
             if plugin := found.manager.get_plugin(_key(entry, distribution)):
                 found.manager.unregister(plugin)
     for broken in found.broken:
@@ -115,15 +121,20 @@ def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Di
         ("register_adapters", Adapter, found.adapters),
         ("register_transforms", Transform, found.transforms),
     )
-    others = [other for other in found.manager.get_plugins() if other is not plugin]
     for hook, base, names in kinds:
-        for classes in found.manager.subset_hook_caller(hook, others)():
+        for implementation in getattr(found.manager.hook, hook).get_hookimpls():
+            if implementation.plugin is not plugin:
+                continue
+            classes = implementation.function()  # not through pluggy, which drops None without a word
+            if not isinstance(classes, list | tuple):
+                raise PluginError(f"{hook} returned a {type(classes).__name__}, not a list")
             for offer in classes:
                 _check(offer, base, hook)
                 origin = (entry.name, distribution.name, distribution.version)
                 offers.append((names, Registered(offer, *origin)))
     # All or nothing: a plugin that offers something broken offers nothing.
     for names, registered in offers:
+        note_distribution(registered.plugin, registered.distribution)
         names.setdefault(registered.plugin.name, []).append(registered)
 
 
@@ -136,6 +147,13 @@ def _check(offer: Any, base: type[Plugin], hook: str) -> None:
     name = getattr(offer, "name", None)
     if not isinstance(name, str) or not name or set(name) & set(":,=[]/ "):
         raise PluginError(f"{offer.__name__} needs a `name` without spaces and any of : , = [ ] /")
+    offer.summary()
+    if issubclass(offer, Adapter):
+        suffixes, pivot = offer.suffixes, offer.pivot
+        if not isinstance(suffixes, tuple) or not all(isinstance(suffix, str) and suffix for suffix in suffixes):
+            raise PluginError(f"{offer.__name__} needs `suffixes` that are a tuple of text")
+        if pivot is not None and not isinstance(pivot, str):
+            raise PluginError(f"{offer.__name__} needs a `pivot` that is text or None")
 
 
 def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> Registered[P]:
@@ -183,9 +201,12 @@ def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
 
 def _resolve_step(item: TransformLike) -> Step:
     if isinstance(item, Transform):
-        home = type(item).__module__.partition(".")[0]
-        names = metadata.packages_distributions().get(home, [])
-        return Step(item, names[0] if names else home, metadata.version(names[0]) if names else "")
+        _check(type(item), Transform, "a chain")
+        distribution = distribution_of(type(item))
+        try:
+            return Step(item, distribution, metadata.version(distribution))
+        except metadata.PackageNotFoundError:  # it is a module that belongs to none
+            return Step(item, distribution, "")
     name, options = parse(item) if isinstance(item, str) else item
     registered = find(registry().transforms, name, "transform")
     return Step(configure(registered.plugin, options), registered.distribution, registered.version)
@@ -194,6 +215,7 @@ def _resolve_step(item: TransformLike) -> Step:
 def resolve_adapter(item: AdapterLike) -> Adapter:
     """Turn a name, a (name, options) pair or an instance into a configured adapter."""
     if isinstance(item, Adapter):
+        _check(type(item), Adapter, "a format")
         return item
     name, options = parse(item) if isinstance(item, str) else item
     return configure(find(registry().adapters, name, "format").plugin, options)
@@ -210,11 +232,16 @@ def probe_visits(checkpoint: Checkpoint) -> Visits | None:
     Raises:
         PluginError: a probe failed.
     """
-    try:
-        visits: Visits | None = registry().manager.hook.probe_visits(checkpoint=checkpoint)
-    except CkptError:
-        raise
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        raise PluginError(f"a visits probe failed: {type(error).__name__}: {error}") from error
-    return visits
+    for probe in reversed(registry().manager.hook.probe_visits.get_hookimpls()):  # in pluggy's order
+        distribution, _, name = probe.plugin_name.rpartition(":")
+        origin = name or "probe_visits", distribution or "whoever registered it"
+        counts = WriteCounts(checkpoint)
+        with plugin_call(*origin):
+            visits = probe.function(*[checkpoint.copy() for _ in probe.argnames])  # it has one argument, or none
+        if visits is not None and not isinstance(visits, Visits):
+            raise defect(f"probe_visits returned a {type(visits).__name__}, not Visits or None", *origin)
+        if written := counts.risen():
+            raise defect(wrote_into(written), *origin)
+        if visits is not None:
+            return visits
+    return None

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
-from vraxion_ckpt import binding, invariants, placement
+from vraxion_ckpt import adapter_calls, binding, invariants, placement
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import was_interrupted
@@ -22,13 +22,12 @@ from vraxion_ckpt.errors import (
     InconsistentError,
     InvariantError,
     OptionError,
-    PluginError,
+    OutOfMemoryError,
     SourceError,
     StorageError,
     UnknownFormatError,
     UsageError,
     memory_errors,
-    raise_if_out_of_memory,
 )
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure
@@ -91,8 +90,7 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
     try:
         with os_errors_named(path):
             adapter = allowing(detect_source(place, from_), allow_globals)
-            with blamed(adapter):
-                checkpoint = adapter.read(place)
+            checkpoint = adapter_calls.read(adapter, place)
         refuse(InconsistentError, invariants.findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
@@ -117,7 +115,7 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         raise UsageError("no such file or directory", path=path)
     if from_ is not None:
         adapter = resolve_adapter(from_)
-        if path.is_dir() != adapter.is_directory and not detects(type(adapter), path):
+        if path.is_dir() != adapter_calls.is_directory(adapter) and not adapter_calls.detect(type(adapter), path):
             kind = "directory" if path.is_dir() else "file"
             raise UsageError(f"is a {kind}, and holds no checkpoint of the format {adapter.name}", path=path)
         return adapter
@@ -130,6 +128,8 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
     if found:
         names = ", ".join(sorted(adapter.name for adapter in found))
         raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
+    for adapter_class in known.values():
+        adapter_calls.detect(adapter_class, path)  # one that fails could be the one; it is to blame, not the file
     looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
     raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
 
@@ -137,9 +137,10 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
 def detects(adapter: type[Adapter], path: Path) -> bool:
     """Ask an adapter whether a path is of its format; one that fails to tell is named in a warning."""
     try:
-        return adapter.detect(path)
-    except Exception as error:  # one broken plugin must not take every other format down
-        raise_if_out_of_memory(error, path)
+        return adapter_calls.detect(adapter, path)
+    except OutOfMemoryError:
+        raise
+    except (CkptError, OSError) as error:  # one broken plugin must not take every other format down
         warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
         return False
 
@@ -172,7 +173,8 @@ def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> lis
     """List the files of a checkpoint, without other people's files in its directory and without `leftovers`."""
     if not path.is_dir():
         return [path]
-    foreign = {*map(os.fspath, adapter.foreign_files(path)), *(os.path.join(path, name) for name in leftovers)}  # noqa: PTH118 - as below
+    foreign = set(map(os.fspath, adapter_calls.foreign_files(adapter, path)))
+    foreign |= {os.path.join(path, name) for name in leftovers}  # noqa: PTH118 - as below
     found = []
     for folder, below, names in os.walk(path):
         below[:] = [name for name in below if os.path.join(folder, name) not in foreign]  # noqa: PTH118 - thousands
@@ -194,20 +196,6 @@ def os_errors_named(*paths: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError.from_os_error(error, error.filename or paths[0]) from error
-
-
-@contextmanager
-def blamed(adapter: Adapter) -> Iterator[None]:
-    """Name the adapter for whatever it raises beside our errors and the operating system's."""
-    try:
-        yield
-    except (CkptError, OSError):
-        raise
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        raise PluginError(
-            f"{type(error).__name__}: {error}", key=adapter.name, hint="this is a defect of the format's plugin"
-        ) from error
 
 
 def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:

@@ -8,11 +8,12 @@ Imports nothing of torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vraxion_ckpt.errors import ChangedError
+from vraxion_ckpt.errors import ChangedError, CorruptError
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class Part:
 
     Attributes:
         note: takes the CRC-32 of the bytes from someone who has read them anyway, which saves `Source.verify` the
-            work. A wrong one is no error yet, for memory may have been written to; `Source.verify` then looks.
+            work. Returns whether it is the stated one. A wrong one is no error yet, for memory may have been written
+            to; `Source.verify` then looks.
         memory: what keeps it mapped.
     """
 
-    note: Callable[[int], None]
+    note: Callable[[int], bool]
     memory: Any
 
 
@@ -65,6 +67,7 @@ class Sources:
 
     files: list[Source] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
+    _call: Callable[[Callable[[], None]], None] | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[Source]:
         return iter(self.files)
@@ -84,7 +87,15 @@ class Sources:
             verify: raises `CorruptError` where a checksum fails; reads everything whose checksum nobody has noted.
             parts: what has a checksum and is mapped.
         """
-        self.files.append(Source(path, fingerprint, verify, parts or {}))
+        self.files.append(Source(path, fingerprint, self._through(verify), parts or {}))
+
+    def verify_through(self, call: Callable[[Callable[[], None]], None]) -> None:
+        """Let a function call every `verify`, of the files so far and of those to come."""
+        self._call = call
+        self.files[:] = [replace(source, verify=self._through(source.verify)) for source in self.files]
+
+    def _through(self, verify: Callable[[], None] | None) -> Callable[[], None] | None:
+        return verify if verify is None or self._call is None else partial(self._call, verify)
 
     def parts(self) -> dict[Place, Part]:
         """Return the mapped parts of all files."""
@@ -95,11 +106,16 @@ class Sources:
 
         Raises:
             CorruptError: naming the file and the member.
+            ChangedError: the same, of a file that is another one by now.
         """
         while self._verified < len(self.files):
             source = self.files[self._verified]
             if source.verify is not None:
-                source.verify()
+                try:
+                    source.verify()
+                except CorruptError:
+                    self.check_unchanged()
+                    raise
             self._verified += 1
 
     def check_unchanged(self) -> None:

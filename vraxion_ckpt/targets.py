@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vraxion_ckpt import adapter_calls
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.commit import check_target
 from vraxion_ckpt.errors import CkptWarning, UsageError
@@ -41,12 +42,13 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
         raise UsageError("is no place to write to", path=text)
     if target.exists() and not (target.is_dir() or target.is_file()):
         raise UsageError("is neither a file nor a directory, and is not replaced", path=target)
-    if target.exists() and target.is_dir() != adapter.is_directory:
-        kind = "directory" if adapter.is_directory else "file"
+    is_directory = adapter_calls.is_directory(adapter)
+    if target.exists() and target.is_dir() != is_directory:
+        kind = "directory" if is_directory else "file"
         raise UsageError(f"with these options {adapter.name} is a {kind}, and something else is there", path=target)
-    if text.endswith("/") and not adapter.is_directory:
+    if text.endswith("/") and not is_directory:
         raise UsageError(f"with these options {adapter.name} is a file, and the name ends in /", path=text)
-    if adapter.is_directory and text.endswith(file_suffixes(type(adapter))):
+    if is_directory and text.endswith(file_suffixes(type(adapter))):
         raise UsageError(f"with these options {adapter.name} is a directory, and the name is that of a file", path=text)
     return adapter, target
 
@@ -84,7 +86,8 @@ def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: boo
     if target in real.parents:
         raise UsageError("the source lies inside the target", path=target, hint="write to a path beside it")
     check_target(target, overwrite=overwrite)
-    foreign = adapter.foreign_files(target) if target.exists() and adapter.is_directory else []
+    known = target.exists() and adapter_calls.is_directory(adapter)
+    foreign = adapter_calls.foreign_files(adapter, target) if known else []
     if foreign:
         raise UsageError(
             f"holds {len(foreign)} files that are no part of a {adapter.name} checkpoint, such as {foreign[0].name}; "

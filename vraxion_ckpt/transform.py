@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from vraxion_ckpt.checkpoint_types import wrong_type
 from vraxion_ckpt.companions import CompanionPolicy, follow
-from vraxion_ckpt.errors import CkptError, PluginError, StorageError, raise_if_out_of_memory
+from vraxion_ckpt.errors import PluginError, StorageError
 from vraxion_ckpt.invariants import router_owners
+from vraxion_ckpt.lent_tensors import MadeTensors, WriteCounts
 from vraxion_ckpt.model import Checkpoint, Record
 from vraxion_ckpt.options import Plugin, resolved
 from vraxion_ckpt.placement import place, place_as_listed, refuse_undecided
+from vraxion_ckpt.plugin_calls import defect, plugin_call
 
 
 class Transform(Plugin):
@@ -73,49 +77,30 @@ FOLLOW = ChainPolicy()
 
 
 def apply_chain(
-    checkpoint: Checkpoint, chain: Iterable[Step], policy: ChainPolicy = FOLLOW
+    checkpoint: Checkpoint, chain: Iterable[Step], policy: ChainPolicy = FOLLOW, made: MadeTensors | None = None
 ) -> tuple[Checkpoint, dict[Path, bytes]]:
     """Apply transforms from left to right, recording each in the checkpoint's history.
+
+    Args:
+        checkpoint: what is lent to the first.
+        chain: the transforms.
+        policy: what the user says about what follows.
+        made: takes the checksums of the tensors that they make.
 
     Returns:
         The last checkpoint and the side files that transforms ask for.
 
     Raises:
         TransformError: a transform refuses.
-        PluginError: a transform fails in another way, or wrote into a tensor it was lent.
+        PluginError: a transform fails in another way, returns another type than it must, or writes into a tensor that
+            it was lent. What torch does not count is seen in tensors that an earlier step has made; for those of
+            the source, see `vraxion_ckpt.lent_tensors`.
     """
     side_files: dict[Path, bytes] = {}
+    made = made if made is not None else MadeTensors(checkpoint)
     for step in chain:
-        before, versions = checkpoint, _versions(checkpoint)
-        name = step.transform.name
-        blame = f"this is a defect of {step.distribution}"
-        try:
-            with torch.no_grad():  # parameters saved as such would otherwise drag a graph along
-                after = step.transform.apply(before.copy())
-                asked = dict(step.transform.side_files(after))
-            options = resolved(step.transform)
-        except CkptError:
-            raise
-        except OSError as error:
-            raise StorageError.from_os_error(error, error.filename or name) from error
-        except Exception as error:
-            raise_if_out_of_memory(error)
-            raise PluginError(f"{type(error).__name__}: {error}", key=name, hint=blame) from error
-        if not isinstance(after, Checkpoint):
-            raise PluginError(f"returned {type(after).__name__}, not a Checkpoint", key=name, hint=blame)
-        experts = before.head.experts.values() if before.head else ()
-        if any(tensor._version != version for tensor, version in versions) or any(e.was_written_into for e in experts):
-            raise PluginError("wrote into a tensor of its input", key=name, hint=blame)
-        record = Record(
-            name=name,
-            options=options,
-            distribution=step.distribution,
-            version=step.version,
-            source=before.origin.path.name if before.origin.path else "",
-            summary=_in_one_line(before, after),
-        )
-        after = _followed(before, after, policy)
-        checkpoint = replace(after, history=(*before.history, record), ancestors={})
+        checkpoint, asked = _apply_step(checkpoint, step, policy, made)
+        made.note(checkpoint)
         side_files.update(asked)
     if policy.result_order is not None:
         checkpoint = place_as_listed(checkpoint, policy.result_order)
@@ -130,13 +115,81 @@ def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Che
     return follow(before, after, policy.companions)
 
 
-def _versions(checkpoint: Checkpoint) -> list[tuple[Tensor, int]]:
-    """Take the version counters of all tensors outside experts; torch counts a tensor up when it is written into."""
-    tensors = list(checkpoint.core.values())
-    if checkpoint.optimizer is not None:
-        slots = checkpoint.optimizer.state.values()
-        tensors += [value for entries in slots for value in entries.values() if isinstance(value, Tensor)]
-    return [(tensor, tensor._version) for tensor in tensors]
+def function_noise(step: Step) -> float | None:
+    """Ask a transform for its `Transform.function_noise`.
+
+    Raises:
+        PluginError: it fails, or returns anything but None or a finite number ≥ 0.
+    """
+    with plugin_call(step.transform.name, step.distribution):
+        noise = step.transform.function_noise()
+    if wrong := wrong_type(noise, float | int | None, "function_noise"):
+        raise _defect(step, wrong)
+    if noise is not None and not 0 <= noise < math.inf:
+        raise _defect(step, f"function_noise is {noise}, not a standard deviation")
+    return noise
+
+
+def _apply_step(
+    before: Checkpoint, step: Step, policy: ChainPolicy, made: MadeTensors
+) -> tuple[Checkpoint, dict[Path, bytes]]:
+    """Apply one transform, check what it returned and did, let the rest follow, and record it."""
+    counts = WriteCounts(before)
+    after, asked, options = _call(step, before)
+    if written := [*counts.risen(), *made.altered()]:
+        raise _defect(step, wrote_into(written))
+    record = Record(
+        name=step.transform.name,
+        options=options,
+        distribution=step.distribution,
+        version=step.version,
+        source=before.origin.path.name if before.origin.path else "",
+        summary=_in_one_line(before, after),
+    )
+    after = _followed(before, after, policy)
+    return replace(after, history=(*before.history, record), ancestors={}), asked
+
+
+def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes], dict[str, Any]]:
+    """Run a transform's code; return the checkpoint, the side files and the options, all of the right types."""
+    name = step.transform.name
+    try:
+        with plugin_call(name, step.distribution), torch.no_grad():  # a graph would be dragged along otherwise
+            after = step.transform.apply(before.copy())
+        _check_result(step, before, after)
+        with plugin_call(name, step.distribution), torch.no_grad():
+            asked = step.transform.side_files(after.copy())
+            asked = dict(asked) if isinstance(asked, Mapping) else asked
+        if wrong := wrong_type(asked, dict[Path, bytes], "side_files"):
+            raise _defect(step, wrong)
+        return after, asked, resolved(step.transform)
+    except OSError as error:
+        raise StorageError.from_os_error(error, error.filename or name) from error
+
+
+def _check_result(step: Step, before: Checkpoint, after: Checkpoint) -> None:
+    """Check the types of a result; what it opens lazily is the transform's code, and opened here."""
+    known = set(map(id, before.head.experts.values())) if before.head else set()
+    wrong = wrong_type(after)
+    if wrong is None:
+        for expert in after.head.experts.values() if after.head else ():
+            if not expert.is_open and id(expert) not in known:
+                with plugin_call(step.transform.name, step.distribution), torch.no_grad():
+                    _ = expert.tensors
+        wrong = wrong_type(after)
+    if wrong is None and after.unbound is not before.unbound:
+        wrong = "unbound is an optimizer that a transform must not make"
+    if wrong is not None:
+        raise _defect(step, f"returned what it must not: {wrong}")
+
+
+def _defect(step: Step, message: str) -> PluginError:
+    return defect(message, step.transform.name, step.distribution)
+
+
+def wrote_into(names: Sequence[str]) -> str:
+    """Say in words that a plugin wrote into tensors."""
+    return f"wrote into a tensor of its input: {', '.join(names[:3])}{', …' * (len(names) > 3)}"
 
 
 def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
@@ -177,6 +230,8 @@ def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
         return 0
     known = {id(expert): i for i, expert in before.head.experts.items()}
     former = np.arange(max(before.num_experts, after.num_experts, 1))
+    if new.size and not 0 <= new.min() <= new.max() < len(former):
+        return 0  # an owner that does not exist is refused later, see `vraxion_ckpt.invariants`
     for i, expert in after.head.experts.items():
         former[i] = known.get(id(expert), i)
     return int(np.count_nonzero(old != former[new]))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from vraxion_ckpt import binding, invariants
+from vraxion_ckpt import adapter_calls, binding, invariants
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.errors import CkptError, OptionError
@@ -21,7 +21,7 @@ from vraxion_ckpt.placement import lacking
 from vraxion_ckpt.plugins import adapters
 from vraxion_ckpt.testing.samples import checkpoints, samples
 from vraxion_ckpt.testing.watch import contents, untouched, written
-from vraxion_ckpt.transform import Step, Transform, apply_chain
+from vraxion_ckpt.transform import Step, Transform, apply_chain, function_noise
 
 Case = tuple[Mapping[str, Any], str]
 
@@ -61,7 +61,7 @@ class TransformTests:
         if not any(lacking(before)):
             listed += lacking(after)
         assert not listed, "; ".join(listed)
-        noise = configure(self.transform, options).function_noise()
+        noise = function_noise(Step(configure(self.transform, options), "tests", "0"))
         preservation = invariants.preservation(before, after, noise)
         assert preservation is None or preservation.as_asked, f"the function was to be preserved: {preservation}"
         for name, tensor in before.core.items() if noise is not None else ():
@@ -88,7 +88,7 @@ class TransformTests:
             for name, adapter in _formats().items():
                 path = written(adapter, samples()[sample], tmp_path / f"{number}_{name}")
                 before = contents(path)
-                mapped = binding.bind(adapter.read(path))
+                mapped = binding.bind(adapter_calls.read(adapter, path))
                 mapped.open_experts()
                 self.run(options, mapped)
                 mapped.sources.check_unchanged()
@@ -108,8 +108,8 @@ class TransformTests:
             after = self.run(options, samples()[sample])
             for name, adapter in _formats().items():
                 path = written(adapter, after, tmp_path / f"{number}_{name}")
-                found = binding.bind(adapter.read(path))
-                assert not list(checkpoint_differences(adapter.held(after), found)), f"as {name}"
+                found = binding.bind(adapter_calls.read(adapter, path))
+                assert not list(checkpoint_differences(adapter_calls.held(adapter, after), found)), f"as {name}"
 
     # --- calls that do not ---
 

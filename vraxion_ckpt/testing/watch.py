@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vraxion_ckpt import adapter_calls
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.compare import checkpoint_differences, differences
 from vraxion_ckpt.model import Checkpoint
@@ -22,13 +23,14 @@ from vraxion_ckpt.plain import named_tensors
 def untouched(checkpoint: Checkpoint) -> Iterator[None]:
     """Fail if the block changes a checkpoint's containers, its tensors, or global random state.
 
-    Tensors are compared bit by bit and by torch's version counters, which a write counts up even if it writes what
-    was there already.
+    Tensors are compared bit by bit with a copy, which shows what was written through ``.data`` or ``.numpy()``, and by
+    torch's version counters, which a write counts up even if it writes what was there already.
     """
     before, versions, state = copy.deepcopy(checkpoint), _versions(checkpoint), _random_state()
     yield
     changed = list(checkpoint_differences(before, checkpoint))
-    changed += differences(before.param_names, checkpoint.param_names, "param_names")
+    for name in ("param_names", "unbound"):
+        changed += differences(getattr(before, name), getattr(checkpoint, name), name)
     assert not changed, "changed its input: " + "; ".join(changed)
     written = [name for name, version in _versions(checkpoint).items() if versions.get(name) != version]
     assert not written, f"wrote into {', '.join(written)}"
@@ -49,9 +51,9 @@ def _random_state() -> dict[str, Any]:
 
 def written(adapter: Adapter, checkpoint: Checkpoint, path: Path) -> Path:
     """Write what a format holds of a checkpoint to a new path, and return that."""
-    if adapter.is_directory:
+    if adapter_calls.is_directory(adapter):
         path.mkdir()
-    adapter.write(adapter.held(checkpoint), path)
+    adapter_calls.write(adapter, adapter_calls.held(adapter, checkpoint), path)
     return path
 
 
