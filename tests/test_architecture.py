@@ -35,6 +35,8 @@ FLOORS = [
     "container",
     "ring",
     "balance",
+    "head_names",
+    "order_rules",
     "model",
     "plain",
     "trainers",

@@ -16,6 +16,8 @@ core knows neither any format nor any transform by name. The modules, from the g
 `progress`                signs of progress on a terminal (no torch)
 `manifest`                digests of files (no torch)
 `transaction`, `commit`   from the old state to the new one, never a mix; stage, lock, clean up (no torch)
+`head_names`              where a model family keeps its head (no torch)
+`order_rules`             rules by which a trainer orders parameters (no torch)
 `model`                   `Checkpoint`, `Head`, `Optimizer`: the canonical form
 `plain`                   only plain data: what may stand in a checkpoint
 `expert_health`           experts that should not be cloned: all zero, or not finite

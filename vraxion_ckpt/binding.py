@@ -30,7 +30,8 @@ from vraxion_ckpt.assignment import WAYS_OUT, Assignment, Candidates, Shape, by_
 from vraxion_ckpt.buffers import torch_buffers
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.model import Checkpoint, Head, Optimizer, ParamGroup
-from vraxion_ckpt.parameter_order import ModelOrder, OrderKind, Rule, explains, lists_of, model_order
+from vraxion_ckpt.order_rules import ModelOrder, OrderKind, Rule, explains
+from vraxion_ckpt.parameter_order import lists_of, model_order, order_of
 from vraxion_ckpt.plain import bytes_of
 from vraxion_ckpt.trainers import known_trainer
 
@@ -74,7 +75,7 @@ def _with_stated_order(checkpoint: Checkpoint, order: OptimizerOrder) -> Checkpo
     if optimizer is None:
         return checkpoint
     lists = lists_of(optimizer, checkpoint) or [group.params for group in optimizer.groups]
-    places = ModelOrder.of(checkpoint)
+    places = order_of(checkpoint)
     if not all(explains(rule, names, places) for names in lists):
         raise BindingError(
             f"the optimizer's parameters do not stand in the order '{order}' that was stated", key="optimizer"

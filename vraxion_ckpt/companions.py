@@ -22,8 +22,10 @@ from torch import Tensor
 
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.head_names import split_name
 from vraxion_ckpt.model import Ancestor, Checkpoint, Head
-from vraxion_ckpt.parameter_order import OrderKind, Rule, explains, model_order, split_name
+from vraxion_ckpt.order_rules import OrderKind, Rule, explains
+from vraxion_ckpt.parameter_order import model_order
 from vraxion_ckpt.surgery import copy_of, is_master_copy
 
 CompanionPolicy = Literal["grow", "keep", "drop"]

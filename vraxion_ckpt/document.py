@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError, raise_if_out_of_memory
-from vraxion_ckpt.model import VRAXION, Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
+from vraxion_ckpt.head_names import VRAXION
+from vraxion_ckpt.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
 from vraxion_ckpt.payload import OUR_KEY, Extras, parse_extras, split_head
 from vraxion_ckpt.plain import DEEPEST, bytes_of, check_plain, view_of
 

@@ -12,28 +12,15 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vraxion_ckpt import progress
+from vraxion_ckpt.head_names import VRAXION, HeadNames
+from vraxion_ckpt.order_rules import Rule
 from vraxion_ckpt.sources import Sources
-
-if TYPE_CHECKING:
-    from vraxion_ckpt.parameter_order import Rule
-
-
-@dataclass(frozen=True)
-class HeadNames:
-    """Where a model family keeps its head and its router map in the state dict."""
-
-    single: str = "head.single."
-    experts: str = "head.experts."
-    router_map: str = "router_map"
-
-
-VRAXION = HeadNames()
 
 
 class HeadKind(StrEnum):

@@ -9,178 +9,16 @@ list; only if none explains all of them, those with parameters of the head are l
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from vraxion_ckpt.errors import BindingError
-from vraxion_ckpt.model import Checkpoint, HeadNames, Optimizer, ParamGroup
+from vraxion_ckpt.head_names import VRAXION, HeadNames, split_name
+from vraxion_ckpt.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.order_rules import CLASSES, ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.trainers import known_trainer
 
-RESULT_ORDER = (
-    "give the names of the changed model's optimizer in its order (--result-order FILE: one name a line), or say how "
-    "the optimizer was built (--optimizer-order model|sorted|reversed)"
-)
-_EXPERT = re.compile(r"([0-9]{1,9})\.(.+)")
-
-
-class OrderKind(StrEnum):
-    """How a trainer orders parameters.
-
-    MODEL: as ``named_parameters()`` lists them.
-    SORTED: by name, so that expert 10 comes before expert 2.
-    REVERSED: as ``named_parameters()`` lists them, backwards.
-    HEAD_FIRST, HEAD_LAST: the head's parameters apart from the others, each part in the model's order.
-    LEAF_BY_LEAF: all weights, then all biases; or of the experts alone, or of their layers.
-    """
-
-    MODEL = "model"
-    SORTED = "sorted"
-    REVERSED = "reversed"
-    HEAD_FIRST = "head first"
-    HEAD_LAST = "head last"
-    LEAF_BY_LEAF = "leaf by leaf"
-
-
-# A rank of a parameter in the model: that of its tensor or of the head, the expert, and the leaf.
-Rank = tuple[float, int, int]
-_UNKNOWN = float("inf")
-
-
-@dataclass(frozen=True)
-class ModelOrder:
-    """The order of a model's parameters.
-
-    Experts are counted upwards, and all have their leaves in the same order, as in a ``ModuleList`` of like modules.
-
-    Attributes:
-        body: the rank of every tensor outside the head.
-        head: the rank of the head.
-        leaves: the rank of each leaf of an expert.
-    """
-
-    names: HeadNames
-    body: Mapping[str, int]
-    head: float
-    leaves: Mapping[str, int]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> ModelOrder:
-        """Return the order of a checkpoint's state dict; opens one expert if none is open."""
-        head = checkpoint.head
-        names = head.names if head else HeadNames()
-        leaves: Mapping[str, int] = {}
-        if head is not None and head.experts:
-            one = next((e for e in head.experts.values() if e.is_open), next(iter(head.experts.values())))
-            leaves = {leaf: i for i, leaf in enumerate(one)}
-        body = {name: i for i, name in enumerate(checkpoint.core)}
-        return cls(names, body, (head.position if head else len(body)) - 0.5, leaves)
-
-    @classmethod
-    def of_list(cls, listed: Sequence[str], names: HeadNames) -> ModelOrder:
-        """Return the order that a list of names has itself."""
-        in_head = [split_name(name, names) for name in listed]
-        head = next((i for i, found in enumerate(in_head) if found), len(listed))
-        leaves = dict.fromkeys(found[1] for found in in_head if found)
-        body = {name: i for i, (name, found) in enumerate(zip(listed, in_head, strict=True)) if not found}
-        return cls(names, body, head, {leaf: i for i, leaf in enumerate(leaves)})
-
-    def rank(self, name: str) -> Rank:
-        """Return where a parameter stands; the order need not know its expert."""
-        found = split_name(name, self.names)
-        if found is None:
-            return float(self.body.get(name, _UNKNOWN)), 0, 0
-        expert, leaf = found
-        return (self.head if leaf in self.leaves else _UNKNOWN), expert, self.leaves.get(leaf, 0)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule that orders parameters.
-
-    Attributes:
-        kind: what it does.
-        classes: for `LEAF_BY_LEAF`, which names belong together (see `_CLASSES`), and the ranks of these classes.
-        orders: for each list of parameters, the model's order as that list itself shows it; if not given, the order
-            of the state dict is the model's.
-    """
-
-    kind: OrderKind
-    classes: tuple[str, Mapping[str, int]] | None = None
-    orders: tuple[ModelOrder, ...] | None = field(default=None, compare=False)
-
-    def arranged(self, names: Iterable[str], order: ModelOrder) -> list[str]:
-        """Return the names in the order of this rule.
-
-        Args:
-            names: in any order.
-            order: the model's.
-
-        Raises:
-            BindingError: the model's order does not tell where one of them stands.
-        """
-        names = list(names)
-        if self.kind is not OrderKind.SORTED:
-            for name in names:
-                if order.rank(name)[0] == _UNKNOWN:
-                    raise BindingError(
-                        "nothing tells where it stands in the model's order", key=name, hint=RESULT_ORDER
-                    )
-        if self.kind is OrderKind.REVERSED:
-            return sorted(names, key=order.rank, reverse=True)
-        return sorted(names, key=self._key(order))
-
-    def _key(self, order: ModelOrder) -> Callable[[str], Any]:
-        def in_head(name: str) -> bool:
-            return split_name(name, order.names) is not None
-
-        if self.kind is OrderKind.SORTED:
-            return str
-        if self.kind is OrderKind.HEAD_FIRST:
-            return lambda name: (not in_head(name), order.rank(name))
-        if self.kind is OrderKind.HEAD_LAST:
-            return lambda name: (in_head(name), order.rank(name))
-        if self.classes is not None:
-            which, ranks = self.classes
-            class_of = _CLASSES[which]
-            return lambda name: (ranks.get(class_of(name, order.names), len(ranks)), order.rank(name))
-        return order.rank
-
-    def __str__(self) -> str:
-        return str(self.kind)
-
-
 _SIMPLE = tuple(Rule(kind) for kind in OrderKind if kind is not OrderKind.LEAF_BY_LEAF)
-
-
-def split_name(name: str, names: HeadNames) -> tuple[int, str] | None:
-    """Return the expert and the leaf of a parameter's name, or None for one outside the head; a single head is 0."""
-    if name.startswith(names.single):
-        return 0, name.removeprefix(names.single)
-    found = _EXPERT.fullmatch(name.removeprefix(names.experts)) if name.startswith(names.experts) else None
-    return (int(found[1]), found[2]) if found else None
-
-
-def _last_part(name: str, _: HeadNames) -> str:
-    return name.rpartition(".")[2]
-
-
-def _leaf(name: str, names: HeadNames) -> str:
-    found = split_name(name, names)
-    return found[1] if found else ""
-
-
-def _layer(name: str, names: HeadNames) -> str:
-    found = split_name(name, names)
-    return found[1].partition(".")[0] if found else ""
-
-
-# What belongs together where parameters are ordered leaf by leaf: of the whole model, what is called alike (all
-# weights, then all biases); of the experts, the same leaf, or the same layer, and everything outside the head.
-_CLASSES: Mapping[str, Callable[[str, HeadNames], str]] = {"last part": _last_part, "leaf": _leaf, "layer": _layer}
 
 
 # --- what explains an order ---
@@ -204,7 +42,7 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
     rules = _rules_for(lists, [order] * len(lists)) if order is not None else ()
     if rules or is_certain:
         return rules
-    names = checkpoint.head.names if checkpoint.head else HeadNames()
+    names = checkpoint.head.names if checkpoint.head else VRAXION
     found: list[Rule] = []
     for kind, turned in ((OrderKind.MODEL, lists), (OrderKind.REVERSED, [listed[::-1] for listed in lists])):
         if all(_may_be_a_models(listed, names) for listed in turned):
@@ -230,17 +68,21 @@ def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tupl
 
 
 def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]:
-    for which, class_of in _CLASSES.items():
+    for which, class_of in CLASSES.items():
         classes = dict.fromkeys(class_of(name, order.names) for names, order in pairs for name in names)
         yield Rule(OrderKind.LEAF_BY_LEAF, (which, {each: i for i, each in enumerate(classes)}))
 
 
-def explains(rule: Rule, names: list[str], order: ModelOrder) -> bool:
-    """Tell whether a rule gives the order in which the names stand."""
-    try:
-        return rule.arranged(names, order) == names
-    except BindingError:
-        return False
+def order_of(checkpoint: Checkpoint) -> ModelOrder:
+    """Return the order of a checkpoint's state dict; opens one expert if none is open."""
+    head = checkpoint.head
+    names = head.names if head else VRAXION
+    leaves: Mapping[str, int] = {}
+    if head is not None and head.experts:
+        one = next((e for e in head.experts.values() if e.is_open), next(iter(head.experts.values())))
+        leaves = {leaf: i for i, leaf in enumerate(one)}
+    body = {name: i for i, name in enumerate(checkpoint.core)}
+    return ModelOrder(names, body, (head.position if head else len(body)) - 0.5, leaves)
 
 
 def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
@@ -259,10 +101,10 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
     if metadata and _is_in_order_of(metadata, checkpoint):
         alone = len({name.rpartition(".")[0] for name in names}) == len(names)
         if not stand_sorted or alone:
-            return ModelOrder.of(checkpoint), True
+            return order_of(checkpoint), True
     if stand_sorted:
         return None, False
-    return ModelOrder.of(checkpoint), known_trainer(checkpoint) is not None
+    return order_of(checkpoint), known_trainer(checkpoint) is not None
 
 
 def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
@@ -331,7 +173,7 @@ def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
     That is so if every parameter of the head stands alone in its group, or if there are several experts and no
     group that holds one's parameters holds anything else.
     """
-    names = checkpoint.head.names if checkpoint.head else HeadNames()
+    names = checkpoint.head.names if checkpoint.head else VRAXION
     of_head = [group.params for group in optimizer.groups if any(split_name(name, names) for name in group.params)]
     if not of_head:
         return False
@@ -360,7 +202,7 @@ def run_of_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[int, in
     """Return where the groups that make one list begin and end; None if they do not stand together."""
     if not owns_groups(optimizer, checkpoint):
         return 0, 0
-    names = checkpoint.head.names if checkpoint.head else HeadNames()
+    names = checkpoint.head.names if checkpoint.head else VRAXION
 
     def is_of_head(group: ParamGroup) -> bool:
         return any(split_name(name, names) for name in group.params)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vraxion_ckpt.binding import bind, digest, names_in_payload, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError
+from vraxion_ckpt.head_names import VRAXION
 from vraxion_ckpt.model import (
-    VRAXION,
     Checkpoint,
     Expert,
     Head,

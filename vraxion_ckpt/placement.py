@@ -11,18 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vraxion_ckpt.errors import BindingError, UsageError
+from vraxion_ckpt.head_names import split_name
 from vraxion_ckpt.model import Checkpoint, Optimizer, ParamGroup
-from vraxion_ckpt.parameter_order import (
-    RESULT_ORDER,
-    ModelOrder,
-    Rule,
-    explain,
-    explains,
-    lists_of,
-    owns_groups,
-    run_of_groups,
-    split_name,
-)
+from vraxion_ckpt.order_rules import RESULT_ORDER, Rule, explains
+from vraxion_ckpt.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
 
 
 def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
@@ -202,7 +194,7 @@ def _arranged(
     if rule.orders is not None:
         order = was = rule.orders[number]
     else:
-        was, order = ModelOrder.of(before), ModelOrder.of(after)
+        was, order = order_of(before), order_of(after)
     if not explains(rule, found, was):
         raise BindingError(
             f"the order '{rule}', by which the parameters would be placed, is not the one found in their group",

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vraxion_ckpt.buffers import torch_buffers
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.head_names import split_name
 from vraxion_ckpt.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
-from vraxion_ckpt.parameter_order import owns_groups, run_of_groups, split_name
+from vraxion_ckpt.parameter_order import owns_groups, run_of_groups
 from vraxion_ckpt.plain import bytes_of
 
 OptimizerPolicy = Literal["copy", "reset"]

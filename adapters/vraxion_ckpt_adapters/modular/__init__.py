@@ -22,8 +22,9 @@ from vraxion_ckpt import jsonfile, progress, torchfile
 from vraxion_ckpt.adapter import Adapter, Faults, Loss, Part
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import InconsistentError, StorageError
+from vraxion_ckpt.head_names import VRAXION
 from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import VRAXION, Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
 from vraxion_ckpt.options import NameList
 from vraxion_ckpt.payload import (
     Extras,
