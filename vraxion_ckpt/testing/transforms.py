@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from vraxion_ckpt import adapter_calls, binding, invariants
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
-from vraxion_ckpt.errors import CkptError, OptionError
+from vraxion_ckpt.errors import BindingError, CkptError, OptionError
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.options import configure, resolved
 from vraxion_ckpt.placement import lacking
@@ -24,6 +24,17 @@ from vraxion_ckpt.testing.watch import contents, untouched, written
 from vraxion_ckpt.transform import Step, Transform, apply_chain, function_noise
 
 Case = tuple[Mapping[str, Any], str]
+
+
+def _head_first(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: not name.startswith("head."))
+
+
+_ORDERS: Mapping[str, Callable[[list[str]], list[str]]] = {
+    "sorted": sorted,
+    "reversed": lambda names: names[::-1],
+    "head first": _head_first,
+}
 
 
 class TransformTests:
@@ -100,8 +111,31 @@ class TransformTests:
             turned.core = dict(reversed(turned.core.items()))
             if turned.head is not None:
                 turned.head.position = len(turned.core) - turned.head.position
+            places = {name: place for place, name in enumerate(turned.state_dict())}
+            for group in turned.optimizer.groups if turned.optimizer else ():
+                group.params.sort(key=places.__getitem__)  # a trainer's optimizer follows the model
             one, other = self.run(options, usual), self.run(options, turned)
             assert not list(differences(_by_name(one), _by_name(other)))
+
+    @pytest.mark.parametrize("order", list(_ORDERS))
+    def test_the_optimizer_keeps_the_order_of_its_trainer(self, order: str) -> None:
+        """A trainer that orders its parameters by another rule must find their state where it will look for it."""
+        arrange = _ORDERS[order]
+        for options, sample in self.accepted:
+            usual, turned = samples()[sample], samples()[sample]
+            if usual.optimizer is None or turned.optimizer is None:
+                continue
+            for group in turned.optimizer.groups:
+                group.params = arrange(group.params)
+            after = self.run(options, usual).optimizer
+            try:
+                other = self.run(options, turned).optimizer
+            except BindingError:
+                continue  # refused: two rules explain the order
+            assert after is not None
+            assert other is not None
+            assert [group.params for group in other.groups] == [arrange(group.params) for group in after.groups]
+            assert not list(differences(dict(sorted(after.state.items())), dict(sorted(other.state.items()))))
 
     def test_the_result_survives_every_format(self, tmp_path: Path) -> None:
         for number, (options, sample) in enumerate(self.accepted):
