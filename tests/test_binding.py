@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vraxion_ckpt.binding import bind, unbind
+from vraxion_ckpt.binding import bind
 from vraxion_ckpt.model import Checkpoint, UnboundOptimizer
+from vraxion_ckpt.torch_optimizer import unbind
 
 SHAPES = [(2,), (3,), (2, 2)]
 

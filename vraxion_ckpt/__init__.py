@@ -24,11 +24,12 @@ core knows neither any format nor any transform by name. The modules, from the g
 `ring`, `balance`         arcs, windows, owners; how visits fall on experts: numpy
 `trainers`, `buffers`     which trainer wrote a checkpoint; which tensors are buffers of torch's own modules
 `assignment`, `binding`   optimizer ids ↔ parameter names
+`torch_optimizer`         an optimizer's state dict as torch writes it
 `parameter_order`         by which rule a trainer orders the parameters of its optimizer
 `compare`, `invariants`   where two checkpoints differ; what must be true of one
 `surgery`                 rename a head, clone or remove an expert with all that belongs to it
 `placement`               where the parameters of a changed model go in the optimizer
-`companions`              averages of the model and the like, which follow the head
+`companions`, `following` averages of the model and the like; let them follow the head
 `checkpoint_types`        whether a checkpoint that a plugin returned has the declared types
 `lent_tensors`            whether a plugin wrote into a tensor that it was lent
 `options`                 plugins whose fields are their options; ``NAME:key=value``

@@ -19,8 +19,7 @@ touches it. However names were found, counts are checked, and the shapes of slot
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,10 +28,10 @@ from torch import Tensor
 from vraxion_ckpt.assignment import WAYS_OUT, Assignment, Candidates, Shape, by_shape, in_order
 from vraxion_ckpt.buffers import torch_buffers
 from vraxion_ckpt.errors import BindingError, InconsistentError
-from vraxion_ckpt.model import Checkpoint, Head, Optimizer, ParamGroup
+from vraxion_ckpt.model import Checkpoint, Head, Optimizer
 from vraxion_ckpt.order_rules import ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.parameter_order import lists_of, model_order, order_of
-from vraxion_ckpt.plain import bytes_of
+from vraxion_ckpt.torch_optimizer import RawOptimizer, digest, known_shapes, shape_conflicts
 from vraxion_ckpt.trainers import known_trainer
 
 OptimizerOrder = Literal["model", "sorted", "reversed"]
@@ -55,7 +54,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
     """
     if checkpoint.unbound is None:
         return _with_stated_order(checkpoint, order) if order is not None else checkpoint
-    raw = _RawOptimizer.parse(checkpoint.unbound.state_dict)
+    raw = RawOptimizer.parse(checkpoint.unbound.state_dict)
     bound = _Binder(checkpoint, raw, order).bind(given)
     shapes = known_shapes(checkpoint)
     _check_known(bound.params, checkpoint.head, shapes)
@@ -88,7 +87,7 @@ class _Binder:
     """Finds the names of one optimizer's ids."""
 
     checkpoint: Checkpoint
-    raw: _RawOptimizer
+    raw: RawOptimizer
     order: OptimizerOrder | None
 
     def bind(self, given: Sequence[str] | None) -> Optimizer:
@@ -143,7 +142,7 @@ class _Binder:
 
     def _named(self, names: Sequence[str], bound_by: str) -> Optimizer:
         _check_count(self.raw, names, bound_by)
-        found = _optimizer_of(self.raw, list(names), bound_by)
+        found = self.raw.named(names, bound_by)
         return replace(found, prefixes=self._prefixes(self._listed_in_groups()))
 
     def _bind_listed(self, listed: Sequence[str]) -> Optimizer:
@@ -176,14 +175,14 @@ class _Binder:
             rule = Rule(stated)
             names = self._arranged(rule, candidates, order)
             found = in_order(groups, names)
-            bound = _optimizer_of(self.raw, found.names, f"{how}: {rule} order, {why}{_in_words(found)}")
+            bound = self.raw.named(found.names, f"{how}: {rule} order, {why}{_in_words(found)}")
             return replace(bound, undecided=found.undecided, rules=(rule,))
         undecided = by_shape(groups, candidates).undecided
         usual = self._usual(candidates, order)
         as_model = usual.get(OrderKind.MODEL)
         is_open = not _all_same(usual) or any(each.undecided for each in usual.values())
         if self.checkpoint.param_names is not None and as_model is not None and not is_open:
-            bound = _optimizer_of(self.raw, as_model.names, f"{how}: no other usual order fits")
+            bound = self.raw.named(as_model.names, f"{how}: no other usual order fits")
             return replace(bound, rules=tuple(map(Rule, usual)))
         first = next(iter(usual.values()), by_shape(groups, candidates))
         rules: tuple[Rule, ...] | None = None  # where the names are known, the order is looked at when it matters
@@ -191,7 +190,7 @@ class _Binder:
             rules = tuple(Rule(kind) for kind in usual) if _all_same(usual) and order is not None else ()
         found = Assignment(first.names, undecided)
         how = how.replace("order and shape", "shape alone")
-        bound = _optimizer_of(self.raw, found.names, f"{how}{_in_words(found)}")
+        bound = self.raw.named(found.names, f"{how}{_in_words(found)}")
         return replace(bound, undecided=undecided, rules=rules)
 
     def _known_order(self) -> tuple[OrderKind | None, str]:
@@ -281,144 +280,14 @@ def _without(name: str, prefixes: tuple[str, str]) -> str:
     return models + name.removeprefix(theirs) if name.startswith(theirs) else name
 
 
-def digest(state_dict: Mapping[str, Any]) -> str:
-    """Return a digest of a torch optimizer state dict that changes with every training step.
-
-    Covers ids, slots, shapes and the first elements of every slot: a record made for one state must not be taken
-    for another that has the same form.
-    """
-    found = hashlib.sha256(repr([group["params"] for group in state_dict["param_groups"]]).encode())
-    for i, slots in state_dict["state"].items():
-        for slot, value in slots.items():
-            found.update(repr((i, slot)).encode())
-            if isinstance(value, Tensor):
-                found.update(repr((str(value.dtype), tuple(value.shape))).encode())
-                if value.is_contiguous():
-                    found.update(bytes_of(value)[: 16 * value.itemsize].numpy().tobytes())
-            elif isinstance(value, int | float | str):
-                found.update(repr(value).encode())
-    return found.hexdigest()
-
-
-def unbind(optimizer: Optimizer) -> dict[str, Any]:
-    """Return torch's form: ids 0 … P−1 through the groups, ``param_names`` in the groups that had them."""
-    ids = {name: i for i, name in enumerate(optimizer.params)}
-    theirs, models = optimizer.prefixes
-    groups = []
-    for group in optimizer.groups:
-        entries = {
-            **group.options,
-            "params": [ids[name] for name in group.params],
-            "param_names": [theirs + name.removeprefix(models) for name in group.params],
-        }
-        keys = [*group.keys, *(k for k in [*group.options, "params"] if k not in group.keys)]
-        groups.append({key: entries[key] for key in keys if key in entries})
-    state = {ids[name]: slots for name, slots in optimizer.state.items()}
-    return {"state": state, "param_groups": groups, **optimizer.extra}
-
-
-def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """Return the shapes of the model tensors that are at hand without opening a file."""
-    return {name: tuple(tensor.shape) for name, tensor in checkpoint.open_tensors().items()}
-
-
-@dataclass(frozen=True)
-class ShapeConflict:
-    """A slot that cannot be the state of the parameter it is bound to."""
-
-    name: str
-    what: str
-
-
-def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterator[ShapeConflict]:
-    """Yield the slots whose shapes contradict those of their parameters, where these are known.
-
-    A kind of slot that has its parameter's shape for some parameters must have it for all. One that has it for none
-    (Adafactor's rows and columns, the scales of 8-bit optimizers) is carried as it is, unless all of its shapes are
-    those of other parameters: then the names are probably wrong.
-    """
-    kinds: dict[str, list[tuple[str, Shape]]] = {}
-    for name, slots in optimizer.state.items():
-        for slot, value in slots.items():
-            if name in shapes and isinstance(value, Tensor) and value.ndim:
-                kinds.setdefault(slot, []).append((name, tuple(value.shape)))
-    parameters = {shapes[name] for name in optimizer.params if name in shapes}
-    for slot, found in kinds.items():
-        wrong = [(name, shape) for name, shape in found if shape != shapes[name]]
-        if len(wrong) < len(found) or all(shape in parameters for _, shape in wrong):
-            for name, shape in wrong:
-                yield ShapeConflict(name, f"slot {slot} has shape {list(shape)}, its parameter {list(shapes[name])}")
-
-
-@dataclass(frozen=True)
-class _RawOptimizer:
-    """A torch optimizer state dict that was looked at once."""
-
-    groups: list[dict[str, Any]]
-    state: dict[int, dict[str, Any]]
-    extra: dict[str, Any]
-
-    @property
-    def ids(self) -> list[int]:
-        return [i for group in self.groups for i in group["params"]]
-
-    @classmethod
-    def parse(cls, raw: dict[str, Any]) -> _RawOptimizer:
-        groups, state = raw.get("param_groups"), raw.get("state")
-        if not isinstance(groups, list) or not isinstance(state, dict):
-            raise InconsistentError("not an optimizer state: needs `state` and `param_groups`", key="optimizer")
-        for number, group in enumerate(groups):
-            key = f"optimizer.param_groups[{number}]"
-            if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-                raise InconsistentError("a param group must be a dict with a list `params`", key=key)
-            if not all(type(i) is int for i in group["params"]):
-                raise InconsistentError("parameter ids must be whole numbers", key=key)
-            names = group.get("param_names", [""] * len(group["params"]))
-            if not isinstance(names, list) or len(names) != len(group["params"]):
-                raise InconsistentError(f"has {len(group['params'])} params and another number of param_names", key=key)
-            if not all(isinstance(name, str) for name in names):
-                raise InconsistentError("param_names must be text", key=key)
-        extra = {key: value for key, value in raw.items() if key not in ("state", "param_groups")}
-        parsed = cls(groups, state, extra)
-        ids = parsed.ids
-        known = set(ids)
-        if len(known) != len(ids):
-            raise InconsistentError("a parameter id occurs twice in the param groups", key="optimizer")
-        for i, slots in state.items():
-            if i not in known:
-                raise InconsistentError(f"state of id {i!r} belongs to no param group", key="optimizer.state")
-            if not isinstance(slots, dict):
-                raise InconsistentError("the state of a parameter must be a dict", key=f"optimizer.state[{i}]")
-        return parsed
-
-    def shapes(self) -> dict[int, Shape | None]:
-        """Return the shape that each id's parameter must have, or None where its state does not tell.
-
-        A slot that has dimensions for some parameter follows the parameters' shapes (``exp_avg``), so for a
-        parameter where it has none the parameter has none; one that never has dimensions (``step``) tells nothing.
-        """
-        tensors = {
-            i: {slot: tuple(value.shape) for slot, value in slots.items() if isinstance(value, Tensor)}
-            for i, slots in self.state.items()
-        }
-        following = {slot for slots in tensors.values() for slot, shape in slots.items() if shape}
-        told = {i: {slots[slot] for slot in following & slots.keys()} for i, slots in tensors.items()}
-        return {i: told[i].copy().pop() if len(told.get(i, ())) == 1 else None for i in self.ids}
-
-    def shaped_groups(self) -> list[list[tuple[int, Shape | None]]]:
-        """Return the ids of each group with the shapes of their parameters."""
-        shapes = self.shapes()
-        return [[(i, shapes[i]) for i in group["params"]] for group in self.groups]
-
-
-def _check_names_in_groups(raw: _RawOptimizer, given: Sequence[str] | None) -> None:
+def _check_names_in_groups(raw: RawOptimizer, given: Sequence[str] | None) -> None:
     """Names in the groups are trusted; some groups without any are refused unless a list is given."""
     named = [group.get("param_names") for group in raw.groups if group["params"]]
     if given is None and None in named and any(names is not None for names in named):
         raise BindingError("only some of the param groups name their parameters", hint=WAYS_OUT)
 
 
-def _check_count(raw: _RawOptimizer, names: Sequence[str], whose: str) -> None:
+def _check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
     if len(names) != len(raw.ids):
         raise BindingError(
             f"{len(names)} names are in {whose}, {len(raw.ids)} parameters in the optimizer", hint=WAYS_OUT
@@ -435,20 +304,6 @@ def _check_known(names: Sequence[str], head: Head | None, known: Mapping[str, Sh
     for name in names:
         if name not in known and not (head and head.is_not_at_hand(name)):
             raise BindingError("the model has no such parameter", key=name, hint=WAYS_OUT)
-
-
-def _optimizer_of(raw: _RawOptimizer, names: list[str], bound_by: str) -> Optimizer:
-    name_of = dict(zip(raw.ids, names, strict=True))
-    groups = [
-        ParamGroup(
-            options={key: value for key, value in group.items() if key not in ("params", "param_names")},
-            params=[name_of[i] for i in group["params"]],
-            keys=tuple(group),
-        )
-        for group in raw.groups
-    ]
-    state = {name_of[i]: dict(slots) for i, slots in raw.state.items()}
-    return Optimizer(groups, state, raw.extra, bound_by)
 
 
 def _candidates(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]:

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vraxion_ckpt import progress
-from vraxion_ckpt.binding import unbind
 from vraxion_ckpt.model import Checkpoint
 from vraxion_ckpt.plain import bytes_of, size_of
 from vraxion_ckpt.sources import Place
+from vraxion_ckpt.torch_optimizer import unbind
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from vraxion_ckpt import binding, progress, ring
+from vraxion_ckpt import progress, ring
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.changes import (
     ArcChange,
@@ -36,6 +36,7 @@ from vraxion_ckpt.model import Checkpoint, Expert, Head, ParamGroup
 from vraxion_ckpt.plain import size_of
 from vraxion_ckpt.plugins import AdapterLike
 from vraxion_ckpt.reading import PathLike, bound_if_possible, read_unbound
+from vraxion_ckpt.torch_optimizer import unbind
 
 _MOST_ARCS = 4096
 
@@ -283,9 +284,7 @@ def _ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange
 
 def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Count) -> tuple[list[Change], int]:
     if a.optimizer is None or b.optimizer is None:
-        old, new = (
-            binding.unbind(c.optimizer) if c.optimizer else c.unbound.state_dict if c.unbound else None for c in (a, b)
-        )
+        old, new = (unbind(c.optimizer) if c.optimizer else c.unbound.state_dict if c.unbound else None for c in (a, b))
         if old is None or new is None:
             gone = [_removed("optimizer", _in_short(old))] if old is not None else []
             return gone + ([_added("optimizer", _in_short(new))] if new is not None else []), 0

@@ -27,9 +27,9 @@ from vraxion_ckpt import adapter_calls, disk, invariants, signals
 from vraxion_ckpt.adapter import Adapter, Part
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, check_target, exclusive, staged
-from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.compare import without_experts
 from vraxion_ckpt.errors import InconsistentError, UsageError, memory_errors
+from vraxion_ckpt.following import CompanionPolicy
 from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
 from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.manifest import by_name

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vraxion_ckpt.binding import known_shapes, shape_conflicts
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.facts import Number
 from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
 from vraxion_ckpt.plain import named_tensors
 from vraxion_ckpt.ring import Ints
+from vraxion_ckpt.torch_optimizer import known_shapes, shape_conflicts
 
 _PIECE = 2**20
 

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 from vraxion_ckpt import adapter_calls, invariants, placement
 from vraxion_ckpt.adapter import Adapter, Loss
-from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, InvariantError, LossError, UsageError
+from vraxion_ckpt.following import CompanionPolicy
 from vraxion_ckpt.invariants import Preservation
 from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.model import Checkpoint, HeadKind, Record

@@ -195,7 +195,7 @@ class UnboundOptimizer:
     Attributes:
         state_dict: what ``Optimizer.state_dict()`` returned.
         names: every parameter's name in optimizer order, where an earlier conversion recorded it.
-        digest: of the state that the recorded names were for, see `vraxion_ckpt.binding.digest`.
+        digest: of the state that the recorded names were for, see `vraxion_ckpt.torch_optimizer.digest`.
         undecided: those of the recorded names that were not certain, see `Optimizer`.
     """
 
@@ -328,7 +328,7 @@ class Checkpoint:
         plan: a split that was planned and not yet carried out.
         ancestors: for each prefix of tensors that a step has renamed or made of others, of which. The functions of
             `vraxion_ckpt.surgery` fill it in; from it follows what becomes of all else that names the head's tensors
-            (`vraxion_ckpt.placement`, `vraxion_ckpt.companions`). Empty between steps.
+            (`vraxion_ckpt.placement`, `vraxion_ckpt.following`). Empty between steps.
     """
 
     core: dict[str, Tensor]

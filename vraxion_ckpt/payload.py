@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from vraxion_ckpt.binding import bind, digest, names_in_payload, unbind
+from vraxion_ckpt.binding import bind, names_in_payload
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError
 from vraxion_ckpt.head_names import VRAXION
 from vraxion_ckpt.model import (
@@ -34,6 +34,7 @@ from vraxion_ckpt.model import (
     SplitPlan,
     UnboundOptimizer,
 )
+from vraxion_ckpt.torch_optimizer import digest, unbind
 
 OUR_KEY = "vraxion_ckpt"
 _OPTIMIZER_KEYS = ("optim", "optimizer")

@@ -25,7 +25,6 @@ from vraxion_ckpt import adapter_calls, binding, invariants, signals
 from vraxion_ckpt.adapter import Adapter
 from vraxion_ckpt.binding import OptimizerOrder
 from vraxion_ckpt.commit import Staged, exclusive, leftovers, staged
-from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.compare import differences_and_checksums, without_experts
 from vraxion_ckpt.disk import write_new
 from vraxion_ckpt.errors import (
@@ -37,6 +36,7 @@ from vraxion_ckpt.errors import (
     UsageError,
     memory_errors,
 )
+from vraxion_ckpt.following import CompanionPolicy
 from vraxion_ckpt.judging import LossPolicy, apply, chain_policy, check_complete, check_policy, judge
 from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.manifest import by_name, dumps, make

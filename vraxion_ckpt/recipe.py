@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.binding import OptimizerOrder
-from vraxion_ckpt.companions import CompanionPolicy
 from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.facts import Facts
+from vraxion_ckpt.following import CompanionPolicy
 from vraxion_ckpt.judging import LossPolicy
 from vraxion_ckpt.model import Record
 from vraxion_ckpt.options import problems_with

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from vraxion_ckpt.checkpoint_types import wrong_type
-from vraxion_ckpt.companions import CompanionPolicy, follow
 from vraxion_ckpt.errors import PluginError, StorageError
+from vraxion_ckpt.following import CompanionPolicy, follow
 from vraxion_ckpt.invariants import router_owners
 from vraxion_ckpt.lent_tensors import MadeTensors, WriteCounts
 from vraxion_ckpt.model import Checkpoint, Record
