@@ -3,8 +3,8 @@
 torch loads optimizer state by position, so the order in which the trainer will build the optimizer of the changed
 model must be known. The order that is found in a checkpoint shows the rule: the model's order, sorted by name,
 reversed, the head first or last, leaf by leaf. A rule explains an order if it gives the same order again. The result
-is ordered by the same rule. One rule is assumed to hold for all param groups, since groups are made by filtering one
-list; only if none explains all of them, those with parameters of the head are looked at alone.
+is ordered by the same rule. One rule must explain all param groups, since groups are made by filtering one list: an
+order of one group that nothing explains says that the trainer does something unknown.
 """
 
 from __future__ import annotations
@@ -53,18 +53,13 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
 
 
 def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tuple[Rule, ...]:
-    """Return the rules that explain all lists, else those that explain all lists with parameters of the head."""
+    """Return the rules that explain all lists."""
     pairs = list(zip(lists, orders, strict=True))
-    of_head = [(names, order) for names, order in pairs if any(split_name(name, order.names) for name in names)]
-    for those in (pairs, of_head):
-        simple = tuple(rule for rule in _SIMPLE if all(explains(rule, *pair) for pair in those))
-        if simple and those:
-            return simple
-        # An order that a simple rule explains, too, shows nothing about leaves.
-        by_leaf = tuple(rule for rule in _leaf_rules(those) if all(explains(rule, *pair) for pair in those))
-        if by_leaf and those:
-            return by_leaf
-    return ()
+    simple = tuple(rule for rule in _SIMPLE if all(explains(rule, *pair) for pair in pairs))
+    if simple:
+        return simple
+    # An order that a simple rule explains, too, shows nothing about leaves.
+    return tuple(rule for rule in _leaf_rules(pairs) if all(explains(rule, *pair) for pair in pairs))
 
 
 def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]:
