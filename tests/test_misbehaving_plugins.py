@@ -181,6 +181,16 @@ def test_a_write_is_found_wherever_it_is_done(where, kind, source, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.parametrize("kind", ["pt", "modular", "safetensors"])
+def test_a_tensor_that_is_given_the_data_of_another_is_found(kind, source, tmp_path):
+    def body(checkpoint: Checkpoint) -> Checkpoint:
+        checkpoint.head.experts[1]["weight"].data = checkpoint.head.experts[0]["weight"].data
+        return checkpoint
+
+    chain = [transform(body=body)]
+    refused(lambda: vc.convert(source(kind), tmp_path / "o.pt", transforms=chain, losses="ignore"))
+
+
 def test_a_write_beside_a_change_of_another_expert_is_found_in_place(source):
     def body(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint.head.experts[0] = Expert({k: t.clone() for k, t in checkpoint.head.experts[0].items()})

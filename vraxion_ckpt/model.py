@@ -7,6 +7,7 @@ writes into one. A transform works on a `Checkpoint.copy` and replaces entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -30,12 +31,13 @@ class HeadKind(StrEnum):
     EXPERTS = "experts"
 
 
-TensorState = tuple[int, torch.dtype, torch.Size, tuple[int, ...], bool]
+TensorState = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
 def tensor_state(tensor: Tensor) -> TensorState:
-    """Return what changes when a tensor is written into as torch counts it, or gets another dtype or shape in place."""
-    return tensor._version, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
+    """Return what changes when a tensor is written into as torch counts it, or gets other data or another shape."""
+    place = tensor.data_ptr() if tensor.numel() else 0
+    return tensor._version, place, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
 
 
 class Expert(Mapping[str, Tensor]):
@@ -88,6 +90,10 @@ class Expert(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expert:
+        """Return an expert with copies of the tensors, which lie elsewhere; a closed one opens the same file."""
+        return Expert(deepcopy(self._tensors, memo) if self._tensors is not None else self._open or {})
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
