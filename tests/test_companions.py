@@ -119,12 +119,34 @@ def another_part(model: nn.Module) -> dict:
 
 # What stands in the payload, the key that is named, and how the optimizer is built.
 UNKNOWN = {
-    "a list where the optimizer's order is not the model's": ("ema.shadow_params", shadow, by_name),
+    "a list where the optimizer's order is not the model's": ("ema", shadow, by_name),
     "an optimizer keyed by names": ("optim_state", flattened, None),
     "an optimizer under another key": ("second", lambda model: torch.optim.SGD(model.parameters()).state_dict(), None),
     "a list of names": ("frozen", lambda _: ["head.single.weight"], None),
     "an average of another head": ("ema", lambda _: Net(2, layered=False).state_dict(), None),
     "an average with an unknown part": ("ema", another_part, None),
+}
+
+
+def in_groups(model: nn.Module) -> list:
+    named = list(model.named_parameters())
+    return [[p.detach() for _, p in named if p.ndim > 1], [p.detach() for _, p in named if p.ndim < 2]]
+
+
+def nested(model: nn.Module) -> dict:
+    return {"head": {"single": dict(model.head.single.state_dict())}}
+
+
+UNKNOWN |= {
+    "a list with the buffers": ("ema", lambda model: [t.clone() for t in model.state_dict().values()], None),
+    "a dict by number": ("ema", lambda model: {i: p.detach() for i, p in enumerate(model.parameters())}, by_name),
+    "a list of the head's": ("ema", lambda model: [p.detach() for p in model.head.parameters()], None),
+    "pairs": ("ema", lambda model: [(name, p.detach()) for name, p in model.named_parameters()], None),
+    "one vector": ("flat", lambda model: torch.cat([p.detach().reshape(-1) for p in model.parameters()]), None),
+    "names below the head": ("ema", lambda model: dict(model.head.state_dict()), None),
+    "nested names": ("ema", nested, None),
+    "names without dots": ("ema", lambda m: {n.replace(".", ""): t for n, t in m.state_dict().items()}, None),
+    "lists in groups in the payload": ("masters", in_groups, None),
 }
 
 
@@ -202,3 +224,87 @@ def test_an_average_that_has_not_followed_is_a_finding(tmp_path):
     findings = [each for each in vc.check(tmp_path / "stale.pt").findings if each.rule == "companion"]
     assert [each.where for each in findings] == ["ema (module.*)"]
     assert not [each for each in vc.check(tmp_path / "fine.pt").findings if each.rule == "companion"]
+
+
+@pytest.mark.parametrize("spell", [lambda n: "ema." + n.replace(".", ""), lambda n: "ema_" + n])
+def test_a_copy_inside_the_model_that_is_spelt_otherwise_is_refused(spell, tmp_path):
+    model, optimizer, _ = trained(1)
+    copies = {spell(name): tensor.clone() for name, tensor in model.state_dict().items() if "head" in name}
+    payload = payload_of(model, optimizer)
+    payload["model"] = {**model.state_dict(), **copies}
+    with pytest.raises(TransformError) as refusal:
+        converted(payload, SPLIT, tmp_path)
+    assert refusal.value.key.startswith("model")
+    with pytest.warns(vc.CkptWarning, match="left out"):
+        result = converted(payload, SPLIT, tmp_path, companions="drop")
+    assert list(result["model"]) == list(Net(2, layered=False).state_dict())
+
+
+def decayed(model: nn.Module) -> torch.optim.Optimizer:
+    named = list(model.named_parameters())
+    groups = [[p for p in named if p[1].ndim > 1], [p for p in named if p[1].ndim < 2]]
+    return torch.optim.AdamW([{"params": group} for group in groups])
+
+
+def test_master_copies_in_a_list_for_each_group_follow(tmp_path):
+    model, optimizer, _ = trained(2, decayed)
+    saved = {**optimizer.state_dict(), "fp32_from_fp16": in_groups(model)}
+    result = converted({**payload_of(model, optimizer), "optim": saved}, GROW, tmp_path)
+    for group, masters in zip(result["optim"]["param_groups"], result["optim"]["fp32_from_fp16"], strict=True):
+        for name, master in zip(group["param_names"], masters, strict=True):
+            assert torch.equal(master, result["model"][name])
+
+
+class Plain(nn.Module):
+    """A body without biases, and a head whose layers have any leaves."""
+
+    def __init__(self, experts: int, make) -> None:
+        super().__init__()
+        self.register_buffer("router_map", torch.arange(24) % experts)
+        self.a = nn.Linear(4, 4, bias=False)
+        self.b = nn.Linear(4, 4, bias=False)
+        self.head = nn.Module()
+        if experts == 1:
+            self.head.single = make()
+        else:
+            self.head.experts = nn.ModuleList(make() for _ in range(experts))
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_list_in_the_models_order_stays_in_it_whatever_the_optimizers_order(tmp_path):
+    """Ten experts without biases: sorted by name, the eleventh comes second."""
+
+    def make() -> nn.Module:
+        return nn.Linear(4, 4, bias=False)
+
+    model = Plain(10, make)
+    optimizer = stepped(torch.optim.Adam(sorted(model.named_parameters())))
+    payload = payload_of(model, optimizer, ema=[p.detach() * 2 for p in model.parameters()])
+    with pytest.raises(TransformError) as refusal:
+        converted(payload, GROW, tmp_path, optimizer_order="sorted")
+    assert refusal.value.key == "ema"
+
+
+def test_schedulers_get_an_entry_for_each_new_group(tmp_path):
+    def each_alone(model: nn.Module) -> torch.optim.Optimizer:
+        named = enumerate(model.named_parameters())
+        return torch.optim.Adam([{"params": [pair], "lr": 0.1 * (i + 1)} for i, pair in named])
+
+    model, optimizer, _ = trained(1, each_alone)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    result = converted(payload_of(model, optimizer, scheduler=scheduler.state_dict()), SPLIT, tmp_path)
+    new = each_alone(Net(2, layered=False))
+    new.load_state_dict(result["optim"])
+    again = torch.optim.lr_scheduler.StepLR(new, 2)
+    again.load_state_dict(result["scheduler"])
+    again.step()
+    rates = {g["param_names"][0]: rate for g, rate in zip(new.param_groups, again.base_lrs, strict=True)}
+    assert rates["head.experts.0.weight"] == rates["head.experts.1.weight"]
+    assert rates["tail.bias"] == scheduler.base_lrs[-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import DATA, assert_same, load
 from test_incomplete_optimizer import resumed
 from torch import nn
@@ -379,3 +380,120 @@ def test_the_options_are_taken_from_files_on_the_command_line(run_cli, tmp_path)
     assert load(tmp_path / "out.pt")["optim"]["param_groups"][0]["param_names"] == order
     assert run_cli("convert", path, tmp_path / "no.pt", *steps, "--result-order", tmp_path / "nowhere")[0] == 2
     assert run_cli("convert", path, tmp_path / "no.pt", *steps, "--companions", "burn")[0] == 2
+
+
+# --- what could be taken for another order ---
+
+
+def test_what_safetensors_returns_tells_no_order_either(tmp_path):
+    """It sorts by dtype, then by name, so that the whole list is not sorted."""
+    model, optimizer = trained(lambda m: torch.optim.Adam(m.parameters()), 2)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    keys = {"ptr_inertia": 0.1, "ptr_inertia_ema": 0.1, "ptr_inertia_floor": 0.1}  # as VRAXION's own trainer has
+    for number, (more, options) in enumerate([({}, {"optimizer_order": "model"}), (keys, {})]):
+        payload = {"model": load_file(tmp_path / "w.safetensors"), "optim": optimizer.state_dict(), **more}
+        torch.save(payload, tmp_path / f"{number}.pt")
+        chain = ["mitosis_split:parent=1,addresses=[1],noise=0"]
+        with pytest.raises(BindingError):
+            vc.convert(tmp_path / f"{number}.pt", tmp_path / "out.pt", transforms=chain, **options)
+
+
+@pytest.mark.parametrize("order", [sorted, lambda named: named[::-1]])
+def test_a_payloads_names_stay_in_the_optimizers_order(order, tmp_path):
+    def make(model: Net) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for _, p in order(list(model.named_parameters()))])
+
+    model, optimizer = trained(make, 11)
+    names = [name for name, _ in order(list(model.named_parameters()))]
+    path = saved(model, optimizer, tmp_path / "in.pt", param_names=names)
+    chain = ["mitosis_split:parent=2,addresses=[2],noise=0"]
+    vc.convert(path, tmp_path / "out.pt", transforms=chain)
+    listed = load(tmp_path / "out.pt")["param_names"]
+    assert listed == [name for name, _ in order(list(Net(12).named_parameters()))]
+    assert not wrong_moments(make, tmp_path / "out.pt", 12, model, optimizer, lambda n: n.replace("s.11.", "s.2."))
+
+
+def test_leaf_by_leaf_and_the_models_order_look_alike_where_the_body_has_one_leaf_only(tmp_path):
+    names = ["a.weight", "head.single.weight", "head.single.bias"]
+    state = {"router_map": torch.zeros(4, dtype=torch.int64), **{name: torch.randn(4) for name in names}}
+    slots = {i: {"exp_avg": torch.full((4,), float(i))} for i in range(3)}
+    group = {"lr": 0.1, "params": [0, 1, 2], "param_names": names}
+    torch.save({"model": state, "optim": {"state": slots, "param_groups": [group]}}, tmp_path / "in.pt")
+    chain = ["single_to_experts", "mitosis_split:parent=0,addresses=[1],noise=0"]
+    with pytest.raises(BindingError):
+        vc.convert(tmp_path / "in.pt", tmp_path / "out.pt", transforms=chain)
+    vc.convert(tmp_path / "in.pt", tmp_path / "out.pt", transforms=chain, optimizer_order="model")
+
+
+def test_the_groups_of_a_single_heads_leaves_grow_as_those_of_several_experts_do(tmp_path):
+    def make(model: Net) -> torch.optim.Optimizer:
+        named = list(model.named_parameters())
+        head = [pair for pair in named if pair[0].startswith("head.")]
+        body = [pair for pair in named if not pair[0].startswith("head.")]
+        return torch.optim.Adam([{"params": g} for g in (body, *([p for p in head if p[1].ndim == n] for n in (2, 1)))])
+
+    model, optimizer = trained(make)
+    vc.convert(saved(model, optimizer, tmp_path / "in.pt"), tmp_path / "out.pt", transforms=SPLIT)
+    assert not wrong_moments(make, tmp_path / "out.pt", 2, model, optimizer, of_single)
+
+
+def test_rows_and_columns_as_other_adafactors_keep_them_are_carried(tmp_path):
+    names = ["a.weight", "a.bias", "head.single.weight", "head.single.bias"]
+    state = {n: torch.randn(4, 4) if n.endswith("weight") else torch.randn(4) for n in names}
+    slots = {
+        i: {"exp_avg_sq_row": torch.randn(4), "exp_avg_sq_col": torch.randn(4)}
+        if i % 2 == 0
+        else {"exp_avg_sq": torch.ones(4)}
+        for i in range(4)
+    }
+    group = {"lr": 0.1, "params": list(range(4)), "param_names": names}
+    payload = {"model": {"router_map": torch.zeros(16, dtype=torch.int64), **state}}
+    payload["optim"] = {"state": slots, "param_groups": [group]}
+    torch.save(payload, tmp_path / "in.pt")
+    vc.convert(tmp_path / "in.pt", tmp_path / "out.pt", transforms=SPLIT)
+    result = load(tmp_path / "out.pt")["optim"]
+    assert_same(result["state"][4], slots[2])
+
+
+def test_an_optimizer_without_any_state_needs_no_names(tmp_path):
+    model = Net(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = saved(model, optimizer, tmp_path / "in.pt")
+    vc.convert(path, tmp_path / "out.pt", transforms=["mitosis_split:parent=0,addresses=[0],noise=0"])
+    torch.optim.SGD(Net(3).parameters()).load_state_dict(load(tmp_path / "out.pt")["optim"])
+
+
+def test_one_group_for_each_of_many_parameters_is_bound_by_a_stated_order(tmp_path):
+    def make(model: Net) -> torch.optim.Optimizer:
+        return torch.optim.Adam([{"params": [p]} for p in model.parameters()])
+
+    model, optimizer = trained(make, 10)
+    path = saved(model, optimizer, tmp_path / "in.pt")
+    chain = ["mitosis_split:parent=2,addresses=[2],noise=0"]
+    vc.convert(path, tmp_path / "out.pt", transforms=chain, optimizer_order="model")
+    assert not wrong_moments(make, tmp_path / "out.pt", 11, model, optimizer, lambda n: n.replace("s.10.", "s.2."))
+
+
+def test_a_state_for_all_parameters_together_is_carried_and_not_cut(tmp_path):
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 8), torch.arange(4)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    path = saved(model, optimizer, tmp_path / "in.pt")
+    vc.convert(path, tmp_path / "same.pt")
+    assert_same(load(tmp_path / "same.pt")["optim"], optimizer.state_dict())
+    with pytest.raises(vc.CkptError):
+        vc.convert(path, tmp_path / "out.pt", transforms=SPLIT, optimizer_order="model")
+
+
+@pytest.mark.parametrize("names", ["a.weight", 5, [1], {"a.weight"}])
+def test_what_is_no_list_of_names_is_a_usage_error(names, tmp_path):
+    for option in ("param_names", "result_order"):
+        with pytest.raises(UsageError):
+            vc.convert(DATA / "wallclock_experts3.pt", tmp_path / "out.pt", **{option: names})

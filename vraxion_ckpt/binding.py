@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vraxion_ckpt.assignment import WAYS_OUT, Assignment, Candidates, Shape, by_shape, in_order
+from vraxion_ckpt.assignment import WAYS_OUT, Assignment, Candidates, GroupShapes, Shape, by_shape, in_order
 from vraxion_ckpt.buffers import torch_buffers
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.model import Checkpoint, Head, Optimizer
@@ -168,13 +168,16 @@ class _Binder:
 
     def _infer(self, candidates: Candidates, how: str) -> Optimizer:
         """Bind by what is known of the order, else by what shapes alone decide."""
+        if not self.raw.state and len(self.raw.groups) == 1 and len(self.raw.ids) == len(candidates):
+            bound = self.raw.named([name for name, _ in candidates], f"{how}: it has no state")
+            return replace(bound, rules=(Rule(OrderKind.MODEL),))  # without state, no order is wrong
         stated, why = self._known_order()
         groups = self.raw.shaped_groups()
         order, _ = model_order(self.checkpoint)
         if stated is not None:
             rule = Rule(stated)
             names = self._arranged(rule, candidates, order)
-            found = in_order(groups, names)
+            found = in_order(_joined(groups), names)
             bound = self.raw.named(found.names, f"{how}: {rule} order, {why}{_in_words(found)}")
             return replace(bound, undecided=found.undecided, rules=(rule,))
         undecided = by_shape(groups, candidates).undecided
@@ -217,10 +220,18 @@ class _Binder:
         found = {}
         for kind in _USUAL if order is not None else ():
             try:
-                found[kind] = in_order(self.raw.shaped_groups(), self._arranged(Rule(kind), candidates, order))
+                groups = _joined(self.raw.shaped_groups())
+                found[kind] = in_order(groups, self._arranged(Rule(kind), candidates, order))
             except BindingError:
                 continue
         return found
+
+
+def _joined(groups: GroupShapes) -> GroupShapes:
+    """Return the groups; where each has one parameter, all of them as one list, since they were made in one order."""
+    if all(len(group) == 1 for group in groups):
+        return [[pair for group in groups for pair in group]]
+    return groups
 
 
 def _all_same(found: Mapping[OrderKind, Assignment]) -> bool:

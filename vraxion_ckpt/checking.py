@@ -173,10 +173,7 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _about_memory(checkpoint)
     for line in invariants.findings(checkpoint):
         yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
-    for name in placement.lacking(checkpoint):
-        what = "the optimizer does not list this parameter, although it lists those of other experts"
-        hint = "convert --optimizer complete adds it, without state; if the expert is frozen, nothing is wrong"
-        yield Finding(severity=Severity.WARNING, rule="trained alike", what=what, where=name, hint=hint)
+    yield from _about_lacking(checkpoint)
     yield from _about_order(checkpoint)
     for companion in companions.misfits(checkpoint):
         what = f"{companion.problem}: it has not followed a change of the head"
@@ -197,6 +194,19 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _about_rows(checkpoint)
     yield from _about_plan(checkpoint)
     yield from about_optimizer(checkpoint)
+
+
+def _about_lacking(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Name parameters of experts that the optimizer lacks, or how many, where it is not known which."""
+    lacking = list(placement.lacking(checkpoint))
+    hint = "convert --optimizer complete adds what is lacking, without state; if the expert is frozen, nothing is wrong"
+    what = "the optimizer does not list this parameter, although it lists those of other experts"
+    if lacking and placement.is_undecided_in_head(checkpoint):
+        what = f"the optimizer lacks {len(lacking)} parameters of experts; it cannot be told which"
+        lacking = ["optimizer"]
+        hint = f"give the names of those that it has: --param-names FILE; {hint}"
+    for name in lacking:
+        yield Finding(severity=Severity.WARNING, rule="trained alike", what=what, where=name, hint=hint)
 
 
 def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -9,8 +9,10 @@ or removes experts, these must follow (`vraxion_ckpt.following`). Here they are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,6 +22,7 @@ from vraxion_ckpt.head_names import split_name
 from vraxion_ckpt.model import Checkpoint, Head
 from vraxion_ckpt.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.parameter_order import model_order
+from vraxion_ckpt.plain import named_tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Companion:
     Attributes:
         place: the keys that lead to it, beginning with ``payload``, ``model`` or ``optimizer``.
         kind: ``names`` for a dict with the model's names under `prefix`; ``list`` for a list with one tensor for each
-            parameter; ``optimizer`` for an optimizer's state under a key of its own; ``texts`` for a list of names.
+            parameter, perhaps in one list for each param group; ``unknown`` for what cannot follow.
         prefix: what stands before the model's names.
         problem: why it cannot follow, or empty.
         fits: whether it fits the head as that is now.
@@ -37,7 +40,7 @@ class Companion:
     """
 
     place: tuple[str | int, ...]
-    kind: Literal["names", "list", "optimizer", "texts"]
+    kind: Literal["names", "list", "unknown"]
     prefix: str = ""
     problem: str = ""
     fits: bool = True
@@ -49,16 +52,22 @@ class Companion:
 
 
 def find(checkpoint: Checkpoint) -> list[Companion]:
-    """Return everything in payload, optimizer and state dict that names the head's tensors, or lists parameters."""
+    """Return everything in payload, optimizer and state dict that names the head's tensors, or lists parameters.
+
+    What holds tensors with the shapes of the whole head, under whatever names or none, is taken for a copy of it that
+    cannot follow. Opens the experts if there are tensors to compare with theirs.
+    """
     if checkpoint.head is None:
         return []
     finder = _Finder(checkpoint)
-    found = list(finder.inside(checkpoint.payload, ("payload",)))
-    if checkpoint.optimizer is not None:
-        found += finder.inside(checkpoint.optimizer.extra, ("optimizer",))
+    found = []
+    for key, value in checkpoint.payload.items():
+        found += finder.entry(value, ("payload", key))
+    for key, value in (checkpoint.optimizer.extra if checkpoint.optimizer else {}).items():
+        found += finder.entry(value, ("optimizer", key))
     prefixes = finder.prefixes(checkpoint.core)
     found += [finder.of_names(checkpoint.core, ("model",), prefix) for prefix in prefixes]
-    return found
+    return found + list(finder.respelt(checkpoint.core, prefixes))
 
 
 def misfits(checkpoint: Checkpoint) -> Iterator[Companion]:
@@ -81,24 +90,74 @@ class _Finder:
         self._pattern = re.compile(rf"(.*?)(?:^|(?<=\.))({heads})(.+)", re.DOTALL)
         self._tensors = checkpoint.open_tensors()
 
-    def inside(self, value: Any, place: tuple[str | int, ...]) -> Iterator[Companion]:
-        """Yield what is found inside a plain value."""
+    def entry(self, value: Any, place: tuple[str | int, ...]) -> list[Companion]:
+        """Return what is found in one entry of the payload or the optimizer."""
+        found = list(self._inside(value, place))
+        known = {id(t) for each in found for _, t in named_tensors(_at(value, each.place[len(place) :]))}
+        rest = [t for _, t in named_tensors({"": value}) if t.is_floating_point() and id(t) not in known]
+        if rest and (self._holds_head(rest) or any(self._is_flat(tensor) for tensor in rest)):
+            problem = "holds tensors like those of the whole head, and it is not known which is which"
+            found.append(Companion(place, "unknown", problem=problem))
+        return found
+
+    def _inside(self, value: Any, place: tuple[str | int, ...]) -> Iterator[Companion]:
         if isinstance(value, dict):
             if {"state", "param_groups"} <= value.keys():
-                yield Companion(place, "optimizer", problem="is an optimizer's state under a key of its own")
+                yield Companion(place, "unknown", problem="is an optimizer's state under a key of its own")
                 return
             prefixes = self.prefixes(value)
             yield from (self.of_names(value, place, prefix) for prefix in prefixes)
             for key, entry in value.items():
-                if not prefixes or not isinstance(entry, Tensor):
-                    yield from self.inside(entry, (*place, key))
+                if not isinstance(entry, Tensor):
+                    yield from self._inside(entry, (*place, key))
         elif isinstance(value, list | tuple):
             if (found := self._of_list(value, place)) is not None:
                 yield found
                 return
             for i, entry in enumerate(value):
                 if isinstance(entry, dict | list | tuple):
-                    yield from self.inside(entry, (*place, i))
+                    yield from self._inside(entry, (*place, i))
+
+    def _holds_head(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether there is a tensor of the shape of each tensor of the head."""
+        return self._head_shapes <= Counter(tuple(tensor.shape) for tensor in tensors)
+
+    def _is_flat(self, tensor: Tensor) -> bool:
+        """Tell whether a vector has as many elements as the head's parameters, or all, have together."""
+        return tensor.ndim == 1 and tensor.numel() in self._totals
+
+    @cached_property
+    def _head_shapes(self) -> Counter[tuple[int, ...]]:
+        self.checkpoint.open_experts()
+        experts = self.head.experts.values()
+        return Counter(tuple(t.shape) for e in experts for t in e.values() if t.is_floating_point())
+
+    @cached_property
+    def _totals(self) -> set[int]:
+        self.checkpoint.open_experts()
+        tensors = self.checkpoint.open_tensors()
+        params = self.checkpoint.optimizer.params if self.checkpoint.optimizer else ()
+        lists = [
+            [name for name in tensors if split_name(name, self.head.names)],
+            [name for name, tensor in tensors.items() if tensor.is_floating_point()],
+            [name for name in params if name in tensors],
+        ]
+        return {sum(tensors[name].numel() for name in names) for names in lists if len(names) > 1}
+
+    def respelt(self, entries: Mapping[str, Any], known: Sequence[str]) -> Iterator[Companion]:
+        """Yield copies inside the state dict whose names are the head's spelt in another way, without its dots."""
+        names = self.head.names
+        parts = {_letters(names.single), _letters(names.experts)}
+        found: dict[str, str] = {}
+        for name in entries:
+            if not any(part in _letters(name) for part in parts) or any(name.startswith(p) and p for p in known):
+                continue
+            for mine in (mine for mine in self._tensors if split_name(mine, names)):
+                if name != mine and _letters(name).endswith(_letters(mine)):
+                    found.setdefault(name[: _start_of(_letters(mine), name)], name)
+        for prefix, name in found.items():
+            problem = f"has {name}, which looks like a copy of a tensor of the head under another name"
+            yield Companion(("model",), "unknown", prefix, problem)
 
     def prefixes(self, entries: Mapping[Any, Any]) -> list[str]:
         """Return every prefix under which a dict names tensors of the head."""
@@ -125,7 +184,7 @@ class _Finder:
             for leaf in leaves
             if prefix_of + leaf not in in_head and self._is_of_head(prefix_of + leaf)
         ]
-        if place == ("model",) and not self._is_whole_copy(named):
+        if place == ("model",) and not self._is_whole_copy(named, prefix):
             return Companion(place, "names", prefix, "names a head like the model's, but is no copy of all parameters")
         flattened = [name for name in strange if any(name.startswith(f"{known}.") for known in self._tensors)]
         if flattened:
@@ -145,10 +204,11 @@ class _Finder:
         found = split_name(name, self.head.names)
         return self.head.is_not_at_hand(name) and found is not None
 
-    def _is_whole_copy(self, named: set[str]) -> bool:
+    def _is_whole_copy(self, named: set[str], prefix: str) -> bool:
         """Tell whether there is an entry for every parameter, as far as it is known which these are."""
         optimizer = self.checkpoint.optimizer
         names = self.checkpoint.param_names or (tuple(optimizer.params) if optimizer else ())
+        names = tuple(name for name in names if not name.startswith(prefix))
         if not names:
             first = {name.partition(".")[0] for name in named}
             names = tuple(
@@ -174,35 +234,47 @@ class _Finder:
 
     def _of_list(self, value: list[Any] | tuple[Any, ...], place: tuple[str | int, ...]) -> Companion | None:
         """Judge a list that may have one entry for each parameter."""
-        optimizer = self.checkpoint.optimizer
         if value and all(isinstance(entry, str) for entry in value):
             if any(entry in self._tensors and split_name(entry, self.head.names) for entry in value):
-                return Companion(place, "texts", problem="lists names of the head's tensors")
+                return Companion(place, "unknown", problem="lists names of the head's tensors")
             return None
-        if len(value) < 2 or not all(isinstance(entry, Tensor) for entry in value):
+        optimizer = self.checkpoint.optimizer
+        if optimizer is None or optimizer.undecided:
             return None
-        shapes = [tuple(entry.shape) for entry in value]
-        if optimizer is None:
-            problem = "may list one tensor for each parameter, and without an optimizer it is not known which"
-            names = [n for n in self.checkpoint.param_names or () if n in self._tensors]
-            alike = shapes == [tuple(self._tensors[name].shape) for name in names]
-            return Companion(place, "list", problem=problem) if alike else None
-        known = [tuple(self._tensors[name].shape) if name in self._tensors else None for name in optimizer.params]
-        if len(shapes) != len(known):
-            return None
-        fits = all(b is None or a == b for a, b in zip(shapes, known, strict=True))
         if place[0] == "optimizer":
-            problem = "" if fits else "lists as many tensors as there are parameters, of other shapes"
-            return Companion(place, "list", problem=problem)
-        if sorted(shapes) != sorted(shape if shape is not None else () for shape in known) and not fits:
-            return None
-        problem = ""
-        if not fits or optimizer.undecided or not self._optimizer_is_in_models_order():
-            problem = "lists one tensor for each parameter, and it is not known which is whose"
-        return Companion(place, "list", problem=problem)
+            sizes = [len(group.params) for group in optimizer.groups]
+            in_groups = [len(each) if isinstance(each, list | tuple) else -1 for each in value] == sizes
+            flat = [entry for each in value for entry in each] if in_groups else value
+            return Companion(place, "list") if self._fits_parameters(flat, optimizer.params) else None
+        if self._fits_parameters(value, optimizer.params) and self._optimizer_is_in_models_order():
+            return Companion(place, "list")
+        return None
+
+    def _fits_parameters(self, value: Sequence[Any], names: Sequence[str]) -> bool:
+        """Tell whether a list has a tensor of the shape of each parameter, in the order of the names."""
+        return len(value) == len(names) > 1 and all(
+            isinstance(entry, Tensor) and (name not in self._tensors or entry.shape == self._tensors[name].shape)
+            for entry, name in zip(value, names, strict=True)
+        )
 
     def _optimizer_is_in_models_order(self) -> bool:
         """Tell whether the optimizer's order is the model's: then a list in either order is in both."""
         order, _ = model_order(self.checkpoint)
         params = self.checkpoint.optimizer.params if self.checkpoint.optimizer else []
         return order is not None and explains(Rule(OrderKind.MODEL), params, order)
+
+
+def _at(root: Any, keys: Sequence[str | int]) -> Any:
+    """Return what the keys of a companion found inside `root` lead to."""
+    for key in keys:
+        root = root[key]
+    return {"": root}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^0-9a-zA-Z]", "", name)
+
+
+def _start_of(letters: str, name: str) -> int:
+    """Return where in a name the part begins that has these letters, its last ones."""
+    return next(i for i in range(len(name), -1, -1) if _letters(name[i:]) == letters)

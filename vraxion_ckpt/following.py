@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +20,9 @@ from vraxion_ckpt.companions import Companion, find, prefixes_of
 from vraxion_ckpt.compare import same_bits
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.head_names import split_name
-from vraxion_ckpt.model import Ancestor, Checkpoint, Head
+from vraxion_ckpt.model import Ancestor, Checkpoint, Head, Optimizer
+from vraxion_ckpt.order_rules import OrderKind, Rule, explains
+from vraxion_ckpt.parameter_order import order_of
 from vraxion_ckpt.surgery import copy_of, is_master_copy
 
 CompanionPolicy = Literal["grow", "keep", "drop"]
@@ -42,6 +44,7 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
     Raises:
         TransformError: one of them cannot follow.
     """
+    after = _with_schedules(before, after)
     if before.head is None or after.head is None or not _head_has_changed(before, after):
         return after
     router_only = not _names_have_changed(before, after)
@@ -59,8 +62,6 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
     for each in found:
         if each.problem:
             raise TransformError(f"{each.problem}, so it cannot follow the head", key=str(each), hint=_WAYS_OUT)
-        if each.kind == "list" and each.place[0] == "payload":
-            _warn(f"{each}: taken to have one tensor for each parameter, in the order of the model; changed like it")
     return _Follower(before, after).changed(found, router_only=router_only)
 
 
@@ -98,6 +99,40 @@ def _refuse_unknown_origin(before: Checkpoint, after: Checkpoint, companion: Com
         )
 
 
+# What torch's learning-rate schedulers keep for each param group.
+_PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas", "base_momentums", "max_momentums")
+
+
+def _with_schedules(before: Checkpoint, after: Checkpoint) -> Checkpoint:
+    """Give the learning-rate schedulers in the payload an entry for each param group, where groups have changed."""
+    old, new = before.optimizer, after.optimizer
+    if old is None or new is None or len(old.groups) == len(new.groups):
+        return after
+    group_of = {name: number for number, group in enumerate(old.groups) for name in group.params}
+    sources = [group_of.get(after.former_name(group.params[0])) if group.params else None for group in new.groups]
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            result = copy.copy(value)
+            is_schedule = "base_lrs" in value or "_last_lr" in value
+            for key, entry in value.items():
+                is_list = is_schedule and key in _PER_GROUP and isinstance(entry, list | tuple)
+                if is_list and len(entry) == len(old.groups) and None not in sources:
+                    result[key] = type(entry)([copy.deepcopy(entry[number]) for number in sources])
+                elif is_list and len(entry) == len(old.groups):
+                    message = "has an entry for each param group, and it is not known from which the new ones come"
+                    raise TransformError(message, key=f"{key}", hint=_WAYS_OUT)
+                else:
+                    result[key] = changed(entry)
+            return result
+        if isinstance(value, list | tuple) and any(isinstance(entry, dict | list | tuple) for entry in value):
+            return type(value)([changed(entry) for entry in value])
+        return value
+
+    after.payload = {key: changed(value) for key, value in after.payload.items()}
+    return after
+
+
 @dataclass(frozen=True)
 class _Follower:
     """Changes what belongs to a head as a step has changed the head."""
@@ -108,7 +143,8 @@ class _Follower:
     def changed(self, found: list[Companion], *, router_only: bool) -> Checkpoint:
         for each in found:
             if each.kind == "list":
-                self._put(each, self._list)
+                in_order = self._list if each.place[0] == "optimizer" else partial(self._list_in_models_order, each)
+                self._put(each, in_order)
             elif each.kind == "names" and router_only:
                 self._put(each, partial(self._with_router, each.prefix))
             elif each.kind == "names":
@@ -231,11 +267,30 @@ class _Follower:
         expert = head.experts.get(found[0]) if head and found else None
         return expert.get(leaf) if expert is not None else None
 
+    def _list_in_models_order(self, companion: Companion, value: Any) -> Any:
+        """Change a list in the payload; it must be in the model's order, whether or not it follows the optimizer's."""
+        new = self.after.optimizer
+        if new is not None and not explains(Rule(OrderKind.MODEL), new.params, order_of(self.after)):
+            raise TransformError(
+                "lists one tensor for each parameter, and whether in the order of the model or of the optimizer is not "
+                "known",
+                key=str(companion),
+                hint=_WAYS_OUT,
+            )
+        _warn(f"{companion}: taken to have one tensor for each parameter, in the model's order; changed like it")
+        return self._list(value)
+
     def _list(self, value: Any) -> Any:
-        """Order a list with one entry for each parameter as the optimizer is ordered now."""
+        """Order a list with one entry for each parameter, perhaps in groups, as the optimizer is ordered now."""
         old, new = self.before.optimizer, self.after.optimizer
         if old is None or new is None:
             return value
+        if isinstance(value[0], Tensor):
+            return type(value)(self._arranged(value, old, new))
+        flat = iter(self._arranged([entry for each in value for entry in each], old, new))
+        return type(value)([[next(flat) for _ in group.params] for group in new.groups])
+
+    def _arranged(self, value: Sequence[Tensor], old: Optimizer, new: Optimizer) -> list[Any]:
         entries = dict(zip(old.params, value, strict=True))
         result, used = [], set()
         for name in new.params:
@@ -252,7 +307,7 @@ class _Follower:
                 entry = self._value(entry, source, prefix, found[1] if found else "")
             used.add(former)
             result.append(entry)
-        return type(value)(result)
+        return result
 
 
 _MISSING = object()

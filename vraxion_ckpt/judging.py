@@ -17,7 +17,7 @@ from vraxion_ckpt.invariants import Preservation
 from vraxion_ckpt.lent_tensors import SourceTensors
 from vraxion_ckpt.model import Checkpoint, HeadKind, Record
 from vraxion_ckpt.plugin_calls import defect, observed
-from vraxion_ckpt.reading import OptimizerPolicy, refuse
+from vraxion_ckpt.reading import OptimizerPolicy, check_names, refuse
 from vraxion_ckpt.summary import Outcome
 from vraxion_ckpt.targets import check_side_files
 from vraxion_ckpt.transform import FOLLOW, ChainPolicy, Step, apply_chain, function_noise, wrote_into
@@ -35,6 +35,7 @@ def chain_policy(companions: CompanionPolicy, result_order: Sequence[str] | None
     """Return what the user says about all that follows a chain; refuse what there is not."""
     if companions not in get_args(CompanionPolicy):
         raise UsageError(f"companions={companions!r}: none of {', '.join(get_args(CompanionPolicy))}")
+    check_names(result_order, "result_order")
     return ChainPolicy(companions, result_order)
 
 
@@ -105,10 +106,10 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
     """Hold the chain to what must be true after it."""
-    refuse(InvariantError, invariants.findings(after), after.origin.path)
-    refuse(InvariantError, invariants.sharing_findings(before, after), after.origin.path)
+    refuse(InvariantError, map(_of_result, invariants.findings(after)), None)
+    refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
     if not any(placement.lacking(before)):
-        refuse(InvariantError, map(_untrained, placement.lacking(after)), after.origin.path)
+        refuse(InvariantError, map(_of_result, map(_untrained, placement.lacking(after))), None)
     noises = [function_noise(step) for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
@@ -122,6 +123,10 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     return preservation
 
 
+def _of_result(finding: str) -> str:
+    return f"the result of the chain is not sound: {finding}"
+
+
 def _untrained(name: str) -> str:
     return f"the optimizer trains the same leaf of other experts, but not {name}"
 
@@ -133,6 +138,15 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
         BindingError: naming the first parameter.
     """
     lacking = list(placement.lacking(checkpoint)) if policy == "keep" else []
+    if lacking and placement.is_undecided_in_head(checkpoint):
+        raise BindingError(
+            f"the optimizer lacks {len(lacking)} parameters of experts, and it cannot be told which: no trainer that "
+            "trains all experts can load it",
+            path=checkpoint.origin.path,
+            key="optimizer",
+            hint="give the names of those that it has (--param-names FILE) and add the others, without state "
+            "(--optimizer complete), or, if an expert is frozen, carry it as it is (--optimizer partial)",
+        )
     if lacking:
         more = f" ({len(lacking)} in all)" if lacking[1:] else ""
         raise BindingError(

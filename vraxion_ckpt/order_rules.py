@@ -154,4 +154,5 @@ def _layer(name: str, names: HeadNames) -> str:
 
 # What belongs together where parameters are ordered leaf by leaf: of the whole model, what is called alike (all
 # weights, then all biases); of the experts, the same leaf, or the same layer, and everything outside the head.
-CLASSES: Mapping[str, Callable[[str, HeadNames], str]] = {"last part": _last_part, "leaf": _leaf, "layer": _layer}
+OF_WHOLE_MODEL = "last part"
+CLASSES: Mapping[str, Callable[[str, HeadNames], str]] = {OF_WHOLE_MODEL: _last_part, "leaf": _leaf, "layer": _layer}

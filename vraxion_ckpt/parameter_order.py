@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from vraxion_ckpt.head_names import VRAXION, HeadNames, split_name
 from vraxion_ckpt.model import Checkpoint, Optimizer, ParamGroup
-from vraxion_ckpt.order_rules import CLASSES, ModelOrder, OrderKind, Rule, explains
+from vraxion_ckpt.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.trainers import known_trainer
 
 _SIMPLE = tuple(Rule(kind) for kind in OrderKind if kind is not OrderKind.LEAF_BY_LEAF)
@@ -56,10 +58,12 @@ def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tupl
     """Return the rules that explain all lists."""
     pairs = list(zip(lists, orders, strict=True))
     simple = tuple(rule for rule in _SIMPLE if all(explains(rule, *pair) for pair in pairs))
-    if simple:
-        return simple
-    # An order that a simple rule explains, too, shows nothing about leaves.
-    return tuple(rule for rule in _leaf_rules(pairs) if all(explains(rule, *pair) for pair in pairs))
+    by_leaf = tuple(rule for rule in _leaf_rules(pairs) if all(explains(rule, *pair) for pair in pairs))
+    if not simple:
+        return by_leaf
+    # Leaf by leaf over the whole model shows in the layers outside the head, if they have several leaves. Leaf by leaf
+    # within the head alone does not show as long as there is one expert: a simple rule is taken then.
+    return simple + tuple(rule for rule in by_leaf if rule.classes is not None and rule.classes[0] == OF_WHOLE_MODEL)
 
 
 def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]:
@@ -91,7 +95,7 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
     head = checkpoint.head
     if head is not None:
         names[head.position : head.position] = list(_names_of_head(checkpoint))
-    stand_sorted = len(names) > 1 and names == sorted(names)
+    stand_sorted = _stand_sorted(names, checkpoint.open_tensors())
     metadata = checkpoint.metadata
     if metadata and _is_in_order_of(metadata, checkpoint):
         alone = len({name.rpartition(".")[0] for name in names}) == len(names)
@@ -100,6 +104,15 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
     if stand_sorted:
         return None, False
     return order_of(checkpoint), known_trainer(checkpoint) is not None
+
+
+def _stand_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether names are sorted, at least among the tensors of each dtype: safetensors sorts by dtype first."""
+    by_dtype: dict[Any, list[str]] = {}
+    for name in names:
+        tensor = tensors.get(name)
+        by_dtype.setdefault(tensor.dtype if tensor is not None else None, []).append(name)
+    return len(names) > 1 and all(listed == sorted(listed) for listed in by_dtype.values())
 
 
 def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
@@ -165,17 +178,17 @@ def _may_be_a_models(listed: Sequence[str], names: HeadNames) -> bool:
 def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
     """Tell whether a new expert gets param groups of its own, because every expert has its own.
 
-    That is so if every parameter of the head stands alone in its group, or if there are several experts and no
-    group that holds one's parameters holds anything else.
+    That is so if every parameter has a group of its own, or if there are several experts and no group that holds one's
+    parameters holds anything else. One expert whose parameters stand alone, beside larger groups, proves nothing: its
+    groups may be those of the head's weights and of its biases.
     """
     names = checkpoint.head.names if checkpoint.head else VRAXION
     of_head = [group.params for group in optimizer.groups if any(split_name(name, names) for name in group.params)]
     if not of_head:
         return False
     owners = [{found[0] if (found := split_name(name, names)) else None for name in params} for params in of_head]
-    return all(len(params) == 1 for params in of_head) or (
-        all(len(each) == 1 and None not in each for each in owners) and len(set().union(*owners)) > 1
-    )
+    alone = len(optimizer.groups) > 1 and all(len(group.params) <= 1 for group in optimizer.groups)
+    return alone or (all(len(each) == 1 and None not in each for each in owners) and len(set().union(*owners)) > 1)
 
 
 def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | None:

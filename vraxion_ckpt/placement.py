@@ -48,11 +48,20 @@ def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
                 key="optimizer",
                 hint=RESULT_ORDER,
             )
-    after.optimizer = _with_groups(replace(new, rules=rules), first)
+    return _placed(before, after, first, rules)
+
+
+def _placed(before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], rules: tuple[Rule, ...]) -> Checkpoint:
+    """Return `after` with these groups; a payload's list of names that was in the optimizer's order stays so."""
+    assert before.optimizer is not None
+    assert after.optimizer is not None
+    after.optimizer = _with_groups(replace(after.optimizer, rules=rules), groups)
+    if before.param_names == tuple(before.optimizer.params):
+        after.param_names = tuple(after.optimizer.params)
     return after
 
 
-def place_as_listed(after: Checkpoint, names: Sequence[str]) -> Checkpoint:
+def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str]) -> Checkpoint:
     """Return `after` with its optimizer's parameters in the order that the user gives.
 
     Raises:
@@ -73,12 +82,11 @@ def place_as_listed(after: Checkpoint, names: Sequence[str]) -> Checkpoint:
     groups = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in optimizer.groups]
     if owns_groups(optimizer, after):
         groups.sort(key=lambda group: places[group.params[0]] if group.params else -1)
-    after.optimizer = _with_groups(optimizer, groups)
-    if after.optimizer.params != list(names):
+    if [name for group in groups for name in group.params] != list(names):
         raise BindingError(
             "--result-order lists the parameters of one group with others between them", hint="list group after group"
         )
-    return after
+    return _placed(before, after, groups, ())
 
 
 def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
@@ -224,6 +232,13 @@ def lacking(checkpoint: Checkpoint) -> Iterator[str]:
                 yield head.prefix(i) + leaf
 
 
+def is_undecided_in_head(checkpoint: Checkpoint) -> bool:
+    """Tell whether it is not known of some parameter of the head which optimizer state is its own."""
+    head, optimizer = checkpoint.head, checkpoint.optimizer
+    undecided = optimizer.undecided if optimizer else ()
+    return head is not None and any(split_name(name, head.names) for name in undecided)
+
+
 def completed(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose optimizer lists the parameters that it lacks, without state, where they belong.
 
@@ -236,14 +251,12 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
     head, optimizer = checkpoint.head, checkpoint.optimizer
     if head is None or optimizer is None or not missing:
         return checkpoint
-    for name in optimizer.undecided:
-        if split_name(name, head.names):
-            raise BindingError(
-                f"the optimizer has {len(missing)} parameters of experts less than the model, and it cannot be told "
-                "which of them",
-                key=name,
-                hint=RESULT_WAYS_OUT,
-            )
+    if is_undecided_in_head(checkpoint):
+        raise BindingError(
+            f"the optimizer lacks {len(missing)} parameters of experts, and it cannot be told which",
+            key="optimizer",
+            hint="give the names of those that it has, in its order, one a line: --param-names FILE",
+        )
     new = optimizer.copy()
     own = owns_groups(optimizer, checkpoint)
     group_of = {name: group for group in new.groups for name in group.params}
@@ -264,4 +277,8 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
         run = run_of_groups(optimizer, checkpoint)
         at = run[1] if run else len(new.groups)
         new.groups[at:at] = added.values()
-    return place(checkpoint, replace(checkpoint, optimizer=new))
+    whole = place(checkpoint, replace(checkpoint, optimizer=new))
+    if whole.param_names is not None and not set(missing) <= set(whole.param_names):
+        order = order_of(checkpoint)
+        whole.param_names = tuple(sorted({*whole.param_names, *missing}, key=order.rank))
+    return whole

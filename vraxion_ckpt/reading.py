@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from vraxion_ckpt import adapter_calls, binding, invariants, placement
 from vraxion_ckpt.adapter import Adapter
@@ -67,6 +67,7 @@ def read(
         raise UsageError(f"optimizer={optimizer!r}: none of {', '.join(get_args(OptimizerPolicy))}")
     if optimizer_order not in (None, *get_args(OptimizerOrder)):
         raise UsageError(f"optimizer_order={optimizer_order!r}: none of {', '.join(get_args(OptimizerOrder))}")
+    check_names(param_names, "param_names")
     if optimizer == "drop" and (param_names is not None or optimizer_order is not None):
         raise UsageError("names or an order are given for an optimizer that is to be dropped")
     checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
@@ -84,6 +85,15 @@ def read(
 
 
 @memory_errors()
+def check_names(names: Any, what: str) -> None:
+    """Refuse what is no list of names; a text would be taken letter by letter."""
+    if names is None:
+        return
+    listed = isinstance(names, Sequence) and not isinstance(names, str | bytes)
+    if not listed or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{what} must be a list of names, not {names!r:.60}")
+
+
 def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
     place = Path(path)

@@ -122,8 +122,10 @@ def optimizer_in_words(before: Checkpoint, after: Checkpoint, held: Checkpoint, 
         return "left behind: the target does not hold it"
     if after.optimizer is not None:
         number = len(after.optimizer.params)
-        rules = {str(rule): None for rule in after.optimizer.rules or ()}
-        placed = f", placed in the order '{next(iter(rules))}'" if rules and after is not before else ""
+        placed = ""
+        rules = after.optimizer.rules
+        if rules is not None and before.optimizer is not None and after.optimizer.params != before.optimizer.params:
+            placed = f", placed in the order '{rules[0]}'" if rules else ", placed as listed by --result-order"
         return f"carried: {number} parameters, bound by {after.optimizer.bound_by}{placed}"
     if dropped:
         return "dropped, as asked; build a new one when you resume"

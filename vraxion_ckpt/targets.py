@@ -183,7 +183,8 @@ def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict
     for read in files_read(chain, side_files) | more:
         for place in places:
             if read == place or place in read.parents:
-                raise UsageError("is, or holds, a file that this run reads", path=place, hint="choose a new name")
+                hint = "choose a new name, or move what is read to a place outside it"
+                raise UsageError(f"is, or holds, what this run reads: {read}", path=place, hint=hint)
             if read in place.parents:
                 raise UsageError(
                     f"lies in a directory that this run reads, {read}", path=place, hint="choose a place outside it"

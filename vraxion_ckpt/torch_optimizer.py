@@ -19,6 +19,10 @@ from vraxion_ckpt.model import Checkpoint, Optimizer, ParamGroup
 from vraxion_ckpt.plain import bytes_of
 
 
+def _is_of_parts(slot: Any) -> bool:
+    return isinstance(slot, str) and (bool({"row", "col"} & set(slot.split("_"))) or slot == "prev_flat_grad")
+
+
 @dataclass(frozen=True)
 class RawOptimizer:
     """A torch optimizer state dict that was looked at once."""
@@ -72,7 +76,9 @@ class RawOptimizer:
         }
         following = {slot for slots in tensors.values() for slot, shape in slots.items() if shape}
         told = {i: {slots[slot] for slot in following & slots.keys()} for i, slots in tensors.items()}
-        return {i: told[i].copy().pop() if len(told.get(i, ())) == 1 else None for i in self.ids}
+        # Adafactor's rows and columns are shorter than their parameter; L-BFGS has one vector for all parameters.
+        tells = {i: not any(_is_of_parts(slot) for slot in slots) for i, slots in self.state.items()}
+        return {i: told[i].copy().pop() if len(told.get(i, ())) == 1 and tells[i] else None for i in self.ids}
 
     def shaped_groups(self) -> list[list[tuple[int, Shape | None]]]:
         """Return the ids of each group with the shapes of their parameters."""
@@ -143,12 +149,19 @@ class ShapeConflict:
     what: str
 
 
+def _is_reduced(shape: Shape, whole: Shape) -> bool:
+    """Tell whether a shape is another without one dimension, or with some dimensions of one."""
+    if len(shape) == len(whole):
+        return all(size in (1, full) for size, full in zip(shape, whole, strict=True))
+    return any(shape == whole[:i] + whole[i + 1 :] for i in range(len(whole)))
+
+
 def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterator[ShapeConflict]:
     """Yield the slots whose shapes contradict those of their parameters, where these are known.
 
     A kind of slot that has its parameter's shape for some parameters must have it for all. One that has it for none
     (Adafactor's rows and columns, the scales of 8-bit optimizers) is carried as it is, unless all of its shapes are
-    those of other parameters: then the names are probably wrong.
+    those of other parameters and no means over a dimension of their own: then the names are probably wrong.
     """
     kinds: dict[str, list[tuple[str, Shape]]] = {}
     for name, slots in optimizer.state.items():
@@ -158,6 +171,7 @@ def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterat
     parameters = {shapes[name] for name in optimizer.params if name in shapes}
     for slot, found in kinds.items():
         wrong = [(name, shape) for name, shape in found if shape != shapes[name]]
-        if len(wrong) < len(found) or all(shape in parameters for _, shape in wrong):
+        reduced = all(_is_reduced(shape, shapes[name]) for name, shape in wrong)
+        if len(wrong) < len(found) or (not reduced and all(shape in parameters for _, shape in wrong)):
             for name, shape in wrong:
                 yield ShapeConflict(name, f"slot {slot} has shape {list(shape)}, its parameter {list(shapes[name])}")

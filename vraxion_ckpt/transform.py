@@ -97,13 +97,14 @@ def apply_chain(
             the source, see `vraxion_ckpt.lent_tensors`.
     """
     side_files: dict[Path, bytes] = {}
+    source = checkpoint
     made = made if made is not None else MadeTensors(checkpoint)
     for step in chain:
         checkpoint, asked = _apply_step(checkpoint, step, policy, made)
         made.note(checkpoint)
         side_files.update(asked)
     if policy.result_order is not None:
-        checkpoint = place_as_listed(checkpoint, policy.result_order)
+        checkpoint = place_as_listed(source, checkpoint, policy.result_order)
     return checkpoint, side_files
 
 

@@ -32,6 +32,7 @@ class RestoreHibernated(Transform):
     snapshots: Path = Field(description="directory that holds expert_<id>.pt, as a trainer's hibernation writes them")
     experts: IntList | None = Field(None, description="experts to restore, like [0,2]; all that are zero if not given")
     replace: bool = Field(False, description="allow replacing an expert whose weights are not all zero")
+    allow_nan: bool = Field(False, description="allow snapshots with weights that are NaN or infinite")
 
     def function_noise(self) -> float | None:
         return None
@@ -90,6 +91,9 @@ class RestoreHibernated(Transform):
                 )
         if is_zero(snapshot):
             raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path, key=self.name)
+        if has_nonfinite(snapshot) and not self.allow_nan:
+            message = f"the snapshot of expert {expert} has weights that are NaN or infinite"
+            raise TransformError(message, path=path, key=self.name, hint="pass allow_nan=true to restore it")
         return Expert({leaf: _alone(snapshot, leaf, like=tensor) for leaf, tensor in old.items()})
 
     def _snapshot(self, expert: int) -> Path:

@@ -47,7 +47,7 @@ def read_options(command: _F) -> _F:
         click.option(
             "--optimizer-order",
             type=click.Choice(["model", "sorted", "reversed"]),
-            help="How its trainer orders the parameters of each group, where the file does not tell.",
+            help="How its trainer orders the parameters of each group, or groups of one, where the file does not tell.",
         ),
         click.option(
             "--allow-global",

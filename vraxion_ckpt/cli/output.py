@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ def say(label: str, message: str, colour: str) -> None:
     from rich.text import Text
 
     text = Text(f"{label}: ", style=f"bold {colour}") if label else Text()
-    console = Console(stderr=True)
-    # A terminal would break lines within words; a log keeps them whole.
-    console.print(text + Text(printable(message)), soft_wrap=not console.is_terminal)
+    # Whether a message can be printed must not decide what is done, nor the exit code; rich exits on a closed pipe.
+    with suppress(OSError, SystemExit):
+        console = Console(stderr=True)
+        # A terminal would break lines within words; a log keeps them whole.
+        console.print(text + Text(printable(message)), soft_wrap=not console.is_terminal)
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
