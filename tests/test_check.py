@@ -114,14 +114,19 @@ def test_what_loads_and_is_not_meant_is_a_warning_and_the_exit_code_stays_0(tmp_
     assert run_cli("check", tmp_path / "a.pt")[0] == 0
 
 
-def test_an_optimizer_that_no_chain_can_carry_is_a_warning(tmp_path):
+def test_an_optimizer_that_no_chain_can_carry_is_a_warning_and_an_undecided_one_a_note(tmp_path):
     state = {0: {"exp_avg": torch.zeros(2)}}
     optim = {"state": state, "param_groups": [{"params": [0]}]}
-    torch.save({"model": {"a": torch.zeros(2), "b": torch.zeros(2)}, "optim": optim}, tmp_path / "x.pt")
+    model = {"head.single.weight": torch.ones(2), "a": torch.ones(2)}
+    torch.save({"model": model, "optim": optim}, tmp_path / "x.pt")
     checked = vc.check(tmp_path / "x.pt")
     assert checked.sound
-    assert "a [2] could be" in " ".join(told(checked, "warning"))
-    assert told(vc.check(tmp_path / "x.pt", param_names=["b"]), "warning") == []
+    assert [f.where for f in checked.findings if f.rule == "binding" and f.severity == "note"] == ["optimizer"]
+    assert told(vc.check(tmp_path / "x.pt", param_names=["a"]), "warning") == []
+    torch.save({"model": {"a": torch.ones(3)}, "optim": optim}, tmp_path / "y.pt")
+    checked = vc.check(tmp_path / "y.pt")
+    assert checked.sound
+    assert [f.severity for f in checked.findings if f.rule == "binding"] == ["warning"]
 
 
 def test_a_missing_meta_json_and_other_peoples_files_are_told(tmp_path):

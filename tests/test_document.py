@@ -414,7 +414,7 @@ def test_tensors_that_share_a_part_of_their_memory_are_a_declared_loss(kind, nam
 
 def test_what_an_optimizer_without_names_shares_is_told_too(tmp_path):
     memory = torch.arange(3.0)
-    model = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    model = {"a": torch.zeros(3), "b": torch.zeros(3)}
     state = {0: {"exp_avg": memory[:2], "exp_avg_sq": memory[1:]}}
     torch.save({"model": model, "optim": {"state": state, "param_groups": [{"params": [0]}]}}, tmp_path / "a.pt")
     found = vc.inspect(tmp_path / "a.pt")
@@ -655,7 +655,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
             {"theta": d["optimizer"]["state"]["last"], "last": d["optimizer"]["state"]["theta"]}
         ),
         InconsistentError,
-        "slot exp_avg of theta is [2], the parameter [3]",
+        "theta: slot exp_avg has shape [2], its parameter [3]",
     ),
     "extra a list": (put("optimizer.extra", []), InconsistentError, "[optimizer]"),
     "extra hides the state": (put("optimizer.extra", {"state": {}}), InconsistentError, "of its own"),

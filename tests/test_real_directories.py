@@ -90,7 +90,7 @@ def test_what_is_odd_is_said_in_one_sentence_and_is_no_error(name, tmp_path, run
     code, facts, _ = run_cli("check", TRAINERS / name, "--json")
     found = json.loads(facts)["findings"]
     assert code == 0
-    assert {finding["severity"] for finding in found} == {"warning"}
+    assert {finding["severity"] for finding in found} <= {"warning", "note"}
     assert sum(SAYS[name] in finding["what"] for finding in found) == 1
 
 

@@ -295,7 +295,9 @@ def test_what_others_wrote_into_the_metadata_survives_there_and_back(way, tmp_pa
     texts = {"format": "pt", "author": "someone", "total_size": "five", "notes": 'é "quoted"\n'}
     save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata=texts)
     vc.convert(tmp_path / "theirs.safetensors", f"{tmp_path}/{way}", to=SHARDS if way == "shards" else None)
-    vc.convert(tmp_path / way, tmp_path / "again.safetensors", transforms=["mitosis_split:parent=11,addresses=[11]"])
+    vc.convert(
+        tmp_path / way, tmp_path / "again.safetensors", transforms=["mitosis_split:parent=11,addresses=[11],noise=0"]
+    )
     with safetensors.safe_open(tmp_path / "again.safetensors", "torch") as file:
         found = file.metadata()
     assert {key: found[key] for key in found if key != "vraxion_ckpt"} == texts
@@ -356,7 +358,7 @@ def test_a_folder_that_holds_two_checkpoints_is_not_guessed_at(tmp_path):
 
 def test_an_indexs_metadata_is_kept_but_for_what_a_split_makes_untrue(tmp_path):
     folder = hf_folder(tmp_path / "repo", total_parameters=5, made={"by": ["x", 1.5]})
-    vc.convert(folder, tmp_path / "grown", to=SHARDS, transforms=["mitosis_split:parent=1,addresses=[1]"])
+    vc.convert(folder, tmp_path / "grown", to=SHARDS, transforms=["mitosis_split:parent=1,addresses=[1],noise=0"])
     metadata = json.loads((tmp_path / "grown" / INDEX).read_text())["metadata"]
     assert metadata["made"] == {"by": ["x", 1.5]}
     assert "total_parameters" not in metadata

@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import Any, TextIO
 
 from vraxion_ckpt import signals
-from vraxion_ckpt.errors import CkptError, PluginError, is_out_of_memory, raise_if_out_of_memory
+from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError, is_out_of_memory, raise_if_out_of_memory
 
 _STDOUT, _STDERR = 1, 2
 _FIRST_FREE = 10  # copies of descriptors are kept away from the standard ones, which may be closed
@@ -62,8 +62,9 @@ def defect(message: str, name: str, distribution: str | Callable[[], str]) -> Pl
 
 
 def is_fault_of_plugin(error: BaseException) -> bool:
-    """Tell whether a plugin is to blame for an exception: not for an interruption, nor for a lack of memory."""
-    return not isinstance(error, KeyboardInterrupt | signals.Interrupted) and not is_out_of_memory(error)
+    """Tell whether a plugin is to blame: not for an interruption, a lack of memory, or a warning made an error."""
+    passes = isinstance(error, KeyboardInterrupt | signals.Interrupted | CkptWarning)
+    return not passes and not is_out_of_memory(error)
 
 
 def in_words(error: BaseException) -> str:

@@ -257,6 +257,8 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
     lost = []
     for leaf, (old, copy) in pairs.items() if noise else ():
         numbers = copy.numel()
+        if copy.dtype == torch.bool:  # a mask, which no noise was meant for
+            continue
         if numbers and not copy.is_floating_point():
             lost.append(f"{leaf} is {copy.dtype}".replace("torch.", ""))
         elif numbers:
