@@ -136,7 +136,7 @@ def test_a_conversion_does_not_replace_what_its_chain_reads(tmp_path):
     shutil.copy(DATA / "expected/wallclock_experts3.visits.json", tmp_path / "v.json")
     before = (tmp_path / "v.json").read_bytes()
     plan = ("arc_meta", {"visits": tmp_path / "v.json"})
-    with pytest.raises(UsageError, match="a file that this run reads"):
+    with pytest.raises(UsageError, match="what this run reads"):
         vc.convert(NAMED, tmp_path / "v.json", to="pt", transforms=[plan], overwrite=True)
     assert (tmp_path / "v.json").read_bytes() == before
 

@@ -124,8 +124,13 @@ class Case:
 
     def optimizer(self, model: Net) -> torch.optim.Optimizer:
         groups = self.grouping(self.order(list(model.named_parameters())))
-        lists = [group if self.named else [p for _, p in group] for group in groups]
-        return torch.optim.AdamW([{"params": g, "weight_decay": 0.1 * (i % 2)} for i, g in enumerate(lists)], lr=0.01)
+        return torch.optim.AdamW(
+            [
+                {"params": g if self.named else [p for _, p in g], "weight_decay": 0.1 * (g[0][1].ndim > 1)}
+                for g in groups
+            ],
+            lr=0.01,
+        )
 
     def names(self, model: Net) -> list[str]:
         return [name for group in self.grouping(self.order(list(model.named_parameters()))) for name, _ in group]

@@ -61,9 +61,11 @@ def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tupl
     by_leaf = tuple(rule for rule in _leaf_rules(pairs) if all(explains(rule, *pair) for pair in pairs))
     if not simple:
         return by_leaf
-    # Leaf by leaf over the whole model shows in the layers outside the head, if they have several leaves. Leaf by leaf
-    # within the head alone does not show as long as there is one expert: a simple rule is taken then.
-    return simple + tuple(rule for rule in by_leaf if rule.classes is not None and rule.classes[0] == OF_WHOLE_MODEL)
+    # Leaf by leaf over the whole model is taken into account if leaves of several modules stand together; layers with
+    # several leaves then tell the two apart. Leaf by leaf within the head alone cannot show as long as there is one
+    # expert: a simple rule is taken then.
+    together = any(len(listed) > len({name.rpartition(".")[2] for name in listed}) for listed in lists)
+    return simple + tuple(r for r in by_leaf if together and r.classes is not None and r.classes[0] == OF_WHOLE_MODEL)
 
 
 def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]:
@@ -187,7 +189,8 @@ def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
     if not of_head:
         return False
     owners = [{found[0] if (found := split_name(name, names)) else None for name in params} for params in of_head]
-    alone = len(optimizer.groups) > 1 and all(len(group.params) <= 1 for group in optimizer.groups)
+    sizes = [len(group.params) for group in optimizer.groups if group.params]
+    alone = len(sizes) > 1 and set(sizes) == {1}
     return alone or (all(len(each) == 1 and None not in each for each in owners) and len(set().union(*owners)) > 1)
 
 
