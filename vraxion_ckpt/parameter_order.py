@@ -114,7 +114,8 @@ def _stand_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
     for name in names:
         tensor = tensors.get(name)
         by_dtype.setdefault(tensor.dtype if tensor is not None else None, []).append(name)
-    return len(names) > 1 and all(listed == sorted(listed) for listed in by_dtype.values())
+    several = [listed for listed in by_dtype.values() if len(listed) > 1]
+    return bool(several) and all(listed == sorted(listed) for listed in several)
 
 
 def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
