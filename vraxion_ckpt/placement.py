@@ -35,6 +35,7 @@ def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
         raise BindingError(
             "no rule explains the order in which the optimizer lists its parameters, so it is not known where those of "
             "the changed model belong",
+            path=before.origin.path,
             key="optimizer",
             hint=RESULT_ORDER,
         )
@@ -45,6 +46,7 @@ def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             raise BindingError(
                 f"the order of the optimizer's parameters can be '{rules[0]}' or '{rule}', which place those of the "
                 "changed model differently",
+                path=before.origin.path,
                 key="optimizer",
                 hint=RESULT_ORDER,
             )
@@ -111,6 +113,7 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
         raise BindingError(
             f"cannot tell which optimizer state is that of this parameter, which the chain changes; it was bound by "
             f"{optimizer.bound_by}",
+            path=before.origin.path,
             key=name,
             hint=RESULT_WAYS_OUT,
         )
