@@ -135,6 +135,14 @@ class Case:
     def names(self, model: Net) -> list[str]:
         return [name for group in self.grouping(self.order(list(model.named_parameters()))) for name, _ in group]
 
+    def shows_in_the_file(self, other: Case) -> bool:
+        """Tell whether the files of two trainers differ, if the optimizers of the grown models do.
+
+        One expert's layers stand in the same order whether a trainer goes expert by expert or layer by layer.
+        """
+        before, after = Net(self.before, self.layered), Net(self.after, self.layered)
+        return self.names(before) != other.names(before) or self.names(after) == other.names(after)
+
     def trained(self) -> tuple[Net, torch.optim.Optimizer]:
         torch.manual_seed(1)
         model = Net(self.before, self.layered)
@@ -251,6 +259,8 @@ def table_row(order: str, grouping: str, counts: str, layered: bool, vehicles: l
     found: Counter[str] = Counter()
     for place in PLACES:
         case = Case(order, grouping, COUNTS[counts], layered, named=place == "groups")
+        if order != "model" and not case.shows_in_the_file(Case("model", grouping, COUNTS[counts], layered, False)):
+            continue
         for vehicle in vehicles:
             result = outcome(case, place, vehicle, folder / f"{place}{vehicle}")
             found[result] += 1

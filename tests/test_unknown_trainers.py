@@ -100,7 +100,7 @@ def adamw_of_sorted_names(model: Net) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
 
 
-def test_the_head_first_without_names_is_refused_and_with_names_placed_first(tmp_path):
+def test_the_head_first_of_one_expert_is_refused_unless_the_result_is_stated(tmp_path):
     model, optimizer = trained(adam_head_first)
     path = saved(model, optimizer, tmp_path / "in.pt")
     with pytest.raises(BindingError) as refusal:
@@ -108,8 +108,23 @@ def test_the_head_first_without_names_is_refused_and_with_names_placed_first(tmp
     assert refusal.value.exit_code == 9
     assert not (tmp_path / "out.pt").exists()
     names = [f"{layer}.{leaf}" for layer in ("head.single", "a", "b") for leaf in ("weight", "bias")]
-    vc.convert(path, tmp_path / "out.pt", transforms=SPLIT, param_names=names)
+    with pytest.raises(BindingError):  # one expert alone does not show whether the head goes leaf by leaf
+        vc.convert(path, tmp_path / "out.pt", transforms=SPLIT, param_names=names)
+    order = [n for e in range(2) for n in (f"head.experts.{e}.weight", f"head.experts.{e}.bias")] + names[2:]
+    vc.convert(path, tmp_path / "out.pt", transforms=SPLIT, param_names=names, result_order=order)
     assert not wrong_moments(adam_head_first, tmp_path / "out.pt", 2, model, optimizer, of_single)
+
+
+def test_the_head_first_of_several_experts_is_placed_first(tmp_path):
+    model, optimizer = trained(adam_head_first, 2)
+    path = saved(model, optimizer, tmp_path / "in.pt")
+    layers = ("head.experts.0", "head.experts.1", "a", "b")
+    names = [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    chain = ["mitosis_split:parent=0,addresses=[0],noise=0"]
+    vc.convert(path, tmp_path / "out.pt", transforms=chain, param_names=names)
+    ancestor = {f"head.experts.2.{leaf}": f"head.experts.0.{leaf}" for leaf in ("weight", "bias")}
+    wrong = wrong_moments(adam_head_first, tmp_path / "out.pt", 3, model, optimizer, lambda n: ancestor.get(n, n))
+    assert not wrong
 
 
 @pytest.mark.parametrize("order", [None, "sorted", "model"])

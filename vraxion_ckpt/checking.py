@@ -174,8 +174,10 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     for line in invariants.findings(checkpoint):
         yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
     yield from _about_lacking(checkpoint)
-    yield from _about_order(checkpoint)
-    for companion in companions.misfits(checkpoint):
+    head_is_open = checkpoint.head is None or all(expert.is_open for expert in checkpoint.head.experts.values())
+    if head_is_open:
+        yield from _about_order(checkpoint)
+    for companion in companions.misfits(checkpoint) if head_is_open else ():
         what = f"{companion.problem}: it has not followed a change of the head"
         yield Finding(severity=Severity.WARNING, rule="companion", what=what, where=str(companion))
     head = checkpoint.head

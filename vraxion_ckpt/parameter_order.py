@@ -61,9 +61,11 @@ def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tupl
     by_leaf = tuple(rule for rule in _leaf_rules(pairs) if all(explains(rule, *pair) for pair in pairs))
     if not simple:
         return by_leaf
+    if Rule(OrderKind.MODEL) not in simple:
+        return simple + by_leaf
     # Leaf by leaf over the whole model is taken into account if leaves of several modules stand together; layers with
-    # several leaves then tell the two apart. Leaf by leaf within the head alone cannot show as long as there is one
-    # expert: a simple rule is taken then.
+    # several leaves then tell the two apart. Leaf by leaf within the head alone cannot show in the model's order as
+    # long as there is one expert: it is taken for the model's order then.
     together = any(len(listed) > len({name.rpartition(".")[2] for name in listed}) for listed in lists)
     return simple + tuple(r for r in by_leaf if together and r.classes is not None and r.classes[0] == OF_WHOLE_MODEL)
 
