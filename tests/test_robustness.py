@@ -401,9 +401,10 @@ LIMITED = """
 import resource, sys
 import torch
 from vraxion_ckpt.cli import main
-import vraxion_ckpt.pipeline, vraxion_ckpt.inplace, vraxion_ckpt.plugins
+import vraxion_ckpt.checking, vraxion_ckpt.inspection, vraxion_ckpt.pipeline, vraxion_ckpt.inplace, vraxion_ckpt.plugins
+import vraxion_ckpt.cli.show_changes, vraxion_ckpt.cli.show_findings, vraxion_ckpt.cli.show_inspection
 vraxion_ckpt.plugins.registry()
-import rich.console, rich.text
+import rich.console, rich.text  # Python itself, short of memory, fails in odd ways while it imports
 torch.set_num_threads(1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = used + int(sys.argv[1]) * 2**20
