@@ -28,6 +28,7 @@ from torch import Tensor
 from vraxion_ckpt.assignment import WAYS_OUT, Assignment, Candidates, GroupShapes, Shape, by_shape, in_order
 from vraxion_ckpt.buffers import torch_buffers
 from vraxion_ckpt.errors import BindingError, InconsistentError
+from vraxion_ckpt.head_names import split_name
 from vraxion_ckpt.model import Checkpoint, Head, Optimizer
 from vraxion_ckpt.order_rules import ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.parameter_order import lists_of, model_order, order_of
@@ -111,7 +112,7 @@ class _Binder:
             return replace(found, undecided=unbound.undecided)
         if checkpoint.param_names is not None:
             return self._bind_listed(checkpoint.param_names)
-        return self._infer(self._candidates(), "order and shape")
+        return self._infer(_candidates(checkpoint.state_dict()), "order and shape")
 
     # --- names that are listed ---
 
@@ -163,31 +164,29 @@ class _Binder:
 
     # --- inference ---
 
-    def _candidates(self) -> Candidates:
-        return _candidates(self.checkpoint.state_dict())
-
     def _infer(self, candidates: Candidates, how: str) -> Optimizer:
         """Bind by what is known of the order, else by what shapes alone decide."""
         if not self.raw.state and len(self.raw.groups) == 1 and len(self.raw.ids) == len(candidates):
             bound = self.raw.named([name for name, _ in candidates], f"{how}: it has no state")
             return replace(bound, rules=(Rule(OrderKind.MODEL),))  # without state, no order is wrong
-        stated, why = self._known_order()
         groups = self.raw.shaped_groups()
         order, _ = model_order(self.checkpoint)
+        stated, why = self._known_order(order)
         if stated is not None:
             rule = Rule(stated)
             names = self._arranged(rule, candidates, order)
             found = in_order(_joined(groups), names)
             bound = self.raw.named(found.names, f"{how}: {rule} order, {why}{_in_words(found)}")
             return replace(bound, undecided=found.undecided, rules=(rule,))
-        undecided = by_shape(groups, candidates).undecided
-        usual = self._usual(candidates, order)
+        by_shapes = by_shape(groups, candidates)
+        undecided = by_shapes.undecided
+        usual = self._usual(_joined(groups), candidates, order)
         as_model = usual.get(OrderKind.MODEL)
         is_open = not _all_same(usual) or any(each.undecided for each in usual.values())
         if self.checkpoint.param_names is not None and as_model is not None and not is_open:
             bound = self.raw.named(as_model.names, f"{how}: no other usual order fits")
             return replace(bound, rules=tuple(map(Rule, usual)))
-        first = next(iter(usual.values()), by_shape(groups, candidates))
+        first = next(iter(usual.values()), by_shapes)
         rules: tuple[Rule, ...] | None = None  # where the names are known, the order is looked at when it matters
         if undecided:
             rules = tuple(Rule(kind) for kind in usual) if _all_same(usual) and order is not None else ()
@@ -196,11 +195,11 @@ class _Binder:
         bound = self.raw.named(found.names, f"{how}{_in_words(found)}")
         return replace(bound, undecided=undecided, rules=rules)
 
-    def _known_order(self) -> tuple[OrderKind | None, str]:
+    def _known_order(self, order: ModelOrder | None) -> tuple[OrderKind | None, str]:
         if self.order is not None:
             return OrderKind(self.order), "as stated"
         trainer = known_trainer(self.checkpoint)
-        if trainer is None or model_order(self.checkpoint)[0] is None:
+        if trainer is None or order is None:
             return None, ""
         return OrderKind.MODEL, f"as {trainer} builds it"
 
@@ -215,12 +214,13 @@ class _Binder:
         names = sorted(shapes) if order is None else rule.arranged(shapes, order)
         return [(name, shapes[name]) for name in names]
 
-    def _usual(self, candidates: Candidates, order: ModelOrder | None) -> dict[OrderKind, Assignment]:
+    def _usual(
+        self, groups: GroupShapes, candidates: Candidates, order: ModelOrder | None
+    ) -> dict[OrderKind, Assignment]:
         """Return an assignment for each usual order in which the candidates fit the ids."""
         found = {}
         for kind in _USUAL if order is not None else ():
             try:
-                groups = _joined(self.raw.shaped_groups())
                 found[kind] = in_order(groups, self._arranged(Rule(kind), candidates, order))
             except BindingError:
                 continue
@@ -251,11 +251,9 @@ def _is_of(name: str, head: Head) -> bool:
     """Tell whether a name may be of the head: one of its tensors, or one that is not at hand."""
     if head.is_not_at_hand(name):
         return True
-    return any(
-        name.startswith(prefix) and name[len(prefix) :] in expert
-        for i, expert in head.experts.items()
-        if expert.is_open and name.startswith(prefix := head.prefix(i))
-    )
+    found = split_name(name, head.names)
+    expert = head.experts.get(found[0]) if found else None
+    return found is not None and expert is not None and name == head.prefix(found[0]) + found[1] and found[1] in expert
 
 
 def common_prefixes(

@@ -16,6 +16,11 @@ from vraxion_ckpt.model import Checkpoint, Optimizer, ParamGroup
 from vraxion_ckpt.order_rules import RESULT_ORDER, Rule, explains
 from vraxion_ckpt.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
 
+_WAYS_OUT = (
+    "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
+    "(--optimizer-order model|sorted|reversed), or leave it behind (--optimizer drop)"
+)
+
 
 def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     """Return `after` with its optimizer's parameters in the order in which its trainer will build them.
@@ -115,14 +120,8 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
             f"{optimizer.bound_by}",
             path=before.origin.path,
             key=name,
-            hint=RESULT_WAYS_OUT,
+            hint=_WAYS_OUT,
         )
-
-
-RESULT_WAYS_OUT = (
-    "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
-    "(--optimizer-order model|sorted|reversed), or leave it behind (--optimizer drop)"
-)
 
 
 def _is_there(name: str, checkpoint: Checkpoint) -> bool:

@@ -262,7 +262,7 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
         if numbers and not copy.is_floating_point():
             lost.append(f"{leaf} is {copy.dtype}".replace("torch.", ""))
         elif numbers:
-            changed = int((bytes_of(old).view(-1, old.itemsize) != bytes_of(copy).view(-1, old.itemsize)).any(1).sum())
+            changed = _count_changed(old, copy)
             if 2 * changed < numbers:
                 lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed".replace("torch.", ""))
     if lost:
@@ -271,6 +271,13 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
             f"{f'; and {len(lost) - 3} more' if lost[3:] else ''}; there the clone is a copy of its parent"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
+
+
+def _count_changed(old: Tensor, new: Tensor) -> int:
+    """Count the elements whose bits differ, a piece at a time: temporaries stay small however large the tensors are."""
+    a, b, size = bytes_of(old), bytes_of(new), old.itemsize
+    pieces = (slice(start, start + _PIECE * size) for start in range(0, len(a), _PIECE * size))
+    return sum(int((a[piece].view(-1, size) != b[piece].view(-1, size)).any(1).sum()) for piece in pieces)
 
 
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
