@@ -178,7 +178,7 @@ class StorageError(CkptError):
 
 
 class OutOfMemoryError(StorageError):
-    """There was not enough memory, whoever noticed: Python, numpy, torch or the operating system."""
+    """There was not enough memory, as noticed by Python, numpy, torch or the operating system."""
 
     def __init__(self, *, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__("not enough memory", path=path, hint="run it where more memory is free")

@@ -28,7 +28,7 @@ from vraxion_ckpt.surgery import copy_of, is_master_copy
 CompanionPolicy = Literal["grow", "keep", "drop"]
 
 _WAYS_OUT = (
-    "pass --companions keep to carry it along unchanged, or --companions drop to leave it out; whoever loads it must "
+    "pass --companions keep to carry it along unchanged, or --companions drop to leave it out; its loader must "
     "then cope with that"
 )
 

@@ -137,7 +137,7 @@ def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
             what = "is no number" if step is None else f"is negative: {step:g}"
             where = f"{_STATE}{parameter.name}.step"
             yield Finding(severity=Severity.WARNING, rule="step", what=what, where=where)
-        elif step == step:  # NaN is told as not finite
+        elif step == step:  # NaN is reported as not finite
             steps[step].append(parameter.name)
     if len(steps) > 1:
         usual, *others = sorted(steps, key=lambda step: (-len(steps[step]), -step))

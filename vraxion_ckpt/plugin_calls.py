@@ -148,7 +148,7 @@ def _end() -> None:
     with _lock:
         _depth -= 1
         if _depth == 0:
-            _flush(_usual)  # of whoever has kept the stream from before
+            _flush(_usual)  # a plugin may have kept the stream from before
             if _restore is not None:
                 _restore()
             sys.stdout, _usual, _restore = _usual, None, None

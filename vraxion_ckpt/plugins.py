@@ -125,7 +125,7 @@ def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Di
         for implementation in getattr(found.manager.hook, hook).get_hookimpls():
             if implementation.plugin is not plugin:
                 continue
-            classes = implementation.function()  # not through pluggy, which drops None without a word
+            classes = implementation.function()  # not through pluggy, which silently drops None
             if not isinstance(classes, list | tuple):
                 raise PluginError(f"{hook} returned a {type(classes).__name__}, not a list")
             for offer in classes:
@@ -234,7 +234,7 @@ def probe_visits(checkpoint: Checkpoint) -> Visits | None:
     """
     for probe in reversed(registry().manager.hook.probe_visits.get_hookimpls()):  # in pluggy's order
         distribution, _, name = probe.plugin_name.rpartition(":")
-        origin = name or "probe_visits", distribution or "whoever registered it"
+        origin = name or "probe_visits", distribution or "an unknown distribution"
         counts = WriteCounts(checkpoint)
         with plugin_call(*origin):
             visits = probe.function(*[checkpoint.copy() for _ in probe.argnames])  # it has one argument, or none
