@@ -105,12 +105,12 @@ def convert(source: str, target: str, *transforms: str) -> dict[str, float]:
     import torch  # noqa: F401 - the base line is a process that has torch
 
     before = anonymous_bytes()
-    import vraxion_ckpt.pipeline
-    import vraxion_ckpt.plugins
+    import vraxion_ckpt.conversion.convert
+    import vraxion_ckpt.plugins.discovery
 
-    vraxion_ckpt.plugins.adapters()
+    vraxion_ckpt.plugins.discovery.adapters()
     find_memory(_bytes_below(Path(source)))
-    found = watched(lambda: vraxion_ckpt.pipeline.convert(source, target, transforms=transforms))
+    found = watched(lambda: vraxion_ckpt.conversion.convert.convert(source, target, transforms=transforms))
     return {**found, "before": before}
 
 
@@ -140,8 +140,8 @@ def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
-    from vraxion_ckpt.plugins import resolve_chain
+    from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
+    from vraxion_ckpt.plugins.discovery import resolve_chain
 
     size, path = int(ring), Path(folder) / "visits.npy"
     visits = np.random.default_rng(5).integers(0, 1000, size)
@@ -159,10 +159,10 @@ def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
 
 def edit(root: str, address: str) -> dict[str, float]:
     """Split expert 0 of a modular directory in place; count what is opened, read and written of it."""
-    import vraxion_ckpt.inplace
-    import vraxion_ckpt.plugins
+    import vraxion_ckpt.conversion.edit
+    import vraxion_ckpt.plugins.discovery
 
-    vraxion_ckpt.plugins.adapters()
+    vraxion_ckpt.plugins.discovery.adapters()
     place = Path(root)
     before = {str(file): file.stat().st_size for file in place.rglob("*") if file.is_file()}
     opened: set[str] = set()
@@ -174,7 +174,7 @@ def edit(root: str, address: str) -> dict[str, float]:
     sys.addaudithook(note)
     wrote = _bytes_written()
     split = f"mitosis_split:parent=0,addresses=[{address}],noise=0"
-    found = watched(lambda: vraxion_ckpt.inplace.edit(place, transforms=[split]))
+    found = watched(lambda: vraxion_ckpt.conversion.edit.edit(place, transforms=[split]))
     wrote = _bytes_written() - wrote
     experts = sum(1 for name in before if name.endswith(".pt"))
     new = ["system/router.state", "experts/meta.json", f"experts/expert_{experts:03d}.pt"]
@@ -229,7 +229,7 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
     """
     import torch
 
-    from vraxion_ckpt import container
+    from vraxion_ckpt.formats import torch_archive
 
     (root / "system").mkdir(parents=True)
     (root / "experts").mkdir()
@@ -247,8 +247,8 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
     weight = torch.zeros(max(1, size // experts // 4 // WIDTH), WIDTH)
     weight[0, 0] = 1  # or all experts would count as hibernated
     torch.save({"weight": weight}, model_shard)
-    (hole,) = container.check(model_shard).storages()
-    with container.mapped(model_shard) as data:
+    (hole,) = torch_archive.check(model_shard).storages()
+    with torch_archive.mapped(model_shard) as data:
         head, tail = bytes(data[: hole.start + weight.itemsize]), bytes(data[hole.start + hole.size :])
     model_shard.unlink()
     for i in range(experts):

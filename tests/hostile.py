@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
-from vraxion_ckpt.sources import Sources
-from vraxion_ckpt.torchfile import load
+from vraxion_ckpt.formats.torch_file import load
 
 
 def read(path: Path, allow_globals: Sequence[str] = ()) -> Any:

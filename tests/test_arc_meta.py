@@ -14,8 +14,8 @@ import torch
 from support import DATA, EXPECTED, load
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import plugins
-from vraxion_ckpt.transform import apply_chain
+from vraxion_ckpt.conversion.chain import apply_chain
+from vraxion_ckpt.plugins import discovery
 
 VISITS = json.loads((EXPECTED / "wallclock_experts3.visits.json").read_text())["visits"]
 THEIRS = json.loads((EXPECTED / "wallclock_experts3.mitosis_meta.json").read_text())
@@ -23,7 +23,7 @@ THEIRS = json.loads((EXPECTED / "wallclock_experts3.mitosis_meta.json").read_tex
 
 def planned(options: dict, checkpoint: vc.Checkpoint | None = None) -> vc.SplitPlan:
     checkpoint = checkpoint or vc.open(DATA / "wallclock_experts3.pt")
-    return apply_chain(checkpoint, plugins.resolve_chain([("arc_meta", options)]))[0].plan
+    return apply_chain(checkpoint, discovery.resolve_chain([("arc_meta", options)]))[0].plan
 
 
 def write(kind: str, folder, visits, loss_sum=None):
@@ -116,7 +116,7 @@ def test_a_plan_waits_in_the_checkpoint_until_it_is_carried_out(tmp_path):
 @pytest.fixture
 def probe():
     """Let a test register a probe as a plugin does, for its own length."""
-    manager = plugins.registry().manager
+    manager = discovery.registry().manager
     registered = []
 
     def register(function):
@@ -194,7 +194,7 @@ def runtime(monkeypatch):
 def test_the_runtime_probe_builds_the_model_from_the_checkpoint_and_leaves_no_trace(runtime):
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    visits = plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt")).visits
+    visits = discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt")).visits
     assert torch.equal(before, torch.get_rng_state())
     assert runtime.EXPERT_HEADS == 1
     assert runtime.AbsoluteHallway.built == [(1, 4, 64, 16, 3)]
@@ -219,26 +219,26 @@ def test_the_environment_that_the_runtime_reads_is_recorded_with_the_plan(runtim
     assert "with VRX_SENSORY_RING=0" in facts.plan.note
     assert "with VRX_SENSORY_RING=0" in facts.history[-1].summary
     monkeypatch.delenv("VRX_SENSORY_RING")
-    assert "no VRX_* environment variable" in plugins.probe_visits(vc.open(source)).note
+    assert "no VRX_* environment variable" in discovery.probe_visits(vc.open(source)).note
 
 
 def test_weights_that_do_not_match_the_runtimes_are_named(runtime):
     body = vc.open(DATA / "wallclock_experts3.pt")
     body.core["vault_up.weight"] = torch.ones(2, 2)
     with pytest.warns(vc.CkptWarning, match=r"1 weights of the checkpoint were not taken .*\(vault_up.weight\)"):
-        plugins.probe_visits(body)
+        discovery.probe_visits(body)
     runtime.AbsoluteHallway.parts = {"think_gru.weight": (2, 2), "head.experts.0.weight": (2, 2)}
     with pytest.warns(vc.CkptWarning, match=r"1 weights of VRAXION's runtime are not .*\(think_gru.weight\)") as told:
-        plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
+        discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
     assert len(told) == 1
     runtime.AbsoluteHallway.parts = {"theta_ptr_reduced": (128,)}
     with pytest.raises(vc.CkptError, match="builds another model") as refusal:
-        plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
+        discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
     assert refusal.value.exit_code == 15
 
 
 def test_without_the_runtime_the_probe_is_silent_and_the_error_says_what_is_missing():
-    assert plugins.probe_visits(vc.open(DATA / "wallclock_experts3.pt")) is None
+    assert discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt")) is None
     with pytest.raises(vc.TransformError) as refusal:
         planned({})
     assert "VRAXION's runtime is missing" in refusal.value.hint
@@ -260,4 +260,4 @@ def test_a_runtime_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     assert refusal.value.exit_code == 15
     foreign = vc.open(DATA / "wallclock_experts3.pt")
     del foreign.core["input_proj.weight"]
-    assert plugins.probe_visits(foreign) is None  # no model of VRAXION's, so its runtime is not asked for
+    assert discovery.probe_visits(foreign) is None  # no model of VRAXION's, so its runtime is not asked for

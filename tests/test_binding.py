@@ -8,9 +8,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vraxion_ckpt.binding import bind
-from vraxion_ckpt.model import Checkpoint, UnboundOptimizer
-from vraxion_ckpt.torch_optimizer import unbind
+from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundOptimizer
+from vraxion_ckpt.checkpoint.torch_optimizer import unbind
+from vraxion_ckpt.optimizer.binding import bind
 
 SHAPES = [(2,), (3,), (2, 2)]
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from hostile import Entry, archive, read, refused, zip_bytes
 
-from vraxion_ckpt.compare import differences
-from vraxion_ckpt.container import check, fill_in_checksums
+from vraxion_ckpt.checkpoint.comparison import differences
 from vraxion_ckpt.errors import CkptError, CkptWarning, CorruptError, LimitError, UnsupportedError
+from vraxion_ckpt.formats.torch_archive import check, fill_in_checksums
 
 SMALL = {
     "model": {

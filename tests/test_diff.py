@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, load
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.compare import checkpoint_differences
-from vraxion_ckpt.difference import diff_checkpoints
+from vraxion_ckpt.analysis.difference import diff_checkpoints
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
 from vraxion_ckpt.errors import CorruptError, UsageError
 from vraxion_ckpt.testing import checkpoints, samples
 

@@ -18,9 +18,10 @@ import pytest
 from blocks import ROOT, blocks, clone, hold
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import errors, recipe, schemas
-from vraxion_ckpt.catalogue import describe, list_plugins
-from vraxion_ckpt.cli import cli
+from vraxion_ckpt import errors
+from vraxion_ckpt.cli import cli, schemas
+from vraxion_ckpt.plugins.catalogue import describe, list_plugins
+from vraxion_ckpt.recipes import recipe
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

@@ -22,11 +22,11 @@ from support import DATA, EXPECTED, MONOLITHS, assert_same, files_below, load
 from vraxion_ckpt_adapters.modular import ModularAdapter
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import disk
-from vraxion_ckpt.commit import exclusive
-from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
+from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.staging import exclusive
+from vraxion_ckpt.commit.transaction import mark_of
 from vraxion_ckpt.errors import BusyError, ChangedError, CkptWarning, InconsistentError, StorageError, UsageError
-from vraxion_ckpt.transaction import mark_of
 
 EXPERTS3 = DATA / "modular_experts3"
 SPLIT = "mitosis_split:parent=0,addresses=[0],noise=0"
@@ -665,7 +665,7 @@ def test_a_second_run_is_busy_until_the_first_is_dead(tmp_path, command):
 
 def die_before_the_pivot(target: Path, name: str = ROUTER) -> None:
     """Grow in a process that is killed when all is in place but the router, or before another file is exchanged."""
-    exchange = disk.exchange
+    exchange = system_calls.exchange
 
     def dying(one: Path, other: Path) -> None:
         if other == target / name:
@@ -673,7 +673,7 @@ def die_before_the_pivot(target: Path, name: str = ROUTER) -> None:
         exchange(one, other)
 
     def grow() -> None:
-        disk.exchange = dying
+        system_calls.exchange = dying
         vc.edit(target, transforms=[SPLIT])
 
     assert in_child(grow) == (-signal.SIGKILL, None)
@@ -791,7 +791,7 @@ def test_no_file_of_others_is_lost_to_a_new_shard_of_its_name(tmp_path):
 
 @pytest.mark.parametrize("what", ["a new file", "a replaced file"])
 def test_nothing_is_lost_that_others_write_into_the_directory_during_a_rewrite(what, tmp_path, monkeypatch):
-    target, exchange = lay(tmp_path), disk.exchange
+    target, exchange = lay(tmp_path), system_calls.exchange
     late = target / "train.log"
     if what == "a replaced file":
         late.write_text("one")
@@ -803,7 +803,7 @@ def test_nothing_is_lost_that_others_write_into_the_directory_during_a_rewrite(w
             (target / "new").replace(late)
         exchange(one, other)
 
-    monkeypatch.setattr(disk, "exchange", others_first)
+    monkeypatch.setattr(system_calls, "exchange", others_first)
     with suppress(ChangedError):  # as where a trainer writes
         vc.edit(target, transforms=[RENUMBER])
     assert late.exists()
@@ -963,27 +963,27 @@ def test_a_signal_that_is_ignored_when_the_command_starts_stays_ignored():
 
 
 def test_nobody_else_reads_what_is_staged(tmp_path, monkeypatch):
-    modes, exchange = [], disk.exchange
+    modes, exchange = [], system_calls.exchange
 
     def look(one: Path, other: Path) -> None:
         stage = next(path for path in one.parents if path.name.endswith(".stage"))
         modes.append(stage.stat().st_mode & 0o777)
         exchange(one, other)
 
-    monkeypatch.setattr(disk, "exchange", look)
+    monkeypatch.setattr(system_calls, "exchange", look)
     vc.edit(lay(tmp_path), transforms=[SPLIT])
     assert set(modes) == {0o700}
 
 
 def test_a_trainer_that_makes_the_same_shard_meanwhile_keeps_it(tmp_path, monkeypatch):
-    target, rename_new = lay(tmp_path), disk.rename_new
+    target, rename_new = lay(tmp_path), system_calls.rename_new
     theirs = target / "experts/expert_003.pt"
 
     def after_them(one: Path, other: Path) -> None:
         theirs.write_text("theirs")
         rename_new(one, other)
 
-    monkeypatch.setattr(disk, "rename_new", after_them)
+    monkeypatch.setattr(system_calls, "rename_new", after_them)
     with pytest.raises(ChangedError, match=r"expert_003.pt: changed meanwhile"):
         vc.edit(target, transforms=[SPLIT])
     assert theirs.read_text() == "theirs"

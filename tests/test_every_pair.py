@@ -14,8 +14,8 @@ from vraxion_ckpt_adapters.pt import PtAdapter
 from vraxion_ckpt_adapters.safetensors_file import SafetensorsAdapter
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
+from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.testing import checkpoints
 
 FORMATS: dict[str, Adapter] = {

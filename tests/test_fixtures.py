@@ -45,8 +45,8 @@ def test_the_predicted_shares_come_true(stem):
 
 
 def run(checkpoint: vc.Checkpoint, *chain: str | tuple[str, dict[str, object]]) -> vc.Checkpoint:
-    from vraxion_ckpt.plugins import resolve_chain
-    from vraxion_ckpt.transform import apply_chain
+    from vraxion_ckpt.conversion.chain import apply_chain
+    from vraxion_ckpt.plugins.discovery import resolve_chain
 
     return apply_chain(checkpoint, resolve_chain(chain))[0]
 

@@ -12,7 +12,7 @@ import pytest
 from support import DATA, files_below
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import manifest
+from vraxion_ckpt.commit import manifest
 from vraxion_ckpt.errors import CkptError, InconsistentError, UsageError
 
 NAMED = DATA / "named_experts3.pt"
@@ -107,15 +107,15 @@ def test_a_manifest_does_not_take_the_place_of_the_state_that_is_kept(place, tmp
 
 @pytest.mark.parametrize("what", ["m.json", "plan.json"])
 def test_what_appears_meanwhile_is_not_replaced(what, tmp_path, monkeypatch):
-    from vraxion_ckpt import pipeline
+    from vraxion_ckpt.conversion import convert
 
-    original = pipeline.write_whole
+    original = convert.write_whole
 
     def write_whole(*args):
         original(*args)
         (tmp_path / what).write_text("precious")
 
-    monkeypatch.setattr(pipeline, "write_whole", write_whole)
+    monkeypatch.setattr(convert, "write_whole", write_whole)
     visits = DATA / "expected/wallclock_experts3.visits.json"
     plan = ("arc_meta", {"visits": visits, "output": tmp_path / "plan.json"})
     with pytest.raises(UsageError, match="has appeared meanwhile"):

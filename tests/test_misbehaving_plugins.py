@@ -23,16 +23,15 @@ from support import DATA
 from torch import nn
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import plugins
-from vraxion_ckpt.adapter import Adapter, Loss, Part
-from vraxion_ckpt.compare import differences
+from vraxion_ckpt.checkpoint.comparison import differences
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Lifecycle, UnboundOptimizer
+from vraxion_ckpt.conversion.edit import Edited
 from vraxion_ckpt.errors import CkptWarning, OutOfMemoryError, PluginError, TransformError
-from vraxion_ckpt.inplace import Edited
-from vraxion_ckpt.model import Checkpoint, Expert, Lifecycle, UnboundOptimizer
-from vraxion_ckpt.options import configure
-from vraxion_ckpt.plugins import resolve_adapter
+from vraxion_ckpt.plugins.adapter import Adapter, Loss, Part
+from vraxion_ckpt.plugins.discovery import registry, resolve_adapter
+from vraxion_ckpt.plugins.options import configure
+from vraxion_ckpt.plugins.transform import Transform
 from vraxion_ckpt.testing import make, untouched
-from vraxion_ckpt.transform import Transform
 
 EXPERTS3 = DATA / "named_experts3.pt"
 
@@ -552,10 +551,10 @@ def test_a_directory_format_that_misbehaves_in_place_is_named(method, value, sou
 @pytest.fixture
 def registered(monkeypatch):
     """Register an adapter as an installed plugin does."""
-    found = plugins.registry()
+    found = registry.registry()
 
     def register(kind: type[Adapter]) -> None:
-        offer = plugins.Registered(kind, "odds", "odd-package", "1")
+        offer = registry.Registered(kind, "odds", "odd-package", "1")
         monkeypatch.setitem(found.adapters, kind.name, [offer])
 
     return register
@@ -572,7 +571,7 @@ def test_a_probe_that_misbehaves_is_named(answer, tmp_path):
             return vc.Visits(np.ones(64))
         return answer
 
-    manager = plugins.registry().manager
+    manager = registry.registry().manager
     plugin = types.SimpleNamespace(probe_visits=pluggy.HookimplMarker("vraxion_ckpt")(probe))
     manager.register(plugin, name="odd-package:prober")
     try:
@@ -590,7 +589,7 @@ import os, subprocess, sys
 from sys import stdout
 from typing import ClassVar
 from vraxion_ckpt import Checkpoint, Transform, hookimpl
-from vraxion_ckpt.plugins import resolve_adapter
+from vraxion_ckpt.plugins.discovery import resolve_adapter
 
 print("at import")
 os.system("echo from a shell at import")

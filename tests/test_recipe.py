@@ -16,7 +16,7 @@ from support import DATA, EXPECTED, files_below
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import CkptError, LossError, StorageError, UsageError
-from vraxion_ckpt.recipe import json_schema
+from vraxion_ckpt.recipes.recipe import json_schema
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "refinement"
 NAMED = DATA / "named_experts3.pt"
@@ -330,12 +330,12 @@ def test_nothing_is_written_if_one_target_is_refused(here):
 
 
 def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_first(here, monkeypatch):
-    from vraxion_ckpt import tensorfile
+    from vraxion_ckpt.formats import safetensors_file
 
     def full(*_):
         raise StorageError("No space left on device", path="b.safetensors")
 
-    monkeypatch.setattr(tensorfile, "save", full)
+    monkeypatch.setattr(safetensors_file, "save", full)
     write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
     before = files_below(here)
     with pytest.raises(StorageError, match="No space left"):
@@ -344,15 +344,15 @@ def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_firs
 
 
 def test_a_target_that_appears_meanwhile_is_told_with_what_was_written(monkeypatch):
-    from vraxion_ckpt import pipeline
+    from vraxion_ckpt.conversion import convert
 
-    original = pipeline.publish
+    original = convert.publish
 
     def also(*args, **how):
         original(*args, **how)
         Path("b.pt").write_text("somebody else's")
 
-    monkeypatch.setattr(pipeline, "publish", also)
+    monkeypatch.setattr(convert, "publish", also)
     write("source: in.pt\ntargets: [a.pt, b.pt]\n")
     with pytest.raises(UsageError, match=r"has appeared meanwhile; .*a\.pt was written, .*b\.pt was not"):
         vc.run("recipe.yaml")
@@ -362,9 +362,9 @@ def test_a_target_that_appears_meanwhile_is_told_with_what_was_written(monkeypat
 
 @pytest.mark.parametrize("failing", range(1, 6))
 def test_a_full_disk_between_two_renames_is_told_with_all_that_was_written(failing, here, monkeypatch):
-    from vraxion_ckpt import disk
+    from vraxion_ckpt.commit import system_calls
 
-    original, renamed = disk.rename_new, []
+    original, renamed = system_calls.rename_new, []
 
     def rename_new(source, target):
         if len(renamed) == failing - 1:
@@ -372,7 +372,7 @@ def test_a_full_disk_between_two_renames_is_told_with_all_that_was_written(faili
         original(source, target)
         renamed.append(str(target))
 
-    monkeypatch.setattr(disk, "rename_new", rename_new)
+    monkeypatch.setattr(system_calls, "rename_new", rename_new)
     targets = "[{path: a.pt, manifest: a.json}, {path: b.pt, manifest: b.json}]"
     write(f"source: in.pt\nchain: ['arc_meta:visits=visits.json,output=p.json']\ntargets: {targets}\n")
     before = set(files_below(here))
@@ -387,7 +387,7 @@ def test_a_signal_between_two_targets_comes_too_late(here):
     """The first is in place: the others follow, and the exit code says that all is there."""
     script = (
         "import os, signal, sys; from vraxion_ckpt import pipeline; from vraxion_ckpt.cli import main\n"
-        "original = pipeline.publish\n"
+        "original = convert.publish\n"
         "def also(*args, **how):\n    original(*args, **how); os.kill(os.getpid(), signal.SIGTERM)\n"
         "pipeline.publish = also\nmain(sys.argv[1:])"
     )

@@ -11,8 +11,8 @@ import torch
 from support import DATA, assert_same, files_below, load
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse_unhealthy
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, TransformError, UsageError
-from vraxion_ckpt.expert_health import has_nonfinite, is_zero, refuse_unhealthy
 
 HIBERNATED = DATA / "trainers/hibernated.pt"
 SNAPSHOTS = DATA / "trainers/hibernation"

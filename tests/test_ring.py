@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vraxion_ckpt import ring
+from vraxion_ckpt.checkpoint import ring
 
 whole = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 # Tenths are the worst: they are not exact in binary, so equal sums differ in floating point.

@@ -23,7 +23,7 @@ from support import DATA, bits, load
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import SourceError, StorageError, UsageError
-from vraxion_ckpt.reading import read
+from vraxion_ckpt.reading.opening import read
 
 # --- tensors whose strides say nothing ---
 
@@ -364,13 +364,13 @@ RAN_OUT = [
         ("torch.save", "convert {a} {o}.pt"),
         ("torch.save", "convert {a} {o}/"),
         ("torch.save", "edit {a} -t {split}"),
-        ("vraxion_ckpt.tensorfile.bytes_of", "convert {a} {o}.safetensors"),
+        ("vraxion_ckpt.formats.safetensors_file.bytes_of", "convert {a} {o}.safetensors"),
         ("vraxion_ckpt_adapters.pt.PtAdapter.detect", "convert {a} {o}.pt"),
         ("vraxion_ckpt_transforms.mitosis_split.MitosisSplit.apply", "convert {a} {o}.pt -t {split}"),
         ("vraxion_ckpt_adapters.pt.PtAdapter.losses", "inspect {a}"),
-        ("vraxion_ckpt.measure.bytes_of", "diff {a} {b}"),
-        ("vraxion_ckpt.checking.is_finite", "check {a}"),
-        ("vraxion_ckpt.inspection.value_facts", "inspect {a} --values"),
+        ("vraxion_ckpt.analysis.measurement.bytes_of", "diff {a} {b}"),
+        ("vraxion_ckpt.analysis.checking.is_finite", "check {a}"),
+        ("vraxion_ckpt.analysis.inspection.value_facts", "inspect {a} --values"),
         ("vraxion_ckpt.reporting.gather", "report {a} -o {o}.html"),
         ("mmap.mmap", "convert {a} {o}.pt"),
     ],
@@ -401,9 +401,10 @@ LIMITED = """
 import resource, sys
 import torch
 from vraxion_ckpt.cli import main
-import vraxion_ckpt.checking, vraxion_ckpt.inspection, vraxion_ckpt.pipeline, vraxion_ckpt.inplace, vraxion_ckpt.plugins
+import vraxion_ckpt.analysis.checking, vraxion_ckpt.analysis.inspection
+import vraxion_ckpt.conversion.convert, vraxion_ckpt.conversion.edit, vraxion_ckpt.plugins.discovery
 import vraxion_ckpt.cli.show_changes, vraxion_ckpt.cli.show_findings, vraxion_ckpt.cli.show_inspection
-vraxion_ckpt.plugins.registry()
+vraxion_ckpt.plugins.discovery.registry()
 import rich.console, rich.text  # Python itself, short of memory, fails in odd ways while it imports
 torch.set_num_threads(1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from support import DATA, DIRECTORIES, MONOLITHS, assert_same, bits, files_below, load
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import disk, tensorfile
-from vraxion_ckpt.commit import Staged
+from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.staging import Staged
 from vraxion_ckpt.errors import (
     CkptError,
     CorruptError,
@@ -40,6 +40,7 @@ from vraxion_ckpt.errors import (
     UnsupportedError,
     UsageError,
 )
+from vraxion_ckpt.formats import safetensors_file
 
 SHARDS = "safetensors:max_shard_size=4KB"
 WEIGHTS = "safetensors:weights_only=true"
@@ -147,7 +148,9 @@ def test_what_no_other_reader_can_use_is_put_together(tmp_path):
 
 def test_every_tensor_lies_where_any_reader_may_map_it(tmp_path):
     for more in range(3):  # headers of other lengths
-        model = {f"{size} of {dtype}": torch.ones(size, dtype=dtype) for size in (1, 3) for dtype in tensorfile.DTYPES}
+        model = {
+            f"{size} of {dtype}": torch.ones(size, dtype=dtype) for size in (1, 3) for dtype in safetensors_file.DTYPES
+        }
         model["x" * more] = torch.ones(1)
         torch.save(model, tmp_path / f"{more}.pt")
         vc.convert(tmp_path / f"{more}.pt", tmp_path / f"{more}.safetensors")
@@ -262,7 +265,7 @@ def assert_foreign(path: Path) -> None:
 
 def test_a_file_that_the_library_wrote_is_read_as_a_bare_state_dict(tmp_path):
     save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata={"format": "pt", "author": "someone"})
-    held = list(tensorfile.check(tmp_path / "theirs.safetensors").sizes)
+    held = list(safetensors_file.check(tmp_path / "theirs.safetensors").sizes)
     assert [name.split(".")[2] for name in held if "weight" in name][:4] == ["0", "1", "10", "11"], "the fixture"
     assert held.index("head.experts.0.weight") > held.index("head.experts.11.steps"), "the fixture"
     assert_foreign(tmp_path / "theirs.safetensors")
@@ -691,7 +694,7 @@ def test_a_path_in_an_index_is_refused_before_anything_is_opened(file, tmp_path,
         save_file({"theta": foreign_model()["theta"]}, place)
     opened: list[Path] = []
     for name in ("check", "load"):
-        monkeypatch.setattr(tensorfile, name, lambda path, *_: opened.append(path))
+        monkeypatch.setattr(safetensors_file, name, lambda path, *_: opened.append(path))
     monkeypatch.setattr(safetensors, "safe_open", lambda path, *_, **__: opened.append(path))
     index_says(file)(folder)
     assert_refused(cli, folder, InconsistentError, "[theta]: is said to be in")
@@ -927,7 +930,7 @@ def test_files_of_others_in_a_folder_of_shards_are_not_deleted_with_it(name, tmp
 @pytest.mark.parametrize("to", ["safetensors", SHARDS])
 def test_everything_is_flushed_before_it_is_published(to, tmp_path, monkeypatch):
     flushed: set[Path] = set()
-    fsync, rename = disk.fsync, disk.rename_new
+    fsync, rename = system_calls.fsync, system_calls.rename_new
 
     def note(path: Path) -> None:
         flushed.add(path)
@@ -939,8 +942,8 @@ def test_everything_is_flushed_before_it_is_published(to, tmp_path, monkeypatch)
         rename(source, target)
         flushed.clear()
 
-    monkeypatch.setattr(disk, "fsync", note)
-    monkeypatch.setattr(disk, "rename_new", look)
+    monkeypatch.setattr(system_calls, "fsync", note)
+    monkeypatch.setattr(system_calls, "rename_new", look)
     vc.convert(SOURCE, tmp_path / "new", to=to)
     assert flushed == {tmp_path}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS
 
-from vraxion_ckpt.schemas import SCHEMAS, schema
+from vraxion_ckpt.cli.schemas import SCHEMAS, schema
 
 NAMED = DATA / "named_experts3.pt"
 SPLIT = "mitosis_split:parent=0,addresses=[0,3]"

@@ -28,14 +28,16 @@ from support import DATA
 from torch import nn
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import compare, container, plain, torchfile
-from vraxion_ckpt.compare import (
+from vraxion_ckpt.checkpoint import comparison, plain_data
+from vraxion_ckpt.checkpoint.comparison import (
     checkpoint_differences,
     checksum_if_same,
     differences,
     differences_and_checksums,
     same_bits,
 )
+from vraxion_ckpt.checkpoint.model import Checkpoint, Record
+from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import (
     ChangedError,
     CkptError,
@@ -47,8 +49,7 @@ from vraxion_ckpt.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from vraxion_ckpt.model import Checkpoint, Record
-from vraxion_ckpt.sources import Sources
+from vraxion_ckpt.formats import torch_archive, torch_file
 
 
 @pytest.fixture
@@ -408,7 +409,7 @@ MANY["view"] = MANY["large"][3:5].t()
 
 def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
     """Wherever it stands: a reader may take it from the directory, from beside the bytes, or from before them."""
-    torchfile.save(MANY, path)
+    torch_file.save(MANY, path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as zipped:
         assert zipped.testzip() is None
@@ -425,8 +426,8 @@ def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
 
 
 def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
-    torchfile.save(MANY, path)
-    torchfile.save(torch.load(path, weights_only=True), path.with_name("another.pt"))
+    torch_file.save(MANY, path)
+    torch_file.save(torch.load(path, weights_only=True), path.with_name("another.pt"))
     assert path.read_bytes() == path.with_name("another.pt").read_bytes()
 
 
@@ -435,18 +436,18 @@ def test_checksums_of_large_tensors_are_taken_while_they_are_written(
 ) -> None:
     """If a release of torch writes a storage in other pieces, its checksum is still right, but costs a second look."""
     known: dict[tuple[int, int], int] = {}
-    fill_in = torchfile.fill_in_checksums
-    monkeypatch.setattr(torchfile, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
-    torchfile.save(MANY, path)
-    members = container.check(path).members.values()
+    fill_in = torch_file.fill_in_checksums
+    monkeypatch.setattr(torch_file, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
+    torch_file.save(MANY, path)
+    members = torch_archive.check(path).members.values()
     assert known == {(m.start, m.size): m.crc for m in members if m.size >= 2**17}
     assert len(known) == 2
 
 
 def test_torch_computes_checksums_again_after_a_file_was_written_or_could_not_be(path: Path) -> None:
-    torchfile.save(MANY, path)
+    torch_file.save(MANY, path)
     with pytest.raises(StorageError, match="exists"):
-        torchfile.save(MANY, path)
+        torch_file.save(MANY, path)
     assert torch.serialization.get_crc32_options()
 
 
@@ -463,7 +464,7 @@ def test_why_a_write_failed_is_said(
 
     monkeypatch.setattr(Path, "open", lambda *_: Failing())
     with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
-        torchfile.save({"w": torch.zeros(size)}, path)
+        torch_file.save({"w": torch.zeros(size)}, path)
     assert caught.value is error or "No space left" in str(caught.value)
     assert torch.serialization.get_crc32_options()
 
@@ -478,7 +479,7 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in (torchfile.__file__, torch.serialization.__file__):
+        if frame.f_code.co_filename not in (torch_file.__file__, torch.serialization.__file__):
             return None
         left -= event == "line"
         if event == "line" and not left:
@@ -494,7 +495,7 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
     return left <= 0
 
 
-@pytest.mark.parametrize("work", [torchfile.save, lambda value, _: torchfile.size(value)], ids=["save", "size"])
+@pytest.mark.parametrize("work", [torch_file.save, lambda value, _: torch_file.size(value)], ids=["save", "size"])
 def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
     path: Path, work: Callable[[Any, Path], object]
 ) -> None:
@@ -523,18 +524,18 @@ def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
 
 def test_every_storage_of_a_file_is_found_in_memory(path: Path) -> None:
     """If a release of torch maps files otherwise, checksums are still verified, but by a pass of their own."""
-    for save in (torch.save, torchfile.save):
+    for save in (torch.save, torch_file.save):
         save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
         sources = Sources()
-        torchfile.load(path.with_name(save.__module__), sources)
+        torch_file.load(path.with_name(save.__module__), sources)
         sizes = sorted(size for _, size in sources.parts())
         assert sizes == [2, 4, 6, 8, 2**17 + 3, 800_000]
 
 
 def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) -> None:
-    torchfile.save(MANY, path)
+    torch_file.save(MANY, path)
     sources = Sources()
-    value = torchfile.load(path, sources)
+    value = torch_file.load(path, sources)
     value["large"] += 1  # only in memory
     for part in sources.parts().values():
         part.note(1)
@@ -544,10 +545,10 @@ def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) ->
     whole[whole.index(MANY["large"].numpy().tobytes()) + 100_000] ^= 1
     path.write_bytes(whole)
     sources = Sources()
-    value = torchfile.load(path, sources)
+    value = torch_file.load(path, sources)
     for address, size in (parts := sources.parts()):
         held = next(t for t in value.values() if (t.data_ptr(), t.numel() * t.itemsize) == (address, size))
-        parts[address, size].note(zlib.crc32(plain.bytes_of(held).numpy()))
+        parts[address, size].note(zlib.crc32(plain_data.bytes_of(held).numpy()))
     with pytest.raises(CorruptError, match="checksum") as caught:
         sources.verify()
     assert caught.value.key == "archive/data/0"
@@ -575,17 +576,17 @@ def test_a_damaged_source_is_blamed_whether_or_not_the_damage_would_have_been_ca
 def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
     tmp_path: Path, damage: str, error: type[CkptError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torchfile.save
+    save = torch_file.save
 
     def save_badly(value: Any, path: Path) -> None:
         save(value, path)
-        member = next(m for m in container.check(path).storages() if m.size > 100)
+        member = next(m for m in torch_archive.check(path).storages() if m.size > 100)
         whole = bytearray(path.read_bytes())
         in_the_directory = whole.rindex(struct.pack("<I", member.crc))
         whole[member.start + 1 if damage == "bytes" else in_the_directory] ^= 1
         path.write_bytes(whole)
 
-    monkeypatch.setattr(torchfile, "save", save_badly)
+    monkeypatch.setattr(torch_file, "save", save_badly)
     with pytest.raises(error):
         vc.convert(DATA / "named_experts3.pt", tmp_path / "new.pt")
     assert not list(tmp_path.iterdir())
@@ -595,7 +596,7 @@ def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
 
 
 def test_tensors_are_the_same_if_all_their_bits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "_PIECE", 8)
+    monkeypatch.setattr(comparison, "_PIECE", 8)
     for size in (0, 1, 7, 8, 9, 16, 31):
         a = torch.arange(size, dtype=torch.uint8)
         assert same_bits(a, a.clone())
@@ -647,13 +648,13 @@ def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
 ) -> None:
     read_again: list[str] = []
 
-    def verify_members(_: Any, __: memoryview, members: Iterable[container.Member]) -> None:
+    def verify_members(_: Any, __: memoryview, members: Iterable[torch_archive.Member]) -> None:
         read_again.extend(member.name for member in members if member.size > 1000)
 
     torch.save(
         {"model": {"a": torch.rand(1000), "b": torch.rand(10, 100)}, "ema": [torch.rand(500)]}, tmp_path / "a.pt"
     )
-    monkeypatch.setattr(container.Container, "verify_members", verify_members)
+    monkeypatch.setattr(torch_archive.Container, "verify_members", verify_members)
     vc.convert(tmp_path / "a.pt", tmp_path / "b.pt")
     assert not read_again
     vc.convert(tmp_path / "a.pt", tmp_path / "c.pt", dry_run=True)

@@ -171,8 +171,9 @@ def test_overwrite_does_not_replace_what_is_no_file(tmp_path):
 def test_a_folder_without_write_permission_is_refused(target):
     """The command gives its rights up where it has root's, which no folder stops."""
     script = (
-        "import os, sys; from vraxion_ckpt import convert, plugins; from vraxion_ckpt.cli import main, show_changes\n"
-        "plugins.registry()\nif os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "import os, sys; from vraxion_ckpt import convert; from vraxion_ckpt.cli import main, show_changes\n"
+        "from vraxion_ckpt.plugins.discovery import registry; registry()\n"
+        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "main(sys.argv[1:])"
     )
     with tempfile.TemporaryDirectory() as name:  # pytest's own folder cannot be entered without rights

@@ -11,7 +11,7 @@ import torch
 from support import DATA, assert_same, bits, load
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.compare import checksum_if_same
+from vraxion_ckpt.checkpoint.comparison import checksum_if_same
 from vraxion_ckpt.errors import LossError
 
 ODD = {

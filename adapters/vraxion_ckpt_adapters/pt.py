@@ -1,7 +1,7 @@
 """Monolithic ``.pt``: one file of ``torch.save``, holding one payload dict.
 
 Four dialects are found in the field and written back as they came: the wall-clock trainer's (``optim``), the step
-trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt.payload`.
+trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt.formats.payload`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vraxion_ckpt import torchfile
-from vraxion_ckpt.adapter import Adapter, Faults
-from vraxion_ckpt.container import is_archive
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
+from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptWarning, InconsistentError
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, Lifecycle
-from vraxion_ckpt.options import NameList
-from vraxion_ckpt.payload import (
+from vraxion_ckpt.formats import torch_file
+from vraxion_ckpt.formats.payload import (
     Extras,
     PayloadDialect,
     build_payload,
@@ -30,7 +27,10 @@ from vraxion_ckpt.payload import (
     recorded_dialect,
     split_head,
 )
-from vraxion_ckpt.sources import Sources
+from vraxion_ckpt.formats.torch_archive import is_archive
+from vraxion_ckpt.plugins.adapter import Adapter, Faults
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.options import NameList
 
 
 class PtAdapter(Adapter):
@@ -61,7 +61,7 @@ class PtAdapter(Adapter):
     def _open(self, path: Path) -> tuple[Checkpoint, int | None]:
         """Return what the file holds, and how many experts it says that there are."""
         sources = Sources()
-        parsed = parse_payload(torchfile.load(path, sources, self.allow_global), path)
+        parsed = parse_payload(torch_file.load(path, sources, self.allow_global), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
         rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
@@ -77,10 +77,10 @@ class PtAdapter(Adapter):
         return str(recorded_dialect(checkpoint, "pt") or "")
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        torchfile.save(_payload(checkpoint), path)
+        torch_file.save(_payload(checkpoint), path)
 
     def size(self, checkpoint: Checkpoint) -> int:
-        return torchfile.size(_payload(checkpoint))
+        return torch_file.size(_payload(checkpoint))
 
 
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:

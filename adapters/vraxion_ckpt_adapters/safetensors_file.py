@@ -2,7 +2,8 @@
 
 The model's tensors keep their state-dict names, so that any reader of the format can use the file as it is. The
 optimizer's and the payload's tensors lie beside them under names that begin with ``vraxion_ckpt/``, and all that is
-no tensor stands as JSON under ``vraxion_ckpt`` in ``__metadata__``: see `vraxion_ckpt.document`. A folder of shards has
+no tensor stands as JSON under ``vraxion_ckpt`` in ``__metadata__``: see `vraxion_ckpt.formats.document`.
+A folder of shards has
 ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` (``weight_map``: tensor → file), which also
 holds the document; training state has shards of its own. Files that others wrote are read as a bare state dict.
 """
@@ -22,15 +23,16 @@ from typing import Any, ClassVar
 from pydantic import ByteSize, Field
 from torch import Tensor
 
-from vraxion_ckpt import document, jsonfile, tensorfile
-from vraxion_ckpt.adapter import Adapter, Faults, Loss
-from vraxion_ckpt.disk import write_new
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Origin
+from vraxion_ckpt.checkpoint.plain_data import named_tensors, view_of
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
+from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, Lifecycle, Origin
-from vraxion_ckpt.payload import OUR_KEY, PayloadDialect, dump_dialect
-from vraxion_ckpt.plain import named_tensors, view_of
-from vraxion_ckpt.sources import Fingerprint, Sources
+from vraxion_ckpt.formats import document, safetensors_file
+from vraxion_ckpt.formats.payload import OUR_KEY, PayloadDialect, dump_dialect
+from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.support import json_files
 
 _Content = tuple[dict[str, Tensor], dict[str, str]]
 _INDEX = ".safetensors.index.json"
@@ -59,7 +61,7 @@ class SafetensorsAdapter(Adapter):
     def detect(cls, path: Path) -> bool:
         if path.is_dir():
             return any(_indexes(path)) or (path / _MODEL).is_file()
-        return path.is_file() and (path.name.endswith(_INDEX) or tensorfile.starts_like_one(path))
+        return path.is_file() and (path.name.endswith(_INDEX) or safetensors_file.starts_like_one(path))
 
     # --- read ---
 
@@ -130,17 +132,17 @@ class SafetensorsAdapter(Adapter):
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         files, index = self._files(checkpoint)
         for name, (tensors, metadata) in files.items():
-            tensorfile.save(tensors, metadata, path / name)
+            safetensors_file.save(tensors, metadata, path / name)
         if index is not None:
             write_new(path / f"model{_INDEX}", index)
 
     def size(self, checkpoint: Checkpoint) -> int:
         files, index = self._files(checkpoint)
-        return sum(tensorfile.size(*content) for content in files.values()) + len(index or b"")
+        return sum(safetensors_file.size(*content) for content in files.values()) + len(index or b"")
 
     def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
         """Return each file's tensors and metadata by its name, ``.`` for a single one, and the index of shards."""
-        tensors, facts = document.dump(checkpoint, tensorfile.DTYPES, tensorfile.is_name)
+        tensors, facts = document.dump(checkpoint, safetensors_file.DTYPES, safetensors_file.is_name)
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
         if self.max_shard_size is None:
             texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
@@ -152,7 +154,7 @@ class SafetensorsAdapter(Adapter):
         total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         head = {**metadata, "total_size": total, _SAVE: save, OUR_KEY: facts}
         files = {name: (shard, {"format": "pt", _SAVE: save}) for name, shard in zip(names, shards, strict=True)}
-        return files, jsonfile.dumps({"metadata": head, "weight_map": weight_map})
+        return files, json_files.dumps({"metadata": head, "weight_map": weight_map})
 
     def foreign_files(self, path: Path) -> list[Path]:
         """List what is neither an index nor a shard that it names."""
@@ -190,16 +192,16 @@ def _find(path: Path) -> Path:
 
 
 def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    header = tensorfile.check(path)
+    header = safetensors_file.check(path)
     shard = _SHARD.fullmatch(path.name)
     if _SAVE in header.metadata or (shard and int(shard[1]) > 1 and OUR_KEY not in header.metadata):
         raise InconsistentError(
             "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
         )
-    tensors, metadata = tensorfile.load(path, header, sources), dict[str, Any](header.metadata)
+    tensors, metadata = safetensors_file.load(path, header, sources), dict[str, Any](header.metadata)
     if OUR_KEY in metadata:
         try:
-            metadata[OUR_KEY] = tensorfile.parse_json(header.metadata[OUR_KEY].encode(), path)
+            metadata[OUR_KEY] = safetensors_file.parse_json(header.metadata[OUR_KEY].encode(), path)
         except (CorruptError, InconsistentError) as error:
             raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
     return tensors, metadata
@@ -213,7 +215,9 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
     fingerprint = Fingerprint.of(index)
     weight_map, metadata = _read_index(index)
     sources.add(index, fingerprint)
-    headers = {name: tensorfile.check(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())}
+    headers = {
+        name: safetensors_file.check(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())
+    }
     for file, header in headers.items():
         for name in header.sizes:
             if weight_map.get(name) != file:
@@ -232,16 +236,16 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
         metadata.pop(name, None)
     tensors: dict[str, Tensor] = {}
     for file, header in headers.items():
-        tensors |= tensorfile.load(index.with_name(file), header, sources)
+        tensors |= safetensors_file.load(index.with_name(file), header, sources)
     return tensors, metadata
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return an index's weight map and metadata, after every file name in it was looked at."""
     _regular(index)
-    if index.stat().st_size > tensorfile.LARGEST_HEADER:
-        raise LimitError(f"is larger than {tensorfile.LARGEST_HEADER} bytes", path=index)
-    content = tensorfile.parse_json(index.read_bytes(), index)
+    if index.stat().st_size > safetensors_file.LARGEST_HEADER:
+        raise LimitError(f"is larger than {safetensors_file.LARGEST_HEADER} bytes", path=index)
+    content = safetensors_file.parse_json(index.read_bytes(), index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise InconsistentError("must be an object with a weight_map of tensor → file", path=index)
@@ -258,7 +262,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _check_shard(path: Path) -> None:
-    tensorfile.check(_regular(path))
+    safetensors_file.check(_regular(path))
 
 
 def _regular(path: Path) -> Path:
@@ -278,7 +282,7 @@ def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(document.dumps(facts).encode())
     for name, tensor in tensors.items():
         crc = 0
-        for piece in tensorfile.pieces(tensor):
+        for piece in safetensors_file.pieces(tensor):
             crc = zlib.crc32(piece, crc)
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape), crc)).encode(errors="backslashreplace"))
     return digest.hexdigest()[:16]

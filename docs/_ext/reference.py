@@ -15,8 +15,11 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import vraxion_ckpt
-from vraxion_ckpt import errors, hookspecs, recipe, schemas
-from vraxion_ckpt.catalogue import OptionEntry, describe, list_plugins
+from vraxion_ckpt import errors
+from vraxion_ckpt.cli import schemas
+from vraxion_ckpt.plugins import hookspecs
+from vraxion_ckpt.plugins.catalogue import OptionEntry, describe, list_plugins
+from vraxion_ckpt.recipes import recipe
 
 OURS = "vraxion-ckpt"
 SCHEMA_FOLDER = "schemas"

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from vraxion_ckpt import disk
-from vraxion_ckpt.commit import exclusive, staged
+from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.staging import exclusive, staged
+from vraxion_ckpt.commit.transaction import Change, survey
 from vraxion_ckpt.errors import CkptError
-from vraxion_ckpt.transaction import Change, survey
 
 target, new = Path(sys.argv[1]), Path(sys.argv[2])
 facts = json.loads(sys.argv[3])
@@ -27,9 +27,9 @@ try:
                 content = file.read_bytes()
                 (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
                 if not (target / name).exists() or (target / name).read_bytes() != content:
-                    disk.write_new(stage.path / name, content)
+                    system_calls.write_new(stage.path / name, content)
                 elif change.pivot == ".":
-                    disk.link_or_copy(target / name, stage.path / name)
+                    system_calls.link_or_copy(target / name, stage.path / name)
             stage.publish(watched=marks)
 except CkptError as error:
     sys.stderr.write(f"{error}\n")

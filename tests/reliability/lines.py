@@ -21,9 +21,9 @@ from typing import Any
 import click
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import disk
 from vraxion_ckpt.cli import cli, main
-from vraxion_ckpt.transaction import survey
+from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.transaction import survey
 
 SPLIT = ["-t", "mitosis_split:parent=0,addresses=[0]"]
 # Whose lines count: ours, and those that stand between ours and the end of the process, or of a ``with`` block.
@@ -38,7 +38,7 @@ def edited(target: Path, said: Path, at: int, done: Callable[[int, int], None] =
     output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    line, commit, exchange = 0, 0, disk.exchange
+    line, commit, exchange = 0, 0, system_calls.exchange
 
     def noting(source: Path, target: Path) -> None:
         nonlocal commit
@@ -55,7 +55,7 @@ def edited(target: Path, said: Path, at: int, done: Callable[[int, int], None] =
             signal.raise_signal(signal.SIGINT)
         return trace
 
-    disk.exchange = noting
+    system_calls.exchange = noting
     sys.settrace(trace)
     code: object = "an exception"
     try:

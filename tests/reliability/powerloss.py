@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scenarios import Scenario, beside, read_tree, trainer_writes, watched_disk
 
-from vraxion_ckpt.commit import exclusive
+from vraxion_ckpt.commit.staging import exclusive
 from vraxion_ckpt.errors import ChangedError
 
 _MOST_SUBSETS = 256

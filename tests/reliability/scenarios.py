@@ -17,9 +17,9 @@ from loader import resume
 from support import DATA
 
 import vraxion_ckpt as vc
-from vraxion_ckpt import disk
-from vraxion_ckpt.commit import exclusive, staged
-from vraxion_ckpt.transaction import Change, survey
+from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.staging import exclusive, staged
+from vraxion_ckpt.commit.transaction import Change, survey
 
 Tree = Mapping[str, bytes]  # by path below the target; of a target that is a file, "."
 
@@ -69,11 +69,11 @@ class Scenario:
                     place = stage.path / name
                     for folder in reversed(place.relative_to(stage.path).parents[:-1]):
                         if not (stage.path / folder).exists():
-                            disk.mkdir(stage.path / folder)
+                            system_calls.mkdir(stage.path / folder)
                     if self.old.get(name) != content:
-                        disk.write_new(place, content)
+                        system_calls.write_new(place, content)
                     elif whole:
-                        (disk.copy if self.keep_old else disk.link_or_copy)(target / name, place)
+                        (system_calls.copy if self.keep_old else system_calls.link_or_copy)(target / name, place)
                 stage.publish(watched=marks, keep_old=self.keep_old)
 
     def again(self, target: Path) -> None:
@@ -221,7 +221,7 @@ def watched_disk(
     number = 0
 
     def wrap(name: str) -> Callable[..., None]:
-        original = getattr(disk, name)
+        original = getattr(system_calls, name)
 
         def call(*arguments: Path) -> None:
             nonlocal number
@@ -231,9 +231,9 @@ def watched_disk(
             if name == "fsync" and left_out is not None and left_out(*arguments):
                 return
             if name == "exchange" and not case.exchange:
-                raise disk.ExchangeUnavailableError(22, "Invalid argument", str(arguments[1]))
+                raise system_calls.ExchangeUnavailableError(22, "Invalid argument", str(arguments[1]))
             if name == "link_or_copy" and not case.links:
-                disk.copy(*arguments)
+                system_calls.copy(*arguments)
                 return
             original(*arguments)
             if after is not None:
@@ -243,7 +243,7 @@ def watched_disk(
 
     with pytest.MonkeyPatch.context() as patch:
         for name in CALLS:
-            patch.setattr(disk, name, wrap(name))
+            patch.setattr(system_calls, name, wrap(name))
         yield
 
 

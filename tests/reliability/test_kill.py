@@ -15,10 +15,10 @@ import pytest
 from scenarios import Scenario, beside, read_tree, trainer_writes, watched_disk, write_tree
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.commit import exclusive, was_interrupted
-from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
+from vraxion_ckpt.commit.staging import exclusive, was_interrupted
+from vraxion_ckpt.commit.transaction import committed
 from vraxion_ckpt.errors import ChangedError, InconsistentError, StorageError
-from vraxion_ckpt.transaction import committed
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 

@@ -17,10 +17,10 @@ from powerloss import bad_states, record
 from scenarios import Scenario
 from trainer import saves_at_any_call
 
-from vraxion_ckpt import commit, transaction
-from vraxion_ckpt.transaction import Transaction
+from vraxion_ckpt.commit import staging, transaction
+from vraxion_ckpt.commit.transaction import Transaction
 
-LAYER = (transaction, commit)
+LAYER = (transaction, staging)
 Site = tuple[str, tuple[str, int]]  # the function that an fsync is needed by, and the module and line of the call
 
 
@@ -30,7 +30,7 @@ def test_without_any_single_fsync_a_power_loss_can_leave_a_mix(cases, ram, figur
         (module.__name__, node.lineno)
         for module in LAYER
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "disk.fsync"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "system_calls.fsync"
     }
     assert {place for _, place in sites} == calls, "a call of fsync is never made"
     survivors = [site for site in sites if not _is_needed(site, cases, ram)]

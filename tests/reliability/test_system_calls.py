@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from scenarios import Scenario, beside, read_tree, write_tree
 
-from vraxion_ckpt.commit import exclusive
+from vraxion_ckpt.commit.staging import exclusive
 
 # Whatever changes a file system, under each of the names it has on one processor or another.
 CALLS = (

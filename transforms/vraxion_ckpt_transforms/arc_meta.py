@@ -14,14 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from vraxion_ckpt import jsonfile, plan, plugins, ring
+from vraxion_ckpt.checkpoint import ring, split_plan
+from vraxion_ckpt.checkpoint.invariants import router_owners
+from vraxion_ckpt.checkpoint.model import Checkpoint, SplitPlan
+from vraxion_ckpt.checkpoint.ring import Ints, Visits, Weights
+from vraxion_ckpt.checkpoint.visits import load as load_visits
 from vraxion_ckpt.errors import InconsistentError, TransformError
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, SplitPlan
-from vraxion_ckpt.ring import Ints, Visits, Weights
-from vraxion_ckpt.transform import Transform
-from vraxion_ckpt.visits import load as load_visits
+from vraxion_ckpt.plugins import discovery
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.support import json_files
 
 _HOW_TO_SUPPLY = (
     "give a file (arc_meta:visits=FILE), let the trainer leave its `mitosis` request in the payload, or install a "
@@ -72,7 +74,7 @@ class ArcMeta(Transform):
         if checkpoint.head is None or router is None:
             raise TransformError("the model has no router_map, or no head", key=self.name)
         owners = router_owners(router)
-        request = plan.requested_by_trainer(checkpoint) if self.visits is None else None
+        request = split_plan.requested_by_trainer(checkpoint) if self.visits is None else None
         if request is not None:
             self._refuse_idle_options(request[0])
             checkpoint.plan = self._adopt(request, checkpoint, owners)
@@ -83,7 +85,7 @@ class ArcMeta(Transform):
     def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:
         if self.output is None or checkpoint.plan is None:
             return {}
-        return {self.output: jsonfile.dumps(plan.to_json(checkpoint.plan))}
+        return {self.output: json_files.dumps(split_plan.to_json(checkpoint.plan))}
 
     def _refuse_idle_options(self, requested: int) -> None:
         """The trainer's request says which addresses to take; an option that would choose others must not be idle."""
@@ -100,12 +102,12 @@ class ArcMeta(Transform):
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
         if self.visits is not None:
             return load_visits(self.visits, ring_len)
-        found = plugins.probe_visits(checkpoint)
+        found = discovery.probe_visits(checkpoint)
         if found is None:
-            message, lacking = "no visit counts available", plan.lacking_in_request(checkpoint)
+            message, lacking = "no visit counts available", split_plan.lacking_in_request(checkpoint)
             if lacking is not None:
                 message += f"; the trainer's `mitosis` request {lacking}"
-            hint = plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY
+            hint = split_plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY
             raise TransformError(message, key=self.name, hint=hint + _about_runtime())
         try:
             probed = Visits(
@@ -189,7 +191,7 @@ class ArcMeta(Transform):
         owned = owners == parent
         hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
         self._guard(hot[owned[hot]], parent, int(owned.sum()))
-        return plan.from_request(request, len(owners), checkpoint.num_experts, checkpoint.step)
+        return split_plan.from_request(request, len(owners), checkpoint.num_experts, checkpoint.step)
 
 
 class _Shares:

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from vraxion_ckpt.compare import differences, same_bits
+from vraxion_ckpt.checkpoint.comparison import differences, same_bits
+from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
+from vraxion_ckpt.checkpoint.invariants import router_owners
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind, Optimizer
 from vraxion_ckpt.errors import CkptWarning, TransformError
-from vraxion_ckpt.expert_health import refuse_unhealthy
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, Head, HeadKind, Optimizer
-from vraxion_ckpt.surgery import remove_expert, rename_head
-from vraxion_ckpt.transform import Transform
+from vraxion_ckpt.experts.surgery import remove_expert, rename_head
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.transform import Transform
 
 _HOW_TO_REMOVE = "remove it before this step with prune_merge, which tells who takes over its addresses"
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from vraxion_ckpt import plan
+from vraxion_ckpt.checkpoint import split_plan
+from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
+from vraxion_ckpt.checkpoint.invariants import router_owners
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.errors import InconsistentError, TransformError
-from vraxion_ckpt.expert_health import refuse_unhealthy
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, Head, HeadKind
-from vraxion_ckpt.options import IntList
-from vraxion_ckpt.ring import Ints
-from vraxion_ckpt.surgery import OptimizerPolicy, clone_expert
-from vraxion_ckpt.transform import Transform
+from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.options import IntList
+from vraxion_ckpt.plugins.transform import Transform
 
 
 class MitosisSplit(Transform):
@@ -88,7 +88,7 @@ class MitosisSplit(Transform):
 
     def _planned(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         if self.meta is not None:
-            return plan.load(self.meta, checkpoint)
+            return split_plan.load(self.meta, checkpoint)
         attached = checkpoint.plan
         if attached is not None:
             assert checkpoint.router_map is not None
@@ -107,13 +107,13 @@ class MitosisSplit(Transform):
                     hint="put arc_meta right before this step",
                 )
             return attached.parent, attached.addresses
-        request = plan.requested_by_trainer(checkpoint)
+        request = split_plan.requested_by_trainer(checkpoint)
         if request is not None:
             return request
-        lacking = plan.lacking_in_request(checkpoint)
+        lacking = split_plan.lacking_in_request(checkpoint)
         if lacking is not None:
             message = f"there is no plan; the trainer's `mitosis` request {lacking}"
-            raise TransformError(message, key=self.name, hint=plan.HOW_TO_COUNT)
+            raise TransformError(message, key=self.name, hint=split_plan.HOW_TO_COUNT)
         raise TransformError(
             "there is no plan",
             key=self.name,

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
+from vraxion_ckpt.checkpoint.invariants import router_owners
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
 from vraxion_ckpt.errors import TransformError
-from vraxion_ckpt.expert_health import refuse_unhealthy
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, Head, HeadKind
-from vraxion_ckpt.surgery import remove_expert
-from vraxion_ckpt.transform import Transform
+from vraxion_ckpt.experts.surgery import remove_expert
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.transform import Transform
 
 
 class PruneMerge(Transform):

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from vraxion_ckpt import torchfile
+from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head
 from vraxion_ckpt.errors import CkptWarning, InconsistentError, TransformError, UsageError
-from vraxion_ckpt.expert_health import has_nonfinite, is_zero
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, Expert, Head
-from vraxion_ckpt.options import IntList
-from vraxion_ckpt.transform import Transform
+from vraxion_ckpt.formats import torch_file
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.options import IntList
+from vraxion_ckpt.plugins.transform import Transform
 
 
 class RestoreHibernated(Transform):
@@ -75,7 +75,7 @@ class RestoreHibernated(Transform):
     def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
         """Read the snapshot of an expert; refuse one that does not fit in the expert's place."""
         path = self._snapshot(expert)
-        snapshot = torchfile.load(path, checkpoint.sources)
+        snapshot = torch_file.load(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
             raise InconsistentError("a snapshot must be a dict of leaf name → tensor", path=path)
         if odd := snapshot.keys() ^ old.keys():

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
+from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle
 from vraxion_ckpt.errors import TransformError
-from vraxion_ckpt.expert_health import refuse_unhealthy
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle
-from vraxion_ckpt.surgery import OptimizerPolicy, clone_expert, rename_head
-from vraxion_ckpt.transform import Transform
+from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert, rename_head
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.transform import Transform
 
 
 class SingleToExperts(Transform):

@@ -16,11 +16,11 @@ from typing import NoReturn
 
 import click
 
-from vraxion_ckpt import progress, signals
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.cli import about, change, completion, look
 from vraxion_ckpt.cli.output import drop_output, say, show_warning
 from vraxion_ckpt.errors import CkptError, CkptWarning, OutOfMemoryError, StorageError, UsageError, is_out_of_memory
+from vraxion_ckpt.support import progress, signals
 
 _INTERNAL_ERROR = 70
 

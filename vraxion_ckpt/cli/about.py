@@ -16,8 +16,8 @@ from vraxion_ckpt.errors import UsageError
 @arguments.as_json
 def plugins(as_json: bool) -> None:
     """List formats and transforms, and the package each comes from."""
-    from vraxion_ckpt.catalogue import list_plugins
     from vraxion_ckpt.cli import show_plugins
+    from vraxion_ckpt.plugins.catalogue import list_plugins
 
     arguments.tell(list_plugins(), show_plugins.plugins, as_json=as_json)
 
@@ -27,8 +27,8 @@ def plugins(as_json: bool) -> None:
 @arguments.as_json
 def describe(name: str, as_json: bool) -> None:
     """Show the options of one format or transform: type, default, meaning."""
-    from vraxion_ckpt import catalogue
     from vraxion_ckpt.cli import show_plugins
+    from vraxion_ckpt.plugins import catalogue
 
     arguments.tell(catalogue.describe(name), show_plugins.description, as_json=as_json)
 
@@ -54,7 +54,7 @@ def schema(name: str | None) -> None:
 
     The schema of a recipe is printed by `run --print-schema`.
     """
-    from vraxion_ckpt import schemas
+    from vraxion_ckpt.cli import schemas
 
     if name is None:
         for known, facts in schemas.SCHEMAS.items():

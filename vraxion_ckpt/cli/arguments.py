@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vraxion_ckpt import textfile
 from vraxion_ckpt.cli import output
 from vraxion_ckpt.cli.completion import complete_format, complete_transform
 from vraxion_ckpt.errors import CkptError, OutOfMemoryError, UsageError
 from vraxion_ckpt.printable import printable_facts
+from vraxion_ckpt.support import text_files
 
 if TYPE_CHECKING:
-    from vraxion_ckpt.facts import Facts
+    from vraxion_ckpt.support.json_models import Facts
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _S = TypeVar("_S", bound="Facts")
@@ -148,7 +148,7 @@ def load_names(path: Path | None, option: str = "--param-names") -> list[str] | 
     if path is None:
         return None
     try:
-        text = textfile.read_text(path, most=_MOST_NAMES, encoding="utf-8-sig")
+        text = text_files.read_text(path, most=_MOST_NAMES, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{option}: is not UTF-8 text", path=path) from error
     except OutOfMemoryError:
@@ -157,9 +157,9 @@ def load_names(path: Path | None, option: str = "--param-names") -> list[str] | 
         raise UsageError(f"{option}: {error.message}", path=path) from error
     if not text.lstrip().startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
-    from vraxion_ckpt import jsonfile
+    from vraxion_ckpt.support import json_files
 
-    names = jsonfile.loads(text, path)
+    names = json_files.loads(text, path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{option}: must be a list of names", path=path)
     return list(names)

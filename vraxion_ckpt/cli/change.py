@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vraxion_ckpt import signals
 from vraxion_ckpt.cli import arguments, output
 from vraxion_ckpt.cli.completion import complete_format
 from vraxion_ckpt.errors import StorageError, UsageError
+from vraxion_ckpt.support import signals
 
 if TYPE_CHECKING:
-    from vraxion_ckpt.inplace import Edited
-    from vraxion_ckpt.recipe import Ran
-    from vraxion_ckpt.summary import Summary
+    from vraxion_ckpt.conversion.edit import Edited
+    from vraxion_ckpt.conversion.summary import Summary
+    from vraxion_ckpt.recipes.recipe import Ran
 
 _S = TypeVar("_S", "Summary", "Edited", "Ran")
 
@@ -60,7 +60,7 @@ def convert(
     """  # noqa: D301 - click reads the escape
     arguments.must_exist(src)
     from vraxion_ckpt.cli import show_changes
-    from vraxion_ckpt.pipeline import convert as run
+    from vraxion_ckpt.conversion.convert import convert as run
 
     names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(dst):
@@ -100,7 +100,7 @@ def edit(
     """  # noqa: D301 - click reads the escape
     arguments.must_exist(path)
     from vraxion_ckpt.cli import show_changes
-    from vraxion_ckpt.inplace import edit as run
+    from vraxion_ckpt.conversion.edit import edit as run
 
     names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(path):
@@ -110,7 +110,7 @@ def edit(
 
 def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from vraxion_ckpt.recipe import json_schema
+        from vraxion_ckpt.recipes.recipe import json_schema
 
         click.echo(json.dumps(json_schema(), indent=2))
         context.exit()
@@ -151,7 +151,7 @@ def run(
     arguments.must_exist(recipe)
     given = _given(settings)
     from vraxion_ckpt.cli import show_changes
-    from vraxion_ckpt.recipe import carry_out, prepare
+    from vraxion_ckpt.recipes.recipe import carry_out, prepare
 
     ready = prepare(recipe, given, overwrite=overwrite)
     with output.unless_too_late(*(os.fspath(target.path) for target in ready.targets)):
@@ -191,7 +191,7 @@ def _tell(context: click.Context, done: _S, show: Callable[..., None], *, as_jso
 
 
 def _summaries(done: Summary | Ran) -> Sequence[Summary]:
-    from vraxion_ckpt.summary import Summary
+    from vraxion_ckpt.conversion.summary import Summary
 
     return (done,) if isinstance(done, Summary) else done.results
 

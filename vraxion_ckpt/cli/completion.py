@@ -25,8 +25,8 @@ from vraxion_ckpt.errors import UsageError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from vraxion_ckpt.options import Plugin
-    from vraxion_ckpt.plugins import Registered
+    from vraxion_ckpt.plugins.discovery import Registered
+    from vraxion_ckpt.plugins.options import Plugin
 
 _COMMAND = "vraxion-ckpt"
 _VARIABLE = "_VRAXION_CKPT_COMPLETE"
@@ -37,21 +37,21 @@ _VARIABLE = "_VRAXION_CKPT_COMPLETE"
 
 def complete_transform(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """Complete a transform, and after ``NAME:`` its options."""
-    from vraxion_ckpt.plugins import registry
+    from vraxion_ckpt.plugins.discovery import registry
 
     return _name_and_options(_usable(registry().transforms), incomplete)
 
 
 def complete_format(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """Complete a format, and after ``NAME:`` its options."""
-    from vraxion_ckpt.plugins import registry
+    from vraxion_ckpt.plugins.discovery import registry
 
     return _name_and_options(_usable(registry().adapters), incomplete)
 
 
 def complete_plugin(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """Complete the name of a format or transform."""
-    from vraxion_ckpt.plugins import registry
+    from vraxion_ckpt.plugins.discovery import registry
 
     plugins = {**_usable(registry().adapters), **_usable(registry().transforms)}
     return [
@@ -79,7 +79,7 @@ def _name_and_options(plugins: Mapping[str, type[Plugin]], text: str) -> list[Co
 
 def _options(name: str, fields: Mapping[str, FieldInfo], text: str) -> list[CompletionItem[str]]:
     """Complete the last option of ``key=value,key=value``: its name if it was not used, or its value."""
-    from vraxion_ckpt.options import parse
+    from vraxion_ckpt.plugins.options import parse
 
     done, comma, last = text.rpartition(",")
     try:

@@ -15,19 +15,19 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from vraxion_ckpt import torchfile
+from vraxion_ckpt.analysis.inspection import inspect
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
+from vraxion_ckpt.checkpoint.invariants import preservation, router_owners
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.cli import show_changes, show_inspection
 from vraxion_ckpt.cli.terminal import band, console
-from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.conversion.convert import convert
 from vraxion_ckpt.errors import CkptError, InvariantError, OutOfMemoryError, UsageError
-from vraxion_ckpt.inspection import inspect
-from vraxion_ckpt.invariants import preservation, router_owners
-from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.pipeline import convert
-from vraxion_ckpt.plugins import TransformLike
+from vraxion_ckpt.formats import torch_file
+from vraxion_ckpt.plugins.discovery import TransformLike
 from vraxion_ckpt.printable import printable, printable_facts
-from vraxion_ckpt.reading import read
-from vraxion_ckpt.sources import Sources
+from vraxion_ckpt.reading.opening import read
 
 # The results, by their names below the directory, and their formats.
 _RESULTS = {"ckpt_post_split.pt": "pt", "ckpt_post_split_modular": "modular"}
@@ -143,7 +143,7 @@ def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
 def _saved_optimizer(target: Path) -> dict[str, object]:
     """Return the optimizer exactly as it lies on disk."""
     file = target / "system" / "router.state" if target.is_dir() else target
-    saved: dict[str, object] = torchfile.load(file, Sources())["optim"]
+    saved: dict[str, object] = torch_file.load(file, Sources())["optim"]
     return saved
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from vraxion_ckpt import signals
 from vraxion_ckpt.cli import arguments, output
 from vraxion_ckpt.cli.completion import complete_format
+from vraxion_ckpt.support import signals
 
 
 @click.command(short_help="Show what a checkpoint is and holds.")
@@ -25,8 +25,8 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
     No tensor's data is read unless --values asks for it.
     """
     arguments.must_exist(path)
+    from vraxion_ckpt.analysis.inspection import inspect as run
     from vraxion_ckpt.cli import show_inspection
-    from vraxion_ckpt.inspection import inspect as run
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)
     arguments.tell(facts, show_inspection.inspection, as_json=as_json)
@@ -46,8 +46,8 @@ def diff(context: click.Context, /, a: str, b: str, param_names: Path | None, as
     """
     arguments.must_exist(a)
     arguments.must_exist(b)
+    from vraxion_ckpt.analysis.difference import diff as run
     from vraxion_ckpt.cli import show_difference
-    from vraxion_ckpt.difference import diff as run
 
     facts = run(a, b, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
@@ -67,7 +67,7 @@ def check(context: click.Context, /, path: str, param_names: Path | None, as_jso
     The exit code is 0 if no finding is an error, and 1 if one is.
     """
     arguments.must_exist(path)
-    from vraxion_ckpt.checking import check as run
+    from vraxion_ckpt.analysis.checking import check as run
     from vraxion_ckpt.cli import show_findings
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from vraxion_ckpt import signals
 from vraxion_ckpt.printable import printable
+from vraxion_ckpt.support import signals
 
 
 def say(label: str, message: str, colour: str) -> None:
@@ -50,7 +50,7 @@ def unless_too_late(*targets: str) -> Iterator[None]:
     try:
         yield
     except signals.Interrupted:
-        from vraxion_ckpt.transaction import committed
+        from vraxion_ckpt.commit.transaction import committed
 
         if not targets or not all(Path(os.path.realpath(target)) in committed for target in targets):
             raise

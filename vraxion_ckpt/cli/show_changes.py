@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
-from vraxion_ckpt.inplace import Edited, EditKind
-from vraxion_ckpt.recipe import Ran
-from vraxion_ckpt.summary import Summary
+from vraxion_ckpt.conversion.edit import Edited, EditKind
+from vraxion_ckpt.conversion.summary import Summary
+from vraxion_ckpt.recipes.recipe import Ran
 
 _HOW = {
     EditKind.NOTHING: "nothing to change",

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vraxion_ckpt.changes import Change, Difference, RingChange, Side
+from vraxion_ckpt.analysis.changes import Change, Difference, RingChange, Side
 from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
 
 _MOST_ROWS = 12

@@ -7,9 +7,9 @@ from collections import Counter
 from rich.table import Table
 from rich.text import Text
 
-from vraxion_ckpt.checking import Checked
+from vraxion_ckpt.analysis.checking import Checked
+from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.cli.terminal import print_lines, put, size
-from vraxion_ckpt.findings import Finding, Severity
 
 _MOST_ROWS = 40
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from vraxion_ckpt.balance import Balance, Signs
+from vraxion_ckpt.analysis.inspection import ExpertFacts, Inspection, OptimizerFacts, RingFacts, TensorFacts, TensorTree
+from vraxion_ckpt.checkpoint.load_balance import Balance, Signs
+from vraxion_ckpt.checkpoint.model import HeadKind
 from vraxion_ckpt.cli.terminal import MOST_ROWS, Line, band, console, listed, print_lines, put, size, table_of
-from vraxion_ckpt.inspection import ExpertFacts, Inspection, OptimizerFacts, RingFacts, TensorFacts, TensorTree
-from vraxion_ckpt.model import HeadKind
 
 _MOST_BRANCHES = 24
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.text import Text
 
-from vraxion_ckpt.catalogue import Description, PluginList
 from vraxion_ckpt.cli.terminal import put, table_of
+from vraxion_ckpt.plugins.catalogue import Description, PluginList
 
 
 def plugins(facts: PluginList) -> None:

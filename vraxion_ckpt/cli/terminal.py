@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from vraxion_ckpt.ring import Ints
+from vraxion_ckpt.checkpoint.ring import Ints
 
 Line = tuple[str, str | Text]
 

@@ -15,22 +15,22 @@ from mimetypes import guess_type
 from pathlib import Path
 from typing import ClassVar
 
-from vraxion_ckpt import signals
-from vraxion_ckpt.binding import OptimizerOrder
-from vraxion_ckpt.changes import Difference
-from vraxion_ckpt.commit import check_target
-from vraxion_ckpt.difference import diff_checkpoints
+from vraxion_ckpt.analysis.changes import Difference
+from vraxion_ckpt.analysis.difference import diff_checkpoints
+from vraxion_ckpt.analysis.expert_load import signs_of_life
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.ring import Weights
+from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.commit.staging import check_target
+from vraxion_ckpt.conversion.convert import Staging, stage_side_files
+from vraxion_ckpt.conversion.targets import Beside, check_apart, check_inputs, check_several, formats_named
 from vraxion_ckpt.errors import CkptWarning, UsageError, memory_errors
-from vraxion_ckpt.facts import Facts
-from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.pipeline import Staging, stage_side_files
-from vraxion_ckpt.plugins import AdapterLike
-from vraxion_ckpt.reading import PathLike, os_errors_named, read_unbound
+from vraxion_ckpt.optimizer.binding import OptimizerOrder
+from vraxion_ckpt.plugins.discovery import AdapterLike
+from vraxion_ckpt.reading.opening import PathLike, os_errors_named, read_unbound
 from vraxion_ckpt.reporting.gather import Subject, gather
-from vraxion_ckpt.ring import Weights
-from vraxion_ckpt.signs import signs_of_life
-from vraxion_ckpt.targets import Beside, check_apart, check_inputs, check_several, formats_named
-from vraxion_ckpt.visits import load as load_visits
+from vraxion_ckpt.support import signals
+from vraxion_ckpt.support.json_models import Facts
 
 
 class Reported(Facts):
@@ -67,7 +67,7 @@ def report(
         page: where the HTML page goes; it needs the extra ``report``.
         picture: where the PNG goes; it needs the extra ``png``.
         against: the checkpoint before the split.
-        visits: visits counted before it, see `vraxion_ckpt.visits`.
+        visits: visits counted before it, see `vraxion_ckpt.checkpoint.visits`.
         visits_after: visits counted after training was resumed.
         overwrite: replace files that exist.
         from_: as for `read`.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vraxion_ckpt import ring
+from vraxion_ckpt.checkpoint import ring
+from vraxion_ckpt.checkpoint.ring import Ints, Weights
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
 from vraxion_ckpt.reporting.words import addresses, experts
-from vraxion_ckpt.ring import Ints, Weights
 
 # Colours that people with any kind of colour vision can tell apart, on white and on near-black (after Okabe and Ito).
 _STRONG = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c7a00", "#7a5bb5", "#4d9221", "#999999")

@@ -10,14 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vraxion_ckpt import progress, ring
-from vraxion_ckpt.balance import Signs
-from vraxion_ckpt.changes import Difference, Flow
-from vraxion_ckpt.invariants import router_owners
-from vraxion_ckpt.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
-from vraxion_ckpt.plain import as_numbers
+from vraxion_ckpt.analysis.changes import Difference, Flow
+from vraxion_ckpt.checkpoint import ring
+from vraxion_ckpt.checkpoint.invariants import router_owners
+from vraxion_ckpt.checkpoint.load_balance import Signs
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
+from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.checkpoint.ring import Arc, Ints, Weights
 from vraxion_ckpt.reporting.words import addresses, experts, percent
-from vraxion_ckpt.ring import Arc, Ints, Weights
+from vraxion_ckpt.support import progress
 
 # A matrix of more is no picture any more.
 MOST_COMPARED = 64

@@ -10,16 +10,18 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from vraxion_ckpt import adapter_calls, binding, invariants
-from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.compare import checkpoint_differences
+from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.conversion.convert import convert
+from vraxion_ckpt.conversion.edit import edit
 from vraxion_ckpt.errors import CkptError, CkptWarning, LossError, OptionError
-from vraxion_ckpt.inplace import edit
-from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.options import configure
-from vraxion_ckpt.pipeline import convert
-from vraxion_ckpt.plugins import adapters
-from vraxion_ckpt.reading import read
+from vraxion_ckpt.optimizer import binding
+from vraxion_ckpt.plugins import adapter_calls
+from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.discovery import adapters
+from vraxion_ckpt.plugins.options import configure
+from vraxion_ckpt.reading.opening import read
 from vraxion_ckpt.testing.samples import checkpoints, make, samples
 from vraxion_ckpt.testing.watch import contents, untouched, written
 

@@ -12,8 +12,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer, ParamGroup, SplitPlan
-from vraxion_ckpt.surgery import rename_head
+from vraxion_ckpt.checkpoint.model import (
+    Checkpoint,
+    Expert,
+    Head,
+    HeadKind,
+    Lifecycle,
+    Optimizer,
+    ParamGroup,
+    SplitPlan,
+)
+from vraxion_ckpt.experts.surgery import rename_head
 
 RING = 12
 _WIDTH, _CLASSES = 6, 4

@@ -12,17 +12,20 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from vraxion_ckpt import adapter_calls, binding, invariants
-from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.compare import checkpoint_differences, differences, same_bits
+from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.conversion.chain import apply_chain, function_noise
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, OptionError
-from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.options import configure, resolved
-from vraxion_ckpt.placement import lacking
-from vraxion_ckpt.plugins import adapters
+from vraxion_ckpt.optimizer import binding
+from vraxion_ckpt.optimizer.placement import lacking
+from vraxion_ckpt.plugins import adapter_calls
+from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.discovery import adapters
+from vraxion_ckpt.plugins.options import configure, resolved
+from vraxion_ckpt.plugins.transform import Step, Transform
 from vraxion_ckpt.testing.samples import checkpoints, samples
 from vraxion_ckpt.testing.watch import contents, untouched, written
-from vraxion_ckpt.transform import Step, Transform, apply_chain, function_noise
 
 Case = tuple[Mapping[str, Any], str]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vraxion_ckpt import adapter_calls
-from vraxion_ckpt.adapter import Adapter
-from vraxion_ckpt.compare import checkpoint_differences, differences
-from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.plain import named_tensors
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.plugins import adapter_calls
+from vraxion_ckpt.plugins.adapter import Adapter
 
 
 @contextmanager

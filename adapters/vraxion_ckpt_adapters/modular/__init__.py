@@ -18,15 +18,13 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from vraxion_ckpt import jsonfile, progress, torchfile
-from vraxion_ckpt.adapter import Adapter, Faults, Loss, Part
-from vraxion_ckpt.disk import write_new
+from vraxion_ckpt.checkpoint.head_names import VRAXION
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import InconsistentError, StorageError
-from vraxion_ckpt.head_names import VRAXION
-from vraxion_ckpt.hookspecs import hookimpl
-from vraxion_ckpt.model import Checkpoint, Expert, Head, HeadKind
-from vraxion_ckpt.options import NameList
-from vraxion_ckpt.payload import (
+from vraxion_ckpt.formats import torch_file
+from vraxion_ckpt.formats.payload import (
     Extras,
     Parsed,
     PayloadDialect,
@@ -39,7 +37,10 @@ from vraxion_ckpt.payload import (
     split_head,
     with_head,
 )
-from vraxion_ckpt.sources import Sources
+from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss, Part
+from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugins.options import NameList
+from vraxion_ckpt.support import json_files, progress
 from vraxion_ckpt_adapters.modular.meta import (
     META,
     check_meta,
@@ -108,7 +109,7 @@ class ModularAdapter(Adapter):
         if faults.errors:
             return None  # what lies outside is not opened
         router, place = files.path(_ROUTER), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(torchfile.load(router, sources, self.allow_global), router))
+        parsed = faults.attempt(lambda: parse_payload(torch_file.load(router, sources, self.allow_global), router))
         meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
         faults.attempt(files.check_names)
         shards = files.shards()
@@ -140,7 +141,7 @@ class ModularAdapter(Adapter):
         files.check_links()
         root, router = files.root, files.path(_ROUTER)
         sources = Sources()
-        parsed = parse_payload(torchfile.load(router, sources, self.allow_global), router)
+        parsed = parse_payload(torch_file.load(router, sources, self.allow_global), router)
         meta = read_meta(files.path(META), sources, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
@@ -252,7 +253,9 @@ class ModularAdapter(Adapter):
         if head is not None and head.kind is HeadKind.EXPERTS:
             for i, expert in head.experts.items():
                 parts[f"experts/{shard_name(i)}"] = torch_part(expert, partial(content_of, expert))
-        parts[META] = Part(meta, lambda path: write_new(path, jsonfile.dumps(meta)), lambda: len(jsonfile.dumps(meta)))
+        parts[META] = Part(
+            meta, lambda path: write_new(path, json_files.dumps(meta)), lambda: len(json_files.dumps(meta))
+        )
         return parts
 
     def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:

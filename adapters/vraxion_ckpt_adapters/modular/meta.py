@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from vraxion_ckpt import jsonfile
+from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Origin
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.errors import CkptWarning, InconsistentError
-from vraxion_ckpt.model import Checkpoint, HeadKind, Lifecycle, Origin
-from vraxion_ckpt.payload import Parsed
-from vraxion_ckpt.sources import Fingerprint, Sources
+from vraxion_ckpt.formats.payload import Parsed
+from vraxion_ckpt.support import json_files
 
 META = "experts/meta.json"
 _MOST_NAMED = 8
@@ -55,7 +55,7 @@ def read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] | 
 
 def parse_meta(path: Path) -> dict[str, Any]:
     """Read meta.json, whatever it says."""
-    meta = jsonfile.load(path)
+    meta = json_files.load(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
         raise InconsistentError("must be an object with a list `experts`", path=path)
     return meta

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vraxion_ckpt import torchfile
-from vraxion_ckpt.adapter import Part
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind
+from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
-from vraxion_ckpt.model import Checkpoint, Expert, HeadKind
-from vraxion_ckpt.plain import named_tensors
-from vraxion_ckpt.sources import Sources
+from vraxion_ckpt.formats import torch_file
+from vraxion_ckpt.plugins.adapter import Part
 
 _MOST_NAMED = 8
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
@@ -97,7 +97,7 @@ def content_of(expert: Expert) -> dict[str, Tensor]:
 
 def torch_part(content: object, value: Callable[[], Any]) -> Part:
     """Return a file of torch.save whose value is made when it is needed."""
-    return Part(content, lambda path: torchfile.save(value(), path), lambda: torchfile.size(value()))
+    return Part(content, lambda path: torch_file.save(value(), path), lambda: torch_file.size(value()))
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
@@ -114,7 +114,7 @@ def load_shard(
 ) -> dict[str, Tensor]:
     """Open a shard; refuse one that is damaged, or lacks `leaves`."""
     try:
-        shard = torchfile.load(path, sources, allow_globals)
+        shard = torch_file.load(path, sources, allow_globals)
     except CorruptError as error:
         message = f"the shard of expert {expert} is damaged: {error.message}"
         raise InconsistentError(message, path=path, key=error.key, hint=error.hint) from error

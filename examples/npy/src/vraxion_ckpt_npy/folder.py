@@ -14,10 +14,12 @@ import torch
 from numpy.lib.format import read_array_header_1_0, read_magic
 from torch import Tensor
 
-from vraxion_ckpt import Adapter, Checkpoint, document, hookimpl, jsonfile
-from vraxion_ckpt.disk import write_new
+from vraxion_ckpt import Adapter, Checkpoint, hookimpl
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
+from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError
-from vraxion_ckpt.sources import Fingerprint, Sources
+from vraxion_ckpt.formats import document
+from vraxion_ckpt.support import json_files
 
 MANIFEST = "manifest.json"
 # What both torch and numpy know; the document stores everything else as bytes.
@@ -56,7 +58,7 @@ class NpyAdapter(Adapter):
         files = {name: f"{number:05d}.npy" for number, name in enumerate(tensors)}
         for name, tensor in tensors.items():
             _write_tensor(tensor, path / files[name])
-        write_new(path / MANIFEST, jsonfile.dumps({"format": "npy", "version": 1, "files": files, "document": facts}))
+        write_new(path / MANIFEST, json_files.dumps({"format": "npy", "version": 1, "files": files, "document": facts}))
 
     def foreign_files(self, path: Path) -> list[Path]:
         known = {MANIFEST}
@@ -77,7 +79,7 @@ def _is_name(name: str) -> bool:
 def _read_manifest(path: Path, sources: Sources) -> dict[str, Any]:
     _require_file(path)
     sources.add(path, Fingerprint.of(path))
-    manifest = jsonfile.load(path)
+    manifest = json_files.load(path)
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "version", "files", "document"}:
         raise InconsistentError("is no manifest: needs format, version, files and document", path=path)
     if (manifest["format"], manifest["version"]) != ("npy", 1):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from vraxion_ckpt import Checkpoint, Transform, TransformError, hookimpl
-from vraxion_ckpt.options import IntList
+from vraxion_ckpt.plugins.options import IntList
 
 
 class HandOver(Transform):

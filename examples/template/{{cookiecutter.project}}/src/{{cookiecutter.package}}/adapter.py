@@ -10,9 +10,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vraxion_ckpt import Adapter, Checkpoint, document, hookimpl, jsonfile
+from vraxion_ckpt import Adapter, Checkpoint, hookimpl
+from vraxion_ckpt.formats import document
+from vraxion_ckpt.support import json_files
 from vraxion_ckpt.errors import CorruptError, InconsistentError, StorageError
-from vraxion_ckpt.sources import Fingerprint, Sources
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 
 DOCUMENT = "document"
 # What both torch and numpy know; the document stores everything else as bytes.
@@ -48,7 +50,7 @@ class FormatAdapter(Adapter):
         if DOCUMENT not in arrays:
             raise InconsistentError("has no document", path=path)
         text = arrays.pop(DOCUMENT).tobytes().decode(errors="replace")
-        facts = jsonfile.loads(text, path)
+        facts = json_files.loads(text, path)
         if not isinstance(facts, dict) or facts.keys() != {"names", "document"} or not isinstance(facts["names"], list):
             raise InconsistentError("its document is none of ours", path=path)
         if list(arrays) != [str(number) for number in range(len(facts["names"]))]:

@@ -1,0 +1,168 @@
+"""What `diff` tells: the facts, and the same in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from vraxion_ckpt.analysis.measurement import Measure
+from vraxion_ckpt.support.json_models import Fact, Facts, Plain
+
+_MOST_LINES = 12
+
+What = Literal["changed", "renamed", "added", "removed"]
+
+
+class Change(Fact):
+    """One entry that is not the same in both checkpoints."""
+
+    what: What
+    """``renamed``: bit-identical under another name."""
+    before: str | None
+    """Its name in the first checkpoint."""
+    after: str | None
+    """Its name in the second."""
+    old: Plain
+    """What it is in the first; of a tensor, dtype and shape."""
+    new: Plain
+    measure: Measure | None = None
+    """Of tensors that differ in nothing but their values."""
+
+
+class ExpertChange(Fact):
+    """An expert that is not the same under the same name."""
+
+    what: What
+    before: int | None
+    """Its id in the first checkpoint."""
+    after: int | None
+    equal_to: int | None = None
+    """Of one that was added, the id of a bit-identical one in the first checkpoint; of one that was removed, in the
+    second."""
+    took_from: int | None = None
+    """Of one that was added: who owned most of its addresses before."""
+    measure: Measure | None = None
+    """How it differs from what it was; or, if it is new, from the expert in `took_from`."""
+
+
+class Flow(Fact):
+    """Addresses that went from one expert to another."""
+
+    before: int
+    after: int
+    addresses: int
+
+
+class ArcChange(Fact):
+    """An arc of the ring that went from one expert to another; it may wrap."""
+
+    start: int
+    length: int
+    before: int
+    after: int
+
+
+class RingChange(Fact):
+    """Which addresses have another owner; an expert that was only renumbered is the same owner."""
+
+    length: int
+    moved: int
+    flows: tuple[Flow, ...]
+    arcs: tuple[ArcChange, ...]
+    """The first 4,096 of them."""
+    arcs_in_all: int
+
+
+class Side(Fact):
+    """One of the two checkpoints."""
+
+    path: Path
+    format: str
+    num_experts: int
+    step: Plain
+
+
+class Difference(Facts):
+    """What is different in a second checkpoint."""
+
+    kind_of_facts: ClassVar[str] = "diff"
+
+    before: Side
+    after: Side
+    identical: bool
+    """Whether nothing differs, NaNs compared by their bits. How a format spells it does not count."""
+    tensors_identical: int
+    """Model tensors that are the same bit by bit, under the same name."""
+    slots_identical: int
+    """Slots of the optimizer that are the same bit by bit, of the same parameter."""
+    bytes_compared: int
+    """Of the second checkpoint's model tensors and slots."""
+    model: tuple[Change, ...]
+    experts: tuple[ExpertChange, ...]
+    ring: RingChange | None
+    """Null where the rings cannot be compared, or no address has another owner."""
+    optimizer: tuple[Change, ...]
+    """Slots, called ``parameter.slot``; groups; and which parameters are trained."""
+    not_bound: str | None
+    """Why an optimizer is not bound to names; then slots are compared by position."""
+    payload: tuple[Change, ...]
+    lifecycle: tuple[Change, ...]
+    history: tuple[Change, ...]
+    other: tuple[Change, ...]
+    """The planned split, module versions, and the order of entries."""
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Return the whole for people: a label and a text for each section in which something differs."""
+        if self.identical:
+            size = f"{self.tensors_identical} tensors and {self.slots_identical} optimizer slots, bit by bit"
+            return [("identical", f"{size}; ring, payload, lifecycle rows and history too")]
+        lines = [("tensors", f"{self.tensors_identical} identical{_counts(self.model)}")]
+        lines += [("expert", _in_words(change)) for change in self.experts[:_MOST_LINES]]
+        if len(self.experts) > _MOST_LINES:
+            lines.append(("expert", f"… {len(self.experts) - _MOST_LINES} more"))
+        former = {change.after: change.before for change in self.experts if change.what == "renamed"}
+        for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
+            renumbered = former.get(flow.after, flow.after) != flow.after
+            number = f"{flow.addresses} address{'es' * (flow.addresses != 1)}"
+            was = f", which was {former[flow.after]}" if renumbered else ""
+            lines.append(
+                (
+                    "ring",
+                    f"{number}: expert {flow.before} → expert {flow.after}{was}",
+                )
+            )
+        if self.ring and len(self.ring.flows) > _MOST_LINES:
+            lines.append(("ring", f"… {len(self.ring.flows) - _MOST_LINES} more"))
+        if self.slots_identical or self.optimizer:
+            lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
+        for label in ("payload", "lifecycle", "history", "other"):
+            changes = getattr(self, label)
+            if changes:
+                lines.append((label, _counts(changes).removeprefix(", ")))
+        return lines
+
+
+def _counts(changes: Sequence[Change]) -> str:
+    counts = Counter(change.what for change in changes)
+    return "".join(f", {n} {what}" for what, n in sorted(counts.items()))
+
+
+def _in_words(change: ExpertChange) -> str:
+    if change.what == "renamed":
+        renumbered = change.before != change.after
+        return (
+            f"{change.before} is now {change.after}" if renumbered else f"{change.after} the same, under another name"
+        )
+    if change.what == "changed":
+        return f"{change.after} changed: {change.measure or 'of other shapes'}"
+    if change.what == "removed":
+        return f"{change.before} removed" + (
+            f", equal to expert {change.equal_to}" if change.equal_to is not None else ""
+        )
+    if change.equal_to is not None:
+        return f"{change.after} new, equal to expert {change.equal_to}"
+    if change.took_from is None or change.measure is None:
+        return f"{change.after} new"
+    return f"{change.after} new, compared with expert {change.took_from}: {change.measure}"

@@ -1,0 +1,90 @@
+"""The signs of life of a refinement loop: the load of the experts before a split, as it predicts it, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vraxion_ckpt.checkpoint.invariants import router_owners
+from vraxion_ckpt.checkpoint.load_balance import Signs, balance, signs
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.ring import Ints
+from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.reading.opening import PathLike, read_unbound
+
+
+def signs_of_life(
+    checkpoint: Checkpoint,
+    *,
+    against: PathLike | Checkpoint | None = None,
+    visits_file: PathLike | None = None,
+    visits_after: PathLike | None = None,
+) -> Signs | None:
+    """Compare how visits fell on the experts before a split, how they are predicted to fall, and how they fell.
+
+    Of a checkpoint that is to be split, or is not known to have been, the load before is its own, and a plan predicts.
+
+    Args:
+        checkpoint: after the split, or one that is to be split.
+        against: before it; if not given, what the payload records of the last split is undone.
+        visits_file: visits counted before the split.
+        visits_after: visits counted after training was resumed.
+
+    Raises:
+        UsageError: the checkpoint has no ring, or that of `against` is another one.
+    """
+    if visits_file is None and visits_after is None:
+        return None
+    if checkpoint.router_map is None or checkpoint.head is None:
+        raise UsageError("has no ring of experts to count visits on", path=checkpoint.origin.path)
+    owners = router_owners(checkpoint.router_map)
+    planned = _split_planned(checkpoint, owners)
+    # What the payload records is the last split, which a plan for the next one makes a thing of the past.
+    old = _split_undone(checkpoint, owners) if planned is None else None
+    if against is not None:
+        former = against if isinstance(against, Checkpoint) else read_unbound(against)
+        if former.head is None or former.router_map is None or len(former.router_map) != len(owners):
+            raise UsageError("has no ring of the same length", path=former.origin.path)
+        old = router_owners(former.router_map), former.num_experts
+        if planned is not None and former.num_experts == checkpoint.num_experts and np.array_equal(old[0], owners):
+            old = None  # nothing has moved since; what is to come is the plan's
+    before, after = (
+        load_visits(Path(file), len(owners)).visits if file is not None else None
+        for file in (visits_file, visits_after)
+    )
+    now = owners, checkpoint.num_experts
+    if old is not None:
+        return signs(before, after, old, now)
+    found = signs(before, after, now, now)
+    predicted = balance(before, *planned) if before is not None and planned is not None else None
+    return replace(found, predicted=predicted)
+
+
+def _split_planned(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
+    """Return the router map and the number of experts that a plan would give."""
+    if checkpoint.plan is None or any(not 0 <= a < len(owners) for a in checkpoint.plan.addresses):
+        return None
+    future = owners.copy()
+    future[list(checkpoint.plan.addresses)] = checkpoint.num_experts
+    return future, checkpoint.num_experts + 1
+
+
+def _split_undone(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
+    """Return the router map and the number of experts before the split that the payload records, if that fits."""
+    done = checkpoint.payload.get("mitosis")
+    if not isinstance(done, Mapping) or not {"parent", "child", "addresses"} <= done.keys():
+        return None
+    parent, child, addresses = done["parent"], done["child"], done["addresses"]
+    if not isinstance(addresses, list | tuple) or not all(type(a) is int and 0 <= a < len(owners) for a in addresses):
+        return None
+    if type(parent) is not int or not 0 <= parent < child or child != checkpoint.num_experts - 1:
+        return None
+    if sorted(addresses) != np.flatnonzero(owners == child).tolist():
+        return None  # something has moved since
+    former = owners.copy()
+    former[list(addresses)] = parent
+    return former, child

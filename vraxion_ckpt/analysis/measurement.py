@@ -1,0 +1,128 @@
+"""By how much two tensors of one shape differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of
+from vraxion_ckpt.support.json_models import Fact, Number
+
+_PIECE = 2**20
+
+
+class Measure(Fact):
+    """By how much two tensors differ, or several, taken as one."""
+
+    elements: int
+    """How many elements differ in a bit."""
+    of: int
+    not_finite: int
+    """How many of those are infinite or NaN on either side; they are left out of what follows."""
+    max_abs: Number | None
+    """The largest absolute difference; null if no element that differs can be compared."""
+    relative_l2: Number | None
+    """‖b − a‖ / ‖a‖ over all finite elements; null if a is zero, and for whole numbers."""
+    cosine: Number | None
+    """a·b / (‖a‖ ‖b‖) over all finite elements; null if either is zero, and for whole numbers."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.elements} of {self.of} elements"]
+        if self.max_abs is not None:
+            parts.append(f"max-abs {self.max_abs:.3g}")
+        if self.relative_l2 is not None:
+            parts.append(f"relative L2 {self.relative_l2:.3g}")
+        if self.cosine is not None:
+            near = 1 - self.cosine
+            parts.append(f"cosine 1 − {near:.1g}" if 0 < near < 1e-3 else f"cosine {self.cosine:.4g}")
+        if self.not_finite:
+            parts.append(f"{self.not_finite} not finite")
+        return ", ".join(parts)
+
+
+def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
+    """Measure pairs of tensors as if each side were one vector; None if two of a pair have different shapes.
+
+    Tensors are read a piece at a time and summed in float64; those of different dtypes are compared by value.
+    """
+    held = list(pairs)
+    if any(a.shape != b.shape for a, b in held):
+        return None
+    whole = not any(t.is_floating_point() or t.is_complex() for pair in held for t in pair)
+    scale = 1.0 if whole else _largest(held)  # or squares of large numbers overflow, and of small ones vanish
+    elements = of = not_finite = 0
+    largest: float | None = None
+    squares = [0.0, 0.0, 0.0]  # of a, of b, of b − a
+    dot = 0.0
+    for a, b in held:
+        of += a.numel()
+        for x, y in _pieces(a, b):
+            differ = _differ(x, y)
+            elements += int(differ.sum())
+            one, other = _as_numbers(x, y)
+            if one is None or other is None:
+                continue
+            finite = one.isfinite() & other.isfinite()
+            not_finite += int((differ & ~finite).sum())
+            if bool((differ & finite).any()):
+                gap = _exact_gap(x[differ], y[differ]) if whole else float((other - one)[differ & finite].abs().max())
+                largest = max(largest or 0.0, gap)
+            if not whole:
+                one, other = one[finite] / scale, other[finite] / scale
+                for i, part in enumerate((one, other, other - one)):
+                    squares[i] += float(part.abs().square().sum())
+                dot += float(torch.vdot(one, other).real)
+    norm_a, norm_b, norm_gap = map(math.sqrt, squares)
+    cosine = dot / (norm_a * norm_b) if norm_a and norm_b else None
+    return Measure(
+        elements=elements,
+        of=of,
+        not_finite=not_finite,
+        max_abs=largest,
+        relative_l2=norm_gap / norm_a if norm_a else None,
+        cosine=None if cosine is None else min(1.0, max(-1.0, cosine)),
+    )
+
+
+def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest finite magnitude, or 1 if there is none but zero."""
+    found = 0.0
+    for pair in pairs:
+        for tensor in pair:
+            for piece, _ in _pieces(tensor, tensor):
+                numbers = as_numbers(piece)
+                if numbers is not None and numbers.numel():
+                    sizes = numbers.abs()
+                    found = max(found, float(sizes.masked_fill(~sizes.isfinite(), 0).max()))
+    return found or 1.0
+
+
+def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    one, other = as_numbers(x), as_numbers(y)
+    if one is None or other is None:
+        return None, None
+    if one.is_complex() != other.is_complex():
+        return one.to(torch.complex128), other.to(torch.complex128)
+    return one, other
+
+
+def _exact_gap(x: Tensor, y: Tensor) -> float:
+    """Return the largest difference of whole numbers; 64 bits of them are more than a float64 holds."""
+    return float(max(abs(int(a) - int(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)))
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    x, y = a.detach().reshape(-1), b.detach().reshape(-1)
+    for start in range(0, len(x), _PIECE):
+        yield x[start : start + _PIECE], y[start : start + _PIECE]
+
+
+def _differ(x: Tensor, y: Tensor) -> Tensor:
+    """Tell for each element whether it differs in a bit; of other dtypes, in its value."""
+    if x.dtype != y.dtype:
+        one, other = as_numbers(x), as_numbers(y)
+        return torch.ones(len(x), dtype=torch.bool) if one is None or other is None else one != other
+    return (bytes_of(x).view(-1, x.itemsize) != bytes_of(y).view(-1, y.itemsize)).any(dim=1)

@@ -1,0 +1,184 @@
+"""What looks wrong in an optimizer's state although it loads: values, slots, steps, dtypes, names.
+
+Parameters are compared with others of which the same can be expected: those of their group, of their dtype. Nothing
+here knows an optimizer by name; the slots that cannot be negative are known by theirs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.plain_data import as_numbers
+
+# Sums, means or maxima of squares or of absolute values, in torch's optimizers and in Hugging Face's Adafactor.
+_NEVER_NEGATIVE = frozenset(
+    {
+        *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
+        *("variance", "row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"),
+    }
+)
+_STATE = "optimizer.state."
+_PIECE = 2**22
+
+
+def is_never_negative(place: str, tensor: Tensor) -> bool:
+    """Tell whether a tensor, by its place in the checkpoint (``optimizer.state.NAME.SLOT``), cannot be negative."""
+    slot = place.rpartition(".")[2]
+    return place.startswith(_STATE) and slot in _NEVER_NEGATIVE and tensor.is_floating_point()
+
+
+def count_negative(tensor: Tensor) -> int:
+    """Count the elements below zero, a piece at a time; −0 is not below zero."""
+    flat, found = tensor.detach().reshape(-1), 0
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
+        numbers = as_numbers(piece) if piece.itemsize == 1 else piece  # torch compares most dtypes as they are
+        if numbers is not None:
+            found += int((numbers < 0).sum())
+    return found
+
+
+def about_optimizer(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Judge the optimizer's state without reading tensors of any size; experts that are not open are not opened."""
+    if checkpoint.head is None or all(expert.is_open for expert in checkpoint.head.experts.values()):
+        yield from _about_order(checkpoint)
+    groups = _groups(checkpoint)
+    for number, group in enumerate(groups):
+        yield from _about_missing(number, group)
+    stateful = [parameter for group in groups for parameter in group if parameter.slots]
+    yield from _about_steps(stateful)
+    yield from _about_dtypes(stateful)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter in a param group.
+
+    Attributes:
+        slots: its state; empty if it has none.
+        dimensions: 0, 1, or 2 for two and more; Adafactor and others keep other slots for matrices than for vectors.
+        dtype: its own, or None if the tensor is not at hand.
+    """
+
+    name: str
+    slots: Mapping[str, Any]
+    dimensions: int
+    dtype: str | None
+
+
+def _groups(checkpoint: Checkpoint) -> list[list[_Parameter]]:
+    """Return the param groups; of an optimizer without names, parameters are named by their numbers."""
+    tensors = checkpoint.open_tensors()
+    optimizer = checkpoint.optimizer
+    if optimizer is not None:
+        return [[_parameter(n, optimizer.state.get(n), tensors.get(n)) for n in g.params] for g in optimizer.groups]
+    raw = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+    groups, state = raw.get("param_groups"), raw.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        return []
+    listed = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    return [
+        [_parameter(f"parameter {i}", state.get(i), None) for i in ids if isinstance(i, int)]
+        for ids in listed
+        if isinstance(ids, list)
+    ]
+
+
+def _parameter(name: str, slots: Any, tensor: Tensor | None) -> _Parameter:
+    slots = slots if isinstance(slots, dict) else {}
+    shaped = [tensor] if tensor is not None else [value for value in slots.values() if isinstance(value, Tensor)]
+    dimensions = max((value.ndim for value in shaped), default=0)
+    return _Parameter(name, slots, min(dimensions, 2), str(tensor.dtype) if tensor is not None else None)
+
+
+def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
+    """Name parameters of a group without state, or without a slot, that the others have."""
+    without = [parameter.name for parameter in group if not parameter.slots]
+    if without and len(without) < len(group):
+        yield Finding(
+            severity=Severity.NOTE,
+            rule="state",
+            what=f"{len(without)} of {len(group)} have no state ({first_few(without)}): no gradient so far, or lost",
+            where=f"optimizer group {number}",
+        )
+    alike: dict[int, list[_Parameter]] = defaultdict(list)
+    for parameter in group:
+        if parameter.slots:
+            alike[parameter.dimensions].append(parameter)
+    for parameters in alike.values():
+        counts = Counter(slot for parameter in parameters for slot in parameter.slots)
+        for slot, count in counts.items():
+            lacking = [parameter.name for parameter in parameters if slot not in parameter.slots]
+            if lacking and 2 * count >= len(parameters):
+                yield Finding(
+                    severity=Severity.WARNING,
+                    rule="state",
+                    what=f"slot {slot} is missing for {len(lacking)} ({first_few(lacking)}); {count} like them have it",
+                    where=f"optimizer group {number}",
+                )
+
+
+def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
+    """Tell where `step` is no step, and where it differs between parameters."""
+    steps: dict[float, list[str]] = defaultdict(list)
+    for parameter in parameters:
+        if "step" not in parameter.slots:
+            continue
+        step = _as_number(parameter.slots["step"])
+        if step is None or step < 0:
+            what = "is no number" if step is None else f"is negative: {step:g}"
+            where = f"{_STATE}{parameter.name}.step"
+            yield Finding(severity=Severity.WARNING, rule="step", what=what, where=where)
+        elif step == step:  # NaN is reported as not finite
+            steps[step].append(parameter.name)
+    if len(steps) > 1:
+        usual, *others = sorted(steps, key=lambda step: (-len(steps[step]), -step))
+        told = [f"{step:g} for {len(steps[step])} ({first_few(steps[step])})" for step in others]
+        what = (
+            f"step is {usual:g} for {len(steps[usual])} parameters, but {'; '.join(told[:4])}"
+            f"{'; …' * (len(told) > 4)}: an expert that was not routed to has fewer"
+        )
+        yield Finding(severity=Severity.NOTE, rule="step", what=what, where="optimizer")
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        numbers = as_numbers(value) if value.numel() == 1 and not value.is_complex() else None
+        return float(numbers.reshape(())) if numbers is not None else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
+    """Name slots of another dtype than the same slot of other parameters of the same dtype."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for parameter in parameters:
+        for slot, value in parameter.slots.items():
+            if isinstance(value, Tensor) and parameter.dtype is not None:
+                found[slot, parameter.dtype][str(value.dtype).removeprefix("torch.")].append(parameter.name)
+    for (slot, _), names in found.items():
+        usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
+        for dtype in others:
+            few = f"{len(names[dtype])} ({first_few(names[dtype])})"
+            what = f"slot {slot} is {usual} for {len(names[usual])} parameters, but {dtype} for {few}"
+            yield Finding(severity=Severity.WARNING, rule="dtype", what=what, where="optimizer")
+
+
+def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Compare `param_names` with the order of the state dict, unless its names merely stand sorted."""
+    places = {name: place for place, name in enumerate(checkpoint.tensor_names())}
+    if list(places) == sorted(places):
+        return
+    listed = [name for name in checkpoint.param_names or () if name in places]
+    turned = next(((a, b) for a, b in pairwise(listed) if places[a] > places[b]), None)
+    if turned is not None:
+        what = f"lists {turned[0]} before {turned[1]}, but the model has them the other way round"
+        hint = "an optimizer without names of its own is taken to be in the order of this list"
+        yield Finding(severity=Severity.NOTE, rule="names", what=what, where="param_names", hint=hint)

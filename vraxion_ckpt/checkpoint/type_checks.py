@@ -1,0 +1,115 @@
+"""Do the fields of a checkpoint have the types that `vraxion_ckpt.checkpoint.model` declares?
+
+Plugins return checkpoints, and nothing makes Python hold them to the annotations. The annotations are read from the
+classes, so a new field is checked without a change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert
+from vraxion_ckpt.checkpoint.plain_data import check_plain
+from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.errors import CkptError
+
+_PLAIN = dict[str, Any]  # what is written as it is: only plain data in it
+
+
+def wrong_type(value: object, expected: Any = Checkpoint, place: str = "") -> str | None:
+    """Return the first thing in a value, by default a checkpoint, that is not of its declared type; None if all are.
+
+    Opens no expert. A closed one is checked when it is opened, see `wrong_leaves`.
+    """
+    return next(_faults(value, expected, place), None)
+
+
+def wrong_leaves(leaves: object) -> str | None:
+    """Return what is wrong with the tensors of an expert that were just opened."""
+    if not isinstance(leaves, Mapping):
+        return f"an expert's tensors are a {_kind(leaves)}, not a mapping"
+    return next(_entry_faults(dict(leaves), (str, Tensor), "expert"), None)
+
+
+def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if expected is Any:
+        return
+    if origin in (UnionType, Union):
+        found = [list(_faults(value, each, place)) for each in arguments if each is not NoneType]
+        if not (value is None and NoneType in arguments) and all(found):
+            yield from found[0] if len(found) == 1 else [f"{place} is a {_kind(value)}, not {_spelt(expected)}"]
+    elif expected is Tensor:
+        yield from _tensor_faults(value, place)
+    elif not _is_instance(value, origin or expected):
+        yield f"{place or 'it'} is a {_kind(value)}, not {_spelt(expected)}"
+    elif expected == _PLAIN:
+        yield from _plain_faults(value, place)
+    elif origin is not None:
+        yield from _entry_faults(value, arguments, place)
+    elif expected is Expert:
+        if isinstance(value, Expert) and value.is_open:
+            yield from _entry_faults(dict(value), (str, Tensor), place)
+    elif is_dataclass(expected) and isinstance(expected, type) and expected is not Sources:
+        for name, kind in _declared(expected).items():
+            yield from _faults(getattr(value, name, None), kind, f"{place}.{name}" if place else name)
+
+
+def _is_instance(value: object, kind: type) -> bool:
+    """Tell whether a value is of a class: of exactly this one where it is ours, and True is no number."""
+    if kind in (int, float):
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if is_dataclass(kind) or kind is Expert:
+        return type(value) is kind
+    return isinstance(value, kind)
+
+
+def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[str]:
+    """Check the entries of a dict, list, set or tuple."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _faults(key, kinds[0], f"a key of {place}")
+            yield from _faults(entry, kinds[1], f"{place}[{key!r}]")
+    elif isinstance(value, tuple) and kinds[-1] is not Ellipsis:
+        if len(value) != len(kinds):
+            yield f"{place} has {len(value)} entries, not {len(kinds)}"
+        for i, (entry, kind) in enumerate(zip(value, kinds, strict=False)):
+            yield from _faults(entry, kind, f"{place}[{i}]")
+    elif kinds[0] is not Any:
+        for i, entry in enumerate(value):
+            yield from _faults(entry, kinds[0], f"{place}[{i}]")
+
+
+def _tensor_faults(value: object, place: str) -> Iterator[str]:
+    if isinstance(value, Tensor):
+        yield from _plain_faults(value, place)  # dense, on the CPU, of no subclass
+    else:
+        yield f"{place} is a {_kind(value)}, not a tensor"
+
+
+def _plain_faults(value: object, place: str) -> Iterator[str]:
+    try:
+        check_plain(value)
+    except CkptError as error:
+        yield f"{place}{f'.{error.key}' if error.key else ''} {error.message}"
+
+
+@cache
+def _declared(kind: type) -> dict[str, Any]:
+    """Return the declared type of each field of a dataclass, but of functions."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _spelt(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")

@@ -1,0 +1,114 @@
+"""Files that say how often each ring address was visited: JSON, ``.npy`` or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vraxion_ckpt.checkpoint.ring import Visits, Weights, as_weights
+from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError, raise_if_out_of_memory
+from vraxion_ckpt.support import json_files, text_files
+
+
+def load(path: Path, ring_len: int) -> Visits:
+    """Read visits, and the loss summed over them where the file has it.
+
+    JSON is a list, or an object with ``visits`` and optionally ``loss_sum``; ``.npy`` is one flat array; CSV has the
+    header ``address,visits[,loss_sum]`` and a row for each address, in any order.
+
+    Args:
+        path: told apart by its suffix; anything but ``.npy`` and ``.csv`` is read as JSON.
+        ring_len: how many values there must be.
+
+    Raises:
+        UsageError: there is no such file, or it is not a regular one.
+        LimitError: it is far larger than so many values can be.
+        CorruptError: it cannot be parsed.
+        InconsistentError: the wrong number of values, or values that are negative, not finite or all zero.
+    """
+    readers = {".npy": _read_npy, ".csv": _read_csv}
+    try:
+        columns = readers.get(path.suffix.lower(), _read_json)(path, ring_len)
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error
+    visits = _weights(columns["visits"], "visits", ring_len, path)
+    losses = columns.get("loss_sum")
+    return Visits(visits, _weights(losses, "loss_sum", ring_len, path) if losses is not None else None)
+
+
+def _most_bytes(ring_len: int) -> int:
+    """Return how large a file may be: each address has two long numbers and some white space, beside other entries."""
+    return 2**26 + 256 * ring_len
+
+
+def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
+    number = values.size if isinstance(values, np.ndarray) else len(values)  # of which each will take eight bytes
+    if number != ring_len:
+        raise InconsistentError(f"has {number} values for {ring_len} addresses", path=path, key=key)
+    try:
+        weights = as_weights(values)
+    except ValueError as error:
+        raise InconsistentError(str(error), path=path, key=key) from None
+    return weights
+
+
+def _read_json(path: Path, ring_len: int) -> dict[str, Any]:
+    data = json_files.load(path, most=_most_bytes(ring_len))
+    if isinstance(data, list):
+        data = {"visits": data}
+    if not isinstance(data, dict) or "visits" not in data:
+        raise InconsistentError("must be a list, or an object with `visits`", path=path)
+    for key in ("visits", "loss_sum"):
+        values = data.get(key, [])
+        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+            raise InconsistentError("must be a list of numbers", path=path, key=key)
+    return data
+
+
+def _read_npy(path: Path, ring_len: int) -> dict[str, Any]:
+    try:
+        with text_files.opened(path, most=_most_bytes(ring_len)):
+            return {"visits": np.lib.format.open_memmap(path, mode="r")}
+    except (CkptError, OSError):
+        raise
+    except Exception as error:  # a damaged header can raise anything
+        raise_if_out_of_memory(error, path)
+        raise CorruptError(f"is no plain .npy array: {error}", path=path) from error
+
+
+def _read_csv(path: Path, ring_len: int) -> dict[str, Any]:
+    try:
+        text = text_files.read_text(path, most=_most_bytes(ring_len), encoding="utf-8-sig")
+        with io.StringIO(text, newline="") as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            if header not in (["address", "visits"], ["address", "visits", "loss_sum"]):
+                raise InconsistentError("its first line must be address,visits[,loss_sum]", path=path)
+            columns = {name: np.zeros(ring_len, dtype=np.float64) for name in header[1:]}
+            seen = np.zeros(ring_len, dtype=bool)
+            for row in rows:
+                if row:
+                    _take_row(row, header, columns, seen, f"line {rows.line_num}", path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CorruptError(f"is no CSV text: {error}", path=path) from error
+    if not seen.all():
+        raise InconsistentError(f"has no line for address {int(np.argmin(seen))}", path=path)
+    return dict(columns)
+
+
+def _take_row(row: list[str], header: list[str], columns: dict[str, Any], seen: Any, line: str, path: Path) -> None:
+    if len(row) != len(header):
+        raise InconsistentError(f"has {len(row)} fields, not {len(header)}", path=path, key=line)
+    try:
+        address, values = int(row[0]), [float(value) for value in row[1:]]
+    except ValueError:
+        raise InconsistentError(f"holds something else than numbers: {','.join(row)}", path=path, key=line) from None
+    if not 0 <= address < len(seen) or seen[address]:
+        raise InconsistentError(f"address {address} is off the ring or occurs twice", path=path, key=line)
+    seen[address] = True
+    for name, value in zip(header[1:], values, strict=True):
+        columns[name][address] = value

@@ -1,0 +1,174 @@
+"""Run a chain and judge what comes of it: all that can be refused before a byte is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.invariants import Preservation
+from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Record
+from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, apply_chain, function_noise
+from vraxion_ckpt.conversion.summary import Outcome
+from vraxion_ckpt.conversion.targets import check_side_files
+from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, InvariantError, LossError, UsageError
+from vraxion_ckpt.experts.companion_updates import CompanionPolicy
+from vraxion_ckpt.optimizer import placement
+from vraxion_ckpt.plugins import adapter_calls
+from vraxion_ckpt.plugins.adapter import Adapter, Loss
+from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
+from vraxion_ckpt.plugins.plugin_calls import defect, observed
+from vraxion_ckpt.plugins.transform import Step
+from vraxion_ckpt.reading.opening import OptimizerPolicy, check_names, refuse
+
+LossPolicy = Literal["raise", "warn", "ignore"]
+
+
+def check_policy(losses: LossPolicy) -> None:
+    """Refuse a policy that there is not."""
+    if losses not in ("raise", "warn", "ignore"):
+        raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
+
+
+def chain_policy(companions: CompanionPolicy, result_order: Sequence[str] | None) -> ChainPolicy:
+    """Return what the user says about all that follows a chain; refuse what there is not."""
+    if companions not in get_args(CompanionPolicy):
+        raise UsageError(f"companions={companions!r}: none of {', '.join(get_args(CompanionPolicy))}")
+    check_names(result_order, "result_order")
+    return ChainPolicy(companions, result_order)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a chain has made of a checkpoint, whatever is to be written of it."""
+
+    before: Checkpoint
+    after: Checkpoint
+    chain: Sequence[Step]
+    side_files: dict[Path, bytes]
+    preservation: Preservation | None
+
+
+def apply(
+    before: Checkpoint,
+    chain: Sequence[Step],
+    source: SourceTensors,
+    record: Record | None = None,
+    policy: ChainPolicy = FOLLOW,
+) -> Applied:
+    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps.
+
+    Raises:
+        PluginError: a step wrote into a tensor of `source`, in whatever way.
+    """
+    begun = before if record is None else replace(before, history=(*before.history, record))
+    try:
+        after, side_files = apply_chain(begun, chain, policy, source.made)
+    except CkptError:
+        if source.made.steps:  # what an earlier step did may be why a later one refuses
+            _check_source(source, chain, policy)
+        raise
+    if chain:
+        _check_source(source, chain, policy)
+    return Applied(before, after, chain, side_files, _check_result(before, after, chain))
+
+
+def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPolicy) -> None:
+    """Refuse a chain that has written into the source's tensors, naming the plugin that did."""
+    written = source.altered()
+    if not written:
+        return
+    found: list[tuple[str, str]] = []
+    again, altered = source.once_more()
+
+    def look(name: str, distribution: str) -> None:
+        if not found and altered():
+            found.append((name, distribution))
+
+    with observed(look), suppress(CkptError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CkptWarning)
+        apply_chain(again, chain, policy)
+    if not found:  # it does not do the same again
+        names = ", ".join(step.transform.name for step in chain)
+        found.append((names, " or ".join(dict.fromkeys(step.distribution for step in chain))))
+    raise defect(wrote_into(written), *found[0])
+
+
+def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
+    """Judge what a format will hold of it: all that can be refused before a byte is written."""
+    before, after = applied.before, applied.after
+    besides = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
+    lost = _check_losses(adapter, after, losses)
+    held = adapter_calls.held(adapter, after)
+    return Outcome(before, after, held, applied.side_files, besides, applied.preservation, tuple(lost))
+
+
+def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
+    """Hold the chain to what must be true after it."""
+    refuse(InvariantError, map(_of_result, invariants.findings(after)), None)
+    refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
+    if not any(placement.lacking(before)):
+        refuse(InvariantError, map(_of_result, map(_untrained, placement.lacking(after))), None)
+    noises = [function_noise(step) for step in chain]
+    known = [noise for noise in noises if noise is not None]
+    preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
+    if preservation and not preservation.as_asked:
+        raise InvariantError(f"the function was to be preserved: {preservation}", path=after.origin.path)
+    if chain and after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
+        message = (
+            "one expert under head.experts.* is loaded by no runtime; let mitosis_split or experts_to_single follow"
+        )
+        warnings.warn(message, CkptWarning, stacklevel=4)
+    return preservation
+
+
+def _of_result(finding: str) -> str:
+    return f"the result of the chain is not sound: {finding}"
+
+
+def _untrained(name: str) -> str:
+    return f"the optimizer trains the same leaf of other experts, but not {name}"
+
+
+def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
+    """Refuse an optimizer that lacks parameters of experts although it trains their siblings, unless told to keep it.
+
+    Raises:
+        BindingError: naming the first parameter.
+    """
+    lacking = list(placement.lacking(checkpoint)) if policy == "keep" else []
+    if lacking and placement.is_undecided_in_head(checkpoint):
+        raise BindingError(
+            f"the optimizer lacks {len(lacking)} parameters of experts, and it cannot be told which: no trainer that "
+            "trains all experts can load it",
+            path=checkpoint.origin.path,
+            key="optimizer",
+            hint="give the names of those that it has (--param-names FILE) and add the others, without state "
+            "(--optimizer complete), or, if an expert is frozen, carry it as it is (--optimizer partial)",
+        )
+    if lacking:
+        more = f" ({len(lacking)} in all)" if lacking[1:] else ""
+        raise BindingError(
+            f"the optimizer does not list this parameter{more}, although it lists those of other experts: no trainer "
+            "that trains all experts can load it",
+            path=checkpoint.origin.path,
+            key=lacking[0],
+            hint="add what it lacks, without state (--optimizer complete), or, if the expert is frozen, carry it as it "
+            "is (--optimizer partial)",
+        )
+
+
+def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
+    """Ask the format what it cannot hold, and do about it what the policy says."""
+    lost = adapter_calls.losses(adapter, checkpoint)
+    if lost and policy == "raise":
+        listed = "; ".join(map(str, lost))
+        raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to write it without")
+    if policy == "warn":
+        for loss in lost:
+            warnings.warn(f"{adapter.name} cannot hold {loss}", CkptWarning, stacklevel=3)
+    return lost

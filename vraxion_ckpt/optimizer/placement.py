@@ -1,0 +1,286 @@
+"""Put the parameters of a changed model where its trainer will look for their optimizer state.
+
+A transform says which parameters there are, in which param group, and which comes from which (`Checkpoint.ancestors`).
+Where they stand in the optimizer is decided here, for every transform, by the rule that explains the order that was
+found (`vraxion_ckpt.optimizer.parameter_order`). What no rule decides is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from vraxion_ckpt.checkpoint.head_names import split_name
+from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
+from vraxion_ckpt.errors import BindingError, UsageError
+from vraxion_ckpt.optimizer.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
+
+_WAYS_OUT = (
+    "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
+    "(--optimizer-order model|sorted|reversed), or leave it behind (--optimizer drop)"
+)
+
+
+def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
+    """Return `after` with its optimizer's parameters in the order in which its trainer will build them.
+
+    Args:
+        before: the checkpoint that a step was given.
+        after: what the step made of it.
+
+    Raises:
+        BindingError: no rule explains the order found, or several do and would place the parameters differently.
+    """
+    old, new = before.optimizer, after.optimizer
+    if old is None or new is None or _groups(old) == _groups(new):
+        return after
+    rules = old.rules if old.rules is not None else explain(old, before)
+    if not rules:
+        raise BindingError(
+            "no rule explains the order in which the optimizer lists its parameters, so it is not known where those of "
+            "the changed model belong",
+            path=before.origin.path,
+            key="optimizer",
+            hint=RESULT_ORDER,
+        )
+    placed = [(_by_rule(rule, before, after), rule) for rule in rules]
+    first = placed[0][0]
+    for groups, rule in placed[1:]:
+        if [group.params for group in groups] != [group.params for group in first]:
+            raise BindingError(
+                f"the order of the optimizer's parameters can be '{rules[0]}' or '{rule}', which place those of the "
+                "changed model differently",
+                path=before.origin.path,
+                key="optimizer",
+                hint=RESULT_ORDER,
+            )
+    return _placed(before, after, first, rules)
+
+
+def _placed(before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], rules: tuple[Rule, ...]) -> Checkpoint:
+    """Return `after` with these groups; a payload's list of names that was in the optimizer's order stays so."""
+    assert before.optimizer is not None
+    assert after.optimizer is not None
+    after.optimizer = _with_groups(replace(after.optimizer, rules=rules), groups)
+    if before.param_names == tuple(before.optimizer.params):
+        after.param_names = tuple(after.optimizer.params)
+    return after
+
+
+def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """Return `after` with its optimizer's parameters in the order that the user gives.
+
+    Raises:
+        UsageError: there is no optimizer, or the list is not one of its parameters.
+        BindingError: the list takes parameters of one group apart.
+    """
+    optimizer = after.optimizer
+    if optimizer is None:
+        raise UsageError("--result-order: the result has no optimizer to order")
+    lacking = sorted(set(optimizer.params) - set(names))
+    unknown = sorted(set(names) - set(optimizer.params))
+    if lacking or unknown or len(set(names)) != len(names):
+        what = "lists a name twice"
+        if lacking or unknown:
+            what = f"lacks {lacking[0]}" if lacking else f"lists {unknown[0]}, which the result's optimizer has not"
+        raise UsageError(f"--result-order {what}; it must list each of {len(optimizer.params)} parameters once")
+    places = {name: i for i, name in enumerate(names)}
+    groups = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in optimizer.groups]
+    if owns_groups(optimizer, after):
+        groups.sort(key=lambda group: places[group.params[0]] if group.params else -1)
+    if [name for group in groups for name in group.params] != list(names):
+        raise BindingError(
+            "--result-order lists the parameters of one group with others between them", hint="list group after group"
+        )
+    return _placed(before, after, groups, ())
+
+
+def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
+    """Refuse a step that changes a parameter of which it is not known which optimizer state is its own.
+
+    Raises:
+        BindingError: naming the parameter.
+    """
+    optimizer = before.optimizer
+    if optimizer is None or not optimizer.undecided or after.optimizer is None:
+        return
+    touched = {*after.ancestors, *(ancestor.prefix for ancestor in after.ancestors.values())}
+    present, known = set(after.optimizer.params), set(optimizer.params)
+    changed = {
+        name
+        for name in optimizer.undecided
+        if (name in known) != (name in present)
+        or not _is_there(name, after)
+        or any(name[:end] in touched for end in (i + 1 for i in range(len(name)) if name[i] == "."))
+    }
+    for name in sorted(changed):
+        raise BindingError(
+            f"cannot tell which optimizer state is that of this parameter, which the chain changes; it was bound by "
+            f"{optimizer.bound_by}",
+            path=before.origin.path,
+            key=name,
+            hint=_WAYS_OUT,
+        )
+
+
+def _is_there(name: str, checkpoint: Checkpoint) -> bool:
+    """Tell whether the model still has a tensor of this name; of an expert that is not open, its number decides."""
+    head = checkpoint.head
+    if head is None or not (name.startswith(head.names.single) or name.startswith(head.names.experts)):
+        return name in checkpoint.core
+    found = split_name(name, head.names)
+    return (
+        found is not None
+        and name.startswith(head.prefix(found[0]))
+        and (found[0] in head.experts or found[0] in head.deleted)
+    )
+
+
+def _groups(optimizer: Optimizer) -> list[list[str]]:
+    return [group.params for group in optimizer.groups]
+
+
+def _with_groups(optimizer: Optimizer, groups: list[ParamGroup]) -> Optimizer:
+    """Return an optimizer with these groups, and its state in their order, as torch saves it."""
+    order = [name for group in groups for name in group.params]
+    state = {name: optimizer.state[name] for name in order if name in optimizer.state}
+    return replace(optimizer, groups=groups, state={**state, **optimizer.state})
+
+
+def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGroup]:
+    """Return the groups of `after` in the order that a rule gives them."""
+    assert before.optimizer is not None
+    assert after.optimizer is not None
+    old, groups = before.optimizer, after.optimizer.groups
+    run = run_of_groups(old, before)
+    lists = lists_of(old, before)
+    if run is None or lists is None:
+        raise BindingError(
+            "experts have param groups of their own, which do not stand together", key="optimizer", hint=RESULT_ORDER
+        )
+    start, end = run
+    behind = len(old.groups) - end  # groups after the run
+    inner = groups[start : len(groups) - behind]
+    if end == start:
+        if len(groups) != len(old.groups):
+            raise BindingError(
+                "the transform has changed the number of param groups", key="optimizer", hint=RESULT_ORDER
+            )
+        inner = []
+        start = len(groups)
+        behind = 0
+    arranged = [
+        replace(group, params=_arranged(rule, number, lists[number], group.params, before, after))
+        for number, group in enumerate(groups[:start])
+    ]
+    if inner:
+        names = [name for group in inner for name in group.params]
+        order = _arranged(rule, start, lists[start], names, before, after)
+        places = {name: i for i, name in enumerate(order)}
+        inside = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in inner]
+        inside.sort(key=lambda group: places[group.params[0]])
+        if [name for group in inside for name in group.params] != order:
+            raise BindingError(
+                f"the order '{rule}' takes the parameters of one group apart", key="optimizer", hint=RESULT_ORDER
+            )
+        arranged += inside
+    for number, group in enumerate(groups[len(groups) - behind :] if behind else ()):
+        at = len(lists) - behind + number
+        arranged.append(replace(group, params=_arranged(rule, at, lists[at], group.params, before, after)))
+    return arranged
+
+
+def _arranged(
+    rule: Rule, number: int, found: list[str], names: list[str], before: Checkpoint, after: Checkpoint
+) -> list[str]:
+    """Return the names of one list in the order of a rule, or as they were if they are the same as before."""
+    if set(found) == set(names):
+        return found
+    if found and names and not {after.former_name(name) for name in names}.intersection(found):
+        raise BindingError(
+            "the transform has put a param group in the place of another", key=names[0], hint=RESULT_ORDER
+        )
+    if rule.orders is not None:
+        order = was = rule.orders[number]
+    else:
+        was, order = order_of(before), order_of(after)
+    if not explains(rule, found, was):
+        raise BindingError(
+            f"the order '{rule}', by which the parameters would be placed, is not the one found in their group",
+            key=found[0] if found else "optimizer",
+            hint=RESULT_ORDER,
+        )
+    return rule.arranged(names, order)
+
+
+# --- an optimizer that lacks parameters ---
+
+
+def lacking(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the parameters of experts that the optimizer does not list although it lists the same leaf of others.
+
+    An expert whose file is not open is taken to have the leaves that the others have.
+    """
+    head, optimizer = checkpoint.head, checkpoint.optimizer
+    if head is None or optimizer is None:
+        return
+    known = set(optimizer.params)
+    leaves = dict.fromkeys(found[1] for name in optimizer.params if (found := split_name(name, head.names)))
+    for i in sorted({*head.experts, *head.deleted}):
+        expert = head.experts.get(i)
+        for leaf in leaves:
+            if head.prefix(i) + leaf not in known and not (expert and expert.is_open and leaf not in expert):
+                yield head.prefix(i) + leaf
+
+
+def is_undecided_in_head(checkpoint: Checkpoint) -> bool:
+    """Tell whether it is not known of some parameter of the head which optimizer state is its own."""
+    head, optimizer = checkpoint.head, checkpoint.optimizer
+    undecided = optimizer.undecided if optimizer else ()
+    return head is not None and any(split_name(name, head.names) for name in undecided)
+
+
+def completed(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose optimizer lists the parameters that it lacks, without state, where they belong.
+
+    Each joins the param group of the first expert that has the same leaf in one.
+
+    Raises:
+        BindingError: it is not known which it lacks, or where they belong.
+    """
+    missing = list(lacking(checkpoint))
+    head, optimizer = checkpoint.head, checkpoint.optimizer
+    if head is None or optimizer is None or not missing:
+        return checkpoint
+    if is_undecided_in_head(checkpoint):
+        raise BindingError(
+            f"the optimizer lacks {len(missing)} parameters of experts, and it cannot be told which",
+            key="optimizer",
+            hint="give the names of those that it has, in its order, one a line: --param-names FILE",
+        )
+    new = optimizer.copy()
+    own = owns_groups(optimizer, checkpoint)
+    group_of = {name: group for group in new.groups for name in group.params}
+    added: dict[tuple[int, int], ParamGroup] = {}
+    for name in missing:
+        found = split_name(name, head.names)
+        assert found is not None
+        expert, leaf = found
+        sibling = next(n for n in optimizer.params if (other := split_name(n, head.names)) and other[1] == leaf)
+        group = group_of[sibling]
+        if own:
+            key = (expert, id(group))
+            if key not in added:
+                added[key] = replace(group, params=[])
+            group = added[key]
+        group.params.append(name)
+    if added:
+        run = run_of_groups(optimizer, checkpoint)
+        at = run[1] if run else len(new.groups)
+        new.groups[at:at] = added.values()
+    whole = place(checkpoint, replace(checkpoint, optimizer=new))
+    if whole.param_names is not None and not set(missing) <= set(whole.param_names):
+        order = order_of(checkpoint)
+        whole.param_names = tuple(sorted({*whole.param_names, *missing}, key=order.rank))
+    return whole

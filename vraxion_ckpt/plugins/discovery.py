@@ -1,0 +1,247 @@
+"""Which adapters and transforms there are, found through entry points; the built-ins come the same way.
+
+A plugin that cannot be loaded is kept out and reported; the others work. Two plugins with one name are an error
+for whoever asks for that name, and for nobody else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from inspect import isabstract
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.ring import Visits
+from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageError, raise_if_out_of_memory
+from vraxion_ckpt.plugins import hookspecs
+from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.lent_tensors import WriteCounts, wrote_into
+from vraxion_ckpt.plugins.options import Plugin, configure, parse
+from vraxion_ckpt.plugins.plugin_calls import (
+    defect,
+    distribution_of,
+    in_words,
+    is_fault_of_plugin,
+    note_distribution,
+    output_to_stderr,
+    plugin_call,
+)
+from vraxion_ckpt.plugins.transform import Step, Transform
+
+P = TypeVar("P", bound=Plugin)
+
+TransformLike = str | tuple[str, Mapping[str, Any]] | Transform
+AdapterLike = str | tuple[str, Mapping[str, Any]] | Adapter
+
+
+@dataclass(frozen=True)
+class Registered(Generic[P]):
+    """One adapter or transform and where it comes from."""
+
+    plugin: type[P]
+    entry_point: str
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin, or a part of one, that could not be used."""
+
+    entry_point: str
+    distribution: str
+    reason: str
+
+
+@dataclass
+class Registry:
+    """Everything that was found."""
+
+    manager: pluggy.PluginManager
+    adapters: dict[str, list[Registered[Adapter]]] = field(default_factory=dict)
+    transforms: dict[str, list[Registered[Transform]]] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+
+
+@cache
+def registry() -> Registry:
+    """Load every installed plugin, once."""
+    found = Registry(pluggy.PluginManager(hookspecs.GROUP))
+    found.manager.add_hookspecs(hookspecs)
+    entry_points = [
+        (distribution, entry)
+        for distribution in _distributions()
+        for entry in distribution.entry_points
+        if entry.group == hookspecs.GROUP
+    ]
+    for distribution, entry in sorted(entry_points, key=lambda pair: (pair[0].name, pair[1].name)):
+        try:
+            with output_to_stderr():
+                _load(found, entry, distribution)
+        except BaseException as error:  # whatever a plugin raises, the others must work
+            raise_if_out_of_memory(error)
+            if not is_fault_of_plugin(error):
+                raise
+            found.broken.append(Broken(entry.name, distribution.name, in_words(error)))
+            if plugin := found.manager.get_plugin(_key(entry, distribution)):
+                found.manager.unregister(plugin)
+    for broken in found.broken:
+        message = f"plugin {broken.entry_point} of {broken.distribution} is not used: {broken.reason}"
+        warnings.warn(message, CkptWarning, stacklevel=2)
+    return found
+
+
+def _distributions() -> list[metadata.Distribution]:
+    """Return the distributions that offer something; of the others, not even the name is parsed."""
+    group = f"[{hookspecs.GROUP}]"
+    offering = (each for each in metadata.distributions() if group in (each.read_text("entry_points.txt") or ""))
+    names = {distribution.name for distribution in offering if distribution.metadata}
+    # One distribution may be seen twice, as an editable install and as its source tree; the first one counts.
+    return [metadata.distribution(name) for name in sorted(names)]
+
+
+def _key(entry: metadata.EntryPoint, distribution: metadata.Distribution) -> str:
+    return f"{distribution.name}:{entry.name}"
+
+
+def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
+    plugin = entry.load()
+    found.manager.register(plugin, name=_key(entry, distribution))
+    # A hook with a misspelt name would otherwise be ignored without a word.
+    found.manager.check_pending()
+    offers: list[tuple[dict[str, list[Registered[Any]]], Registered[Any]]] = []
+    kinds: tuple[tuple[str, type[Plugin], dict[str, list[Registered[Any]]]], ...] = (
+        ("register_adapters", Adapter, found.adapters),
+        ("register_transforms", Transform, found.transforms),
+    )
+    for hook, base, names in kinds:
+        for implementation in getattr(found.manager.hook, hook).get_hookimpls():
+            if implementation.plugin is not plugin:
+                continue
+            classes = implementation.function()  # not through pluggy, which silently drops None
+            if not isinstance(classes, list | tuple):
+                raise PluginError(f"{hook} returned a {type(classes).__name__}, not a list")
+            for offer in classes:
+                _check(offer, base, hook)
+                origin = (entry.name, distribution.name, distribution.version)
+                offers.append((names, Registered(offer, *origin)))
+    # All or nothing: a plugin that offers something broken offers nothing.
+    for names, registered in offers:
+        note_distribution(registered.plugin, registered.distribution)
+        names.setdefault(registered.plugin.name, []).append(registered)
+
+
+def _check(offer: Any, base: type[Plugin], hook: str) -> None:
+    if not (isinstance(offer, type) and issubclass(offer, base)):
+        raise PluginError(f"{hook} returned {offer!r}, which is no subclass of {base.__name__}")
+    if isabstract(offer):
+        missing = ", ".join(sorted(offer.__abstractmethods__))
+        raise PluginError(f"{offer.__name__} does not define {missing}")
+    name = getattr(offer, "name", None)
+    if not isinstance(name, str) or not name or set(name) & set(":,=[]/ "):
+        raise PluginError(f"{offer.__name__} needs a `name` without spaces and any of : , = [ ] /")
+    offer.summary()
+    if issubclass(offer, Adapter):
+        suffixes, pivot = offer.suffixes, offer.pivot
+        if not isinstance(suffixes, tuple) or not all(isinstance(suffix, str) and suffix for suffix in suffixes):
+            raise PluginError(f"{offer.__name__} needs `suffixes` that are a tuple of text")
+        if pivot is not None and not isinstance(pivot, str):
+            raise PluginError(f"{offer.__name__} needs a `pivot` that is text or None")
+
+
+def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> Registered[P]:
+    """Return the plugin called `name`.
+
+    Raises:
+        UsageError: there is none; says which name is nearest.
+        PluginError: there are two; names both distributions.
+    """
+    offers = names.get(name, ())
+    if not offers:
+        near = difflib.get_close_matches(name, names, n=1)
+        known = f"there are: {', '.join(sorted(names))}" if names else "none is installed; install the package with pip"
+        raise UsageError(f"unknown {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else known)
+    if len(offers) > 1:
+        both = " and ".join(f"{offer.distribution} ({offer.entry_point})" for offer in offers)
+        raise PluginError(f"{kind} {name!r} is offered by {both}", hint="uninstall one of them")
+    return offers[0]
+
+
+def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
+    """Turn names, (name, options) pairs and instances into configured transforms.
+
+    Raises:
+        UsageError: everything that is wrong with the whole chain, in one message: options, unknown transforms,
+            text that does not parse.
+    """
+    if isinstance(transforms, str) or not all(isinstance(item, str | tuple | Transform) for item in transforms):
+        raise UsageError("transforms must be a list of texts, (name, options) pairs or instances")
+    steps: list[Step] = []
+    errors: list[UsageError] = []
+    for item in transforms:
+        try:
+            steps.append(_resolve_step(item))
+        except UsageError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listed = (f"{e.key}: {e.message}" if e.key else f"{e.message} ({e.hint})" for e in errors)
+        kind = OptionError if all(isinstance(error, OptionError) for error in errors) else UsageError
+        raise kind("\n".join(listed), hint=next((e.hint for e in errors if e.key), None))
+    return tuple(steps)
+
+
+def _resolve_step(item: TransformLike) -> Step:
+    if isinstance(item, Transform):
+        _check(type(item), Transform, "a chain")
+        distribution = distribution_of(type(item))
+        try:
+            return Step(item, distribution, metadata.version(distribution))
+        except metadata.PackageNotFoundError:  # it is a module that belongs to none
+            return Step(item, distribution, "")
+    name, options = parse(item) if isinstance(item, str) else item
+    registered = find(registry().transforms, name, "transform")
+    return Step(configure(registered.plugin, options), registered.distribution, registered.version)
+
+
+def resolve_adapter(item: AdapterLike) -> Adapter:
+    """Turn a name, a (name, options) pair or an instance into a configured adapter."""
+    if isinstance(item, Adapter):
+        _check(type(item), Adapter, "a format")
+        return item
+    name, options = parse(item) if isinstance(item, str) else item
+    return configure(find(registry().adapters, name, "format").plugin, options)
+
+
+def adapters() -> dict[str, type[Adapter]]:
+    """Return every adapter that can be used, by name."""
+    return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
+
+
+def probe_visits(checkpoint: Checkpoint) -> Visits | None:
+    """Ask the installed probes, the first that answers, how often each address is visited.
+
+    Raises:
+        PluginError: a probe failed.
+    """
+    for probe in reversed(registry().manager.hook.probe_visits.get_hookimpls()):  # in pluggy's order
+        distribution, _, name = probe.plugin_name.rpartition(":")
+        origin = name or "probe_visits", distribution or "an unknown distribution"
+        counts = WriteCounts(checkpoint)
+        with plugin_call(*origin):
+            visits = probe.function(*[checkpoint.copy() for _ in probe.argnames])  # it has one argument, or none
+        if visits is not None and not isinstance(visits, Visits):
+            raise defect(f"probe_visits returned a {type(visits).__name__}, not Visits or None", *origin)
+        if written := counts.risen():
+            raise defect(wrote_into(written), *origin)
+        if visits is not None:
+            return visits
+    return None

@@ -1,0 +1,38 @@
+"""The whole plugin contract: what a plugin module may define, each marked with `hookimpl`.
+
+A plugin is a module named in the entry-point group ``vraxion_ckpt``::
+
+    [project.entry-points.vraxion_ckpt]
+    scale = "my_package.scale"
+"""
+
+from __future__ import annotations
+
+import pluggy
+
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.ring import Visits
+from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.transform import Transform
+
+GROUP = "vraxion_ckpt"
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec
+def register_adapters() -> list[type[Adapter]]:
+    """Return the formats this plugin reads and writes."""
+    raise NotImplementedError
+
+
+@hookspec
+def register_transforms() -> list[type[Transform]]:
+    """Return the transforms this plugin offers."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def probe_visits(checkpoint: Checkpoint) -> Visits | None:
+    """Find out how often each ring address is visited, for instance by running the model; None: cannot tell."""

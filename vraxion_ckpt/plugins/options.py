@@ -1,0 +1,197 @@
+"""Plugins whose fields are their options, and the text form ``NAME:key=value,key=value`` of a configured one.
+
+One declaration of a field gives validation with all errors at once, the command-line syntax, `describe` and a
+JSON schema. In text, a list is ``[1,3,8-15]`` and a value that holds a comma or a bracket is put in double quotes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from vraxion_ckpt.errors import OptionError, PluginError, StorageError, UsageError
+from vraxion_ckpt.plugins.plugin_calls import defect, distribution_of, plugin_call
+
+_MOST_LISTED = 10_000_000  # a range in a list is expanded: [0-99999999999] must not be
+
+
+class Plugin(BaseModel):
+    """Something with a name and options that a chain or a path refers to.
+
+    Subclasses set `name` and declare options as fields; the first line of their docstring describes them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first line of the class's docstring."""
+        return (cls.__doc__ or "").strip().split("\n", 1)[0]
+
+
+P = TypeVar("P", bound=Plugin)
+
+
+def calling(plugin: Plugin | type[Plugin]) -> AbstractContextManager[None]:
+    """Return a `plugin_call` with the name and the distribution of a plugin."""
+    return plugin_call(plugin.name, partial(distribution_of, _class_of(plugin)))
+
+
+def defect_of(plugin: Plugin | type[Plugin], message: str) -> PluginError:
+    """Return the error for what a plugin did wrong."""
+    return defect(message, plugin.name, partial(distribution_of, _class_of(plugin)))
+
+
+def _class_of(plugin: Plugin | type[Plugin]) -> type[Plugin]:
+    return plugin if isinstance(plugin, type) else type(plugin)
+
+
+def expand_ranges(value: Any) -> Any:
+    """Turn the text of a list, ``[1,3,8-15]``, into the list; anything else is returned as it is.
+
+    Raises:
+        ValueError: an entry is neither a number nor a range, or a range is longer than ten million.
+    """
+    if isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
+        value = f"[{','.join(map(str, value))}]"  # a list in a recipe, with ranges
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError("a list is written [1,3,8-15]")
+    numbers: list[int] = []
+    for entry in filter(None, (part.strip() for part in text[1:-1].split(","))):
+        found = re.fullmatch(r"(-?\d{1,18})(?:-(\d{1,18}))?", entry)
+        if not found:
+            raise ValueError(f"{entry!r} is neither a number nor a range like 8-15")
+        first = int(found[1])
+        last = int(found[2]) if found[2] else first
+        if last < first:
+            raise ValueError(f"the range {entry} runs backwards")
+        if last - first + len(numbers) > _MOST_LISTED:
+            raise ValueError(f"the list is too long, over {_MOST_LISTED} numbers")
+        numbers.extend(range(first, last + 1))
+    return numbers
+
+
+def split_names(value: Any) -> Any:
+    """Turn the text of a list of names, ``[a.b,c.d]`` or ``a.b``, into a list."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.strip().removeprefix("[").removesuffix("]").split(",") if part.strip()]
+
+
+IntList = Annotated[tuple[int, ...], BeforeValidator(expand_ranges)]
+NameList = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+
+
+def parse(text: str) -> tuple[str, dict[str, str]]:
+    """Split ``NAME:key=value,key=value`` into the name and its options, still as text.
+
+    Raises:
+        UsageError: no name, an option without ``=``, given twice, or a bracket or quote left open.
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, str] = {}
+    if not name.strip():
+        raise UsageError(f"no name in {text!r}", hint="write NAME or NAME:key=value,key=value")
+    for item in _split_at_commas(rest, text):
+        key, equals, value = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(f"{item!r} in {text!r} is not key=value", hint="write NAME:key=value,key=value")
+        if key in options:
+            raise UsageError(f"option {key} is given twice in {text!r}")
+        options[key] = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+    return name.strip(), options
+
+
+def _split_at_commas(text: str, whole: str) -> list[str]:
+    """Split at commas that stand in no list and no quotes."""
+    items, current, in_list, quoted = [], "", False, False
+    for char in text:
+        if char == '"':
+            quoted = not quoted
+        elif not quoted and char in "[]":
+            if in_list == (char == "["):
+                raise UsageError(f"brackets do not match in {whole!r}")
+            in_list = char == "["
+        if char == "," and not in_list and not quoted:
+            items.append(current)
+            current = ""
+        else:
+            current += char
+    if in_list or quoted:
+        raise UsageError(f"a {'bracket' if in_list else 'quote'} is left open in {whole!r}")
+    return [item for item in [*items, current] if item.strip()]
+
+
+def configure(plugin: type[P], options: Mapping[str, Any]) -> P:
+    """Validate options and return the configured plugin.
+
+    Raises:
+        OptionError: every unknown, missing or ill-typed option, in one message.
+        PluginError: a validator of the plugin fails in another way.
+    """
+    wrong = problems_with(plugin, options)
+    if wrong:
+        listed = "; ".join(what for _, what in wrong)
+        raise OptionError(listed, key=plugin.name, hint=f"see `vraxion-ckpt describe {plugin.name}`")
+    return _validated(plugin, options)
+
+
+def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every option that is unknown, missing or of the wrong type, and what is wrong with it."""
+    try:
+        _validated(plugin, options)
+    except ValidationError as error:
+        return [_explain(plugin, problem) for problem in error.errors(include_url=False)]
+    return []
+
+
+def _validated(plugin: type[P], options: Mapping[str, Any]) -> P:
+    """Run a plugin's validators; what pydantic collects passes as it is."""
+    refused = None
+    try:
+        with calling(plugin):
+            try:
+                return plugin.model_validate(dict(options))
+            except ValidationError as error:
+                refused = error
+    except OSError as error:
+        raise StorageError.from_os_error(error, error.filename or plugin.name) from error
+    raise refused
+
+
+def _explain(plugin: type[Plugin], problem: Any) -> tuple[str, str]:
+    key = ".".join(str(part) for part in problem["loc"])
+    option = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, plugin.model_fields, n=1)
+        known = ", ".join(plugin.model_fields) or "none"
+        what = f"unknown option {key!r}" + (f", did you mean {near[0]!r}?" if near else f" (options: {known})")
+        return option, what
+    if problem["type"] == "missing":
+        return option, f"option {key!r} is required"
+    given = problem.get("input")
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
+    return option, f"option {key!r}: {reason[:1].lower()}{reason[1:]}, not {given!r}" if key else reason
+
+
+def resolved(plugin: Plugin) -> dict[str, Any]:
+    """Return every option with its value as plain JSON, for a checkpoint's history."""
+    with calling(plugin):
+        options = plugin.model_dump(mode="json")
+        if not isinstance(options, dict):
+            raise defect_of(plugin, f"model_dump returned a {type(options).__name__}, not a dict")
+        json.dumps(options)
+    return options

@@ -1,0 +1,217 @@
+"""Open a checkpoint of any format: find its adapter, read, bind the optimizer's names, refuse what is inconsistent."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.commit.staging import was_interrupted
+from vraxion_ckpt.errors import (
+    BindingError,
+    CkptError,
+    CkptWarning,
+    InconsistentError,
+    InvariantError,
+    OptionError,
+    OutOfMemoryError,
+    SourceError,
+    StorageError,
+    UnknownFormatError,
+    UsageError,
+    memory_errors,
+)
+from vraxion_ckpt.optimizer import binding, placement
+from vraxion_ckpt.optimizer.binding import OptimizerOrder
+from vraxion_ckpt.plugins import adapter_calls
+from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapter
+from vraxion_ckpt.plugins.options import configure
+
+PathLike = str | os.PathLike[str]
+OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
+
+
+@memory_errors()
+def read(
+    path: PathLike,
+    *,
+    from_: AdapterLike | None = None,
+    param_names: Sequence[str] | None = None,
+    optimizer_order: OptimizerOrder | None = None,
+    optimizer: OptimizerPolicy = "keep",
+    allow_globals: Sequence[str] = (),
+) -> Checkpoint:
+    """Open a checkpoint of any format; tensors are mapped, and experts in files of their own opened at the first look.
+
+    Args:
+        path: a file or a directory.
+        from_: its format; found from its content if not given.
+        param_names: every optimizer parameter's name in optimizer order, if the file does not tell.
+        optimizer_order: how its trainer orders the parameters of each param group, if the file does not tell.
+        optimizer: ``drop`` leaves its state behind; ``complete`` adds the parameters of experts that it lacks, without
+            state.
+        allow_globals: full names of classes that a pickle may use beside plain data.
+
+    Raises:
+        UsageError: there is no such file, or an unknown format.
+        SourceError: what is wrong with it, and where.
+        BindingError: its optimizer's parameters cannot be told apart.
+    """
+    if optimizer not in get_args(OptimizerPolicy):
+        raise UsageError(f"optimizer={optimizer!r}: none of {', '.join(get_args(OptimizerPolicy))}")
+    if optimizer_order not in (None, *get_args(OptimizerOrder)):
+        raise UsageError(f"optimizer_order={optimizer_order!r}: none of {', '.join(get_args(OptimizerOrder))}")
+    check_names(param_names, "param_names")
+    if optimizer == "drop" and (param_names is not None or optimizer_order is not None):
+        raise UsageError("names or an order are given for an optimizer that is to be dropped")
+    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+    if param_names is not None and checkpoint.unbound is None:
+        known = "knows its optimizer's names already" if checkpoint.optimizer else "has no optimizer to give names to"
+        raise UsageError(known, path=path)
+    if optimizer == "drop":
+        return replace(checkpoint, unbound=None, optimizer=None)
+    try:
+        bound = binding.bind(checkpoint, param_names, optimizer_order)
+        return placement.completed(bound) if optimizer == "complete" else bound
+    except (BindingError, SourceError) as error:
+        error.path = error.path or checkpoint.origin.path
+        raise
+
+
+@memory_errors()
+def check_names(names: Any, what: str) -> None:
+    """Refuse what is no list of names; a text would be taken letter by letter."""
+    if names is None:
+        return
+    listed = isinstance(names, Sequence) and not isinstance(names, str | bytes)
+    if not listed or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{what} must be a list of names, not {names!r:.60}")
+
+
+def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
+    place = Path(path)
+    try:
+        with os_errors_named(path):
+            adapter = allowing(detect_source(place, from_), allow_globals)
+            checkpoint = adapter_calls.read(adapter, place)
+        refuse(InconsistentError, invariants.findings(checkpoint), place)
+    except SourceError as error:
+        if was_interrupted(Path(os.path.realpath(place))):
+            error.hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
+        raise
+    if was_interrupted(Path(os.path.realpath(place))):
+        message = f"{place}: an edit of it was interrupted; {_how_to_settle(place)}"
+        warnings.warn(message, CkptWarning, stacklevel=3)
+    return checkpoint
+
+
+def _how_to_settle(place: Path) -> str:
+    return f"`vraxion-ckpt edit {place}` takes it back, or finishes it"
+
+
+def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
+    """Return the adapter of an existing file or directory, found from its content.
+
+    A file that no adapter recognises goes to the one whose suffix it bears, which can say what is wrong with it.
+    """
+    if not path.exists():
+        raise UsageError("no such file or directory", path=path)
+    if from_ is not None:
+        adapter = resolve_adapter(from_)
+        if path.is_dir() != adapter_calls.is_directory(adapter) and not adapter_calls.detect(type(adapter), path):
+            kind = "directory" if path.is_dir() else "file"
+            raise UsageError(f"is a {kind}, and holds no checkpoint of the format {adapter.name}", path=path)
+        return adapter
+    known = adapters()
+    found = [adapter for adapter in known.values() if detects(adapter, path)]
+    if not found and path.is_file():
+        found = [adapter for adapter in known.values() if path.name.endswith(file_suffixes(adapter))]
+    if len(found) == 1:
+        return configure(found[0], {})
+    if found:
+        names = ", ".join(sorted(adapter.name for adapter in found))
+        raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
+    for adapter_class in known.values():
+        adapter_calls.detect(adapter_class, path)  # one that fails could be the one; it is to blame, not the file
+    looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
+    raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
+
+
+def detects(adapter: type[Adapter], path: Path) -> bool:
+    """Ask an adapter whether a path is of its format; one that fails to tell is named in a warning."""
+    try:
+        return adapter_calls.detect(adapter, path)
+    except OutOfMemoryError:
+        raise
+    except (CkptError, OSError) as error:  # one broken plugin must not take every other format down
+        warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
+        return False
+
+
+def file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
+    """Return the endings of a file's name that mean this format."""
+    return tuple(suffix for suffix in adapter.suffixes if not suffix.endswith("/"))
+
+
+def allowing(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """Return an adapter whose pickles may use further classes; refuse names where there are no pickles."""
+    if not names:
+        return adapter
+    if "allow_global" not in type(adapter).model_fields:
+        raise OptionError(f"the format {adapter.name} loads no pickles; --allow-global has no meaning for it")
+    return adapter.model_copy(update={"allow_global": tuple(names)})
+
+
+def bound_if_possible(
+    checkpoint: Checkpoint, param_names: Sequence[str] | None, order: OptimizerOrder | None = None
+) -> tuple[Checkpoint, BindingError | SourceError | None]:
+    """Bind an optimizer to names, for whoever only looks; if that fails, return the checkpoint as it was, and why."""
+    try:
+        return binding.bind(checkpoint, param_names, order) if checkpoint.unbound else checkpoint, None
+    except (BindingError, SourceError) as refused:
+        return checkpoint, refused
+
+
+def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> list[Path]:
+    """List the files of a checkpoint, without other people's files in its directory and without `leftovers`."""
+    if not path.is_dir():
+        return [path]
+    foreign = set(map(os.fspath, adapter_calls.foreign_files(adapter, path)))
+    foreign |= {os.path.join(path, name) for name in leftovers}  # noqa: PTH118 - as below
+    found = []
+    for folder, below, names in os.walk(path):
+        below[:] = [name for name in below if os.path.join(folder, name) not in foreign]  # noqa: PTH118 - thousands
+        found += [place for name in names if (place := os.path.join(folder, name)) not in foreign]  # noqa: PTH118
+    return list(map(Path, sorted(found)))
+
+
+@contextmanager
+def os_errors_named(*paths: PathLike) -> Iterator[None]:
+    """Turn what the operating system says of a path, wherever it says it, into an error of ours."""
+    for path in paths:
+        if not os.fspath(path) or "\0" in str(path):
+            raise UsageError(f"{os.fspath(path)!r} is no path")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{os.fspath(path)!r} is not UTF-8; torch cannot open such a name") from None
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.from_os_error(error, error.filename or paths[0]) from error
+
+
+def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:
+    """Raise `error` with the first few findings, if there is any."""
+    listed = list(islice(findings, 20))
+    if listed:
+        raise error("; ".join(listed[:3]) + (f"; and {len(listed) - 3} more" if listed[3:] else ""), path=path)

@@ -1,0 +1,195 @@
+"""The variables of a recipe: ``${name}`` in any text of it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.plugins.options import parse
+from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, scalar
+
+_VARIABLE = re.compile(r"\$\$(?=\{)|\$\{([^}]*)(\})?")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FOLDER = "recipe_dir"
+_MOST_TEXT = 2**20  # characters that variables may bring in, all uses together: each may hold another one twice
+_MOST_PROBLEMS = 100  # for which a name that was probably meant is looked up
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """A variable's value where it stands alone, and its text where it stands in a longer one."""
+
+    value: Any
+    text: str | None
+
+
+_FAULTY = _Variable(None, "")  # what is wrong with it is told where it is defined
+_EMPTY = _Variable("", "")  # and with the use of it, there
+
+
+class Filling:
+    """Fills in the variables of a recipe, and notes in it what is wrong with them.
+
+    What variables bring in is counted before it is put together, so no more than the bound is ever built.
+    """
+
+    def __init__(self, yaml: Yaml, settings: Mapping[str, str], folder: str) -> None:
+        self._yaml = yaml
+        self._settings = settings
+        self._known = {_FOLDER: _Variable(folder, folder)}
+        self._used: set[str] = set()
+        self._left: int | None = _MOST_TEXT  # None once it was used up
+
+    def all(self) -> dict[str, Any]:
+        """Return the recipe's content with its variables filled in."""
+        content = dict(self._yaml.value)
+        declared = content.pop("vars", None)
+        self._declare(declared if isinstance(declared, dict) else {})
+        filled = {key: self._fill(value, (key,)) for key, value in content.items()}
+        if "vars" not in self._yaml.value:
+            return filled
+        for name in self._known.keys() - self._used - {_FOLDER}:
+            self._note(("vars", name), "is used nowhere")
+        if isinstance(declared, dict):
+            declared = {name: self._known[name].value for name in declared if name in self._known}
+        return {"vars": declared, **filled}
+
+    def _note(self, place: Place, what: str) -> None:
+        line = self._yaml.line(place) if place[0] != "--set" else None
+        self._yaml.problems.append(Problem(place, what, line))
+
+    def _nearest(self, name: str, names: Mapping[str, Any]) -> str:
+        return nearest(name, names) if len(self._yaml.problems) < _MOST_PROBLEMS else ""
+
+    def _fits(self, name: str, text: str | None, place: Place) -> bool:
+        """Count the text of a variable where it is used; note the first that is too much."""
+        if self._left is None:
+            return False
+        self._left -= len(text or "")
+        if self._left >= 0:
+            return True
+        self._left = None
+        self._note(place, f"with the variable {name!r}, variables bring in more than {_MOST_TEXT} characters in all")
+        return False
+
+    def _declare(self, declared: dict[str, Any]) -> None:
+        """Take the variables one after the other, with those values that were given instead of their own."""
+        for name in self._settings.keys() - declared.keys():
+            self._note(("--set", name), f"is no variable of the recipe{self._nearest(name, declared)}")
+        faulty = {problem.place for problem in self._yaml.problems}
+        for name, value in declared.items():
+            place: Place = ("vars", name)
+            if name == _FOLDER or not _NAME.fullmatch(name):
+                own = name == _FOLDER
+                self._note(
+                    place, "is the recipe's own folder" if own else "is no name of a variable: letters, digits, _"
+                )
+            elif isinstance(value, dict | list):
+                self._note(place, "must be a text, a number, true, false or null")
+                self._known[name] = _FAULTY
+            elif name in self._settings:
+                self._known[name] = self._with_others(self._given(name), ("--set", name))
+            elif place in faulty:
+                self._known[name] = _FAULTY
+            else:
+                text = None if value is None else self._yaml.texts.get(place, str(value))
+                self._known[name] = self._with_others(_Variable(value, text), place)
+
+    def _given(self, name: str) -> _Variable:
+        text = self._settings[name]
+        if not isinstance(text, str):
+            self._note(("--set", name), "must be a text, as on the command line")
+            return _FAULTY
+        if not self._fits(name, text, ("--set", name)):
+            return _FAULTY
+        try:
+            return _Variable(scalar(text), text)
+        except ValueError as error:
+            self._note(("--set", name), str(error))
+            return _FAULTY
+
+    def _with_others(self, variable: _Variable, place: Place) -> _Variable:
+        """Fill in the variables above it that a variable is made of."""
+        whole = self._whole(variable.value, place)
+        if whole is not None:
+            return whole
+        value = self._fill(variable.value, place)
+        return _Variable(value, value if isinstance(value, str) and value != variable.value else variable.text)
+
+    def _whole(self, value: Any, place: Place) -> _Variable | None:
+        """Return the variable that a text is nothing but, which is used then."""
+        found = _VARIABLE.fullmatch(value) if isinstance(value, str) else None
+        if found is None or not found[2] or found[1] not in self._known:
+            return None
+        self._used.add(found[1])
+        variable = self._known[found[1]]
+        return variable if self._fits(found[1], variable.text, place) else _EMPTY
+
+    def _fill(self, value: Any, place: Place) -> Any:
+        """Fill in a value; a text that is nothing but one variable takes its value, whatever its type."""
+        if isinstance(value, dict):
+            for key in value:
+                if "${" in key:
+                    self._note((*place, key), "a key holds no variables")
+            return {key: self._fill(entry, (*place, key)) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._fill(entry, (*place, i)) for i, entry in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        if not _is_utf8_without_nul(value):
+            self._note(place, "holds NUL, or what UTF-8 cannot hold")
+            return ""
+        if "${" not in value:
+            return value
+        if place[0] == "chain" and len(place) == 2:
+            return self._fill_step(value, place)
+        whole = self._whole(value, place)
+        if whole is not None:
+            return whole.value
+        return _VARIABLE.sub(lambda found: self._text(found, place), value)
+
+    def _fill_step(self, text: str, place: Place) -> Any:
+        """Fill in each option by itself: a comma in a variable begins no further one."""
+        try:
+            name, options = parse(text)
+        except UsageError as error:
+            self._note(place, error.message)
+            return text
+        return {name: {key: self._fill(value, (*place, name)) for key, value in options.items()}}
+
+    def _text(self, found: re.Match[str], place: Place) -> str:
+        name = found[1]
+        if name is None:
+            return "$"
+        if not found[2] or not _NAME.fullmatch(name):
+            self._note(place, f"{found[0]!r} is no variable; write $${{ for the signs themselves")
+        elif name not in self._known and place[0] in ("vars", "--set") and name in self._yaml.value["vars"]:
+            self._note(place, f"the variable {name!r} is none of those above it")
+        elif name not in self._known:
+            self._note(place, f"there is no variable {name!r}{self._nearest(name, self._known)}")
+        elif self._known[name].text is None:
+            self._used.add(name)
+            self._note(place, f"the variable {name!r} has no value: pass --set {name}=…")
+        else:
+            self._used.add(name)
+            text = str(self._known[name].text)
+            return text if self._fits(name, text, place) else ""
+        return ""
+
+
+def _is_utf8_without_nul(text: str) -> bool:
+    """Tell whether a text is UTF-8 without NUL; the escapes of YAML, and Python, can write others."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def nearest(name: str, names: Mapping[str, Any]) -> str:
+    """Return what name was probably meant, as the end of a message; empty if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

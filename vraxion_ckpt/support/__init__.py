@@ -1,0 +1,4 @@
+"""Strict JSON and YAML, JSON models, signals, progress.
+
+May import: `errors`. Imports without torch.
+"""
