@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vraxion_ckpt.plugins.hookspecs import hookimpl
     from vraxion_ckpt.plugins.transform import Transform
     from vraxion_ckpt.reading.opening import read as open
+    from vraxion_ckpt.reading.read_options import ReadOptions
     from vraxion_ckpt.recipes.recipe import run
     from vraxion_ckpt.reporting import report
 
@@ -56,6 +57,7 @@ __all__ = [
     "Loss",
     "Optimizer",
     "ParamGroup",
+    "ReadOptions",
     "SplitPlan",
     "Summary",
     "Transform",
@@ -89,6 +91,7 @@ _HOME = {
     "Loss": "plugins.adapter",
     "Optimizer": "checkpoint.model",
     "ParamGroup": "checkpoint.model",
+    "ReadOptions": "reading.read_options",
     "SplitPlan": "checkpoint.model",
     "Summary": "conversion.summary",
     "Transform": "plugins.transform",

@@ -11,26 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
-
-from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
-from vraxion_ckpt.checkpoint.source_files import Sources
-from vraxion_ckpt.errors import CkptWarning, InconsistentError
-from vraxion_ckpt.formats import torch_file
-from vraxion_ckpt.formats.payload import (
+from vraxion_ckpt.plugin_api import (
+    MONOLITH,
+    Adapter,
+    Checkpoint,
+    CkptWarning,
     Extras,
-    PayloadDialect,
+    Faults,
+    InconsistentError,
+    Lifecycle,
+    ReadContext,
     build_payload,
+    hookimpl,
+    is_archive,
+    monolith_dialect,
     names_to_record,
     origin_of,
     parse_payload,
     recorded_dialect,
     split_head,
+    torch_file,
 )
-from vraxion_ckpt.formats.torch_archive import is_archive
-from vraxion_ckpt.plugins.adapter import Adapter, Faults
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.options import NameList
 
 
 class PtAdapter(Adapter):
@@ -38,43 +39,40 @@ class PtAdapter(Adapter):
 
     name: ClassVar[str] = "pt"
     suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".ckpt")
-
-    allow_global: NameList = Field((), description="classes its pickle may use beside plain data, by full name")
+    loads_pickles: ClassVar[bool] = True
 
     @classmethod
     def detect(cls, path: Path) -> bool:
         # A modular directory's router.state is such a file too, but alone it lacks the experts.
         return is_archive(path) and path.name != "router.state"
 
-    def read(self, path: Path) -> Checkpoint:
-        found, number = self._open(path)
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
+        found, number = self._open(path, context)
         _check_number(found, number, path)
         return found
 
-    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
-        opened = faults.attempt(lambda: self._open(path))
+    def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
+        opened = faults.attempt(lambda: self._open(path, context))
         if opened is None:
             return None
         faults.attempt(lambda: _check_number(*opened, path))
         return opened[0]
 
-    def _open(self, path: Path) -> tuple[Checkpoint, int | None]:
+    def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
         """Return what the file holds, and how many experts it says that there are."""
-        sources = Sources()
-        parsed = parse_payload(torch_file.load(path, sources, self.allow_global), path)
+        parsed = parse_payload(context.load_torch(path), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
         rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
         checkpoint = replace(
             found,
             lifecycle={**rows, **_recorded_rows(extras, rows, path)},
-            origin=origin_of(self.name, path, "pt", parsed.dialect, extras),
-            sources=sources,
+            origin=origin_of(self.name, path, MONOLITH, parsed.dialect, extras),
         )
         return checkpoint, parsed.num_experts
 
     def dialect(self, checkpoint: Checkpoint) -> str:
-        return str(recorded_dialect(checkpoint, "pt") or "")
+        return str(recorded_dialect(checkpoint, MONOLITH) or "")
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         torch_file.save(_payload(checkpoint), path)
@@ -85,20 +83,14 @@ class PtAdapter(Adapter):
 
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the file holds, in its own dialect."""
-    dialects = {key: value for key, value in checkpoint.origin.dialects.items() if key != "pt"}
-    router = recorded_dialect(checkpoint, "router")
-    dialect = recorded_dialect(checkpoint, "pt") or router or PayloadDialect()
-    if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
-        dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
-    if router is None or dialect.implies(router, checkpoint.head is not None):
-        dialects.pop("router", None)
+    dialect, origin = monolith_dialect(checkpoint)
     extras = Extras(
         history=checkpoint.history,
         plan=checkpoint.plan,
         lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
         **names_to_record(checkpoint, dialect),
-        dialects=dialects,
+        dialects=origin.dialects,
     )
     return build_payload(checkpoint, checkpoint.state_dict(), dialect, extras)
 

@@ -23,16 +23,28 @@ from typing import Any, ClassVar
 from pydantic import ByteSize, Field
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Origin
-from vraxion_ckpt.checkpoint.plain_data import named_tensors, view_of
-from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
-from vraxion_ckpt.commit.system_calls import write_new
-from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
-from vraxion_ckpt.formats import document, safetensors_file
-from vraxion_ckpt.formats.payload import OUR_KEY, PayloadDialect, dump_dialect
-from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.support import json_files
+from vraxion_ckpt.plugin_api import (
+    OUR_KEY,
+    Adapter,
+    Checkpoint,
+    CkptError,
+    CorruptError,
+    Faults,
+    InconsistentError,
+    Lifecycle,
+    LimitError,
+    Loss,
+    Origin,
+    ReadContext,
+    document,
+    hookimpl,
+    json_files,
+    named_tensors,
+    safetensors_file,
+    unbound_state_dict,
+    view_of,
+    write_new,
+)
 
 _Content = tuple[dict[str, Tensor], dict[str, str]]
 _INDEX = ".safetensors.index.json"
@@ -65,30 +77,27 @@ class SafetensorsAdapter(Adapter):
 
     # --- read ---
 
-    def read(self, path: Path) -> Checkpoint:
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
         place = _find(path)
-        sources = Sources()
         if place.name.endswith(_INDEX):
             root = place.parent
-            tensors, metadata = _read_shards(place, sources)
+            tensors, metadata = _read_shards(place, context)
         else:
             root = place
-            tensors, metadata = _read_file(place, sources)
+            tensors, metadata = _read_file(place, context)
         if OUR_KEY in metadata:
             found = document.load(tensors, metadata.pop(OUR_KEY), root, self.name)
         else:
             found = document.bare(tensors, root, self.name)
-            state_dict = dump_dialect(PayloadDialect(bare=True, ordered=True, keys=()))
-            found.origin = replace(found.origin, dialects={"pt": state_dict})
-        return replace(found, origin=_with_metadata(found.origin, self.name, metadata), sources=sources)
+        return replace(found, origin=_with_metadata(found.origin, self.name, metadata))
 
-    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+    def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
         place = faults.attempt(lambda: _find(path))
         if place is not None and place.name.endswith(_INDEX):
             index = faults.attempt(lambda: _read_index(place))
             for file in dict.fromkeys(index[0].values()) if index else ():
                 faults.attempt(partial(_check_shard, place.with_name(file)))
-        return super().examine(path, faults)
+        return super().examine(path, faults, context)
 
     def dialect(self, checkpoint: Checkpoint) -> str:
         root = checkpoint.origin.path
@@ -103,7 +112,8 @@ class SafetensorsAdapter(Adapter):
             lost.append(Loss(f"the shared memory of {' and '.join(overlapping)}", "each is written whole"))
         if self.weights_only:
             why = "weights_only leaves it out"
-            if checkpoint.optimizer is not None or checkpoint.unbound is not None:
+            has_optimizer = checkpoint.optimizer is not None or unbound_state_dict(checkpoint) is not None
+            if has_optimizer:
                 lost.append(Loss("the optimizer's state", why))
             if checkpoint.payload:
                 lost.append(Loss(f"the payload's {', '.join(map(str, checkpoint.payload))}", why))
@@ -114,20 +124,7 @@ class SafetensorsAdapter(Adapter):
         return lost
 
     def held(self, checkpoint: Checkpoint) -> Checkpoint:
-        if not self.weights_only:
-            return checkpoint
-        dialects = checkpoint.origin.dialects
-        if checkpoint.optimizer or checkpoint.unbound or checkpoint.payload:  # others' tell how to spell those
-            dialects = {name: dialect for name, dialect in dialects.items() if name == self.name}
-        return replace(
-            checkpoint,
-            optimizer=None,
-            unbound=None,
-            payload={},
-            lifecycle=dict.fromkeys(checkpoint.lifecycle, Lifecycle.unknown(0)),
-            plan=None,
-            origin=replace(checkpoint.origin, dialects=dialects),
-        )
+        return checkpoint.without_training_state(keep_dialect=self.name) if self.weights_only else checkpoint
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         files, index = self._files(checkpoint)
@@ -191,14 +188,15 @@ def _find(path: Path) -> Path:
     return _regular(found[0] if found else path / _MODEL)
 
 
-def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
     header = safetensors_file.check(path)
     shard = _SHARD.fullmatch(path.name)
     if _SAVE in header.metadata or (shard and int(shard[1]) > 1 and OUR_KEY not in header.metadata):
         raise InconsistentError(
             "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
         )
-    tensors, metadata = safetensors_file.load(path, header, sources), dict[str, Any](header.metadata)
+    tensors, texts = context.load_safetensors(path, header)
+    metadata = dict[str, Any](texts)
     if OUR_KEY in metadata:
         try:
             metadata[OUR_KEY] = safetensors_file.parse_json(header.metadata[OUR_KEY].encode(), path)
@@ -210,11 +208,10 @@ def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[st
 # --- shards ---
 
 
-def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_shards(index: Path, context: ReadContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Open every shard that an index names, after all of their headers fit it and each other."""
-    fingerprint = Fingerprint.of(index)
+    context.register(index)
     weight_map, metadata = _read_index(index)
-    sources.add(index, fingerprint)
     headers = {
         name: safetensors_file.check(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())
     }
@@ -236,7 +233,7 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
         metadata.pop(name, None)
     tensors: dict[str, Tensor] = {}
     for file, header in headers.items():
-        tensors |= safetensors_file.load(index.with_name(file), header, sources)
+        tensors |= context.load_safetensors(index.with_name(file), header)[0]
     return tensors, metadata
 
 
@@ -311,7 +308,7 @@ def _with_metadata(origin: Origin, format_name: str, metadata: Mapping[str, Any]
     """Note what others keep there; the usual ``format`` need not be carried through other formats."""
     others = {key: text for key, text in metadata.items() if (key, text) != ("format", "pt")}
     others = {**_recorded_metadata(origin, format_name), **others}
-    return replace(origin, dialects={**origin.dialects, format_name: others} if others else origin.dialects)
+    return origin.with_dialect(format_name, others) if others else origin
 
 
 def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
@@ -325,8 +322,8 @@ def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
 def _overlapping(checkpoint: Checkpoint) -> list[str]:
     """Name two tensors that share memory without being the same view of it, if there are any."""
     everything: dict[str, Any] = {"model": checkpoint.open_tensors()}
-    if checkpoint.unbound is not None:
-        everything["optimizer"] = checkpoint.unbound.state_dict
+    if (unbound := unbound_state_dict(checkpoint)) is not None:
+        everything["optimizer"] = unbound
     elif checkpoint.optimizer is not None:
         optimizer = checkpoint.optimizer
         everything["optimizer"] = optimizer.state

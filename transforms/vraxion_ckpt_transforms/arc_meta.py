@@ -14,16 +14,24 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from vraxion_ckpt.checkpoint import ring, split_plan
-from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, SplitPlan
-from vraxion_ckpt.checkpoint.ring import Ints, Visits, Weights
-from vraxion_ckpt.checkpoint.visits import load as load_visits
-from vraxion_ckpt.errors import InconsistentError, TransformError
-from vraxion_ckpt.plugins import discovery
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.transform import Transform
-from vraxion_ckpt.support import json_files
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    Effect,
+    InconsistentError,
+    Ints,
+    SplitPlan,
+    Transform,
+    TransformError,
+    Visits,
+    Weights,
+    hookimpl,
+    json_files,
+    load_visits,
+    probe_visits,
+    ring,
+    router_owners,
+    split_plan,
+)
 
 _HOW_TO_SUPPLY = (
     "give a file (arc_meta:visits=FILE), let the trainer leave its `mitosis` request in the payload, or install a "
@@ -66,8 +74,8 @@ class ArcMeta(Transform):
     allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent no address")
     output: Path | None = Field(None, description="also write the plan to this JSON file")
 
-    def function_noise(self) -> float | None:
-        return 0.0
+    def effect(self) -> Effect:
+        return Effect.exact()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         router = checkpoint.router_map
@@ -102,7 +110,7 @@ class ArcMeta(Transform):
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
         if self.visits is not None:
             return load_visits(self.visits, ring_len)
-        found = discovery.probe_visits(checkpoint)
+        found = probe_visits(checkpoint)
         if found is None:
             message, lacking = "no visit counts available", split_plan.lacking_in_request(checkpoint)
             if lacking is not None:

@@ -7,14 +7,23 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from vraxion_ckpt.checkpoint.comparison import differences, same_bits
-from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
-from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind, Optimizer
-from vraxion_ckpt.errors import CkptWarning, TransformError
-from vraxion_ckpt.experts.surgery import remove_expert, rename_head
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    CkptWarning,
+    Effect,
+    Head,
+    HeadKind,
+    Optimizer,
+    Transform,
+    TransformError,
+    differences,
+    hookimpl,
+    refuse_unhealthy,
+    remove_expert,
+    rename_head,
+    router_owners,
+    same_bits,
+)
 
 _HOW_TO_REMOVE = "remove it before this step with prune_merge, which tells who takes over its addresses"
 
@@ -27,8 +36,8 @@ class ExpertsToSingle(Transform):
     allow_zero: bool = Field(False, description="allow it although the weights of all experts are all zero")
     allow_nan: bool = Field(False, description="allow it although weights of all experts are NaN or infinite")
 
-    def function_noise(self) -> float | None:
-        return 0.0
+    def effect(self) -> Effect:
+        return Effect.exact()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head = self._head(checkpoint)

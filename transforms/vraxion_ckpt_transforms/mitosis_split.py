@@ -9,16 +9,23 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from vraxion_ckpt.checkpoint import split_plan
-from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
-from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
-from vraxion_ckpt.checkpoint.ring import Ints
-from vraxion_ckpt.errors import InconsistentError, TransformError
-from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.options import IntList
-from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    Effect,
+    Head,
+    HeadKind,
+    InconsistentError,
+    IntList,
+    Ints,
+    OptimizerPolicy,
+    Transform,
+    TransformError,
+    clone_expert,
+    hookimpl,
+    refuse_unhealthy,
+    router_owners,
+    split_plan,
+)
 
 
 class MitosisSplit(Transform):
@@ -39,8 +46,8 @@ class MitosisSplit(Transform):
     allow_zero: bool = Field(False, description="allow it although the weights of the parent are all zero")
     allow_nan: bool = Field(False, description="allow it although weights of the parent are NaN or infinite")
 
-    def function_noise(self) -> float | None:
-        return self.noise if self.foreign_addresses == "refuse" else None
+    def effect(self) -> Effect:
+        return Effect.within_noise(self.noise) if self.foreign_addresses == "refuse" else Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head, owners = self._head_and_owners(checkpoint)

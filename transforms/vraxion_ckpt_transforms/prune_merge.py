@@ -6,13 +6,18 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
-from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
-from vraxion_ckpt.errors import TransformError
-from vraxion_ckpt.experts.surgery import remove_expert
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    Effect,
+    Head,
+    HeadKind,
+    Transform,
+    TransformError,
+    hookimpl,
+    refuse_unhealthy,
+    remove_expert,
+    router_owners,
+)
 
 
 class PruneMerge(Transform):
@@ -27,8 +32,8 @@ class PruneMerge(Transform):
     allow_zero: bool = Field(False, description="allow it although the weights of merge_into are all zero")
     allow_nan: bool = Field(False, description="allow it although weights of merge_into are NaN or infinite")
 
-    def function_noise(self) -> float | None:
-        return None
+    def effect(self) -> Effect:
+        return Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head = self._head(checkpoint)

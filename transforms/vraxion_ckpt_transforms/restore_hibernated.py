@@ -15,13 +15,22 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head
-from vraxion_ckpt.errors import CkptWarning, InconsistentError, TransformError, UsageError
-from vraxion_ckpt.formats import torch_file
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.options import IntList
-from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    CkptWarning,
+    Effect,
+    Expert,
+    Head,
+    InconsistentError,
+    IntList,
+    Transform,
+    TransformError,
+    UsageError,
+    has_nonfinite,
+    hookimpl,
+    is_zero,
+    torch_file,
+)
 
 
 class RestoreHibernated(Transform):
@@ -34,8 +43,8 @@ class RestoreHibernated(Transform):
     replace: bool = Field(False, description="allow replacing an expert whose weights are not all zero")
     allow_nan: bool = Field(False, description="allow snapshots with weights that are NaN or infinite")
 
-    def function_noise(self) -> float | None:
-        return None
+    def effect(self) -> Effect:
+        return Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head = checkpoint.head

@@ -7,12 +7,19 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle
-from vraxion_ckpt.errors import TransformError
-from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert, rename_head
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    Effect,
+    HeadKind,
+    Lifecycle,
+    OptimizerPolicy,
+    Transform,
+    TransformError,
+    clone_expert,
+    hookimpl,
+    refuse_unhealthy,
+    rename_head,
+)
 
 
 class SingleToExperts(Transform):
@@ -33,8 +40,8 @@ class SingleToExperts(Transform):
     allow_zero: bool = Field(False, description="allow it although the weights of the single head are all zero")
     allow_nan: bool = Field(False, description="allow it although weights of the single head are NaN or infinite")
 
-    def function_noise(self) -> float | None:
-        return self.noise
+    def effect(self) -> Effect:
+        return Effect.within_noise(self.noise)
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head = checkpoint.head

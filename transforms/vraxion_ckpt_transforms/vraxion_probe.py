@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.ring import Visits
-from vraxion_ckpt.errors import CkptWarning, PluginError
-from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    CkptWarning,
+    PluginError,
+    Visits,
+    hookimpl,
+)
 
 RUNTIME = "vraxion.instnct.absolute_hallway"
 _SETTINGS = "VRX_"  # what the names of the runtime's environment variables begin with

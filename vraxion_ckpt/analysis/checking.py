@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
 from vraxion_ckpt.analysis.inspection import value_facts
@@ -21,19 +21,25 @@ from vraxion_ckpt.analysis.optimizer_findings import about_optimizer, count_nega
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_finite, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Origin
+from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Origin, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import named_tensors, size_of
 from vraxion_ckpt.commit import manifest as manifests
 from vraxion_ckpt.commit.staging import was_interrupted
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError, memory_errors
 from vraxion_ckpt.experts import companions
 from vraxion_ckpt.optimizer import placement
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.optimizer.parameter_order import explain
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, Faults
-from vraxion_ckpt.plugins.discovery import AdapterLike
-from vraxion_ckpt.reading.opening import PathLike, allowing, bound_if_possible, detect_source, files_of, os_errors_named
+from vraxion_ckpt.reading.opening import (
+    PathLike,
+    bound_if_possible,
+    check_allowed,
+    detect_source,
+    files_of,
+    os_errors_named,
+)
+from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Facts
 
@@ -62,33 +68,28 @@ def check(
     path: PathLike,
     *,
     manifest: PathLike | None = None,
-    from_: AdapterLike | None = None,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
-    allow_globals: Sequence[str] = (),
+    **reading: Unpack[ReadKeywords],
 ) -> Checked:
     """Read all of a checkpoint and return every finding: files, checksums, invariants, values.
 
     Args:
         path: a file or a directory.
         manifest: a file that ``convert`` or ``edit`` wrote with ``--manifest``: digests of every file.
-        from_: as for `read`.
-        param_names: as for `read`.
-        optimizer_order: as for `read`.
-        allow_globals: as for `read`.
+        reading: what the files do not tell, see `ReadOptions`.
 
     Raises:
         UsageError: there is no such file, or no such manifest.
         UnknownFormatError: it is of no known format.
     """
-    root = Path(path)
+    root, options = Path(path), ReadOptions(**reading)
     with os_errors_named(path):
-        adapter = allowing(detect_source(root, from_), allow_globals)
+        adapter = detect_source(root, options.from_)
+        check_allowed(adapter, options.allow_globals)
         listed = manifests.load(Path(manifest)) if manifest is not None else None
         findings: list[Finding] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CkptWarning)
-            checkpoint, tensors, size = _examine(adapter, root, findings, param_names, optimizer_order)
+            checkpoint, tensors, size = _examine(adapter, root, findings, options)
         told = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, CkptWarning))
         findings += [Finding(severity=Severity.WARNING, rule="readable", what=text) for text in told]
         origin = checkpoint.origin if checkpoint is not None else Origin()
@@ -123,18 +124,17 @@ def _examine(
     adapter: Adapter,
     root: Path,
     findings: list[Finding],
-    names: Sequence[str] | None,
-    order: OptimizerOrder | None,
+    options: ReadOptions,
 ) -> tuple[Checkpoint | None, int, int]:
     """Read everything and judge it; return the checkpoint, how many tensors were looked at, and their bytes."""
     faults = Faults()
     tensors = size = 0
-    checkpoint = adapter_calls.examine(adapter, root, faults)
+    checkpoint = adapter_calls.examine(adapter, root, faults, options.allow_globals)
     if checkpoint is not None:
         for expert in checkpoint.head.experts.values() if checkpoint.head else ():
             faults.attempt(partial(getattr, expert, "tensors"))
         _verify(checkpoint, faults)
-        bound, refused = bound_if_possible(checkpoint, names, order)
+        bound, refused = bound_if_possible(checkpoint, options)
         findings += _about_binding(checkpoint, bound, refused)
         findings += _about_contents(bound)
         tensors, size = _about_values(bound, findings)
@@ -231,7 +231,7 @@ def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
     """Return what lists parameters by name, and the lists."""
-    raw = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+    raw = unbound_state_dict(checkpoint) or {}
     groups = [name for group in raw.get("param_groups", []) for name in group.get("param_names", ())]
     bound = checkpoint.optimizer.params if checkpoint.optimizer else []
     return [
@@ -359,8 +359,8 @@ def _about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int,
     if optimizer is not None:
         groups = [group.options for group in optimizer.groups]
         held["optimizer"] = {"state": optimizer.state, "groups": groups, **optimizer.extra}
-    elif checkpoint.unbound is not None:
-        held["optimizer"] = checkpoint.unbound.state_dict
+    elif (unbound := unbound_state_dict(checkpoint)) is not None:
+        held["optimizer"] = unbound
     named = [*checkpoint.open_tensors().items(), *named_tensors(held)]
     for place, number in _floats(held, ""):
         where = place.removeprefix(".")
@@ -395,7 +395,7 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
             where=str(root),
             hint=f"`vraxion-ckpt edit {root}` takes it back, or finishes it",
         )
-    foreign = adapter_calls.foreign_files(adapter, root) if root.is_dir() else []
+    foreign = (adapter_calls.foreign_files(adapter, root) or []) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
         names = first_few([str(path.relative_to(root)) for path in others])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor, nn
@@ -30,13 +30,13 @@ from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.checkpoint.invariants import router_owners, shared_memory
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, ParamGroup, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import size_of
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.errors import memory_errors
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import AdapterLike
 from vraxion_ckpt.reading.opening import PathLike, bound_if_possible, read_unbound
+from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
 
 _MOST_ARCS = 4096
@@ -47,31 +47,24 @@ def diff(
     a: PathLike,
     b: PathLike,
     *,
-    from_: AdapterLike | None = None,
     from_b: AdapterLike | None = None,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
-    allow_globals: Sequence[str] = (),
+    **reading: Unpack[ReadKeywords],
 ) -> Difference:
     """Compare two checkpoints of any formats, every tensor bit by bit.
 
     Args:
         a: a file or a directory.
         b: another.
-        from_: the format of `a`, found from its content if not given.
-        from_b: that of `b`.
-        param_names: every optimizer parameter's name in optimizer order, for what does not tell.
-        optimizer_order: how the optimizer was built, for what does not tell.
-        allow_globals: full names of classes that a pickle may use beside plain data.
+        from_b: the format of `b`, found from its content if not given.
+        reading: what the files do not tell, see `ReadOptions`; ``from_`` is the format of `a`.
 
     Raises:
         UsageError: there is no such file, or an unknown format.
         SourceError: what is wrong with one of them, and where.
     """
-    one, other = (
-        read_unbound(path, from_=format_, allow_globals=allow_globals) for path, format_ in ((a, from_), (b, from_b))
-    )
-    found = diff_checkpoints(one, other, param_names, optimizer_order)
+    options = ReadOptions(**reading)
+    one, other = read_unbound(a, options), read_unbound(b, replace(options, from_=from_b))
+    found = diff_checkpoints(one, other, options)
     for checkpoint in (one, other):
         checkpoint.sources.verify()
         checkpoint.sources.check_unchanged()
@@ -81,13 +74,12 @@ def diff(
 def diff_checkpoints(
     a: Checkpoint,
     b: Checkpoint,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
+    options: ReadOptions,
 ) -> Difference:
     """Compare two checkpoints as they were opened."""
     a.open_experts()
     b.open_experts()
-    (a, refused_a), (b, refused_b) = (bound_if_possible(c, param_names, optimizer_order) for c in (a, b))
+    (a, refused_a), (b, refused_b) = (bound_if_possible(c, options) for c in (a, b))
     not_bound = [f"{c.origin.path}: {why.message}" for c, why in ((a, refused_a), (b, refused_b)) if why]
     matching = match(a.head, b.head)
     names = _names(a.head, b.head, matching)
@@ -285,7 +277,7 @@ def _ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange
 
 def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Count) -> tuple[list[Change], int]:
     if a.optimizer is None or b.optimizer is None:
-        old, new = (unbind(c.optimizer) if c.optimizer else c.unbound.state_dict if c.unbound else None for c in (a, b))
+        old, new = (unbind(c.optimizer) if c.optimizer else unbound_state_dict(c) for c in (a, b))
         if old is None or new is None:
             gone = [_removed("optimizer", _in_short(old))] if old is not None else []
             return gone + ([_added("optimizer", _in_short(new))] if new is not None else []), 0

@@ -15,6 +15,7 @@ from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.checkpoint.visits import load as load_visits
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.reading.opening import PathLike, read_unbound
+from vraxion_ckpt.reading.read_options import ReadOptions
 
 
 def signs_of_life(
@@ -46,7 +47,7 @@ def signs_of_life(
     # What the payload records is the last split, which a plan for the next one makes a thing of the past.
     old = _split_undone(checkpoint, owners) if planned is None else None
     if against is not None:
-        former = against if isinstance(against, Checkpoint) else read_unbound(against)
+        former = against if isinstance(against, Checkpoint) else read_unbound(against, ReadOptions())
         if former.head is None or former.router_map is None or len(former.router_map) != len(owners):
             raise UsageError("has no ring of the same length", path=former.origin.path)
         old = router_owners(former.router_map), former.num_experts

@@ -6,10 +6,9 @@ Of a tensor's data, it reads no more than it takes to see that an expert is not 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -19,17 +18,17 @@ from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import Signs
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, named_tensors, size_of
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.optimizer import binding
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.optimizer.parameter_order import explain
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Loss
-from vraxion_ckpt.plugins.discovery import AdapterLike, adapters
+from vraxion_ckpt.plugins.discovery import adapters
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.reading.opening import PathLike, detect_source, files_of, os_errors_named, read_unbound
+from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Fact, Facts, Number, Plain
 
@@ -200,10 +199,7 @@ def inspect(
     visits: PathLike | None = None,
     visits_after: PathLike | None = None,
     against: PathLike | None = None,
-    from_: AdapterLike | None = None,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
-    allow_globals: Sequence[str] = (),
+    **reading: Unpack[ReadKeywords],
 ) -> Inspection:
     """Look at a checkpoint; an optimizer that cannot be bound is a fact, not an error.
 
@@ -214,10 +210,7 @@ def inspect(
         visits: a file of visits that were counted before a split, see `vraxion_ckpt.checkpoint.visits`.
         visits_after: one of visits counted after training was resumed.
         against: the checkpoint before the split; if not given, what the payload records of the last split is undone.
-        from_: as for `read`.
-        param_names: as for `read`.
-        optimizer_order: as for `read`.
-        allow_globals: as for `read`.
+        reading: what the files do not tell, see `ReadOptions`.
 
     Raises:
         UsageError: there is no such file, or an unknown format.
@@ -225,10 +218,11 @@ def inspect(
     """
     if against is not None and visits is None and visits_after is None:
         raise UsageError("against says what visits were counted on, and there are none", path=against)
-    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
+    options = ReadOptions(**reading)
+    checkpoint = read_unbound(path, options)
     why = ""
     try:
-        checkpoint = binding.bind(checkpoint, param_names, optimizer_order)
+        checkpoint = binding.bind(checkpoint, options.param_names, options.optimizer_order)
     except BindingError as refused:
         why = str(refused)
     if tensors or values:
@@ -237,7 +231,7 @@ def inspect(
     format_ = checkpoint.origin.format
     with os_errors_named(path):
         kind = adapters().get(format_)
-        adapter = configure(kind, {}) if kind else detect_source(root, from_)
+        adapter = configure(kind, {}) if kind else detect_source(root, options.from_)
         files = files_of(adapter, root, checkpoint.origin.leftovers)
         dialect = adapter_calls.dialect(adapter, checkpoint)
         size = sum(file.stat().st_size for file in files)
@@ -317,10 +311,11 @@ def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:
 
 def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
     optimizer = checkpoint.optimizer
-    if optimizer is None and checkpoint.unbound is None:
+    unbound = unbound_state_dict(checkpoint)
+    if optimizer is None and unbound is None:
         return None
     if optimizer is None:
-        saved = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+        saved = unbound or {}
         state, groups = saved.get("state", {}), saved.get("param_groups", [])
         sizes = [len(group["params"]) for group in groups]
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in groups]
@@ -378,9 +373,7 @@ def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
 
 def _tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
     optimizer: Optimizer | None = checkpoint.optimizer
-    slots = (
-        optimizer.state if optimizer else checkpoint.unbound.state_dict.get("state", {}) if checkpoint.unbound else {}
-    )
+    slots = optimizer.state if optimizer else (unbound_state_dict(checkpoint) or {}).get("state", {})
     kinds: dict[str, dict[str, Tensor]] = {
         "model": checkpoint.state_dict(),
         "optimizer": {

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
-from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
 
 # Sums, means or maxima of squares or of absolute values, in torch's optimizers and in Hugging Face's Adafactor.
@@ -80,7 +80,7 @@ def _groups(checkpoint: Checkpoint) -> list[list[_Parameter]]:
     optimizer = checkpoint.optimizer
     if optimizer is not None:
         return [[_parameter(n, optimizer.state.get(n), tensors.get(n)) for n in g.params] for g in optimizer.groups]
-    raw = checkpoint.unbound.state_dict if checkpoint.unbound else {}
+    raw = unbound_state_dict(checkpoint) or {}
     groups, state = raw.get("param_groups"), raw.get("state")
     if not isinstance(groups, list) or not isinstance(state, dict):
         return []

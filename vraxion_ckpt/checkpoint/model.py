@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -315,6 +315,14 @@ class Origin:
     local: Mapping[str, Any] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
 
+    def with_dialect(self, name: str, dialect: Any) -> Origin:
+        """Return an origin that records a format's dialect under the format's name."""
+        return replace(self, dialects={**self.dialects, name: dialect})
+
+    def without_dialects(self, *names: str) -> Origin:
+        """Return an origin without the dialects of these formats."""
+        return replace(self, dialects={name: each for name, each in self.dialects.items() if name not in names})
+
 
 @dataclass
 class Checkpoint:
@@ -323,9 +331,7 @@ class Checkpoint:
     Attributes:
         core: every model tensor outside the head's experts, in state-dict order.
         head: the output head, or None for a model without one.
-        optimizer: state by parameter name, or None.
-        unbound: an optimizer whose parameters have no names yet; `vraxion_ckpt.optimizer.binding` turns it into
-            `optimizer`. A transform never sees one.
+        optimizer: state by parameter name, or None. See `UnboundCheckpoint` for one without names.
         payload: everything else, untouched and in order (``step``, ``losses``, ``scaler``, unknown keys).
             ``num_experts`` of a model with a head, and ``param_names``, are not in it: they follow from the rest.
         param_names: the model's parameters in ``named_parameters()`` order, where that is known.
@@ -341,7 +347,6 @@ class Checkpoint:
     core: dict[str, Tensor]
     head: Head | None = None
     optimizer: Optimizer | None = None
-    unbound: UnboundOptimizer | None = None
     payload: dict[str, Any] = field(default_factory=dict)
     param_names: tuple[str, ...] | None = None
     metadata: dict[str, Any] | None = None
@@ -430,3 +435,46 @@ class Checkpoint:
             lifecycle=dict(self.lifecycle),
             ancestors={},
         )
+
+    def with_optimizer(self, optimizer: Optimizer | None) -> Checkpoint:
+        """Return the checkpoint with an optimizer that is bound to parameter names, or without one."""
+        kept = {each.name: getattr(self, each.name) for each in fields(Checkpoint)}
+        return Checkpoint(**{**kept, "optimizer": optimizer})
+
+    def with_unbound(self, unbound: UnboundOptimizer) -> UnboundCheckpoint:
+        """Return the checkpoint with an optimizer that is not bound to parameter names."""
+        kept = {each.name: getattr(self, each.name) for each in fields(Checkpoint)}
+        return UnboundCheckpoint(**{**kept, "optimizer": None}, unbound=unbound)
+
+    def without_training_state(self, *, keep_dialect: str) -> Checkpoint:
+        """Return the model alone: without optimizer, payload, stated lifecycle rows and split plan.
+
+        Dialects tell how other formats wrote that state, so they go with it.
+
+        Args:
+            keep_dialect: the one format whose dialect stays.
+        """
+        had_state = isinstance(self, UnboundCheckpoint) or self.optimizer is not None or bool(self.payload)
+        others = [name for name in self.origin.dialects if name != keep_dialect] if had_state else []
+        return replace(
+            self.with_optimizer(None),
+            payload={},
+            lifecycle=dict.fromkeys(self.lifecycle, Lifecycle.unknown(0)),
+            plan=None,
+            origin=self.origin.without_dialects(*others),
+        )
+
+
+@dataclass
+class UnboundCheckpoint(Checkpoint):
+    """A checkpoint as an adapter reads it, with an optimizer whose parameters are numbered and have no names yet.
+
+    `vraxion_ckpt.optimizer.binding` turns it into a `Checkpoint`. Transforms never get one.
+    """
+
+    unbound: UnboundOptimizer = field(kw_only=True)
+
+
+def unbound_state_dict(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the state dict of an optimizer that is not bound to parameter names yet, or None."""
+    return checkpoint.unbound.state_dict if isinstance(checkpoint, UnboundCheckpoint) else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
-from vraxion_ckpt.conversion.edit import Edited, EditKind
+from vraxion_ckpt.conversion.edit import Edited
+from vraxion_ckpt.conversion.edit_plan import EditKind
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.recipes.recipe import Ran
 

@@ -20,7 +20,7 @@ from vraxion_ckpt.optimizer.placement import place, place_as_listed, refuse_unde
 from vraxion_ckpt.plugins.lent_tensors import MadeTensors, WriteCounts, wrote_into
 from vraxion_ckpt.plugins.options import resolved
 from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
-from vraxion_ckpt.plugins.transform import Step
+from vraxion_ckpt.plugins.transform import Effect, Step
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,19 @@ def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Che
     return follow(before, after, policy.companions)
 
 
-def function_noise(step: Step) -> float | None:
-    """Ask a transform for its `Transform.function_noise`.
+def effect_of(step: Step) -> Effect:
+    """Ask a transform for its `Transform.effect`.
 
     Raises:
-        PluginError: it fails, or returns anything but None or a finite number ≥ 0.
+        PluginError: it fails, or returns something else than an `Effect` with a finite noise ≥ 0 or None.
     """
     with plugin_call(step.transform.name, step.distribution):
-        noise = step.transform.function_noise()
-    if wrong := wrong_type(noise, float | int | None, "function_noise"):
+        effect = step.transform.effect()
+    if wrong := wrong_type(effect, Effect, "effect"):
         raise _defect(step, wrong)
-    if noise is not None and not 0 <= noise < math.inf:
-        raise _defect(step, f"function_noise is {noise}, not a standard deviation")
-    return noise
+    if effect.noise is not None and not 0 <= effect.noise < math.inf:
+        raise _defect(step, f"effect.noise is {effect.noise}, not a standard deviation")
+    return effect
 
 
 def _apply_step(
@@ -141,8 +141,6 @@ def _check_result(step: Step, before: Checkpoint, after: Checkpoint) -> None:
                 with plugin_call(step.transform.name, step.distribution), torch.no_grad():
                     _ = expert.tensors
         wrong = wrong_type(after)
-    if wrong is None and after.unbound is not before.unbound:
-        wrong = "unbound is an optimizer that a transform must not make"
     if wrong is not None:
         raise _defect(step, f"returned what it must not: {wrong}")
 

@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from vraxion_ckpt.checkpoint import invariants
-from vraxion_ckpt.checkpoint.comparison import differences_and_checksums, without_experts
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
-from vraxion_ckpt.commit.manifest import by_name, dumps, make
+from vraxion_ckpt.commit.manifest import by_name
 from vraxion_ckpt.commit.staging import Staged, exclusive, leftovers, staged
-from vraxion_ckpt.commit.system_calls import write_new
-from vraxion_ckpt.commit.transaction import committed
+from vraxion_ckpt.conversion.chain import ChainPolicy
+from vraxion_ckpt.conversion.stage_results import (
+    Staging,
+    check_read_back,
+    files_below,
+    publish,
+    quietly,
+    stage_manifest,
+    stage_side_files,
+    write_whole,
+)
 from vraxion_ckpt.conversion.summary import Outcome, Summary, count_tensors
 from vraxion_ckpt.conversion.targets import (
     Beside,
@@ -49,24 +55,20 @@ from vraxion_ckpt.conversion.verify_before_write import (
 )
 from vraxion_ckpt.errors import (
     CkptError,
-    CkptWarning,
     InconsistentError,
-    InvariantError,
     StorageError,
     UsageError,
     memory_errors,
 )
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
-from vraxion_ckpt.optimizer import binding
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, TransformLike, resolve_chain
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
-from vraxion_ckpt.plugins.options import defect_of
+from vraxion_ckpt.plugins.lent_tensors import SourceTensors
 from vraxion_ckpt.plugins.plugin_calls import output_to_stderr
 from vraxion_ckpt.plugins.transform import Step
-from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named, read, refuse
+from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named, read_with, refuse
+from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import signals
 
 
@@ -86,39 +88,37 @@ def convert(
     dst: PathLike,
     *,
     transforms: Sequence[TransformLike] = (),
-    from_: AdapterLike | None = None,
     to: AdapterLike | None = None,
     losses: LossPolicy = "raise",
     overwrite: bool = False,
     dry_run: bool = False,
     manifest: PathLike | None = None,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
     result_order: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
     companions: CompanionPolicy = "grow",
-    allow_globals: Sequence[str] = (),
+    **reading: Unpack[ReadKeywords],
 ) -> Summary:
-    """Read `src`, run a chain of transforms, write `dst`; or raise, and leave everything as it was.
+    """Read `src`, run a chain of transforms and write `dst`; or raise, and leave everything as it was.
 
     Args:
         src: a checkpoint of any format; never changed.
         dst: a new path, whose format is `to` or follows from its name.
         transforms: a chain, run from left to right: texts like ``"mitosis_split:noise=0"``, (name, options)
             pairs, or instances.
+        to: the format of `dst`.
         losses: what to do about what `dst`'s format cannot hold.
         overwrite: replace an existing `dst`, in one step, once the result is complete.
         dry_run: do everything but write.
         manifest: a file for the digests of what was written, see `vraxion_ckpt.commit.manifest`.
-        from_: as for `read`.
-        to: the format of `dst`.
-        param_names: as for `read`.
-        optimizer_order: as for `read`.
         result_order: the names of the result's optimizer in its order, where no rule tells it.
-        optimizer: as for `read`; ``partial`` carries an optimizer along that does not list all experts.
+        optimizer: as for `vraxion_ckpt.open`. With ``keep``, an optimizer that lacks parameters of some experts is
+            refused; ``partial`` carries it.
         companions: what becomes of averages of the model and the like if the chain changes the head: ``grow`` lets them
             follow or refuses, ``keep`` leaves them unchanged, ``drop`` leaves them out.
-        allow_globals: as for `read`.
+        reading: ``from_``, ``param_names``, ``optimizer_order`` and ``allow_globals``, see `ReadOptions`.
+
+    Returns:
+        What was done.
 
     Raises:
         CkptError: one subclass for each kind of reason, see `vraxion_ckpt.errors`.
@@ -127,14 +127,10 @@ def convert(
         src,
         [Target(dst, to, losses, overwrite, manifest)],
         transforms=transforms,
-        from_=from_,
-        dry_run=dry_run,
-        param_names=param_names,
-        optimizer_order=optimizer_order,
-        result_order=result_order,
+        options=ReadOptions(**reading),
         optimizer=optimizer,
-        companions=companions,
-        allow_globals=allow_globals,
+        policy=chain_policy(companions, result_order),
+        dry_run=dry_run,
     )
     return summary
 
@@ -144,24 +140,28 @@ def convert_to_all(
     src: PathLike,
     targets: Sequence[Target],
     *,
-    transforms: Sequence[TransformLike] = (),
-    from_: AdapterLike | None = None,
-    dry_run: bool = False,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
-    result_order: Sequence[str] | None = None,
-    optimizer: OptimizerPolicy = "keep",
-    companions: CompanionPolicy = "grow",
-    allow_globals: Sequence[str] = (),
+    transforms: Sequence[TransformLike],
+    options: ReadOptions,
+    optimizer: OptimizerPolicy,
+    policy: ChainPolicy,
+    dry_run: bool,
     record: Record | None = None,
     reads: Sequence[Path] = (),
 ) -> tuple[Summary, ...]:
-    """Do what `convert` does for several targets: read once, run the chain once, and judge and stage all of them.
+    """Do what `convert` does for several targets: read once, run the chain once, then check and stage all of them.
 
-    Only when all are complete and on the disk, they are put in place one after the other, each in one step.
+    They are put in place one after the other, each in one step, when all of them are complete and flushed to disk.
 
-    `record` is put into the history before those of the chain; `reads` are further files that must not be written over.
-    The other arguments are those of `convert`.
+    Args:
+        src: as for `convert`.
+        targets: where the results go.
+        transforms: as for `convert`.
+        options: how `src` is read.
+        optimizer: as for `convert`.
+        policy: what the user says about what follows when the chain changes the head.
+        dry_run: do everything but write.
+        record: is put into the history before those of the chain.
+        reads: further files that must not be written over.
     """
     started = time.monotonic()
     with signals.put_off(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
@@ -174,16 +174,7 @@ def convert_to_all(
                 for _, place in places:
                     stack.enter_context(exclusive(place))
 
-            policy = chain_policy(companions, result_order)
-            reopen = partial(
-                read,
-                source,
-                from_=from_,
-                param_names=param_names,
-                optimizer_order=optimizer_order,
-                optimizer=optimizer,
-                allow_globals=allow_globals,
-            )
+            reopen = partial(read_with, source, options, optimizer)
             before = reopen()
             lent = SourceTensors(before, reopen)
             check_complete(before, optimizer)
@@ -263,34 +254,6 @@ def _manifest_place(result: _Result, chain: Sequence[Step]) -> Beside | None:
     )
 
 
-@dataclass(frozen=True)
-class Staging:
-    """What is staged.
-
-    Attributes:
-        targets: each with its manifest, if it gets one.
-        sides: the files beside them.
-        sizes: the bytes that are written to each target; to the first, with those of the files beside it.
-    """
-
-    targets: Sequence[tuple[Staged, Staged | None]] = ()
-    sides: Sequence[Staged] = ()
-    sizes: Sequence[int] = ()
-
-    @contextmanager
-    def as_one(self) -> Iterator[None]:
-        """Publish it in a ``with`` block, in which no signal comes between one thing and another."""
-        stages = [*self.sides, *(stage for pair in self.targets for stage in pair if stage is not None)]
-        if len(stages) == 1:  # its commit is one step, and comes after all that takes long
-            yield
-            return
-        with signals.stoppable():
-            for stage in stages:
-                stage.prepare()
-        with signals.put_off():
-            yield
-
-
 def _stage_all(
     stack: ExitStack, results: Sequence[_Result], manifests: Sequence[Beside | None], lent: SourceTensors
 ) -> Staging:
@@ -339,85 +302,3 @@ def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
         found = adapter_calls.read(adapter, stage.path)
     check_read_back(adapter, found, held, lent, result.place)
     return stage
-
-
-def files_below(path: Path) -> list[Path]:
-    """List the files of a staged result."""
-    return [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
-
-
-def stage_manifest(
-    stack: ExitStack, place: Beside | None, adapter: Adapter, files: Mapping[str, Path], target: Path
-) -> Staged | None:
-    """Stage the manifest of files that were read back; what may be replaced was judged before."""
-    if place is None:
-        return None
-    stack.enter_context(exclusive(place.path))
-    stage = stack.enter_context(staged(place.path, directory=False, overwrite=place.replace))
-    write_new(stage.path, dumps(make(target.name, adapter.name, files)))
-    return stage
-
-
-def publish(stage: Staged, manifest: Staged | None, **how: Any) -> Path | None:
-    """Put a result in its place, as `Staged.publish` does, and then its manifest.
-
-    In this order, a result that cannot be put in its place leaves an old manifest that still tells the truth. Killed
-    between the two, a run leaves one that is missing, or that `check` finds to contradict the files.
-    """
-    try:
-        return stage.publish(**how)
-    finally:
-        if manifest is not None and stage.target in committed:  # even if what had to be done afterwards has failed
-            manifest.publish()
-
-
-def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:
-    """Let an adapter write to a stage; a source that is cut short meanwhile is told from a full disk."""
-    try:
-        adapter_calls.write(adapter, held, stage.path)
-    except StorageError:
-        before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
-        raise
-
-
-def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[Beside]) -> list[Staged]:
-    """Stage the files that are to be written beside a target; what may be replaced was judged before."""
-    stages = []
-    for content, beside in zip(side_files.values(), besides, strict=True):
-        stack.enter_context(exclusive(beside.path))
-        stages.append(stack.enter_context(staged(beside.path, directory=False, overwrite=beside.replace)))
-        write_new(stages[-1].path, content)
-    return stages
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Leave out the warnings of reading back: what is odd about a checkpoint was said when its source was read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CkptWarning)
-        yield
-
-
-def check_read_back(
-    adapter: Adapter,
-    found: Checkpoint,
-    expected: Checkpoint,
-    lent: SourceTensors,
-    target: Path,
-    *,
-    untouched: Collection[int] = frozenset(),
-) -> None:
-    """Compare what was read back, as anyone would read it, with what it was made from; `untouched` experts were not.
-
-    That is the source's files and what the chain has made, not what is in memory now: the adapter has had that since.
-    """
-    if found.param_names not in (None, expected.param_names):
-        raise InvariantError("param_names came back changed", path=target)
-    found = binding.bind(found)
-    refuse(InvariantError, invariants.findings(found), target)
-    found, expected = without_experts(found, untouched), without_experts(expected, untouched)
-    listed = list(islice(differences_and_checksums(expected, found, lent.original), 20))
-    if written := lent.written() or (lent.altered_in(expected) if listed else []):
-        raise defect_of(adapter, wrote_into(written))
-    refuse(InvariantError, iter(listed), target)
-    found.sources.verify()

@@ -86,8 +86,10 @@ def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: boo
     if target in real.parents:
         raise UsageError("the source lies inside the target", path=target, hint="write to a path beside it")
     check_target(target, overwrite=overwrite)
-    known = target.exists() and adapter_calls.is_directory(adapter)
-    foreign = adapter_calls.foreign_files(adapter, target) if known else []
+    foreign: list[Path] = []
+    if target.exists() and adapter_calls.is_directory(adapter):
+        listed = adapter_calls.foreign_files(adapter, target)
+        foreign = sorted(target.iterdir()) if listed is None else listed
     if foreign:
         raise UsageError(
             f"holds {len(foreign)} files that are no part of a {adapter.name} checkpoint, such as {foreign[0].name}; "

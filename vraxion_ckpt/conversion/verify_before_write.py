@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Record
-from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, apply_chain, function_noise
+from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, apply_chain, effect_of
 from vraxion_ckpt.conversion.summary import Outcome
 from vraxion_ckpt.conversion.targets import check_side_files
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, InvariantError, LossError, UsageError
@@ -23,7 +23,8 @@ from vraxion_ckpt.plugins.adapter import Adapter, Loss
 from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
 from vraxion_ckpt.plugins.plugin_calls import defect, observed
 from vraxion_ckpt.plugins.transform import Step
-from vraxion_ckpt.reading.opening import OptimizerPolicy, check_names, refuse
+from vraxion_ckpt.reading.opening import OptimizerPolicy, refuse
+from vraxion_ckpt.reading.read_options import check_names
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -113,7 +114,7 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
     if not any(placement.lacking(before)):
         refuse(InvariantError, map(_of_result, map(_untrained, placement.lacking(after))), None)
-    noises = [function_noise(step) for step in chain]
+    noises = [effect_of(step).noise for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:

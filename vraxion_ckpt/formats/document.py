@@ -29,7 +29,7 @@ from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, view_of
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError, raise_if_out_of_memory
-from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, split_head
+from vraxion_ckpt.formats.payload import OUR_KEY, Extras, origin_of_state_dict, parse_extras, split_head
 
 PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
@@ -406,7 +406,8 @@ def bare(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpo
     others = [name for name in tensors if name not in known]
     position = next((place for place, name in enumerate(tensors) if name in known), 0)
     order = [*others[:position], *head, *others[position:]]
-    checkpoint = Checkpoint({name: tensors[name] for name in order}, origin=Origin(format_name, path))
+    origin = origin_of_state_dict(Origin(format_name, path))
+    checkpoint = Checkpoint({name: tensors[name] for name in order}, origin=origin)
     found = split_head(checkpoint, path)
     return replace(found, lifecycle={i: Lifecycle.unknown(0) for i in range(found.num_experts)})
 

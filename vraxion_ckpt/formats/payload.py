@@ -30,6 +30,7 @@ from vraxion_ckpt.checkpoint.model import (
     Origin,
     Record,
     SplitPlan,
+    UnboundCheckpoint,
     UnboundOptimizer,
 )
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
@@ -173,19 +174,20 @@ def _parse(payload: Any) -> Parsed:
         keys=() if bare else tuple(key for key in payload if key != OUR_KEY),
     )
     own = {"model", "param_names", OUR_KEY, optimizer_key}
-    checkpoint = Checkpoint(
-        core=dict(state),
-        unbound=None
-        if optimizer is None
-        else UnboundOptimizer(
-            optimizer, extras.optimizer_names, extras.optimizer_digest, frozenset(extras.optimizer_undecided)
-        ),
-        payload={} if bare else {key: value for key, value in payload.items() if key not in own},
-        param_names=None if bare else names_in_payload(payload.get("param_names")),
-        metadata=metadata,
-        plan=extras.plan,
-        history=extras.history,
-    )
+    fields: dict[str, Any] = {
+        "core": dict(state),
+        "payload": {} if bare else {key: value for key, value in payload.items() if key not in own},
+        "param_names": None if bare else names_in_payload(payload.get("param_names")),
+        "metadata": metadata,
+        "plan": extras.plan,
+        "history": extras.history,
+    }
+    if optimizer is None:
+        checkpoint = Checkpoint(**fields)
+    else:
+        names, undecided = extras.optimizer_names, frozenset(extras.optimizer_undecided)
+        unbound = UnboundOptimizer(optimizer, names, extras.optimizer_digest, undecided)
+        checkpoint = UnboundCheckpoint(**fields, unbound=unbound)
     return Parsed(checkpoint, None if bare else _stated_experts(payload), dialect, extras)
 
 
@@ -283,26 +285,63 @@ def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
     return replace(checkpoint, head=head, payload=payload)
 
 
-def origin_of(format_name: str, path: Path, own: str, dialect: PayloadDialect, extras: Extras) -> Origin:
-    """Return a checkpoint's origin: its own dialect (`pt` or `router`) and those that were recorded in it."""
-    return Origin(format_name, path, {**extras.dialects, own: dump_dialect(dialect)})
+# Under these names, a checkpoint's origin records how its payload was written in each place that holds one.
+MONOLITH = "pt"
+ROUTER = "router"
 
 
-def recorded_dialect(checkpoint: Checkpoint, name: str) -> PayloadDialect | None:
-    """Return the payload dialect recorded under `name`.
+def origin_of(format_name: str, path: Path, place: str, dialect: PayloadDialect, extras: Extras) -> Origin:
+    """Return the origin of a checkpoint that was read from a payload.
+
+    Args:
+        format_name: the adapter's name.
+        path: what was read.
+        place: `MONOLITH` or `ROUTER`, where the payload was found.
+        dialect: how the payload was written.
+        extras: what was recorded in the payload, the dialects of other formats among it.
+    """
+    return Origin(format_name, path, extras.dialects).with_dialect(place, _dump(dialect))
+
+
+def origin_of_state_dict(origin: Origin) -> Origin:
+    """Return an origin that says that the checkpoint was a bare state dict."""
+    return origin.with_dialect(MONOLITH, _dump(PayloadDialect(bare=True, ordered=True, keys=())))
+
+
+def recorded_dialect(checkpoint: Checkpoint, place: str) -> PayloadDialect | None:
+    """Return the payload dialect that is recorded for `MONOLITH` or `ROUTER`.
 
     Raises:
-        InconsistentError: what is recorded is no dialect.
+        InconsistentError: what is recorded is not a payload dialect.
     """
-    raw = checkpoint.origin.dialects.get(name)
+    raw = checkpoint.origin.dialects.get(place)
     try:
         return _DIALECT.validate_python(raw) if raw is not None else None
     except ValidationError:
-        raise InconsistentError("is no payload dialect", key=f"{OUR_KEY}.dialects.{name}") from None
+        raise InconsistentError("is no payload dialect", key=f"{OUR_KEY}.dialects.{place}") from None
 
 
-def dump_dialect(dialect: PayloadDialect) -> dict[str, Any]:
-    """Return a dialect as plain data, to be recorded."""
+def monolith_dialect(checkpoint: Checkpoint) -> tuple[PayloadDialect, Origin]:
+    """Return the dialect in which one file holds the payload, and the origin whose dialects are recorded in it."""
+    origin = checkpoint.origin.without_dialects(MONOLITH)
+    router = recorded_dialect(checkpoint, ROUTER)
+    dialect = recorded_dialect(checkpoint, MONOLITH) or router or PayloadDialect()
+    if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
+        dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
+    if router is None or dialect.implies(router, checkpoint.head is not None):
+        origin = origin.without_dialects(ROUTER)
+    return dialect, origin
+
+
+def router_dialect(checkpoint: Checkpoint) -> tuple[PayloadDialect, Origin]:
+    """Return the dialect in which ``router.state`` holds the payload, and the origin whose dialects it records."""
+    monolith = recorded_dialect(checkpoint, MONOLITH)
+    router = recorded_dialect(checkpoint, ROUTER) or (monolith or PayloadDialect()).as_router()
+    origin = checkpoint.origin.without_dialects(ROUTER)
+    return router, origin.without_dialects(MONOLITH) if monolith == router else origin
+
+
+def _dump(dialect: PayloadDialect) -> dict[str, Any]:
     plain: dict[str, Any] = _DIALECT.dump_python(dialect, mode="json")
     return plain
 
@@ -352,12 +391,8 @@ def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str
         return {}
     names, undecided = checkpoint.optimizer.params, checkpoint.optimizer.undecided
     state_dict = unbind(checkpoint.optimizer)
-    as_written = replace(
-        checkpoint,
-        optimizer=None,
-        unbound=UnboundOptimizer(state_dict),
-        param_names=checkpoint.param_names if "param_names" in dialect.keys else None,
-    )
+    as_written = checkpoint.with_unbound(UnboundOptimizer(state_dict))
+    as_written.param_names = checkpoint.param_names if "param_names" in dialect.keys else None
     try:
         found = bind(as_written).optimizer
     except BindingError:

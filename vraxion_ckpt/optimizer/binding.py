@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, Optimizer
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head, Optimizer, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape, digest, known_shapes, shape_conflicts
 from vraxion_ckpt.errors import BindingError, InconsistentError
@@ -43,7 +43,7 @@ _USUAL = (OrderKind.MODEL, OrderKind.SORTED, OrderKind.REVERSED, OrderKind.HEAD_
 
 
 def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: OptimizerOrder | None = None) -> Checkpoint:
-    """Give names to the ids of `checkpoint.unbound`; without one, return the checkpoint as it is.
+    """Bind the optimizer of an `UnboundCheckpoint` to parameter names; return any other checkpoint as it is.
 
     Args:
         checkpoint: as an adapter read it.
@@ -54,7 +54,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
         BindingError: no assignment fits, or names or an order contradict the state.
         InconsistentError: the optimizer state is not what torch writes.
     """
-    if checkpoint.unbound is None:
+    if not isinstance(checkpoint, UnboundCheckpoint):
         return _with_stated_order(checkpoint, order) if order is not None else checkpoint
     raw = RawOptimizer.parse(checkpoint.unbound.state_dict)
     bound = _Binder(checkpoint, raw, order).bind(given)
@@ -66,7 +66,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
     if param_names is None:
         places = {name: i for i, name in enumerate(checkpoint.tensor_names())}
         param_names = tuple(sorted(bound.params, key=lambda name: places.get(name, len(places))))
-    found = replace(checkpoint, optimizer=bound, unbound=None, param_names=param_names)
+    found = replace(checkpoint.with_optimizer(bound), param_names=param_names)
     return _with_stated_order(found, order) if order is not None and bound.rules is None else found
 
 
@@ -88,7 +88,7 @@ def _with_stated_order(checkpoint: Checkpoint, order: OptimizerOrder) -> Checkpo
 class _Binder:
     """Finds the names of one optimizer's ids."""
 
-    checkpoint: Checkpoint
+    checkpoint: UnboundCheckpoint
     raw: RawOptimizer
     order: OptimizerOrder | None
 
@@ -96,7 +96,6 @@ class _Binder:
         """Take the names from the most trusted place that has some."""
         checkpoint, raw = self.checkpoint, self.raw
         unbound = checkpoint.unbound
-        assert unbound is not None
         recorded = unbound.names
         if recorded is not None and digest(unbound.state_dict) != unbound.digest:
             recorded = None  # a trainer has carried the record along and gone on; its optimizer may be another one

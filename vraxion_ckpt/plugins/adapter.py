@@ -1,4 +1,4 @@
-"""The base class of adapters: one file format each, read into and written from the canonical checkpoint."""
+"""The base classes of adapters: each reads and writes one file format."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.errors import CkptError, OutOfMemoryError, PluginError
 from vraxion_ckpt.plugins.options import Plugin
+from vraxion_ckpt.plugins.read_context import ReadContext
 
 T = TypeVar("T")
 
@@ -27,13 +28,13 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a checkpoint that is a directory.
+class OutputFile:
+    """One file that an `IncrementalDirectoryAdapter` would write.
 
     Attributes:
-        content: equal for two files that hold the same, as far as that can be told without opening any.
-        write: writes it to a path where nothing is yet.
-        size: returns how many bytes that would be.
+        content: compares equal for two files with the same content. It is compared instead of opening the files.
+        write: writes the file to a path that does not exist yet.
+        size: returns its size in bytes.
     """
 
     content: object
@@ -66,16 +67,16 @@ class Faults:
 class Adapter(Plugin):
     """Read and write one checkpoint format. Fields are options (``--to NAME:key=value``).
 
-    A format that is a directory may tell its files apart (`pivot`, `parts`, `unseen`, `read_over`): an edit in place
-    then writes only those that change. Without, the whole directory is written anew and exchanged.
+    A format whose checkpoints are directories is edited in place by writing a whole new directory and exchanging the
+    two. An `IncrementalDirectoryAdapter` writes only the files that change.
 
     Attributes:
         suffixes: endings of a target's name that mean this format; ``/`` means a directory.
-        pivot: the file that a loader reads first and that decides which others count, by its path below the directory.
+        loads_pickles: whether files of this format are pickles, so that ``allow_globals`` has a meaning.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()
-    pivot: ClassVar[str | None] = None
+    loads_pickles: ClassVar[bool] = False
 
     @property
     def is_directory(self) -> bool:
@@ -85,79 +86,115 @@ class Adapter(Plugin):
     @classmethod
     @abstractmethod
     def detect(cls, path: Path) -> bool:
-        """Tell from its content whether `path` is of this format; must be cheap, and never raise."""
+        """Return whether `path` is of this format, judged by its content.
+
+        It is called for every path, so it must be cheap and must not raise.
+        """
 
     @abstractmethod
-    def read(self, path: Path) -> Checkpoint:
-        """Read a checkpoint, mapping tensors where that is possible.
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
+        """Read a checkpoint. Map tensors instead of reading them where the format allows it.
 
-        Every file that is opened is registered in the checkpoint's `sources`. An optimizer whose parameters
-        are numbered, not named, is left in `unbound`.
+        Args:
+            path: a file or a directory.
+            context: opens files and registers them; it becomes the checkpoint's `sources`.
+
+        Returns:
+            The checkpoint; an `UnboundCheckpoint` if the optimizer's parameters are numbered, not named.
 
         Raises:
             SourceError: what is wrong with the file, and where.
         """
 
-    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
+    def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
         """Read a checkpoint as far as possible, and note every fault instead of stopping at the first.
 
-        A format of several files looks at each of them by itself here. The checkpoint is returned if it can be read as
-        a whole; what concerns its contents, and checksums of what it has mapped, are the caller's.
-        """
-        return faults.attempt(lambda: self.read(path))
+        A format of several files examines each of them here. The caller checks the contents of the checkpoint that is
+        returned, and the checksums of the files that were mapped.
 
-    def dialect(self, checkpoint: Checkpoint) -> str:  # noqa: ARG002 - most formats are spelt in one way only
-        """Tell in words how this format is spelt in a checkpoint that was read from it; empty if there is one way."""
+        Returns:
+            The checkpoint, or None if it cannot be read as a whole.
+        """
+        return faults.attempt(lambda: self.read(path, context))
+
+    def dialect(self, checkpoint: Checkpoint) -> str:  # noqa: ARG002 - most formats have one dialect
+        """Describe the variant of this format that a checkpoint was read from; empty if there is only one."""
         return ""
 
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:  # noqa: ARG002 - most formats lose nothing
-        """List what this format cannot hold of `checkpoint`; asked before anything is written."""
+        """List what this format cannot hold of `checkpoint`. It is asked before anything is written."""
         return []
 
     def held(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return the checkpoint as this format, with these options, will hold it.
+        """Return the part of the checkpoint that this format, with these options, can hold.
 
-        That is what `write` is given, and what reading the result back must give: without what `losses` lists.
+        `write` gets this checkpoint, and reading the result back must give the same. It lacks what `losses` lists.
         """
         return checkpoint
 
     @abstractmethod
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Write to `path`, a staged name: a file that does not exist yet, or an empty directory.
+        """Write to `path`, which is staged: a file that does not exist yet, or an empty directory.
 
-        Flushing to disk, reading back and renaming to the target are the caller's. The same checkpoint gives
-        the same bytes.
+        The caller flushes to disk, reads back and renames to the target. The same checkpoint must give the same bytes.
         """
 
     def size(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 - not every format can tell
-        """Return how many bytes `write` would write, or None if only writing tells."""
+        """Return how many bytes `write` would write, or None if that is not known before writing."""
         return None
 
-    def foreign_files(self, path: Path) -> list[Path]:
-        """List what lies in an existing directory `path` and is not part of a checkpoint of this format.
+    def foreign_files(self, path: Path) -> list[Path] | None:  # noqa: ARG002 - not every format can tell
+        """List what is in the directory `path` and not part of a checkpoint of this format.
 
-        Asked before a directory is replaced, so that nobody else's files go with it, and when one is edited, where they
-        stay. A format that does not say cannot be edited in place if it is a directory.
+        Such files are kept when the directory is edited, and a directory that has some is not replaced.
+
+        Returns:
+            The paths, or None if the format cannot tell. Then its directories are not edited in place, and none that
+            has any file is replaced.
         """
-        return sorted(path.iterdir()) if path.is_dir() else []
+        return None
 
-    # --- in place: what a format with a `pivot` tells of its files ---
 
-    def parts(self, checkpoint: Checkpoint) -> Mapping[str, Part]:
-        """Return every file of the directory by its path below it; opens no expert."""
-        raise NotImplementedError
+class IncrementalDirectoryAdapter(Adapter):
+    """Read and write a directory format file by file, so that an edit in place writes only what changes.
 
-    def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
-        """Tell whether it makes no difference which of two states a file is in to whoever has read the pivot.
+    Attributes:
+        index_file: the file that a reader opens first and that determines which other files it opens, by its path
+            below the directory. Exchanging it is the moment at which an edit takes effect.
+    """
+
+    index_file: ClassVar[str]
+
+    @property
+    def is_directory(self) -> bool:
+        return True
+
+    @abstractmethod
+    def output_files(self, checkpoint: Checkpoint) -> Mapping[str, OutputFile]:
+        """Return every file of the directory by its path below it. Opens no expert."""
+
+    @abstractmethod
+    def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
+        """Return whether a reader gets the same checkpoint from either of two versions of a file.
 
         Args:
-            name: a file other than the pivot, in `parts` of either checkpoint or both.
-            before: the checkpoint in the old state.
-            after: the checkpoint in the new state.
-            reader: the one of the two whose pivot was read.
+            name: a file other than the index file, among the `output_files` of either checkpoint or both.
+            before: the checkpoint before the edit.
+            after: the checkpoint after the edit.
+            reader: the one of the two whose index file the reader has opened.
         """
-        raise NotImplementedError
 
-    def read_over(self, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
-        """Read the directory `path` as it will be with the files below `staged` laid over it, and without `removed`."""
-        raise NotImplementedError
+    @abstractmethod
+    def read_overlay(self, path: Path, staged: Path, removed: Collection[str], context: ReadContext) -> Checkpoint:
+        """Read the directory as it will be after an edit.
+
+        Args:
+            path: the directory.
+            staged: files below it replace those of `path` with the same names.
+            removed: names of files that are to be read as missing.
+            context: as for `read`.
+        """
+
+    @abstractmethod
+    def foreign_files(self, path: Path) -> list[Path]:
+        """List what is in the directory `path` and not part of a checkpoint of this format."""

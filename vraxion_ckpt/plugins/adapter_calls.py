@@ -9,7 +9,7 @@ Raises of all of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
-from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss, Part
+from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.options import calling, defect_of
+from vraxion_ckpt.plugins.read_context import ReadContext
 
 T = TypeVar("T")
 S = TypeVar("S", int, int | None)
+
+_ANY_CHECKPOINT = Checkpoint | UnboundCheckpoint
 
 
 def detect(adapter: type[Adapter], path: Path) -> bool:
@@ -40,26 +43,35 @@ def is_directory(adapter: Adapter) -> bool:
     return _checked(adapter, "is_directory", found, bool)
 
 
-def read(adapter: Adapter, path: Path) -> Checkpoint:
-    """Read a checkpoint; what it opens later is called in the same way."""
+def read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
+    """Read a checkpoint. Later calls that open an expert or verify a file are guarded in the same way."""
+    context = ReadContext(tuple(allow_globals))
     with calling(adapter):
-        found = adapter.read(path)
-    return _guarded(adapter, _checked(adapter, "read", found, Checkpoint))
+        found = adapter.read(path, context)
+    return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
 
 
-def read_over(adapter: Adapter, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
-    """Read a directory with staged files over it, as `read` does."""
+def read_overlay(
+    adapter: IncrementalDirectoryAdapter,
+    path: Path,
+    staged: Path,
+    removed: Collection[str],
+    allow_globals: Sequence[str] = (),
+) -> Checkpoint:
+    """Read a directory with staged files in place of its own, as `read` does."""
+    context = ReadContext(tuple(allow_globals))
     with calling(adapter):
-        found = adapter.read_over(path, staged, removed)
-    return _guarded(adapter, _checked(adapter, "read_over", found, Checkpoint))
+        found = adapter.read_overlay(path, staged, removed, context)
+    return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
 
 
-def examine(adapter: Adapter, path: Path, faults: Faults) -> Checkpoint | None:
+def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = ()) -> Checkpoint | None:
     """Read a checkpoint as far as possible, and note every fault."""
+    context = ReadContext(tuple(allow_globals))
     with calling(adapter):
-        found = adapter.examine(path, faults)
-    checked = _checked(adapter, "examine", found, Checkpoint | None)
-    return None if checked is None else _guarded(adapter, checked)
+        found = adapter.examine(path, faults, context)
+    checked = _checked(adapter, "examine", found, _ANY_CHECKPOINT | None)
+    return None if checked is None else _guarded(adapter, checked, context)
 
 
 def dialect(adapter: Adapter, checkpoint: Checkpoint) -> str:
@@ -96,39 +108,41 @@ def size(adapter: Adapter, checkpoint: Checkpoint) -> int | None:
     return _checked_size(adapter, told, int | None)
 
 
-def foreign_files(adapter: Adapter, path: Path) -> list[Path]:
-    """Ask what in a directory is not part of the checkpoint."""
+def foreign_files(adapter: Adapter, path: Path) -> list[Path] | None:
+    """Ask which files in a directory are not part of the checkpoint; None if the format cannot tell."""
     with calling(adapter):
         found = adapter.foreign_files(path)
-    return _checked(adapter, "foreign_files", found, list[Path])
+    return _checked(adapter, "foreign_files", found, list[Path] | None)
 
 
-def parts(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Part]:
-    """Ask for the files of a directory; what they write and measure is called in the same way."""
+def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -> dict[str, OutputFile]:
+    """Ask for the files of a directory. Calls that write or measure one are guarded in the same way."""
     with calling(adapter):
-        found = adapter.parts(checkpoint)
-    checked = _checked(adapter, "parts", found, Mapping[str, Part])
+        found = adapter.output_files(checkpoint)
+    checked = _checked(adapter, "output_files", found, Mapping[str, OutputFile])
 
-    def write_part(write: Callable[[Path], None], path: Path) -> None:
+    def write_file(write: Callable[[Path], None], path: Path) -> None:
         with calling(adapter):
             write(path)
 
-    def size_part(size: Callable[[], int]) -> int:
+    def size_of_file(size: Callable[[], int]) -> int:
         with calling(adapter):
             told = size()
         return _checked_size(adapter, told, int)
 
     return {
-        name: replace(part, write=partial(write_part, part.write), size=partial(size_part, part.size))
-        for name, part in checked.items()
+        name: replace(file, write=partial(write_file, file.write), size=partial(size_of_file, file.size))
+        for name, file in checked.items()
     }
 
 
-def unseen(adapter: Adapter, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
-    """Ask whether it makes no difference which state a file is in."""
+def is_ignored(
+    adapter: IncrementalDirectoryAdapter, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint
+) -> bool:
+    """Ask whether a reader gets the same checkpoint from either of two versions of a file."""
     with calling(adapter):
-        told = adapter.unseen(name, before, after, reader)
-    return _checked(adapter, "unseen", told, bool)
+        told = adapter.is_ignored(name, before, after, reader)
+    return _checked(adapter, "is_ignored", told, bool)
 
 
 def _checked(adapter: Adapter | type[Adapter], method: str, value: T, expected: Any) -> T:
@@ -143,8 +157,8 @@ def _checked_size(adapter: Adapter, value: S, expected: Any) -> S:
     return value
 
 
-def _guarded(adapter: Adapter, checkpoint: Checkpoint) -> Checkpoint:
-    """Call what opens an expert, or verifies a file, as the adapter's own code."""
+def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
+    """Let the checkpoint watch the files of its context, and guard what opens an expert or verifies a file."""
 
     def opened(opener: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         with calling(adapter):
@@ -159,5 +173,5 @@ def _guarded(adapter: Adapter, checkpoint: Checkpoint) -> Checkpoint:
 
     for expert in checkpoint.head.experts.values() if checkpoint.head else ():
         expert.open_through(opened)
-    checkpoint.sources.verify_through(verified)
-    return checkpoint
+    context.sources.verify_through(verified)
+    return replace(checkpoint, sources=context.sources)

@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Visits
 from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageError, raise_if_out_of_memory
 from vraxion_ckpt.plugins import hookspecs
-from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
 from vraxion_ckpt.plugins.lent_tensors import WriteCounts, wrote_into
 from vraxion_ckpt.plugins.options import Plugin, configure, parse
 from vraxion_ckpt.plugins.plugin_calls import (
@@ -129,7 +129,7 @@ def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Di
             if not isinstance(classes, list | tuple):
                 raise PluginError(f"{hook} returned a {type(classes).__name__}, not a list")
             for offer in classes:
-                _check(offer, base, hook)
+                check_offer(offer, base, hook)
                 origin = (entry.name, distribution.name, distribution.version)
                 offers.append((names, Registered(offer, *origin)))
     # All or nothing: a plugin that offers something broken offers nothing.
@@ -138,7 +138,17 @@ def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Di
         names.setdefault(registered.plugin.name, []).append(registered)
 
 
-def _check(offer: Any, base: type[Plugin], hook: str) -> None:
+def check_offer(offer: Any, base: type[Plugin], hook: str) -> None:
+    """Check a class that a plugin offers, before it is registered or used.
+
+    Args:
+        offer: what was offered.
+        base: `Adapter` or `Transform`.
+        hook: who offered it, for the error.
+
+    Raises:
+        PluginError: it is not a complete subclass, or a class attribute has a wrong type.
+    """
     if not (isinstance(offer, type) and issubclass(offer, base)):
         raise PluginError(f"{hook} returned {offer!r}, which is no subclass of {base.__name__}")
     if isabstract(offer):
@@ -149,11 +159,29 @@ def _check(offer: Any, base: type[Plugin], hook: str) -> None:
         raise PluginError(f"{offer.__name__} needs a `name` without spaces and any of : , = [ ] /")
     offer.summary()
     if issubclass(offer, Adapter):
-        suffixes, pivot = offer.suffixes, offer.pivot
+        suffixes = offer.suffixes
         if not isinstance(suffixes, tuple) or not all(isinstance(suffix, str) and suffix for suffix in suffixes):
             raise PluginError(f"{offer.__name__} needs `suffixes` that are a tuple of text")
-        if pivot is not None and not isinstance(pivot, str):
-            raise PluginError(f"{offer.__name__} needs a `pivot` that is text or None")
+        if not isinstance(offer.loads_pickles, bool):
+            raise PluginError(f"{offer.__name__} needs a `loads_pickles` that is True or False")
+        _check_incremental(offer)
+
+
+# What an `IncrementalDirectoryAdapter` defines beyond an `Adapter`.
+_INCREMENTAL = ("index_file", "output_files", "is_ignored", "read_overlay")
+
+
+def _check_incremental(offer: type[Adapter]) -> None:
+    """Refuse an adapter that defines only a part of what an edit of single files needs."""
+    if issubclass(offer, IncrementalDirectoryAdapter):
+        if not isinstance(getattr(offer, "index_file", None), str) or not offer.index_file:
+            raise PluginError(f"{offer.__name__} needs an `index_file`, a path below the directory")
+        return
+    if found := [name for name in _INCREMENTAL if hasattr(offer, name)]:
+        raise PluginError(
+            f"{offer.__name__} defines {', '.join(found)}, which have a meaning only for a subclass of "
+            "IncrementalDirectoryAdapter"
+        )
 
 
 def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> Registered[P]:
@@ -201,7 +229,7 @@ def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
 
 def _resolve_step(item: TransformLike) -> Step:
     if isinstance(item, Transform):
-        _check(type(item), Transform, "a chain")
+        check_offer(type(item), Transform, "a chain")
         distribution = distribution_of(type(item))
         try:
             return Step(item, distribution, metadata.version(distribution))
@@ -215,7 +243,7 @@ def _resolve_step(item: TransformLike) -> Step:
 def resolve_adapter(item: AdapterLike) -> Adapter:
     """Turn a name, a (name, options) pair or an instance into a configured adapter."""
     if isinstance(item, Adapter):
-        _check(type(item), Adapter, "a format")
+        check_offer(type(item), Adapter, "a format")
         return item
     name, options = parse(item) if isinstance(item, str) else item
     return configure(find(registry().adapters, name, "format").plugin, options)

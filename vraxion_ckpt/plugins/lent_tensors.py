@@ -21,7 +21,7 @@ from functools import cached_property
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import different, in_threads
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tensor_state
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tensor_state, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, named_tensors
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
 
@@ -207,13 +207,13 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _outside_experts(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    optimizer, unbound = checkpoint.optimizer, checkpoint.unbound
+    optimizer, unbound = checkpoint.optimizer, unbound_state_dict(checkpoint)
     yield from checkpoint.core.items()
     if optimizer is not None:
         groups = [group.options for group in optimizer.groups]
         yield from named_tensors({**optimizer.state, "groups": groups, "extra": optimizer.extra}, "optimizer")
     if unbound is not None:
-        yield from named_tensors(unbound.state_dict, "optimizer")
+        yield from named_tensors(unbound, "optimizer")
     yield from named_tensors(checkpoint.payload, "payload")
 
 

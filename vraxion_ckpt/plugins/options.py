@@ -83,15 +83,7 @@ def expand_ranges(value: Any) -> Any:
     return numbers
 
 
-def split_names(value: Any) -> Any:
-    """Turn the text of a list of names, ``[a.b,c.d]`` or ``a.b``, into a list."""
-    if not isinstance(value, str):
-        return value
-    return [part.strip() for part in value.strip().removeprefix("[").removesuffix("]").split(",") if part.strip()]
-
-
 IntList = Annotated[tuple[int, ...], BeforeValidator(expand_ranges)]
-NameList = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:

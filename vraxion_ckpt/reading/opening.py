@@ -6,13 +6,12 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, Unpack, get_args
 
 from vraxion_ckpt.checkpoint import invariants
-from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.commit.staging import was_interrupted
 from vraxion_ckpt.errors import (
     BindingError,
@@ -29,80 +28,62 @@ from vraxion_ckpt.errors import (
     memory_errors,
 )
 from vraxion_ckpt.optimizer import binding, placement
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapter
 from vraxion_ckpt.plugins.options import configure
+from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 
 PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
 
 
 @memory_errors()
-def read(
-    path: PathLike,
-    *,
-    from_: AdapterLike | None = None,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
-    optimizer: OptimizerPolicy = "keep",
-    allow_globals: Sequence[str] = (),
-) -> Checkpoint:
-    """Open a checkpoint of any format; tensors are mapped, and experts in files of their own opened at the first look.
+def read(path: PathLike, *, optimizer: OptimizerPolicy = "keep", **reading: Unpack[ReadKeywords]) -> Checkpoint:
+    """Open a checkpoint of any format. Tensors are mapped; experts in files of their own are opened on first use.
 
     Args:
         path: a file or a directory.
-        from_: its format; found from its content if not given.
-        param_names: every optimizer parameter's name in optimizer order, if the file does not tell.
-        optimizer_order: how its trainer orders the parameters of each param group, if the file does not tell.
-        optimizer: ``drop`` leaves its state behind; ``complete`` adds the parameters of experts that it lacks, without
-            state.
-        allow_globals: full names of classes that a pickle may use beside plain data.
+        optimizer: ``drop`` leaves its state out; ``complete`` adds the parameters of experts that it lacks, without
+            state; ``keep`` and ``partial`` take it as it is.
+        reading: what the file does not tell, see `ReadOptions`.
 
     Raises:
         UsageError: there is no such file, or an unknown format.
         SourceError: what is wrong with it, and where.
         BindingError: its optimizer's parameters cannot be told apart.
     """
+    return read_with(path, ReadOptions(**reading), optimizer)
+
+
+def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy = "keep") -> Checkpoint:
+    """Open a checkpoint as `read` does, with options that were collected before."""
     if optimizer not in get_args(OptimizerPolicy):
         raise UsageError(f"optimizer={optimizer!r}: none of {', '.join(get_args(OptimizerPolicy))}")
-    if optimizer_order not in (None, *get_args(OptimizerOrder)):
-        raise UsageError(f"optimizer_order={optimizer_order!r}: none of {', '.join(get_args(OptimizerOrder))}")
-    check_names(param_names, "param_names")
-    if optimizer == "drop" and (param_names is not None or optimizer_order is not None):
+    if optimizer == "drop" and (options.param_names is not None or options.optimizer_order is not None):
         raise UsageError("names or an order are given for an optimizer that is to be dropped")
-    checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
-    if param_names is not None and checkpoint.unbound is None:
+    checkpoint = read_unbound(path, options)
+    if options.param_names is not None and not isinstance(checkpoint, UnboundCheckpoint):
         known = "knows its optimizer's names already" if checkpoint.optimizer else "has no optimizer to give names to"
         raise UsageError(known, path=path)
     if optimizer == "drop":
-        return replace(checkpoint, unbound=None, optimizer=None)
+        return checkpoint.with_optimizer(None)
     try:
-        bound = binding.bind(checkpoint, param_names, optimizer_order)
+        bound = binding.bind(checkpoint, options.param_names, options.optimizer_order)
         return placement.completed(bound) if optimizer == "complete" else bound
     except (BindingError, SourceError) as error:
         error.path = error.path or checkpoint.origin.path
         raise
 
 
-@memory_errors()
-def check_names(names: Any, what: str) -> None:
-    """Refuse what is no list of names; a text would be taken letter by letter."""
-    if names is None:
-        return
-    listed = isinstance(names, Sequence) and not isinstance(names, str | bytes)
-    if not listed or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"{what} must be a list of names, not {names!r:.60}")
-
-
-def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_globals: Sequence[str] = ()) -> Checkpoint:
+def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
     """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
     place = Path(path)
     try:
         with os_errors_named(path):
-            adapter = allowing(detect_source(place, from_), allow_globals)
-            checkpoint = adapter_calls.read(adapter, place)
+            adapter = detect_source(place, options.from_)
+            check_allowed(adapter, options.allow_globals)
+            checkpoint = adapter_calls.read(adapter, place, options.allow_globals)
         refuse(InconsistentError, invariants.findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
@@ -162,21 +143,20 @@ def file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
     return tuple(suffix for suffix in adapter.suffixes if not suffix.endswith("/"))
 
 
-def allowing(adapter: Adapter, names: Sequence[str]) -> Adapter:
-    """Return an adapter whose pickles may use further classes; refuse names where there are no pickles."""
-    if not names:
-        return adapter
-    if "allow_global" not in type(adapter).model_fields:
+def check_allowed(adapter: Adapter, allow_globals: Sequence[str]) -> None:
+    """Refuse classes that pickles may use for a format that loads no pickles."""
+    if allow_globals and not adapter.loads_pickles:
         raise OptionError(f"the format {adapter.name} loads no pickles; --allow-global has no meaning for it")
-    return adapter.model_copy(update={"allow_global": tuple(names)})
 
 
 def bound_if_possible(
-    checkpoint: Checkpoint, param_names: Sequence[str] | None, order: OptimizerOrder | None = None
+    checkpoint: Checkpoint, options: ReadOptions
 ) -> tuple[Checkpoint, BindingError | SourceError | None]:
     """Bind an optimizer to names, for whoever only looks; if that fails, return the checkpoint as it was, and why."""
     try:
-        return binding.bind(checkpoint, param_names, order) if checkpoint.unbound else checkpoint, None
+        if isinstance(checkpoint, UnboundCheckpoint):
+            checkpoint = binding.bind(checkpoint, options.param_names, options.optimizer_order)
+        return checkpoint, None
     except (BindingError, SourceError) as refused:
         return checkpoint, refused
 
@@ -185,7 +165,7 @@ def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> lis
     """List the files of a checkpoint, without other people's files in its directory and without `leftovers`."""
     if not path.is_dir():
         return [path]
-    foreign = set(map(os.fspath, adapter_calls.foreign_files(adapter, path)))
+    foreign = set(map(os.fspath, adapter_calls.foreign_files(adapter, path) or ()))
     foreign |= {os.path.join(path, name) for name in leftovers}  # noqa: PTH118 - as below
     found = []
     for folder, below, names in os.walk(path):

@@ -18,13 +18,14 @@ from vraxion_ckpt._version import __version__
 from vraxion_ckpt.checkpoint.model import Record
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
-from vraxion_ckpt.conversion.verify_before_write import LossPolicy
+from vraxion_ckpt.conversion.verify_before_write import LossPolicy, chain_policy
 from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
 from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike
+from vraxion_ckpt.reading.read_options import ReadOptions
 from vraxion_ckpt.recipes.variables import Filling, nearest
 from vraxion_ckpt.support.json_models import Facts
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, load
@@ -197,14 +198,10 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
         source.path,
         ready.targets,
         transforms=ready.chain,
-        from_=source.from_,
-        dry_run=dry_run,
-        param_names=source.param_names,
-        optimizer_order=source.optimizer_order,
-        result_order=ready.result_order,
+        options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
         optimizer=source.optimizer,
-        companions=ready.companions,
-        allow_globals=source.allow_globals,
+        policy=chain_policy(ready.companions, ready.result_order),
+        dry_run=dry_run,
         record=ready.record,
         reads=[ready.path],
     )

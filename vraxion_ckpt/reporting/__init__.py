@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.util import find_spec
 from mimetypes import guess_type
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from vraxion_ckpt.analysis.changes import Difference
 from vraxion_ckpt.analysis.difference import diff_checkpoints
@@ -22,12 +22,11 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Weights
 from vraxion_ckpt.checkpoint.visits import load as load_visits
 from vraxion_ckpt.commit.staging import check_target
-from vraxion_ckpt.conversion.convert import Staging, stage_side_files
+from vraxion_ckpt.conversion.stage_results import Staging, stage_side_files
 from vraxion_ckpt.conversion.targets import Beside, check_apart, check_inputs, check_several, formats_named
 from vraxion_ckpt.errors import CkptWarning, UsageError, memory_errors
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
-from vraxion_ckpt.plugins.discovery import AdapterLike
 from vraxion_ckpt.reading.opening import PathLike, os_errors_named, read_unbound
+from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.reporting.gather import Subject, gather
 from vraxion_ckpt.support import signals
 from vraxion_ckpt.support.json_models import Facts
@@ -55,10 +54,7 @@ def report(
     visits: PathLike | None = None,
     visits_after: PathLike | None = None,
     overwrite: bool = False,
-    from_: AdapterLike | None = None,
-    param_names: Sequence[str] | None = None,
-    optimizer_order: OptimizerOrder | None = None,
-    allow_globals: Sequence[str] = (),
+    **reading: Unpack[ReadKeywords],
 ) -> Reported:
     """Draw a checkpoint: its ring, its experts and what has changed, as a page, a picture, or both.
 
@@ -70,15 +66,13 @@ def report(
         visits: visits counted before it, see `vraxion_ckpt.checkpoint.visits`.
         visits_after: visits counted after training was resumed.
         overwrite: replace files that exist.
-        from_: as for `read`.
-        param_names: as for `read`.
-        optimizer_order: as for `read`.
-        allow_globals: as for `read`.
+        reading: what the files do not tell, see `ReadOptions`.
 
     Raises:
         UsageError: nothing is to be written, an extra is missing, a file exists, or is one of those that are read.
         SourceError: what is wrong with a checkpoint, and where.
     """
+    options = ReadOptions(**reading)
     given = [Path(place) for place in (page, picture) if place is not None]
     if not given:
         raise UsageError("nothing is to be written", hint="name a page, a picture, or both")
@@ -98,15 +92,15 @@ def report(
             for place in places:
                 check_target(place, overwrite=overwrite)
             there = [place.exists() for place in places]
-            checkpoint = read_unbound(path, from_=from_, allow_globals=allow_globals)
-            before = read_unbound(against, allow_globals=allow_globals) if against is not None else None
+            checkpoint = read_unbound(path, options)
+            before = read_unbound(against, replace(options, from_=None)) if against is not None else None
             read = [one for one in (checkpoint, before) if one is not None]
             for place in places:
                 if place.is_dir():
                     raise UsageError("is a directory, not a file to write", path=place)
                 for one in read:
                     check_apart(place, one)
-            difference = diff_checkpoints(before, checkpoint, param_names, optimizer_order) if before else None
+            difference = diff_checkpoints(before, checkpoint, options) if before else None
             subject = _gathered(checkpoint, before, visits, visits_after, difference)
             drawn = {place: make(subject) for place, make in ((page, _page), (picture, _picture)) if place is not None}
             for one in read:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.conversion.chain import apply_chain, function_noise
+from vraxion_ckpt.conversion.chain import apply_chain, effect_of
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, OptionError
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.optimizer.placement import lacking
@@ -76,7 +76,7 @@ class TransformTests:
         if not any(lacking(before)):
             listed += lacking(after)
         assert not listed, "; ".join(listed)
-        noise = function_noise(Step(configure(self.transform, options), "tests", "0"))
+        noise = effect_of(Step(configure(self.transform, options), "tests", "0")).noise
         preservation = invariants.preservation(before, after, noise)
         assert preservation is None or preservation.as_asked, f"the function was to be preserved: {preservation}"
         for name, tensor in before.core.items() if noise is not None else ():

@@ -8,6 +8,10 @@ rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and 
 
 from __future__ import annotations
 
+# MISSING torch_output
+# MISSING without_meta
+# MISSING torch_output
+# MISSING without_meta
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,29 +22,36 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.head_names import VRAXION
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
-from vraxion_ckpt.checkpoint.source_files import Sources
-from vraxion_ckpt.commit.system_calls import write_new
-from vraxion_ckpt.errors import InconsistentError, StorageError
-from vraxion_ckpt.formats import torch_file
-from vraxion_ckpt.formats.payload import (
+from vraxion_ckpt.plugin_api import (
+    ROUTER,
+    VRAXION,
+    Adapter,
+    Checkpoint,
+    Expert,
     Extras,
+    Faults,
+    Head,
+    HeadKind,
+    InconsistentError,
+    IncrementalDirectoryAdapter,
+    Loss,
+    OutputFile,
     Parsed,
-    PayloadDialect,
+    ReadContext,
+    StorageError,
     build_payload,
-    dump_dialect,
+    hookimpl,
+    json_files,
     names_to_record,
     origin_of,
     parse_payload,
+    progress,
     recorded_dialect,
+    router_dialect,
     split_head,
     with_head,
+    write_new,
 )
-from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss, Part
-from vraxion_ckpt.plugins.hookspecs import hookimpl
-from vraxion_ckpt.plugins.options import NameList
-from vraxion_ckpt.support import json_files, progress
 from vraxion_ckpt_adapters.modular.meta import (
     META,
     check_meta,
@@ -53,6 +64,7 @@ from vraxion_ckpt_adapters.modular.meta import (
     row_to_json,
     rows_of,
     with_meta,
+    without_meta,
 )
 from vraxion_ckpt_adapters.modular.shards import (
     SHARD,
@@ -69,7 +81,7 @@ from vraxion_ckpt_adapters.modular.shards import (
     of_another_size,
     shard_name,
     tied_across_files,
-    torch_part,
+    torch_output,
     warn_of_leftovers,
 )
 
@@ -77,19 +89,15 @@ _ROUTER = "system/router.state"
 _MANY = 64  # files are counted together; of fewer, which are larger, each tells how far it is
 
 
-class ModularAdapter(Adapter):
+class ModularAdapter(IncrementalDirectoryAdapter):
     """Directory with system/router.state, a shard per expert, and meta.json."""
 
     name: ClassVar[str] = "modular"
     suffixes: ClassVar[tuple[str, ...]] = ("/",)
-    pivot: ClassVar[str | None] = _ROUTER
+    loads_pickles: ClassVar[bool] = True
+    index_file: ClassVar[str] = _ROUTER
 
     tenure_all: bool = Field(False, description="on writing, mark every expert tenured")
-    allow_global: NameList = Field((), description="classes its pickles may use beside plain data, by full name")
-
-    @property
-    def is_directory(self) -> bool:
-        return True
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -97,19 +105,19 @@ class ModularAdapter(Adapter):
 
     # --- read ---
 
-    def read(self, path: Path) -> Checkpoint:
-        return self._read(_Files(_root(path)))
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
+        return self._read(_Files(_root(path)), context)
 
-    def read_over(self, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
-        return self._read(_Files(_root(path), staged, frozenset(removed)))
+    def read_overlay(self, path: Path, staged: Path, removed: Collection[str], context: ReadContext) -> Checkpoint:
+        return self._read(_Files(_root(path), staged, frozenset(removed)), context)
 
-    def examine(self, path: Path, faults: Faults) -> Checkpoint | None:
-        files, sources = _Files(_root(path)), Sources()
+    def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
+        files, looked = _Files(_root(path)), ReadContext(context.allow_globals)
         faults.attempt(files.check_links)
         if faults.errors:
             return None  # what lies outside is not opened
         router, place = files.path(_ROUTER), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(torch_file.load(router, sources, self.allow_global), router))
+        parsed = faults.attempt(lambda: parse_payload(looked.load_torch(router), router))
         meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
         faults.attempt(files.check_names)
         shards = files.shards()
@@ -128,21 +136,20 @@ class ModularAdapter(Adapter):
         leaves = leaves_by_expert(parsed.checkpoint.param_names) if parsed is not None else {}
         whole: tuple[int, dict[str, Tensor]] | None = None
         for expert, shard in shards.items():
-            tensors = faults.attempt(partial(load_shard, shard, expert, leaves.get(expert), sources, self.allow_global))
+            tensors = faults.attempt(partial(load_shard, shard, expert, leaves.get(expert), looked))
             if tensors is not None and whole is not None:
                 faults.attempt(partial(check_fit, shard, expert, tensors, *whole))
             whole = whole or (None if tensors is None else (expert, tensors))
-        for source in sources:
+        for source in looked.sources:
             if source.verify is not None:
                 faults.attempt(source.verify)
-        return faults.attempt(lambda: self._read(files))
+        return faults.attempt(lambda: self._read(files, context))
 
-    def _read(self, files: _Files) -> Checkpoint:
+    def _read(self, files: _Files, context: ReadContext) -> Checkpoint:
         files.check_links()
         root, router = files.root, files.path(_ROUTER)
-        sources = Sources()
-        parsed = parse_payload(torch_file.load(router, sources, self.allow_global), router)
-        meta = read_meta(files.path(META), sources, parsed)
+        parsed = parse_payload(context.load_torch(router), router)
+        meta = read_meta(files.path(META), context, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
             raise InconsistentError("holds head.experts.*, which belong into shards", path=router, key="model")
@@ -155,18 +162,17 @@ class ModularAdapter(Adapter):
         single = found.head is not None
         left = leftovers(shards, 0 if single else num_experts)
         if found.head is None and (shards or num_experts > 1):
-            head = self._sharded_head(root, below(shards, num_experts), num_experts, listed, parsed, sources)
+            head = self._sharded_head(root, below(shards, num_experts), num_experts, listed, parsed, router, context)
             found = with_head(found, head)
         elif single and num_experts != 1:
             raise InconsistentError(f"is {num_experts}, but the head is single", path=router, key="num_experts")
         if left:
             warn_of_leftovers(list(left), "the head is single" if single else f"num_experts is {num_experts}", root)
-        origin = with_meta(origin_of(self.name, root, "router", parsed.dialect, parsed.extras), meta)
+        origin = with_meta(origin_of(self.name, root, ROUTER, parsed.dialect, parsed.extras), meta)
         return replace(
             found,
             lifecycle=rows_of(found, meta, listed, root),
             origin=replace(origin, leftovers=tuple(f"experts/{path.name}" for path in left.values())),
-            sources=sources,
         )
 
     def _sharded_head(
@@ -176,7 +182,8 @@ class ModularAdapter(Adapter):
         num_experts: int,
         listed: frozenset[int],
         parsed: Parsed,
-        sources: Sources,
+        router: Path,
+        context: ReadContext,
     ) -> Head:
         for i, shard in shards.items():
             check_file(i, shard)
@@ -185,11 +192,11 @@ class ModularAdapter(Adapter):
         first: list[tuple[int, dict[str, Tensor]]] = []  # the shard that was opened first: what the others must fit
 
         def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
-            Sources(sources.files[:1]).check_unchanged()  # the router: a shard must be of the same state
-            tensors = load_shard(path, expert, leaves.get(expert), sources, self.allow_global)
+            context.check_unchanged(router)  # the router: a shard must be of the same state
+            tensors = load_shard(path, expert, leaves.get(expert), context)
             other = of_another_size(expert, tensors, shards)
             if not first and other is not None:
-                more = load_shard(shards[other], other, leaves.get(other), sources, self.allow_global)
+                more = load_shard(shards[other], other, leaves.get(other), context)
                 (one, its), (two, others) = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
                 check_fit(shards[two], two, others, one, its)
             first[:] = first or [(expert, tensors)]
@@ -210,7 +217,7 @@ class ModularAdapter(Adapter):
     # --- write ---
 
     def dialect(self, checkpoint: Checkpoint) -> str:
-        return str(recorded_dialect(checkpoint, "router") or "")
+        return str(recorded_dialect(checkpoint, ROUTER) or "")
 
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:
         tied = sorted(tied_across_files(checkpoint))
@@ -237,28 +244,28 @@ class ModularAdapter(Adapter):
             (path / "experts").mkdir()
         except OSError as error:
             raise StorageError.from_os_error(error, path) from error
-        parts = self.parts(checkpoint)
-        with progress.bar("writing", len(parts), "files") if len(parts) > _MANY else nullcontext(_uncounted) as count:
-            for name, part in parts.items():
-                part.write(path / name)
+        files = self.output_files(checkpoint)
+        with progress.bar("writing", len(files), "files") if len(files) > _MANY else nullcontext(_uncounted) as count:
+            for name, file in files.items():
+                file.write(path / name)
                 count(1)
 
     def size(self, checkpoint: Checkpoint) -> int:
-        return sum(part.size() for part in self.parts(checkpoint).values())
+        return sum(file.size() for file in self.output_files(checkpoint).values())
 
-    def parts(self, checkpoint: Checkpoint) -> dict[str, Part]:
+    def output_files(self, checkpoint: Checkpoint) -> dict[str, OutputFile]:
         head = checkpoint.head
         meta = self._meta(checkpoint)
-        parts = {_ROUTER: torch_part(object(), lambda: self._router(checkpoint))}  # what it holds is not looked at
+        files = {_ROUTER: torch_output(object(), lambda: self._router(checkpoint))}  # taken to differ always
         if head is not None and head.kind is HeadKind.EXPERTS:
             for i, expert in head.experts.items():
-                parts[f"experts/{shard_name(i)}"] = torch_part(expert, partial(content_of, expert))
-        parts[META] = Part(
+                files[f"experts/{shard_name(i)}"] = torch_output(expert, partial(content_of, expert))
+        files[META] = OutputFile(
             meta, lambda path: write_new(path, json_files.dumps(meta)), lambda: len(json_files.dumps(meta))
         )
-        return parts
+        return files
 
-    def unseen(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
+    def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
         if name == META:  # a loader takes the rows of its experts, by their place, and nothing else
             if "meta" not in before.origin.local:
                 return False  # there was none, and a loader that finds none makes rows up
@@ -275,18 +282,14 @@ class ModularAdapter(Adapter):
         head = checkpoint.head
         sharded = head is not None and head.kind is HeadKind.EXPERTS
         state = checkpoint.core if sharded else checkpoint.state_dict()
-        pt = recorded_dialect(checkpoint, "pt")
-        router = recorded_dialect(checkpoint, "router") or (pt or PayloadDialect()).as_router()
-        dialects = {k: v for k, v in checkpoint.origin.dialects.items() if k not in ("router", "meta", "pt")}
-        if pt is not None and pt != router:
-            dialects["pt"] = dump_dialect(pt)
+        router, origin = router_dialect(checkpoint)
         derived = _derived_position(list(state), checkpoint.param_names)
         extras = Extras(
             history=checkpoint.history,
             plan=checkpoint.plan,
             head_position=head.position if head and sharded and head.position != derived else None,
             **names_to_record(checkpoint, router),
-            dialects=dialects,
+            dialects=without_meta(origin).dialects,
         )
         return build_payload(checkpoint, state, router, extras)
 

@@ -11,13 +11,20 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Origin
-from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
-from vraxion_ckpt.errors import CkptWarning, InconsistentError
-from vraxion_ckpt.formats.payload import Parsed
-from vraxion_ckpt.support import json_files
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    CkptWarning,
+    HeadKind,
+    InconsistentError,
+    Lifecycle,
+    Origin,
+    Parsed,
+    ReadContext,
+    json_files,
+)
 
 META = "experts/meta.json"
+_DIALECT = "meta"  # under this name the dialect is recorded
 _MOST_NAMED = 8
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
@@ -40,14 +47,12 @@ class MetaDialect:
 _META_DIALECT = TypeAdapter(MetaDialect)
 
 
-def read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] | None:
+def read_meta(path: Path, context: ReadContext, parsed: Parsed) -> dict[str, Any] | None:
     """Read meta.json, or return None, with a warning, where there is none; refuse one of another save."""
     if not os.path.lexists(path):
         warnings.warn(f"{path} is missing; lifecycle rows are rebuilt", CkptWarning, stacklevel=2)
         return None
-    if not path.is_file():
-        raise InconsistentError("must be a regular file", path=path)
-    sources.add(path, Fingerprint.of(path))
+    context.register(path)
     meta = parse_meta(path)
     check_meta(meta, parsed, path)
     return meta
@@ -138,16 +143,23 @@ def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
         row_keys=tuple(rows[0]) if rows and isinstance(rows[0], dict) else MetaDialect.row_keys,
         entries={k: v for k, v in meta.items() if k not in ("num_experts", "step", "experts", "deleted")},
     )
-    own = {"meta": _META_DIALECT.dump_python(dialect, mode="json")}
+    own = {_DIALECT: _META_DIALECT.dump_python(dialect, mode="json")}
     usual = replace(dialect, entries={k: v for k, v in dialect.entries.items() if k != "source_checkpoint"})
-    carried = {} if usual == MetaDialect() else own
-    return replace(origin, dialects={**origin.dialects, **carried}, local=own)
+    carried = origin if usual == MetaDialect() else origin.with_dialect(_DIALECT, own[_DIALECT])
+    return replace(carried, local=own)
+
+
+def without_meta(origin: Origin) -> Origin:
+    """Return an origin without the dialect of meta.json, which meta.json itself shows."""
+    return origin.without_dialects(_DIALECT)
 
 
 def recorded_meta(origin: Origin) -> MetaDialect:
     """Return how meta.json was spelt in the source, or the exploder's way."""
     try:
-        return _META_DIALECT.validate_python(origin.dialects.get("meta") or origin.local.get("meta") or MetaDialect())
+        return _META_DIALECT.validate_python(
+            origin.dialects.get(_DIALECT) or origin.local.get(_DIALECT) or MetaDialect()
+        )
     except ValidationError:
         raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
 

@@ -12,12 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
-from vraxion_ckpt.checkpoint.source_files import Sources
-from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
-from vraxion_ckpt.formats import torch_file
-from vraxion_ckpt.plugins.adapter import Part
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    CkptWarning,
+    CorruptError,
+    Expert,
+    HeadKind,
+    InconsistentError,
+    OutputFile,
+    ReadContext,
+    StorageError,
+    named_tensors,
+    torch_file,
+)
 
 _MOST_NAMED = 8
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
@@ -95,9 +102,9 @@ def content_of(expert: Expert) -> dict[str, Tensor]:
     return {leaf: _compact(tensor) for leaf, tensor in expert.items()}
 
 
-def torch_part(content: object, value: Callable[[], Any]) -> Part:
+def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
     """Return a file of torch.save whose value is made when it is needed."""
-    return Part(content, lambda path: torch_file.save(value(), path), lambda: torch_file.size(value()))
+    return OutputFile(content, lambda path: torch_file.save(value(), path), lambda: torch_file.size(value()))
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
@@ -109,12 +116,10 @@ def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]
     return leaves
 
 
-def load_shard(
-    path: Path, expert: int, leaves: set[str] | None, sources: Sources, allow_globals: tuple[str, ...]
-) -> dict[str, Tensor]:
+def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadContext) -> dict[str, Tensor]:
     """Open a shard; refuse one that is damaged, or lacks `leaves`."""
     try:
-        shard = torch_file.load(path, sources, allow_globals)
+        shard = context.load_torch(path)
     except CorruptError as error:
         message = f"the shard of expert {expert} is damaged: {error.message}"
         raise InconsistentError(message, path=path, key=error.key, hint=error.hint) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +13,18 @@ import torch
 from numpy.lib.format import read_array_header_1_0, read_magic
 from torch import Tensor
 
-from vraxion_ckpt import Adapter, Checkpoint, hookimpl
-from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
-from vraxion_ckpt.commit.system_calls import write_new
-from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError
-from vraxion_ckpt.formats import document
-from vraxion_ckpt.support import json_files
+from vraxion_ckpt.plugin_api import (
+    Adapter,
+    Checkpoint,
+    CkptError,
+    CorruptError,
+    InconsistentError,
+    StorageError,
+    document,
+    hookimpl,
+    json_files,
+    write_new,
+)
 
 MANIFEST = "manifest.json"
 # What both torch and numpy know; the document stores everything else as bytes.
@@ -47,11 +52,10 @@ class NpyAdapter(Adapter):
     def detect(cls, path: Path) -> bool:
         return (path / MANIFEST).is_file()
 
-    def read(self, path: Path) -> Checkpoint:
-        sources = Sources()
-        manifest = _read_manifest(path / MANIFEST, sources)
-        tensors = {name: _read_tensor(path / file, sources) for name, file in manifest["files"].items()}
-        return replace(document.load(tensors, manifest["document"], path, self.name), sources=sources)
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
+        manifest = _read_manifest(path / MANIFEST, context)
+        tensors = {name: _read_tensor(path / file, context) for name, file in manifest["files"].items()}
+        return document.load(tensors, manifest["document"], path, self.name)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         tensors, facts = document.dump(checkpoint, DTYPES, is_name=_is_name)
@@ -63,7 +67,7 @@ class NpyAdapter(Adapter):
     def foreign_files(self, path: Path) -> list[Path]:
         known = {MANIFEST}
         with suppress(CkptError):  # without a manifest nothing is known to be ours
-            known |= set(_read_manifest(path / MANIFEST, Sources())["files"].values())
+            known |= set(_read_manifest(path / MANIFEST, ReadContext())["files"].values())
         return sorted(entry for entry in path.iterdir() if entry.name not in known)
 
 
@@ -76,10 +80,9 @@ def _is_name(name: str) -> bool:
     return True
 
 
-def _read_manifest(path: Path, sources: Sources) -> dict[str, Any]:
-    _require_file(path)
-    sources.add(path, Fingerprint.of(path))
-    manifest = json_files.load(path)
+def _read_manifest(path: Path, context: ReadContext) -> dict[str, Any]:
+    _refuse_link(path)
+    manifest = context.load_json(path)
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "version", "files", "document"}:
         raise InconsistentError("is no manifest: needs format, version, files and document", path=path)
     if (manifest["format"], manifest["version"]) != ("npy", 1):
@@ -90,24 +93,23 @@ def _read_manifest(path: Path, sources: Sources) -> dict[str, Any]:
     return manifest
 
 
-def _require_file(path: Path) -> None:
-    """A link could lead anywhere, a pipe would block."""
-    if path.is_symlink() or not path.is_file():
-        raise InconsistentError("is missing, or not a regular file", path=path)
+def _refuse_link(path: Path) -> None:
+    """Refuse a symbolic link, which may lead out of the folder."""
+    if path.is_symlink():
+        raise InconsistentError("must not be a symbolic link", path=path)
 
 
-def _read_tensor(path: Path, sources: Sources) -> Tensor:
+def _read_tensor(path: Path, context: ReadContext) -> Tensor:
     """Map a tensor: it is private to this process, and read when it is needed."""
-    _require_file(path)
-    fingerprint = Fingerprint.of(path)
+    _refuse_link(path)
     try:
-        with path.open("rb") as file:
+        with context.open(path) as file:
             if read_magic(file) != (1, 0):
                 raise CorruptError("is of a version that is not written here", path=path)
             shape, in_columns, dtype = read_array_header_1_0(file)
             offset = file.tell()
         count = math.prod(shape)
-        if in_columns or dtype.hasobject or offset + count * dtype.itemsize != fingerprint.size:
+        if in_columns or dtype.hasobject or offset + count * dtype.itemsize != path.stat().st_size:
             raise CorruptError("its header does not describe the bytes that follow it", path=path)
         # numpy cannot map what is empty.
         array = np.memmap(path, dtype, "c", offset, shape) if count else np.empty(shape, dtype)
@@ -118,7 +120,6 @@ def _read_tensor(path: Path, sources: Sources) -> Tensor:
         raise
     except Exception as error:  # what numpy raises for a damaged header is not one class
         raise CorruptError(f"numpy cannot read it: {error}", path=path) from error
-    sources.add(path, fingerprint)
     return tensor
 
 

@@ -7,8 +7,13 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from vraxion_ckpt import Checkpoint, Transform, TransformError, hookimpl
-from vraxion_ckpt.plugins.options import IntList
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    IntList,
+    Transform,
+    TransformError,
+    hookimpl,
+)
 
 
 class HandOver(Transform):

@@ -10,11 +10,16 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vraxion_ckpt import Adapter, Checkpoint, hookimpl
-from vraxion_ckpt.formats import document
-from vraxion_ckpt.support import json_files
-from vraxion_ckpt.errors import CorruptError, InconsistentError, StorageError
-from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
+from vraxion_ckpt.plugin_api import (
+    Adapter,
+    Checkpoint,
+    CorruptError,
+    InconsistentError,
+    StorageError,
+    document,
+    hookimpl,
+    json_files,
+)
 
 DOCUMENT = "document"
 # What both torch and numpy know; the document stores everything else as bytes.

@@ -6,7 +6,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from vraxion_ckpt import Checkpoint, Expert, Transform, TransformError, hookimpl
+from vraxion_ckpt.plugin_api import (
+    Checkpoint,
+    Expert,
+    Transform,
+    TransformError,
+    hookimpl,
+)
 
 
 class ExpertTransform(Transform):

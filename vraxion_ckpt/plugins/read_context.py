@@ -1,0 +1,103 @@
+"""Open files for an adapter and register each of them.
+
+A registered file is watched: a conversion is refused if the file changes before the result is committed, and its
+checksums are verified if the format states any. An adapter that opens its files through a `ReadContext` cannot forget
+to register one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
+from vraxion_ckpt.errors import InconsistentError, StorageError
+from vraxion_ckpt.formats import safetensors_file, torch_file
+from vraxion_ckpt.support import json_files
+
+
+@dataclass(frozen=True)
+class ReadContext:
+    """What an adapter reads a checkpoint with: the options of the call, and functions that open files.
+
+    An adapter may keep it to open further files later, such as the tensors of an expert.
+
+    Attributes:
+        allow_globals: full names of classes that a pickle may use besides plain data.
+        sources: every file that was opened so far.
+    """
+
+    allow_globals: tuple[str, ...] = ()
+    sources: Sources = field(default_factory=Sources)
+
+    def load_torch(self, path: Path) -> Any:
+        """Load a file of ``torch.save``: mapped, on the CPU, and only plain data and tensors.
+
+        Returns:
+            Dicts, lists, tuples, text, numbers, None and tensors. The tensors are views of the mapped file.
+
+        Raises:
+            SourceError: the file is damaged, unsafe or not supported.
+        """
+        return torch_file.load(path, self.sources, self.allow_globals)
+
+    def load_safetensors(
+        self, path: Path, header: safetensors_file.Header | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Map a safetensors file.
+
+        Args:
+            path: the file.
+            header: its header, if it was read already.
+
+        Returns:
+            The tensors by name, which are views of the mapped file, and the metadata.
+
+        Raises:
+            SourceError: the file is damaged or not supported.
+        """
+        found = header if header is not None else safetensors_file.check(path)
+        return safetensors_file.load(path, found, self.sources), dict(found.metadata)
+
+    def load_json(self, path: Path) -> Any:
+        """Read a JSON file strictly.
+
+        Raises:
+            SourceError: it is not a regular file, too large, or not JSON.
+        """
+        self.register(path)
+        return json_files.load(path)
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open a regular file for reading, in binary mode.
+
+        Raises:
+            InconsistentError: it is missing, or not a regular file.
+            StorageError: the operating system refuses.
+        """
+        self.register(path)
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise StorageError.from_os_error(error, path) from error
+
+    def check_unchanged(self, path: Path) -> None:
+        """Refuse if a registered file has changed since.
+
+        Raises:
+            ChangedError: it was written to, replaced or removed.
+        """
+        Sources([source for source in self.sources if source.path == path]).check_unchanged()
+
+    def register(self, path: Path) -> None:
+        """Register a file that is about to be opened by other means, such as a library that takes a path.
+
+        Raises:
+            InconsistentError: it is missing, or not a regular file.
+        """
+        if not path.is_file():
+            raise InconsistentError("is missing, or is not a regular file", path=path)
+        self.sources.add(path, Fingerprint.of(path))
