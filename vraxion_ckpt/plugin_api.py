@@ -12,6 +12,7 @@ from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import (
+    Ancestor,
     Checkpoint,
     Expert,
     Head,
@@ -79,6 +80,7 @@ __all__ = [
     "ROUTER",
     "VRAXION",
     "Adapter",
+    "Ancestor",
     "Checkpoint",
     "CkptError",
     "CkptWarning",

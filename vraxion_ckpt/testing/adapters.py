@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -15,11 +16,11 @@ from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.conversion.convert import convert
 from vraxion_ckpt.conversion.edit import edit
-from vraxion_ckpt.errors import CkptError, CkptWarning, LossError, OptionError
+from vraxion_ckpt.errors import ChangedError, CkptError, CkptWarning, LossError, OptionError
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
-from vraxion_ckpt.plugins.discovery import adapters
+from vraxion_ckpt.plugins.discovery import adapters, check_offer
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.reading.opening import read
 from vraxion_ckpt.testing.samples import checkpoints, make, samples
@@ -129,9 +130,9 @@ class AdapterTests:
 
     @pytest.mark.parametrize("kind", list(_EDITS))
     def test_an_edit_in_place_is_what_a_conversion_gives(self, kind: str, tmp_path: Path) -> None:
-        if adapter_calls.is_directory(self.adapter) and type(self.adapter).foreign_files is Adapter.foreign_files:
-            pytest.skip("a directory whose format has no foreign_files is not edited in place")
         source = self.written(make(), tmp_path / "source")
+        if source.is_dir() and adapter_calls.foreign_files(self.adapter, source) is None:
+            pytest.skip("a directory whose format cannot list foreign files is not edited in place")
         target = self.place(tmp_path)
         convert(source, target, from_=self.adapter, to=self.adapter, transforms=_EDITS[kind], losses="ignore")
         edit(source, from_=self.adapter, to=self.adapter, transforms=_EDITS[kind], losses="ignore")
@@ -172,6 +173,41 @@ class AdapterTests:
         path = self.written(make(), tmp_path / "here")
         there = path.rename(self.place(tmp_path / "there", "renamed"))
         self.assert_holds(make(), there)
+
+    # --- the files it opens ---
+
+    @pytest.mark.parametrize("sample", ["experts", "single", "odd_payload"])
+    def test_every_file_that_matters_is_registered(self, sample: str, tmp_path: Path) -> None:
+        """A file without which the checkpoint reads differently, or not at all, must be watched for changes."""
+        path = self.written(samples()[sample], tmp_path)
+        registered = {os.path.realpath(source.path) for source in self.read_all(path).sources}
+        for name in contents(path):
+            file = path / name
+            aside = file.rename(tmp_path / "aside")
+            matters = not self._reads_the_same(samples()[sample], path)
+            aside.rename(file)
+            assert not matters or os.path.realpath(file) in registered, (
+                f"{file.name} was opened but not registered: open it with the context of `read`, or register it there"
+            )
+
+    def test_a_file_that_changes_after_it_was_read_is_noticed(self, tmp_path: Path) -> None:
+        path = self.written(make(), tmp_path)
+        found = self.read_all(path)
+        assert found.sources.files, "no file is registered: open files with the context of `read`"
+        for source in found.sources.files:
+            with source.path.open("ab") as file:
+                file.write(b" ")
+            with pytest.raises(ChangedError):
+                found.sources.check_unchanged()
+
+    def _reads_the_same(self, checkpoint: Checkpoint, path: Path) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CkptWarning)
+            try:
+                found = self.read_all(path)
+            except CkptError:
+                return False
+        return not list(checkpoint_differences(adapter_calls.held(self.adapter, checkpoint), found))
 
     # --- losses ---
 
@@ -262,6 +298,10 @@ class AdapterTests:
             self.assert_holds(checkpoint, place)
         outside = [path for path in contents(tmp_path) if not (tmp_path / path).is_relative_to(place)]
         assert not outside
+
+    def test_it_can_be_registered(self) -> None:
+        """For instance, it defines all of what `IncrementalDirectoryAdapter` declares, or nothing of it."""
+        check_offer(type(self.adapter), Adapter, "register_adapters")
 
     def test_options_are_described_and_unknown_ones_refused(self) -> None:
         kind = type(self.adapter)

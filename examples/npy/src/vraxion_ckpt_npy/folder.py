@@ -19,6 +19,7 @@ from vraxion_ckpt.plugin_api import (
     CkptError,
     CorruptError,
     InconsistentError,
+    ReadContext,
     StorageError,
     document,
     hookimpl,

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
     Checkpoint,
+    Effect,
     IntList,
     Transform,
     TransformError,
@@ -37,6 +38,9 @@ class HandOver(Transform):
         checkpoint.core[head.names.router_map] = moved.to(router.dtype)
         checkpoint.plan = None  # it was made for another map
         return checkpoint
+
+    def effect(self) -> Effect:
+        return Effect.changed()  # addresses get another expert
 
 
 @hookimpl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +12,10 @@ import torch
 from vraxion_ckpt.plugin_api import (
     Adapter,
     Checkpoint,
+    CkptError,
     CorruptError,
     InconsistentError,
+    ReadContext,
     StorageError,
     document,
     hookimpl,
@@ -42,14 +43,12 @@ class FormatAdapter(Adapter):
         except (OSError, zipfile.BadZipFile):
             return False
 
-    def read(self, path: Path) -> Checkpoint:
-        sources = Sources()
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
         try:
-            sources.add(path, Fingerprint.of(path))
-            with np.load(path, allow_pickle=False) as archive:
+            with context.open(path) as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
-        except FileNotFoundError as error:
-            raise StorageError.from_os_error(error, path) from error
+        except CkptError:
+            raise
         except Exception as error:  # what numpy raises for a damaged file is not one class
             raise CorruptError(f"numpy cannot read it: {error}", path=path) from error
         if DOCUMENT not in arrays:
@@ -61,7 +60,7 @@ class FormatAdapter(Adapter):
         if list(arrays) != [str(number) for number in range(len(facts["names"]))]:
             raise InconsistentError("does not hold the arrays that its document names", path=path)
         tensors = dict(zip(map(str, facts["names"]), map(torch.from_numpy, arrays.values()), strict=True))
-        return replace(document.load(tensors, facts["document"], path, self.name), sources=sources)
+        return document.load(tensors, facts["document"], path, self.name)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         tensors, facts = document.dump(checkpoint, DTYPES, is_name=str.isprintable)

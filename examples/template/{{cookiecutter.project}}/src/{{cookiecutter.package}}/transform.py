@@ -8,6 +8,7 @@ from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
     Checkpoint,
+    Effect,
     Expert,
     Transform,
     TransformError,
@@ -34,6 +35,9 @@ class ExpertTransform(Transform):
         }
         checkpoint.head.experts[self.expert] = Expert(new)
         return checkpoint
+
+    def effect(self) -> Effect:
+        return Effect.changed()
 
 
 @hookimpl
