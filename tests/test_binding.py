@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundOptimizer
+from vraxion_ckpt.checkpoint.model import UnboundCheckpoint, UnboundOptimizer
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.optimizer.binding import bind
 
@@ -39,7 +39,11 @@ def checkpoint_of(shapes, places, with_state, groups):
     }
     ids = iter(range(len(flat)))
     raw = {"state": state, "param_groups": [{"lr": 0.1, "params": [next(ids) for _ in group]} for group in order]}
-    return Checkpoint(core=core, unbound=UnboundOptimizer(raw)), [[f"t{i}" for i in group] for group in order], state
+    return (
+        UnboundCheckpoint(core=core, unbound=UnboundOptimizer(raw)),
+        [[f"t{i}" for i in group] for group in order],
+        state,
+    )
 
 
 def all_assignments(shapes, wanted, state):
@@ -121,7 +125,7 @@ def test_a_slot_that_has_dimensions_elsewhere_tells_a_scalar_parameter():
     core = {"scale": torch.tensor(1.0), "buffer": torch.zeros(3), "weight": torch.zeros(4)}
     slots = {0: {"momentum_buffer": torch.tensor(5.0)}, 1: {"momentum_buffer": torch.zeros(4)}}
     raw = {"state": slots, "param_groups": [{"params": [0, 1]}]}
-    bound = bind(Checkpoint(core=core, unbound=UnboundOptimizer(raw))).optimizer
+    bound = bind(UnboundCheckpoint(core=core, unbound=UnboundOptimizer(raw))).optimizer
     assert bound.params == ["scale", "weight"]
 
 
@@ -129,7 +133,7 @@ def test_integer_tensors_and_later_names_of_tied_ones_are_no_candidates():
     weight = torch.zeros(4)
     core = {"ids": torch.zeros(4, dtype=torch.int64), "first": weight, "tied": weight, "mask": torch.zeros(4).bool()}
     raw = {"state": {0: {"exp_avg": torch.zeros(4)}}, "param_groups": [{"params": [0]}]}
-    assert bind(Checkpoint(core=core, unbound=UnboundOptimizer(raw))).optimizer.params == ["first"]
+    assert bind(UnboundCheckpoint(core=core, unbound=UnboundOptimizer(raw))).optimizer.params == ["first"]
 
 
 def test_ids_need_not_be_in_order_for_names_to_follow_the_groups():
@@ -137,5 +141,5 @@ def test_ids_need_not_be_in_order_for_names_to_follow_the_groups():
     for order in permutations(range(3)):
         state = {i: {"exp_avg": torch.zeros(size)} for i, size in zip(order, (2, 3, 5), strict=True)}
         raw = {"state": state, "param_groups": [{"params": list(order)}]}
-        bound = bind(Checkpoint(core=core, unbound=UnboundOptimizer(raw))).optimizer
+        bound = bind(UnboundCheckpoint(core=core, unbound=UnboundOptimizer(raw))).optimizer
         assert bound.params == ["a", "b", "c"]

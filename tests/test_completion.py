@@ -18,11 +18,13 @@ from vraxion_ckpt.cli import cli
 
 BIN = Path(sys.executable).parent
 OFFERS = """
-from vraxion_ckpt import Transform, hookimpl
+from vraxion_ckpt.plugin_api import Effect, Transform, hookimpl
 
 class Polite(Transform):
     \"\"\"Do nothing.\"\"\"
     name = "{name}"
+    def effect(self):
+        return Effect.exact()
     def apply(self, checkpoint):
         return checkpoint
 

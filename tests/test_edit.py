@@ -27,6 +27,7 @@ from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.staging import exclusive
 from vraxion_ckpt.commit.transaction import mark_of
 from vraxion_ckpt.errors import BusyError, ChangedError, CkptWarning, InconsistentError, StorageError, UsageError
+from vraxion_ckpt.plugin_api import Effect, ReadContext
 
 EXPERTS3 = DATA / "modular_experts3"
 SPLIT = "mitosis_split:parent=0,addresses=[0],noise=0"
@@ -140,6 +141,9 @@ def by_hand(change: Callable[[vc.Checkpoint], object]) -> vc.Transform:
         """Change what a test says."""
 
         name: ClassVar[str] = "by_hand"
+
+        def effect(self) -> Effect:
+            return Effect.changed()
 
         def apply(self, checkpoint: vc.Checkpoint) -> vc.Checkpoint:
             change(checkpoint)
@@ -349,14 +353,25 @@ def test_other_peoples_files_stay_where_they_are(kind, keep_old, tmp_path):
     assert after.keys() - before.keys() <= {"experts/expert_003.pt"}
 
 
-class Whole(ModularAdapter):
-    """A directory that does not tell its files apart."""
+class Whole(vc.Adapter):
+    """The modular directory, written as a whole."""
 
-    pivot: ClassVar[None] = None
+    name: ClassVar[str] = "modular"
+    is_directory = True
+    detect = ModularAdapter.detect
+
+    def read(self, path: Path, context: ReadContext) -> vc.Checkpoint:
+        return ModularAdapter().read(path, context)
+
+    def write(self, checkpoint: vc.Checkpoint, path: Path) -> None:
+        ModularAdapter().write(checkpoint, path)
+
+    def foreign_files(self, path: Path) -> list[Path] | None:
+        return ModularAdapter().foreign_files(path)
 
 
-class Silent(ModularAdapter):
-    """A directory that does not tell its own files from others'."""
+class Silent(Whole):
+    """The modular directory, without telling its own files from others'."""
 
     foreign_files = vc.Adapter.foreign_files
 

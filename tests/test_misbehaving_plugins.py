@@ -27,10 +27,12 @@ from vraxion_ckpt.checkpoint.comparison import differences
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Lifecycle, UnboundOptimizer
 from vraxion_ckpt.conversion.edit import Edited
 from vraxion_ckpt.errors import CkptWarning, OutOfMemoryError, PluginError, TransformError
-from vraxion_ckpt.plugins.adapter import Adapter, Loss, Part
-from vraxion_ckpt.plugins.discovery import registry, resolve_adapter
+from vraxion_ckpt.plugins import discovery
+from vraxion_ckpt.plugins.adapter import Adapter, Loss, OutputFile
+from vraxion_ckpt.plugins.discovery import resolve_adapter
 from vraxion_ckpt.plugins.options import configure
-from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.plugins.read_context import ReadContext
+from vraxion_ckpt.plugins.transform import Effect, Transform
 from vraxion_ckpt.testing import make, untouched
 
 EXPERTS3 = DATA / "named_experts3.pt"
@@ -57,14 +59,14 @@ class Misbehaves(Transform):
 
     name: ClassVar[str] = "misbehaves"
     body: ClassVar[Any] = staticmethod(lambda checkpoint: checkpoint)
-    noise: ClassVar[Any] = staticmethod(lambda: None)
+    said: ClassVar[Any] = staticmethod(Effect.changed)
     beside: ClassVar[Any] = staticmethod(lambda _: {})
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         return type(self).body(checkpoint)
 
-    def function_noise(self) -> float | None:
-        return type(self).noise()
+    def effect(self) -> Effect:
+        return type(self).said()
 
     def side_files(self, checkpoint: Checkpoint) -> Any:
         return type(self).beside(checkpoint)
@@ -164,7 +166,7 @@ def writes(how: str, where: str) -> Any:
 
 @pytest.mark.parametrize("how", WRITES)
 def test_a_write_is_found_however_it_is_done(how, source, tmp_path):
-    chain = [transform(body=writes(how, "expert"), noise=lambda: 0.0)]
+    chain = [transform(body=writes(how, "expert"), said=Effect.exact)]
     error = refused(lambda: vc.convert(source("pt"), tmp_path / "o.pt", transforms=chain))
     assert "wrote into" in error.message
     assert not (tmp_path / "o.pt").exists()
@@ -269,7 +271,7 @@ def _validator(error: BaseException) -> Transform:
 
 
 @pytest.mark.parametrize("error", EXITS)
-@pytest.mark.parametrize("method", ["body", "noise", "beside", "validator"])
+@pytest.mark.parametrize("method", ["body", "said", "beside", "validator"])
 def test_whatever_a_transform_raises_names_it(method, error, tmp_path):
     def run() -> object:
         step = _validator(EXITS[error]) if method == "validator" else transform(**{method: raises(EXITS[error])})
@@ -356,7 +358,7 @@ RESULTS = {
     "a list for the metadata": lambda c: replace(c, metadata=[]),
     "text for the origin": lambda c: replace(c, origin="pt"),
     "a list for the sources": lambda c: replace(c, sources=[]),
-    "an unbound optimizer": lambda c: replace(c, optimizer=None, unbound=UnboundOptimizer({"state": {}})),
+    "an unbound optimizer": lambda c: c.with_unbound(UnboundOptimizer({"state": {}})),
 }
 
 
@@ -368,7 +370,12 @@ def test_a_wrong_type_from_apply_names_the_transform(result, tmp_path):
 
 @pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf"), "0", True, torch.zeros(1)], ids=str)
 def test_noise_that_is_none_is_refused(noise, tmp_path):
-    refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(noise=lambda: noise)]))
+    refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(said=lambda: Effect(noise))]))
+
+
+@pytest.mark.parametrize("effect", [None, 0.0, "exact"], ids=str)
+def test_an_effect_of_another_type_is_refused(effect, tmp_path):
+    refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(said=lambda: effect)]))
 
 
 @pytest.mark.parametrize("files", [None, [], {"x": b""}, {Path("x"): "text"}, {Path("x"): None}, 3], ids=str)
@@ -389,8 +396,8 @@ class Odds(Adapter):
     def detect(cls, path: Path) -> bool:
         return path.suffix == ".odds"
 
-    def read(self, path: Path) -> Checkpoint:
-        found = resolve_adapter("pt").read(path)
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
+        found = resolve_adapter("pt").read(path, context)
         return replace(found, origin=replace(found.origin, format=self.name))
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -414,7 +421,7 @@ def test_whatever_an_adapter_raises_names_it(method, error, tmp_path):
 
 WRONG = [
     ("read", lambda *_: None),
-    ("read", lambda _, path: replace(resolve_adapter("pt").read(path), core={"x": [1]})),
+    ("read", lambda _, *given: replace(resolve_adapter("pt").read(*given), core={"x": [1]})),
     ("losses", lambda *_: None),
     ("losses", lambda *_: ["a loss"]),
     ("losses", lambda *_: [Loss("what", 3)]),
@@ -472,15 +479,15 @@ def test_what_an_adapter_opens_and_verifies_later_names_it(tmp_path):
     shutil.copy(EXPERTS3, tmp_path / "c.odds")
 
     def closed(opener: Any) -> Any:
-        def read(_: Adapter, path: Path) -> Checkpoint:
-            found = Odds().read(path)
+        def read(_: Adapter, path: Path, context: ReadContext) -> Checkpoint:
+            found = Odds().read(path, context)
             return replace(found, head=replace(found.head, experts={i: Expert(opener) for i in range(3)}))
 
         return read
 
-    def unverified(_: Adapter, path: Path) -> Checkpoint:
-        found = Odds().read(path)
-        found.sources.add(path, next(iter(found.sources)).fingerprint, raises(SystemExit(0)))
+    def unverified(_: Adapter, path: Path, context: ReadContext) -> Checkpoint:
+        found = Odds().read(path, context)
+        context.sources.add(path, next(iter(context.sources)).fingerprint, raises(SystemExit(0)))
         return found
 
     readers = [closed(raises(SystemExit(0))), closed(lambda: {"weight": 3}), closed(lambda: None), unverified]
@@ -522,12 +529,12 @@ def _directory(**methods: Any) -> Adapter:
 DIRECTORY = [
     ("foreign_files", lambda *_: None),
     ("foreign_files", lambda *_: ["x"]),
-    ("parts", lambda *_: None),
-    ("parts", lambda *_: {"x": 3}),
-    ("parts", lambda *_: {"system/router.state": Part(object(), raises(Odd()), lambda: 1)}),
-    ("parts", lambda *_: {"system/router.state": Part(object(), lambda _: None, lambda: None)}),
-    ("unseen", lambda *_: None),
-    ("read_over", lambda *_: None),
+    ("output_files", lambda *_: None),
+    ("output_files", lambda *_: {"x": 3}),
+    ("output_files", lambda *_: {"system/router.state": OutputFile(object(), raises(Odd()), lambda: 1)}),
+    ("output_files", lambda *_: {"system/router.state": OutputFile(object(), lambda _: None, lambda: None)}),
+    ("is_ignored", lambda *_: None),
+    ("read_overlay", lambda *_: None),
 ]
 
 
@@ -551,10 +558,10 @@ def test_a_directory_format_that_misbehaves_in_place_is_named(method, value, sou
 @pytest.fixture
 def registered(monkeypatch):
     """Register an adapter as an installed plugin does."""
-    found = registry.registry()
+    found = discovery.registry()
 
     def register(kind: type[Adapter]) -> None:
-        offer = registry.Registered(kind, "odds", "odd-package", "1")
+        offer = discovery.Registered(kind, "odds", "odd-package", "1")
         monkeypatch.setitem(found.adapters, kind.name, [offer])
 
     return register
@@ -571,7 +578,7 @@ def test_a_probe_that_misbehaves_is_named(answer, tmp_path):
             return vc.Visits(np.ones(64))
         return answer
 
-    manager = registry.registry().manager
+    manager = discovery.registry().manager
     plugin = types.SimpleNamespace(probe_visits=pluggy.HookimplMarker("vraxion_ckpt")(probe))
     manager.register(plugin, name="odd-package:prober")
     try:
@@ -588,7 +595,7 @@ PLUGIN = '''
 import os, subprocess, sys
 from sys import stdout
 from typing import ClassVar
-from vraxion_ckpt import Checkpoint, Transform, hookimpl
+from vraxion_ckpt.plugin_api import Checkpoint, Effect, Transform, hookimpl
 from vraxion_ckpt.plugins.discovery import resolve_adapter
 
 print("at import")
@@ -600,7 +607,7 @@ def make(body):
     class T(Transform):
         """x"""
         name: ClassVar[str] = body.__name__
-        def function_noise(self): return 0.0
+        def effect(self): return Effect.exact()
         def apply(self, c):
             body(c)
             return c

@@ -24,22 +24,26 @@ def register_transform():
 """
 
 RAISES = """
-from vraxion_ckpt import Transform, hookimpl
+from vraxion_ckpt.plugin_api import Effect, Transform, hookimpl
 
-class Fails(Transform):
+class Changes(Transform):
+    def effect(self):
+        return Effect.changed()
+
+class Fails(Changes):
     \"\"\"Fail in a way of its own.\"\"\"
     name = "fails"
     def apply(self, checkpoint):
         return {}["nothing"]
 
-class Writes(Transform):
+class Writes(Changes):
     \"\"\"Write into a tensor it was lent.\"\"\"
     name = "writes"
     def apply(self, checkpoint):
         checkpoint.core["theta_ptr_reduced"].zero_()
         return checkpoint
 
-class Drops(Transform):
+class Drops(Changes):
     \"\"\"Lose an expert.\"\"\"
     name = "drops"
     def apply(self, checkpoint):

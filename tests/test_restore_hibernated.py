@@ -13,6 +13,7 @@ from support import DATA, assert_same, files_below, load
 import vraxion_ckpt as vc
 from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse_unhealthy
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, TransformError, UsageError
+from vraxion_ckpt.plugin_api import Effect
 
 HIBERNATED = DATA / "trainers/hibernated.pt"
 SNAPSHOTS = DATA / "trainers/hibernation"
@@ -361,8 +362,8 @@ class Retouch(vc.Transform):
     name = "retouch"
     path: Path
 
-    def function_noise(self):
-        return 0.0
+    def effect(self):
+        return Effect.exact()
 
     def apply(self, checkpoint):
         os.utime(self.path, ns=(1, 1))

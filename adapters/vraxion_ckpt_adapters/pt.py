@@ -24,8 +24,8 @@ from vraxion_ckpt.plugin_api import (
     build_payload,
     hookimpl,
     is_archive,
+    make_extras,
     monolith_dialect,
-    names_to_record,
     origin_of,
     parse_payload,
     recorded_dialect,
@@ -84,13 +84,12 @@ class PtAdapter(Adapter):
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the file holds, in its own dialect."""
     dialect, origin = monolith_dialect(checkpoint)
-    extras = Extras(
-        history=checkpoint.history,
-        plan=checkpoint.plan,
+    extras = make_extras(
+        checkpoint,
+        dialect,
+        origin,
         lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
-        **names_to_record(checkpoint, dialect),
-        dialects=origin.dialects,
     )
     return build_payload(checkpoint, checkpoint.state_dict(), dialect, extras)
 

@@ -312,7 +312,7 @@ def _with_metadata(origin: Origin, format_name: str, metadata: Mapping[str, Any]
 
 
 def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
-    recorded = origin.dialects.get(format_name, {})
+    recorded = origin.dialect(format_name) or {}
     if not isinstance(recorded, dict):
         key = f"{OUR_KEY}.dialects.{format_name}"
         raise InconsistentError("is no metadata of a safetensors file", path=origin.path, key=key)

@@ -315,6 +315,10 @@ class Origin:
     local: Mapping[str, Any] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
 
+    def dialect(self, name: str) -> Any:
+        """Return the dialect that is recorded for a format, or None."""
+        return self.dialects.get(name)
+
     def with_dialect(self, name: str, dialect: Any) -> Origin:
         """Return an origin that records a format's dialect under the format's name."""
         return replace(self, dialects={**self.dialects, name: dialect})

@@ -285,7 +285,8 @@ def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
     return replace(checkpoint, head=head, payload=payload)
 
 
-# Under these names, a checkpoint's origin records how its payload was written in each place that holds one.
+# Under these names, a checkpoint's origin records how its payload was written in each place that holds one. They are
+# in files that were written before, so they stay.
 MONOLITH = "pt"
 ROUTER = "router"
 
@@ -385,7 +386,20 @@ def build_payload(
     return {key: entries[key] for key in (*dialect.keys, *new) if key in entries}
 
 
-def names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str, Any]:
+def make_extras(checkpoint: Checkpoint, dialect: PayloadDialect, origin: Origin, **more: Any) -> Extras:
+    """Return what is recorded under our key beside a payload.
+
+    Args:
+        checkpoint: what is written.
+        dialect: how the payload is written.
+        origin: its dialects are recorded.
+        more: further fields of `Extras`.
+    """
+    names = _names_to_record(checkpoint, dialect)
+    return Extras(history=checkpoint.history, plan=checkpoint.plan, dialects=origin.dialects, **names, **more)
+
+
+def _names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str, Any]:
     """Return the extras that record the optimizer's names, if reading the result back would not find them again."""
     if checkpoint.optimizer is None:
         return {}

@@ -112,7 +112,8 @@ def foreign_files(adapter: Adapter, path: Path) -> list[Path] | None:
     """Ask which files in a directory are not part of the checkpoint; None if the format cannot tell."""
     with calling(adapter):
         found = adapter.foreign_files(path)
-    return _checked(adapter, "foreign_files", found, list[Path] | None)
+    must_tell = isinstance(adapter, IncrementalDirectoryAdapter)
+    return _checked(adapter, "foreign_files", found, list[Path] if must_tell else list[Path] | None)
 
 
 def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -> dict[str, OutputFile]:

@@ -28,7 +28,6 @@ from vraxion_ckpt.plugin_api import (
     Adapter,
     Checkpoint,
     Expert,
-    Extras,
     Faults,
     Head,
     HeadKind,
@@ -42,7 +41,7 @@ from vraxion_ckpt.plugin_api import (
     build_payload,
     hookimpl,
     json_files,
-    names_to_record,
+    make_extras,
     origin_of,
     parse_payload,
     progress,
@@ -284,13 +283,8 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         state = checkpoint.core if sharded else checkpoint.state_dict()
         router, origin = router_dialect(checkpoint)
         derived = _derived_position(list(state), checkpoint.param_names)
-        extras = Extras(
-            history=checkpoint.history,
-            plan=checkpoint.plan,
-            head_position=head.position if head and sharded and head.position != derived else None,
-            **names_to_record(checkpoint, router),
-            dialects=without_meta(origin).dialects,
-        )
+        position = head.position if head and sharded and head.position != derived else None
+        extras = make_extras(checkpoint, router, without_meta(origin), head_position=position)
         return build_payload(checkpoint, state, router, extras)
 
     def _meta(self, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -157,9 +157,7 @@ def without_meta(origin: Origin) -> Origin:
 def recorded_meta(origin: Origin) -> MetaDialect:
     """Return how meta.json was spelt in the source, or the exploder's way."""
     try:
-        return _META_DIALECT.validate_python(
-            origin.dialects.get(_DIALECT) or origin.local.get(_DIALECT) or MetaDialect()
-        )
+        return _META_DIALECT.validate_python(origin.dialect(_DIALECT) or origin.local.get(_DIALECT) or MetaDialect())
     except ValidationError:
         raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
 
