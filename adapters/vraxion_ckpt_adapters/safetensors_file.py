@@ -24,7 +24,8 @@ from pydantic import ByteSize, Field
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Origin
-from vraxion_ckpt.checkpoint.plain_data import named_tensors, view_of
+from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.shared_memory import sharing, view_of
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
@@ -332,17 +333,10 @@ def _overlapping(checkpoint: Checkpoint) -> list[str]:
         everything["optimizer"] = optimizer.state
         everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
     everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
-    spans: dict[Any, tuple[int, int, str]] = {}
-    for name, tensor in named_tensors(everything):
-        if tensor.numel():
-            start = tensor.data_ptr()
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            spans[view_of(tensor)] = (start, start + (reach + 1) * tensor.itemsize, name)
-    end, last = 0, ""
-    for start, stop, name in sorted(spans.values()):
-        if start < end:
-            return [last, name]
-        end, last = stop, name
+    for group in sharing(named_tensors(everything)):
+        views = {view_of(tensor): name for name, tensor in group}
+        if len(views) > 1:
+            return list(views.values())[:2]
     return []
 
 

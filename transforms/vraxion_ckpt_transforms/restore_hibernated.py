@@ -10,13 +10,15 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head
+from vraxion_ckpt.checkpoint.shared_memory import fills_storage, sharing
 from vraxion_ckpt.errors import CkptWarning, InconsistentError, TransformError, UsageError
 from vraxion_ckpt.formats import torch_file
 from vraxion_ckpt.plugins.hookspecs import hookimpl
@@ -78,17 +80,8 @@ class RestoreHibernated(Transform):
         snapshot = torch_file.load(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
             raise InconsistentError("a snapshot must be a dict of leaf name → tensor", path=path)
-        if odd := snapshot.keys() ^ old.keys():
-            whose = "only the snapshot" if odd <= snapshot.keys() else "only one of snapshot and checkpoint"
-            raise TransformError(f"{whose} has {_listed(odd)} of expert {expert}", path=path, key=self.name)
-        for leaf, tensor in old.items():
-            found = snapshot[leaf]
-            if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                raise TransformError(
-                    f"{leaf} of expert {expert} is {_brief(tensor)}, that of the snapshot {_brief(found)}",
-                    path=path,
-                    key=self.name,
-                )
+        for leaf, what in unfit(snapshot, old, ("the snapshot", f"expert {expert}"), same_widths=True):
+            raise TransformError(f"{leaf} {what}" if leaf else what, path=path, key=self.name)
         if is_zero(snapshot):
             raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path, key=self.name)
         if has_nonfinite(snapshot) and not self.allow_nan:
@@ -127,19 +120,10 @@ class RestoreHibernated(Transform):
 def _alone(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
     """Return a tensor of the snapshot, of the type of `like`, that has its storage for itself."""
     tensor = snapshot[leaf].detach()
-    storage = tensor.untyped_storage()
-    sharing = sum(other.untyped_storage().data_ptr() == storage.data_ptr() for other in snapshot.values())
-    if sharing > 1 or storage.nbytes() != tensor.numel() * tensor.itemsize:
+    shares = any(name == leaf for group in sharing(snapshot.items()) for name, _ in group)
+    if shares or not fills_storage(tensor):
         tensor = tensor.clone()
     return nn.Parameter(tensor, like.requires_grad) if isinstance(like, nn.Parameter) else tensor
-
-
-def _brief(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(map(str, names)))
 
 
 @hookimpl

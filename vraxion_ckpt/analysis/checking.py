@@ -258,14 +258,14 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Name tensors that are one, where a training step would then update both."""
+    """Name tensors that share memory: a training step updates all of them."""
     slots = {
         f"{name}.{slot}"
         for name, entries in (checkpoint.optimizer.state if checkpoint.optimizer else {}).items()
         for slot in entries
     }
-    for tie in invariants.shared_memory(checkpoint):
-        what = f"{first_few(tie)} are one tensor"
+    for tie in invariants.shared_names(checkpoint):
+        what = f"{first_few(tie)} share memory"
         if slots.intersection(tie):
             hint = "give each a copy of its own: the first training step updates all of them"
             yield Finding(severity=Severity.ERROR, rule="shared memory", what=what, hint=hint)

@@ -29,9 +29,9 @@ from vraxion_ckpt.analysis.match_experts import Matching, match
 from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
-from vraxion_ckpt.checkpoint.invariants import router_owners, shared_memory
+from vraxion_ckpt.checkpoint.invariants import router_owners, shared_names
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, ParamGroup
-from vraxion_ckpt.checkpoint.plain_data import size_of
+from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape, size_of
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.errors import memory_errors
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
@@ -182,7 +182,7 @@ def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         kind = "parameter " if isinstance(value, nn.Parameter) else ""
         grad = "" if value.requires_grad == bool(kind) else " requires_grad" if value.requires_grad else " frozen"
-        return f"{kind}{value.dtype} {list(value.shape)}{grad}".replace("torch.", "")
+        return f"{kind}{dtype_and_shape(value)}{grad}"
     if isinstance(value, Mapping) and len(value) > 4:
         return f"{len(value)} entries"
     if isinstance(value, list | tuple) and len(value) > 8:
@@ -362,7 +362,7 @@ def _order_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
 
 
 def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
-    """Tell which tensors are one in one checkpoint and are not in the other: a trainer then updates both, or one."""
+    """Tell which tensors share memory in one checkpoint only: a trainer updates both, or one."""
 
     def renamed(name: str) -> str:
         parameter, _, slot = name.rpartition(".")
@@ -372,10 +372,10 @@ def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
         other = names(parameter) if parameter else None
         return name if other in (None, parameter) else f"{other}.{slot}"
 
-    old = {frozenset(map(renamed, tie)) for tie in shared_memory(a)}
-    new = {frozenset(tie) for tie in shared_memory(b)}
-    changes = [_removed("one tensor under several names", ", ".join(sorted(tie))) for tie in old - new]
-    return changes + [_added("one tensor under several names", ", ".join(sorted(tie))) for tie in new - old]
+    old = {frozenset(map(renamed, tie)) for tie in shared_names(a)}
+    new = {frozenset(tie) for tie in shared_names(b)}
+    changes = [_removed("memory under several names", ", ".join(sorted(tie))) for tie in old - new]
+    return changes + [_added("memory under several names", ", ".join(sorted(tie))) for tie in new - old]
 
 
 def _spelling_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, size_of
-from vraxion_ckpt.checkpoint.source_files import Place
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, size_of
+from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support import progress
 
@@ -156,15 +156,15 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
         crc = checksum_if_same(holder, y)
         if crc is None or known not in (None, crc):
             return False
-        if theirs := parts.get(_place(y)):
+        if theirs := parts.get(extent(y)):
             theirs.note(crc)
-        ours = parts.get(_place(x))
+        ours = parts.get(extent(x))
         stated = ours is not None and ours.note(crc)
         return True if stated or id(x) in originals else None
 
     others = list(checkpoint_differences(a, b, same=set_aside))
     parts = a.sources.parts() | b.sources.parts()
-    originals = {id(x): original(x) for x, _ in aside.values() if _place(x) not in parts}
+    originals = {id(x): original(x) for x, _ in aside.values() if extent(x) not in parts}
     same = True
     with (
         ThreadPoolExecutor(_THREADS) as pool,
@@ -175,10 +175,6 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
             count(x.numel() * x.itemsize)
     if others or not same:  # once more, in order
         yield from checkpoint_differences(a, b, same=same_as_original)
-
-
-def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.numel() * tensor.itemsize
 
 
 def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
@@ -208,7 +204,7 @@ def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
 
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+        return dtype_and_shape(value)
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 

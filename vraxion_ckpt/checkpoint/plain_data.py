@@ -93,6 +93,11 @@ def size_of(value: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
 
 
+def dtype_and_shape(tensor: Tensor) -> str:
+    """Return a tensor's dtype and shape in words, like ``float32 [4, 8]``."""
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+
+
 def bytes_of(tensor: Tensor) -> Tensor:
     """Return a tensor's elements as they are stored, uint8 of one dimension; a copy only if they do not lie so."""
     if not tensor.numel():  # whose strides may be such that it has no view as bytes
@@ -100,15 +105,6 @@ def bytes_of(tensor: Tensor) -> Tensor:
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # `view(-1)` would keep the stride of a single element, which may be any number.
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
-
-
-def view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common if, and only if, they are the same view of the same memory.
-
-    The stride of a dimension with a single entry says nothing.
-    """
-    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.is_conj(), tensor.is_neg()
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:

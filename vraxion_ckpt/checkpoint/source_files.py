@@ -32,8 +32,8 @@ class Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-# Where something lies in this process's memory: its address and its size in bytes.
-Place = tuple[int, int]
+# A range of this process's memory: its address and its size in bytes.
+Extent = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Source:
     path: Path
     fingerprint: Fingerprint
     verify: Callable[[], None] | None = None
-    parts: Mapping[Place, Part] = field(default_factory=dict)
+    parts: Mapping[Extent, Part] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Sources:
         path: Path,
         fingerprint: Fingerprint,
         verify: Callable[[], None] | None = None,
-        parts: Mapping[Place, Part] | None = None,
+        parts: Mapping[Extent, Part] | None = None,
     ) -> None:
         """Register a file.
 
@@ -97,7 +97,7 @@ class Sources:
     def _through(self, verify: Callable[[], None] | None) -> Callable[[], None] | None:
         return verify if verify is None or self._call is None else partial(self._call, verify)
 
-    def parts(self) -> dict[Place, Part]:
+    def parts(self) -> dict[Extent, Part]:
         """Return the mapped parts of all files."""
         return {place: part for source in self.files for place, part in source.parts.items()}
 

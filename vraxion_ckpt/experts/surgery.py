@@ -22,6 +22,7 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
 from vraxion_ckpt.checkpoint.plain_data import bytes_of
+from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
 
@@ -137,14 +138,13 @@ def _head(checkpoint: Checkpoint) -> Head:
 
 
 def _ties(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield an expert's tensors that are one with another tensor, its own or not, each with that one's name."""
-    places: dict[int, str] = {}
-    for name, tensor in checkpoint.open_tensors().items():
-        other = places.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if other != name and name.startswith(prefix):
-            yield name, other
-        elif other != name and other.startswith(prefix):
-            yield other, name
+    """Yield an expert's tensors that share memory with another, its own or not, each with that one's name."""
+    for (first, _), *others in sharing(checkpoint.open_tensors().items()):
+        for name, _ in others:
+            if name.startswith(prefix):
+                yield name, first
+            elif first.startswith(prefix):
+                yield first, name
 
 
 def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:

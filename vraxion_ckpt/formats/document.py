@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
-from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, view_of
+from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain
+from vraxion_ckpt.checkpoint.shared_memory import view_of
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError, raise_if_out_of_memory
 from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, split_head
 

@@ -22,7 +22,7 @@ import numpy
 import torch
 
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain, named_tensors, size_of
-from vraxion_ckpt.checkpoint.source_files import Part, Place, Sources
+from vraxion_ckpt.checkpoint.source_files import Extent, Part, Sources
 from vraxion_ckpt.errors import (
     CkptError,
     CorruptError,
@@ -91,7 +91,7 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
     return value
 
 
-def _parts(value: Any, container: Container) -> Iterator[tuple[Place, Part]]:
+def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, Part]]:
     """Find out which storage is which member: torch maps the whole file, so they lie in memory as in the file.
 
     Where that is not so, less is found, and the checksums of the others are compared in a pass of their own.

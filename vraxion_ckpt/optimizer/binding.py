@@ -30,6 +30,7 @@ from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint, Head, Optimizer
 from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.shared_memory import without_tied
 from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape, digest, known_shapes, shape_conflicts
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT, Assignment, Candidates, GroupShapes, by_shape, in_order
@@ -323,18 +324,12 @@ def _candidates(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]
     one, as in ``named_parameters()``.
     """
     buffers = torch_buffers(tensors.keys())
-    seen: set[tuple[int, int, Shape]] = set()
-    found: list[tuple[str, Shape | None]] = []
-    for name, tensor in tensors.items():
-        if name in buffers or not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        shape = tuple(tensor.shape)
-        place = (tensor.data_ptr(), tensor.numel(), shape)
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        found.append((name, shape))
-    return found
+    trainable = [
+        (name, tensor)
+        for name, tensor in tensors.items()
+        if name not in buffers and (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    return [(name, tuple(tensor.shape)) for name, tensor in without_tied(trainable)]
 
 
 def names_in_payload(value: Any) -> tuple[str, ...] | None:

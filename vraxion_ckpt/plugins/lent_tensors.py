@@ -23,6 +23,7 @@ from torch import Tensor
 from vraxion_ckpt.checkpoint.comparison import different, in_threads
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tensor_state
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, named_tensors
+from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
 
 _SMALL = 2**20  # bytes; of more, a checksum takes longer than to open the file again and compare
@@ -180,9 +181,7 @@ def _proven(checkpoint: Checkpoint) -> set[int]:
     stated = [
         (tensor, part)
         for _, tensor in named(checkpoint)
-        if tensor.is_contiguous()
-        and tensor.numel() * tensor.itemsize <= _SMALL
-        and (part := parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize)))
+        if tensor.is_contiguous() and tensor.numel() * tensor.itemsize <= _SMALL and (part := parts.get(extent(tensor)))
     ]
     found = checksums([tensor for tensor, _ in stated])
     return {id(tensor) for tensor, part in stated if part.note(found[id(tensor)])}
