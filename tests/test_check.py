@@ -156,7 +156,7 @@ def test_invariants_are_all_told(tmp_path):
     errors = " ".join(told(vc.check(tmp_path / "a.pt")))
     assert "says 4, the model has 3" in errors
     assert "address 3 to expert 7" in errors
-    assert "expert 1: bias is float64" in errors
+    assert "bias is float64 [4] in expert 1" in errors
 
 
 def test_a_shard_of_a_folder_that_is_damaged_does_not_hide_another(tmp_path):

@@ -31,6 +31,7 @@ from vraxion_ckpt.formats.torch_archive import is_archive
 from vraxion_ckpt.plugins.adapter import Adapter, Faults
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import NameList
+from vraxion_ckpt.wording import count
 
 
 class PtAdapter(Adapter):
@@ -111,9 +112,8 @@ def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:
 def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:
     """Return the recorded rows of experts that are still there; a trainer may have carried them along and gone on."""
     if extras.lifecycle and extras.lifecycle.keys() != rows.keys():
-        message = (
-            f"{path}: its lifecycle rows are for {len(extras.lifecycle)} experts, it has {len(rows)}; some are new"
-        )
+        stated = count(len(extras.lifecycle), "expert")
+        message = f"{path}: its lifecycle rows are for {stated}, it has {len(rows)}; some are new"
         warnings.warn(message, CkptWarning, stacklevel=2)
     return {i: row for i, row in extras.lifecycle.items() if i in rows}
 

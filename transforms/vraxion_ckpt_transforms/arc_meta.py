@@ -24,6 +24,7 @@ from vraxion_ckpt.plugins import discovery
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
 from vraxion_ckpt.support import json_files
+from vraxion_ckpt.wording import count
 
 _HOW_TO_SUPPLY = (
     "give a file (arc_meta:visits=FILE), let the trainer leave its `mitosis` request in the payload, or install a "
@@ -118,7 +119,9 @@ class ArcMeta(Transform):
         except ValueError as error:
             raise InconsistentError(f"a probe's visits: {error}", key=self.name) from None
         if len(probed.visits) != ring_len:
-            raise InconsistentError(f"a probe returned {len(probed.visits)} visits for {ring_len} addresses")
+            raise InconsistentError(
+                f"a probe returned {count(len(probed.visits), 'visit')} for {count(ring_len, 'address')}"
+            )
         return probed
 
     def _choose(self, visits: Visits, checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
@@ -177,7 +180,7 @@ class ArcMeta(Transform):
             raise TransformError(f"no address of expert {parent} can be given away", key=self.name)
         if len(hot) == owned and not self.allow_empty_parent:
             raise TransformError(
-                f"the plan takes all {owned} addresses of expert {parent}",
+                f"the plan takes all {count(owned, 'address')} of expert {parent}",
                 key=self.name,
                 hint="choose a smaller arc_len, or pass allow_empty_parent=true",
             )

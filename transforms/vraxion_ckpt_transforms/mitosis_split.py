@@ -19,6 +19,7 @@ from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import IntList
 from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.wording import count
 
 
 class MitosisSplit(Transform):
@@ -95,7 +96,8 @@ class MitosisSplit(Transform):
             made_for = (attached.router_map_len, attached.num_experts)
             if made_for != (len(checkpoint.router_map), checkpoint.num_experts):
                 raise InconsistentError(
-                    f"the attached plan was made for {made_for[0]} addresses and {made_for[1]} experts",
+                    "the attached plan was made for "
+                    f"{count(made_for[0], 'address')} and {count(made_for[1], 'expert')}",
                     key=self.name,
                     hint="put arc_meta right before this step",
                 )
@@ -138,7 +140,7 @@ class MitosisSplit(Transform):
         if len(foreign) and self.foreign_addresses == "refuse":
             raise TransformError(
                 f"address {foreign[0]} belongs to expert {owners[foreign[0]]}, not to {parent} "
-                f"({len(foreign)} such addresses)",
+                f"({count(len(foreign), 'such address')})",
                 key=self.name,
                 hint="leave them out, or pass foreign_addresses=allow",
             )

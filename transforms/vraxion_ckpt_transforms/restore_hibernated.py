@@ -24,6 +24,7 @@ from vraxion_ckpt.formats import torch_file
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import IntList
 from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.wording import numbered
 
 
 class RestoreHibernated(Transform):
@@ -104,16 +105,15 @@ class RestoreHibernated(Transform):
 
     def _warn(self, restored: Mapping[int, Expert]) -> None:
         several = len(restored) > 1
-        listed = ", ".join(map(str, restored))
         message = (
-            f"the weights of expert{'s' * several} {listed} were replaced by "
+            f"the weights of {numbered('expert', restored)} were replaced by "
             f"{'snapshots' if several else 'a snapshot'} from {self.snapshots}. A snapshot carries no step and is "
             "overwritten by each later hibernation, so it is not known which step it is of. "
             "The optimizer's state is the checkpoint's"
         )
         odd = [i for i, expert in restored.items() if has_nonfinite(expert)]
         if odd:
-            message += f". The snapshot of expert {', '.join(map(str, odd))} has weights that are NaN or infinite"
+            message += f". In the snapshot of {numbered('expert', odd)}, weights are NaN or infinite"
         warnings.warn(message, CkptWarning, stacklevel=3)
 
 

@@ -13,6 +13,7 @@ from vraxion_ckpt.errors import TransformError
 from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert, rename_head
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
+from vraxion_ckpt.wording import count
 
 
 class SingleToExperts(Transform):
@@ -42,7 +43,7 @@ class SingleToExperts(Transform):
             raise TransformError("the model has no head (no tensor under head.single.)", key=self.name)
         if head.kind is HeadKind.EXPERTS:
             raise TransformError(
-                f"the head has {head.num_experts} experts already", key=self.name, hint="leave this step out"
+                f"the head has {count(head.num_experts, 'expert')} already", key=self.name, hint="leave this step out"
             )
         if checkpoint.router_map is None:
             if self.ring_len is None:
@@ -50,7 +51,7 @@ class SingleToExperts(Transform):
             checkpoint.core[head.names.router_map] = torch.zeros(self.ring_len, dtype=torch.int64)
         elif self.ring_len not in (None, len(checkpoint.router_map)):
             raise TransformError(
-                f"ring_len is {self.ring_len}, but the router_map has {len(checkpoint.router_map)} addresses",
+                f"ring_len is {self.ring_len}, but the router_map has {count(len(checkpoint.router_map), 'address')}",
                 key=self.name,
             )
         if self.experts > 1:

@@ -22,6 +22,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Visits
 from vraxion_ckpt.errors import CkptWarning, PluginError
 from vraxion_ckpt.plugins.hookspecs import hookimpl
+from vraxion_ckpt.wording import count, listed
 
 RUNTIME = "vraxion.instnct.absolute_hallway"
 _SETTINGS = "VRX_"  # what the names of the runtime's environment variables begin with
@@ -89,18 +90,18 @@ def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, i
             key="vraxion_probe",
             hint=f"set the environment variables of the training run; now {_settings()}",
         ) from error
-    _warn(unmatched.unexpected_keys, "weights of the checkpoint were not taken by VRAXION's runtime")
+    _warn(unmatched.unexpected_keys, "of the checkpoint not taken by VRAXION's runtime")
     lacking = [name for name in unmatched.missing_keys if not name.startswith("head.")]
-    _warn(lacking, "weights of VRAXION's runtime are not in the checkpoint and stay random")
+    _warn(lacking, "of VRAXION's runtime not in the checkpoint, and random")
     model.eval()
     return model
 
 
 def _warn(names: Sequence[str], what: str) -> None:
     if names:
-        listed = ", ".join(names[:8]) + ", …" * (len(names) > 8)
         message = (
-            f"{len(names)} {what} ({listed}); the visits it counts may not be those of the trained model. "
+            f"{count(len(names), 'weight')} {what} ({listed(names)}); "
+            f"the visits it counts may not be those of the trained model. "
             f"Set the environment variables of the training run; now {_settings()}"
         )
         warnings.warn(message, CkptWarning, stacklevel=2)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
-from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
+from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.analysis.inspection import value_facts
 from vraxion_ckpt.analysis.optimizer_findings import about_optimizer, count_negative, is_never_negative
 from vraxion_ckpt.checkpoint import invariants
@@ -36,6 +36,7 @@ from vraxion_ckpt.plugins.discovery import AdapterLike
 from vraxion_ckpt.reading.opening import PathLike, allowing, bound_if_possible, detect_source, files_of, os_errors_named
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Facts
+from vraxion_ckpt.wording import count, listed, numbered
 
 
 class Checked(Facts):
@@ -208,7 +209,7 @@ def _about_lacking(checkpoint: Checkpoint) -> Iterator[Finding]:
     hint = "convert --optimizer complete adds what is lacking, without state; if the expert is frozen, nothing is wrong"
     what = "the optimizer does not list this parameter, although it lists those of other experts"
     if lacking and placement.is_undecided_in_head(checkpoint):
-        what = f"the optimizer lacks {len(lacking)} parameters of experts; it cannot be told which"
+        what = f"the optimizer lacks {count(len(lacking), 'parameter')} of experts; it cannot be told which"
         lacking = ["optimizer"]
         hint = f"give the names of those that it has: --param-names FILE; {hint}"
     for name in lacking:
@@ -222,7 +223,8 @@ def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     hint = "a chain that changes the head needs --param-names, --optimizer-order or --result-order"
     if optimizer.undecided:
-        what = f"{len(optimizer.undecided)} names could belong to other ids: {first_few(sorted(optimizer.undecided))}"
+        names = sorted(optimizer.undecided)
+        what = f"{count(len(names), 'name')} could belong to other ids: {listed(names, 4)}"
         yield Finding(severity=Severity.NOTE, rule="binding", what=what, where="optimizer", hint=hint)
     elif not (optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)):
         what = "no rule explains the order in which it lists its parameters"
@@ -245,10 +247,10 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     head = checkpoint.head
     known = set(checkpoint.open_tensors())
     lists = _name_lists(checkpoint)
-    for where, listed in lists:
-        lacking = [n for n in listed if n not in known and not (head is not None and head.is_not_at_hand(n))]
+    for where, names in lists:
+        lacking = [n for n in names if n not in known and not (head is not None and head.is_not_at_hand(n))]
         if lacking:
-            what = f"the model lacks {first_few(lacking)}"
+            what = f"the model lacks {listed(lacking, 4)}"
             yield Finding(severity=Severity.ERROR, rule="names", what=what, where=where)
     (_, model), (_, optimizer) = lists
     both = set(model) & set(optimizer)
@@ -265,7 +267,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
         for slot in entries
     }
     for tie in invariants.shared_names(checkpoint):
-        what = f"{first_few(tie)} share memory"
+        what = f"{listed(tie, 4)} share memory"
         if slots.intersection(tie):
             hint = "give each a copy of its own: the first training step updates all of them"
             yield Finding(severity=Severity.ERROR, rule="shared memory", what=what, hint=hint)
@@ -285,24 +287,19 @@ def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
     owning = set(router_owners(router).tolist())
     idle = [i for i in head.experts if i not in owning]
     if idle:
-        what = f"no address belongs to {_these(idle)}: nothing is routed there"
+        what = f"no address belongs to {numbered('expert', idle)}: nothing is routed there"
         yield Finding(severity=Severity.WARNING, rule="ring", what=what)
     gone = sorted(owning & head.deleted)
     if gone:
-        what = f"addresses belong to {_these(gone)}, whose tensors were garbage-collected"
+        what = f"addresses belong to {numbered('expert', gone)}, whose tensors were garbage-collected"
         yield Finding(severity=Severity.NOTE, rule="ring", what=what)
-
-
-def _these(ids: Sequence[int], most: int = 8) -> str:
-    more = f", … ({len(ids)} in all)" if len(ids) > most else ""
-    return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:most]))}{more}"
 
 
 def _about_zeros(checkpoint: Checkpoint) -> Iterator[Finding]:
     experts = checkpoint.head.experts if checkpoint.head else {}
     zero = [i for i, expert in experts.items() if expert.is_open and is_zero(expert)]
     if zero:
-        what = f"all weights of {_these(zero)} are zero"
+        what = f"all weights of {numbered('expert', zero)} are zero"
         yield Finding(severity=Severity.WARNING, rule="hibernated", what=what, hint=HOW_TO_RESTORE)
 
 
@@ -324,7 +321,7 @@ def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
     stated = {i: row for i, row in checkpoint.lifecycle.items() if not row.assumed}
     late = [i for i, row in stated.items() if max(row.created_step, row.last_used_step) > checkpoint.step]
     if late:
-        what = f"the row of {_these(late)} is of a later step than the checkpoint's, {checkpoint.step}"
+        what = f"the row of {numbered('expert', late)} is of a later step than the checkpoint's, {checkpoint.step}"
         yield Finding(severity=Severity.WARNING, rule="mixed saves", what=what)
 
 
@@ -398,6 +395,6 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
     foreign = adapter_calls.foreign_files(adapter, root) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
-        names = first_few([str(path.relative_to(root)) for path in others])
-        what = f"{len(others)} file{'s' * (len(others) > 1)} in it are no part of the checkpoint: {names}"
+        names = listed([path.relative_to(root) for path in others], 4)
+        what = f"{count(len(others), 'file')} in it, not of the checkpoint: {names}"
         yield Finding(severity=Severity.NOTE, rule="foreign files", what=what)

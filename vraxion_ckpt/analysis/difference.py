@@ -38,6 +38,7 @@ from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import AdapterLike
 from vraxion_ckpt.reading.opening import PathLike, bound_if_possible, read_unbound
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.wording import count
 
 _MOST_ARCS = 4096
 
@@ -313,7 +314,7 @@ def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Coun
 
 def _in_short(state_dict: Mapping[str, Any]) -> str:
     number = sum(len(group.get("params", ())) for group in state_dict.get("param_groups", ()))
-    return f"{number} parameters, {len(state_dict.get('state', ()))} with state"
+    return f"{count(number, 'parameter')}, {len(state_dict.get('state', ()))} with state"
 
 
 def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: _Names) -> Iterator[Change]:
@@ -325,8 +326,8 @@ def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: 
             _removed(f"group {i}: {n}", "trained") for n, f in zip(a.params, former, strict=True) if f not in now
         )
         yield from (_added(f"group {i}: {name}", "trained") for name in b.params if name not in known)
-    yield from (_removed(f"group {i}", f"{len(old[i].params)} parameters") for i in range(len(new), len(old)))
-    yield from (_added(f"group {i}", f"{len(new[i].params)} parameters") for i in range(len(old), len(new)))
+    yield from (_removed(f"group {i}", count(len(old[i].params), "parameter")) for i in range(len(new), len(old)))
+    yield from (_added(f"group {i}", count(len(new[i].params), "parameter")) for i in range(len(old), len(new)))
 
 
 def _order(a: Iterable[str], b: Iterable[str], names: _Names, what: str) -> list[Change]:

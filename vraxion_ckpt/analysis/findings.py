@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 
 from vraxion_ckpt.support.json_models import Fact
@@ -27,8 +26,3 @@ class Finding(Fact):
     """The file or the entry."""
     hint: str | None = None
     """What to do about it."""
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Return the first four names as text."""
-    return ", ".join(names[:4]) + ", …" * (len(names) > 4)

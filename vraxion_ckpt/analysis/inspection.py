@@ -32,6 +32,7 @@ from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.reading.opening import PathLike, detect_source, files_of, os_errors_named, read_unbound
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Fact, Facts, Number, Plain
+from vraxion_ckpt.wording import numbered
 
 # An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
 MOST_OPENED = 16
@@ -261,9 +262,9 @@ def inspect(
         losses=_losses_by_format(checkpoint),
         tensors=_tree(checkpoint, values=values) if tensors or values else None,
     )
-    zero = [str(expert.id) for expert in facts.experts if expert.zero]
+    zero = [expert.id for expert in facts.experts if expert.zero]
     if zero:
-        message = f"all weights of expert{'s' * (len(zero) > 1)} {', '.join(zero)} are zero; {HOW_TO_RESTORE}"
+        message = f"all weights of {numbered('expert', zero)} are zero; {HOW_TO_RESTORE}"
         warnings.warn(message, CkptWarning, stacklevel=2)
     if values:
         checkpoint.sources.verify()

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
+from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.wording import count, listed
 
 # Sums, means or maxima of squares or of absolute values, in torch's optimizers and in Hugging Face's Adafactor.
 _NEVER_NEGATIVE = frozenset(
@@ -106,7 +107,7 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
         yield Finding(
             severity=Severity.NOTE,
             rule="state",
-            what=f"{len(without)} of {len(group)} have no state ({first_few(without)}): no gradient so far, or lost",
+            what=f"{len(without)} of {len(group)} have no state ({listed(without, 4)}): no gradient so far, or lost",
             where=f"optimizer group {number}",
         )
     alike: dict[int, list[_Parameter]] = defaultdict(list)
@@ -115,13 +116,13 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
             alike[parameter.dimensions].append(parameter)
     for parameters in alike.values():
         counts = Counter(slot for parameter in parameters for slot in parameter.slots)
-        for slot, count in counts.items():
+        for slot, holders in counts.items():
             lacking = [parameter.name for parameter in parameters if slot not in parameter.slots]
-            if lacking and 2 * count >= len(parameters):
+            if lacking and 2 * holders >= len(parameters):
                 yield Finding(
                     severity=Severity.WARNING,
                     rule="state",
-                    what=f"slot {slot} is missing for {len(lacking)} ({first_few(lacking)}); {count} like them have it",
+                    what=f"slot {slot} is missing for {listed(lacking, 4)}; {holders} like them have it",
                     where=f"optimizer group {number}",
                 )
 
@@ -141,10 +142,10 @@ def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
             steps[step].append(parameter.name)
     if len(steps) > 1:
         usual, *others = sorted(steps, key=lambda step: (-len(steps[step]), -step))
-        told = [f"{step:g} for {len(steps[step])} ({first_few(steps[step])})" for step in others]
+        told = [f"{step:g} for {len(steps[step])} ({listed(steps[step], 4)})" for step in others]
         what = (
-            f"step is {usual:g} for {len(steps[usual])} parameters, but {'; '.join(told[:4])}"
-            f"{'; …' * (len(told) > 4)}: an expert that was not routed to has fewer"
+            f"step is {usual:g} for {count(len(steps[usual]), 'parameter')}, but {listed(told, 4, '; ')}: "
+            "an expert that was not routed to has fewer"
         )
         yield Finding(severity=Severity.NOTE, rule="step", what=what, where="optimizer")
 
@@ -166,8 +167,8 @@ def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
     for (slot, _), names in found.items():
         usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
         for dtype in others:
-            few = f"{len(names[dtype])} ({first_few(names[dtype])})"
-            what = f"slot {slot} is {usual} for {len(names[usual])} parameters, but {dtype} for {few}"
+            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but "
+            what += f"{dtype} for {listed(names[dtype], 4)}"
             yield Finding(severity=Severity.WARNING, rule="dtype", what=what, where="optimizer")
 
 

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
 from vraxion_ckpt.support.json_models import Number
+from vraxion_ckpt.wording import count, listed, numbered
 
 _PIECE = 2**20
 
@@ -36,7 +36,7 @@ def findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield from _expert_findings(checkpoint.head)
         if checkpoint.lifecycle and set(checkpoint.lifecycle) != set(range(checkpoint.num_experts)):
             yield (
-                f"lifecycle rows are for experts {_brief(sorted(checkpoint.lifecycle))}, "
+                f"lifecycle rows are for {numbered('expert', sorted(checkpoint.lifecycle), 4)}, "
                 f"the head has {checkpoint.num_experts}"
             )
     yield from _router_findings(checkpoint)
@@ -47,14 +47,14 @@ def _head_findings(head: Head) -> Iterator[str]:
     ids = [*head.experts, *head.deleted]
     present = set(ids)
     if len(ids) != len(set(ids)):
-        yield f"experts {_brief(sorted(set(head.experts) & head.deleted))} are both live and deleted"
+        yield f"{numbered('expert', sorted(set(head.experts) & head.deleted), 4)} are both live and deleted"
     elif present != set(range(len(ids))):
         missing = next(i for i in range(len(ids)) if i not in present)
         yield f"expert ids have a hole: there is no expert {missing}, and it is not listed as deleted"
     if not head.experts:
         yield "the head has no expert"
     if head.kind is HeadKind.SINGLE and ids != [0]:
-        yield f"a single head has exactly expert 0, not {_brief(ids)}"
+        yield f"a single head has exactly expert 0, not {listed(ids, 4)}"
     if len(set(map(id, head.experts.values()))) != len(head.experts):
         yield "two experts are one object and would share their storage"
 
@@ -83,8 +83,8 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
         wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
         if len(wrong):
             yield (
-                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but there are "
-                f"{checkpoint.num_experts} experts ({len(wrong)} such addresses)"
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, of "
+                f"{count(checkpoint.num_experts, 'expert')}; {count(len(wrong), 'address')} in all"
             )
 
 
@@ -127,12 +127,12 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     for number, group in enumerate(groups):
         old, new = ([name for (is_after, name), _ in group if is_after == side] for side in (0, 1))
         if len(new) > max(1, len(old)):
-            yield f"{_brief(new)} share memory"
+            yield f"{listed(new, 4)} share memory"
         tied = [name for name in old if name in model and name in now]
         # Under one of the names there may now be another expert, renumbered; what was put there anew is the danger.
         left = [name for name in tied if place.get((1, name)) == number or place.get((1, name)) not in former]
         if len({place.get((1, name), name) for name in left}) > 1:
-            yield f"{_brief(left)} shared memory and do no longer"
+            yield f"{listed(left, 4)} shared memory and do no longer"
 
 
 def shared_names(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
@@ -177,17 +177,17 @@ class Preservation:
 
     def __str__(self) -> str:
         if not self.changed:
-            return f"yes, bit-identical at all {self.addresses} addresses"
+            return f"yes, bit-identical at all {count(self.addresses, 'address')}"
         if self.noise and self.as_asked:
             within = (
-                f"within the noise of {self.noise:g}: {self.changed} of {self.addresses} addresses, "
+                f"within the noise of {self.noise:g}: {self.changed:,} of {count(self.addresses, 'address')}, "
                 f"largest difference {self.max_abs:.3g}"
             )
             if not self.nonfinite:
                 return within
             return f"finite weights {within}; at {self.nonfinite} of them, some weights are NaN or infinite as before"
         how = f"largest difference {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "which cannot be compared"
-        return f"no: {self.changed} of {self.addresses} addresses, {how}"
+        return f"no: {self.changed:,} of {count(self.addresses, 'address')}, {how}"
 
 
 def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.0) -> Preservation | None:
@@ -204,14 +204,14 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
     pairs, counts = np.unique(np.stack([old, new]), axis=1, return_counts=True)
     changed = nonfinite = 0
     max_abs = 0.0
-    for (was, now), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+    for (was, now), number in zip(pairs.T.tolist(), counts.tolist(), strict=True):
         a, b = before.head.experts.get(was), after.head.experts.get(now)
         if (a is None and b is None and was == now) or (a is not None and b is not None and _same_expert(a, b)):
             continue
-        changed += count
+        changed += number
         largest, finite = _largest_difference(a, b)
         max_abs = max(max_abs, largest)
-        nonfinite += 0 if finite else count
+        nonfinite += 0 if finite else number
     return Preservation(len(new), changed, max_abs, noise, nonfinite)
 
 
@@ -237,8 +237,3 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))
             finite = finite and bool((one.isfinite() & other.isfinite()).all())
     return largest, finite
-
-
-def _brief(items: list[Any], most: int = 4) -> str:
-    shown = ", ".join(map(str, items[:most]))
-    return shown if len(items) <= most else f"{shown}, … ({len(items)} in all)"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
+from vraxion_ckpt.cli.terminal import Line, print_lines, put, size
 from vraxion_ckpt.conversion.edit import Edited, EditKind
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.recipes.recipe import Ran
+from vraxion_ckpt.wording import count, listed
 
 _HOW = {
     EditKind.NOTHING: "nothing to change",
@@ -51,7 +52,7 @@ def edited(done: Edited, *, verbose: bool = False) -> None:
     files = [(wrote, done.written), (removed, done.removed)]
     lines += [(what, listed(names)) for what, names in files if names and names != (".",)]
     if done.untouched:
-        lines.append(("untouched", f"{done.untouched} file{'s' * (done.untouched != 1)}"))
+        lines.append(("untouched", count(done.untouched, "file")))
     if done.kept is not None:
         lines.append(("kept", f"the previous state, as {done.kept}"))
     lines += _what_became(done)
@@ -62,7 +63,7 @@ def edited(done: Edited, *, verbose: bool = False) -> None:
 
 def _what_became(done: Summary) -> list[Line]:
     tensors = ", ".join(f"{n} {what}" for what, n in done.tensors if n) or "none"
-    moved = f"{done.addresses_moved} address{'es' * (done.addresses_moved != 1)}"
+    moved = f"{count(done.addresses_moved, 'address')}"
     lines: list[Line] = [
         (
             "experts",

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vraxion_ckpt.analysis.changes import Change, Difference, RingChange, Side
-from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
+from vraxion_ckpt.cli.terminal import Line, print_lines, put, size
+from vraxion_ckpt.wording import count, listed
 
 _MOST_ROWS = 12
 _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed": "red"}
@@ -33,7 +34,7 @@ def difference(facts: Difference) -> None:
 
 def _side(side: Side) -> str:
     step = "" if side.step is None else f", step {side.step}"
-    return f"{side.path} ({side.format}, {side.num_experts} expert{'s' * (side.num_experts != 1)}{step})"
+    return f"{side.path} ({side.format}, {count(side.num_experts, 'expert')}{step})"
 
 
 def _arcs(ring: RingChange) -> str:

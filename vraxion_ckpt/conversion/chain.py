@@ -21,6 +21,7 @@ from vraxion_ckpt.plugins.lent_tensors import MadeTensors, WriteCounts, wrote_in
 from vraxion_ckpt.plugins.options import resolved
 from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
 from vraxion_ckpt.plugins.transform import Step
+from vraxion_ckpt.wording import count, numbered
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,16 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
     parts = []
     if before.head and after.head and before.head.kind != after.head.kind:
         parts.append(f"{before.head.kind} → {after.head.kind} head")
-    parts.append(f"{before.num_experts} → {after.num_experts} experts")
+    parts.append(f"{before.num_experts:,} → {count(after.num_experts, 'expert')}")
     moved = moved_addresses(before, after)
     if moved:
-        parts.append(f"{moved} address{'es' * (moved != 1)} moved")
+        parts.append(f"{count(moved, 'address')} moved")
     replaced = _replaced_experts(before, after)
     if replaced:
-        parts.append(f"expert{'s' * (len(replaced) != 1)} {', '.join(map(str, replaced))} replaced")
+        parts.append(f"{numbered('expert', replaced)} replaced")
     if after.plan is not None and after.plan != before.plan:
         note = f" ({after.plan.note})" if after.plan.note else ""
-        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses{note}")
+        parts.append(f"plan: expert {after.plan.parent} gives up {count(len(after.plan.addresses), 'address')}{note}")
     return ", ".join(parts)
 
 

@@ -24,6 +24,7 @@ from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
 from vraxion_ckpt.plugins.plugin_calls import defect, observed
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import OptimizerPolicy, check_names, refuse
+from vraxion_ckpt.wording import count
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -143,8 +144,8 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
     lacking = list(placement.lacking(checkpoint)) if policy == "keep" else []
     if lacking and placement.is_undecided_in_head(checkpoint):
         raise BindingError(
-            f"the optimizer lacks {len(lacking)} parameters of experts, and it cannot be told which: no trainer that "
-            "trains all experts can load it",
+            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, and it cannot be told "
+            "which: no trainer that trains all experts can load it",
             path=checkpoint.origin.path,
             key="optimizer",
             hint="give the names of those that it has (--param-names FILE) and add the others, without state "

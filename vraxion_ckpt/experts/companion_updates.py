@@ -24,6 +24,7 @@ from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companions import Companion, find, prefixes_of
 from vraxion_ckpt.experts.surgery import copy_of, is_master_copy
 from vraxion_ckpt.optimizer.parameter_order import order_of
+from vraxion_ckpt.wording import listed
 
 CompanionPolicy = Literal["grow", "keep", "drop"]
 
@@ -52,10 +53,10 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
     if not found:
         return after
     if policy == "keep":
-        _warn(f"carried along unchanged, as asked: {_listed(found)}")
+        _warn(f"carried along unchanged, as asked: {listed(found, 3)}")
         return after
     if policy == "drop":
-        _warn(f"left out, as asked: {_listed(found)}")
+        _warn(f"left out, as asked: {listed(found, 3)}")
         return _dropped(after, found)
     if not router_only and not after.ancestors and before.head.kind == after.head.kind:
         _refuse_unknown_origin(before, after, found[0])
@@ -67,11 +68,6 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
 
 def _warn(message: str) -> None:
     warnings.warn(message, CkptWarning, stacklevel=4)
-
-
-def _listed(found: list[Companion]) -> str:
-    shown = ", ".join(map(str, found[:3]))
-    return shown if len(found) <= 3 else f"{shown}, … ({len(found)} in all)"
 
 
 def _head_has_changed(before: Checkpoint, after: Checkpoint) -> bool:

@@ -25,6 +25,7 @@ from vraxion_ckpt.checkpoint.plain_data import bytes_of
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
+from vraxion_ckpt.wording import listed
 
 OptimizerPolicy = Literal["copy", "reset"]
 
@@ -267,8 +268,8 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
                 lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed".replace("torch.", ""))
     if lost:
         message = (
-            f"noise of {noise:g} changes little or nothing in {new.removesuffix('.')}: {'; '.join(lost[:3])}"
-            f"{f'; and {len(lost) - 3} more' if lost[3:] else ''}; there the clone is a copy of its parent"
+            f"noise of {noise:g} changes little or nothing in {new.removesuffix('.')}: {listed(lost, 3, '; ')}"
+            "; there the clone is a copy of its parent"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
 

@@ -36,6 +36,7 @@ from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT, Assignment, Candidates, GroupShapes, by_shape, in_order
 from vraxion_ckpt.optimizer.parameter_order import lists_of, model_order, order_of
 from vraxion_ckpt.optimizer.trainers import known_trainer
+from vraxion_ckpt.wording import count
 
 OptimizerOrder = Literal["model", "sorted", "reversed"]
 
@@ -241,8 +242,7 @@ def _all_same(found: Mapping[OrderKind, Assignment]) -> bool:
 
 
 def _in_words(found: Assignment) -> str:
-    count = len(found.undecided)
-    return f"; {count} name{'s' * (count != 1)} could belong to other ids" if count else ""
+    return f"; {count(len(found.undecided), 'name')} could belong to other ids" if found.undecided else ""
 
 
 def _fits(wanted: Shape | None, shape: Shape | None) -> bool:
@@ -301,7 +301,8 @@ def _check_names_in_groups(raw: RawOptimizer, given: Sequence[str] | None) -> No
 def _check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
     if len(names) != len(raw.ids):
         raise BindingError(
-            f"{len(names)} names are in {whose}, {len(raw.ids)} parameters in the optimizer", hint=WAYS_OUT
+            f"{count(len(names), 'name')} in {whose}, {count(len(raw.ids), 'parameter')} in the optimizer",
+            hint=WAYS_OUT,
         )
     seen: set[str] = set()
     for name in names:

@@ -15,6 +15,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
 from vraxion_ckpt.errors import BindingError, UsageError
 from vraxion_ckpt.optimizer.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
+from vraxion_ckpt.wording import count
 
 _WAYS_OUT = (
     "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
@@ -255,7 +256,7 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if is_undecided_in_head(checkpoint):
         raise BindingError(
-            f"the optimizer lacks {len(missing)} parameters of experts, and it cannot be told which",
+            f"the optimizer lacks {count(len(missing), 'parameter')} of experts, and it cannot be told which",
             key="optimizer",
             hint="give the names of those that it has, in its order, one a line: --param-names FILE",
         )

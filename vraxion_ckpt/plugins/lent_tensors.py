@@ -25,6 +25,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tenso
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, named_tensors
 from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
+from vraxion_ckpt.wording import listed
 
 _SMALL = 2**20  # bytes; of more, a checksum takes longer than to open the file again and compare
 
@@ -223,4 +224,4 @@ def _open_experts(checkpoint: Checkpoint) -> Iterable[tuple[int, Expert]]:
 
 def wrote_into(names: Sequence[str]) -> str:
     """Say in words that a plugin wrote into tensors."""
-    return f"wrote into a tensor of its input: {', '.join(names[:3])}{', …' * (len(names) > 3)}"
+    return f"wrote into a tensor of its input: {listed(names, 3)}"

@@ -34,6 +34,7 @@ from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapter
 from vraxion_ckpt.plugins.options import configure
+from vraxion_ckpt.wording import listed
 
 PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
@@ -212,6 +213,6 @@ def os_errors_named(*paths: PathLike) -> Iterator[None]:
 
 def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:
     """Raise `error` with the first few findings, if there is any."""
-    listed = list(islice(findings, 20))
-    if listed:
-        raise error("; ".join(listed[:3]) + (f"; and {len(listed) - 3} more" if listed[3:] else ""), path=path)
+    found = list(islice(findings, 20))
+    if found:
+        raise error(listed(found, 3, "; "), path=path)

@@ -28,6 +28,7 @@ from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike
 from vraxion_ckpt.recipes.variables import Filling, nearest
 from vraxion_ckpt.support.json_models import Facts
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, load
+from vraxion_ckpt.wording import count, listed
 
 _T = TypeVar("_T")
 
@@ -165,7 +166,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
         )
         for output in outputs
     )
-    summary = f"recipe {place.name}: {len(chain)} steps, {len(targets)} target{'s' * (len(targets) != 1)}"
+    summary = f"recipe {place.name}: {count(len(chain), 'step')}, {count(len(targets), 'target')}"
     options = {"recipe": place.name, **{key: filled[key] for key in filled if key != "schema"}}
     record = Record("run", options, "vraxion-ckpt", __version__, Path(source.path).name, summary)
     return Ready(place, source, chain, targets, record, recipe.result_order, recipe.companions)
@@ -323,10 +324,8 @@ def _check_formats(yaml: Yaml, filled: Mapping[str, Any], problems: list[Problem
 def _listed(path: Path, problems: Sequence[Problem]) -> str:
     unique = list(dict.fromkeys(problems))
     ordered = sorted(unique, key=lambda problem: problem.line or 0)
-    number = "1 thing is" if len(ordered) == 1 else f"{len(ordered)} things are"
-    told = [f"  {problem}" for problem in ordered[:_MOST_TOLD]]
-    more = [f"  and {len(ordered) - _MOST_TOLD} more"] if ordered[_MOST_TOLD:] else []
-    return "\n".join([f"{path}: {number} wrong with it", *told, *more])
+    told = listed(ordered, _MOST_TOLD, "\n  ")
+    return f"{path}: {count(len(ordered), 'problem')}\n  {told}"
 
 
 # --- the schema ---

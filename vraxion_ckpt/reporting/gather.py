@@ -17,8 +17,9 @@ from vraxion_ckpt.checkpoint.load_balance import Signs
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
 from vraxion_ckpt.checkpoint.ring import Arc, Ints, Weights
-from vraxion_ckpt.reporting.words import addresses, experts, percent
+from vraxion_ckpt.reporting.words import percent
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.wording import count
 
 # A matrix of more is no picture any more.
 MOST_COMPARED = 64
@@ -195,7 +196,7 @@ def _experts(checkpoint: Checkpoint) -> str:
     if checkpoint.head.kind is HeadKind.SINGLE:
         return "a single head"
     deleted = f", {len(checkpoint.head.deleted):,} of them deleted" if checkpoint.head.deleted else ""
-    return experts(checkpoint.num_experts) + deleted
+    return count(checkpoint.num_experts, "expert") + deleted
 
 
 def _headline(
@@ -212,13 +213,13 @@ def _headline(
         if before.head is not checkpoint.head:
             told.append(f"{_experts(before)} → {_experts(checkpoint)}")
     elif before.num_experts != checkpoint.num_experts:
-        told.append(f"{before.num_experts:,} → {experts(checkpoint.num_experts)}")
+        told.append(f"{before.num_experts:,} → {count(checkpoint.num_experts, 'expert')}")
     if difference is not None and difference.ring is not None:
         told.append(_moved(difference.ring.flows))
     elif hot is not None and hot.child is not None:
-        told.append(f"{addresses(len(hot.addresses))} went from expert {hot.parent} to expert {hot.child}")
+        told.append(f"{count(len(hot.addresses), 'address')} went from expert {hot.parent} to expert {hot.child}")
     if hot is not None and hot.child is None:
-        told.append(f"a split is planned: expert {hot.parent} gives up {addresses(len(hot.addresses))}")
+        told.append(f"a split is planned: expert {hot.parent} gives up {count(len(hot.addresses), 'address')}")
     if before is not None and difference is not None and difference.ring is None:
         told.append(_unmoved(before, checkpoint))
     if signs is not None and signs.before is not None:
@@ -232,9 +233,9 @@ def _headline(
 def _moved(flows: Sequence[Flow]) -> str:
     """Tell which addresses have gone from where to where; of many such flows, only how many addresses."""
     if len(flows) > _MOST_FLOWS:
-        return f"{addresses(sum(flow.addresses for flow in flows))} have another owner"
+        return f"{count(sum(flow.addresses for flow in flows), 'address')} have another owner"
     first, *others = flows
-    told = [f"{addresses(first.addresses)} went from expert {first.before} to expert {first.after}"]
+    told = [f"{count(first.addresses, 'address')} went from expert {first.before} to expert {first.after}"]
     return ", ".join(told + [f"{one.addresses:,} from expert {one.before} to expert {one.after}" for one in others])
 
 
@@ -242,7 +243,7 @@ def _unmoved(before: Checkpoint, checkpoint: Checkpoint) -> str:
     lengths = [len(one.router_map) if one.router_map is not None and one.head else 0 for one in (before, checkpoint)]
     if lengths[0] == lengths[1]:
         return "no address has another owner" if lengths[0] else "there is no ring"
-    return " → ".join(addresses(length) if length else "no ring" for length in lengths)
+    return " → ".join(count(length, "address") if length else "no ring" for length in lengths)
 
 
 # --- experts ---

@@ -41,6 +41,7 @@ from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss, Part
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import NameList
 from vraxion_ckpt.support import json_files, progress
+from vraxion_ckpt.wording import listed
 from vraxion_ckpt_adapters.modular.meta import (
     META,
     check_meta,
@@ -216,9 +217,7 @@ class ModularAdapter(Adapter):
         tied = sorted(tied_across_files(checkpoint))
         lost = []
         if tied:
-            lost.append(
-                Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")
-            )
+            lost.append(Loss(f"tied tensors {listed(tied, 3)}", "each shard is a file of its own, with its own copy"))
         if checkpoint.head and list(checkpoint.head.experts) != sorted(checkpoint.head.experts):
             lost.append(Loss("the experts' order in the state dict", "shards have none but that of their ids"))
         return lost

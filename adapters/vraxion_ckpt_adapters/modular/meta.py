@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.errors import CkptWarning, InconsistentError
 from vraxion_ckpt.formats.payload import Parsed
 from vraxion_ckpt.support import json_files
+from vraxion_ckpt.wording import count, numbered
 
 META = "experts/meta.json"
-_MOST_NAMED = 8
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
 
@@ -101,7 +101,9 @@ def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, 
             raise InconsistentError(f"is a second row for expert {row['id']}", path=path, key=key)
         rows[row["id"]] = _row_from_json(row, path, key)
     if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
-        raise InconsistentError(f"has {len(rows)} rows for {num_experts} experts", path=path, key="experts")
+        raise InconsistentError(
+            f"has {count(len(rows), 'row')} for {count(num_experts, 'expert')}", path=path, key="experts"
+        )
     return dict(sorted(rows.items()))
 
 
@@ -172,17 +174,11 @@ def rows_of(
     collected = sorted(listed & head.experts.keys())
     if collected:
         message = (
-            f"{root / META}: lists {_numbered(collected)} as deleted, but the weights are there: "
+            f"{root / META}: lists {numbered('expert', collected)} as deleted, but the weights are there: "
             "read as live, as trainers do"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
     return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
-
-
-def _numbered(ids: Sequence[int]) -> str:
-    """Name experts by their ids; of many, only the first ones."""
-    more = f", … ({len(ids)} in all)" if len(ids) > _MOST_NAMED else ""
-    return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:_MOST_NAMED]))}{more}"
 
 
 def is_without_rows(checkpoint: Checkpoint, dialect: MetaDialect) -> bool:

@@ -20,8 +20,8 @@ from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptWarning, CorruptError, InconsistentError, StorageError
 from vraxion_ckpt.formats import torch_file
 from vraxion_ckpt.plugins.adapter import Part
+from vraxion_ckpt.wording import listed
 
-_MOST_NAMED = 8
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
 
 
@@ -65,7 +65,7 @@ def leftovers(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
 
 def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
     """Say which shards are not looked at, and why."""
-    names = ", ".join(map(shard_name, ids[:_MOST_NAMED])) + ", …" * (len(ids) > _MOST_NAMED)
+    names = listed([shard_name(expert) for expert in ids])
     message = (
         f"{root / 'experts'}: {names} {'are' if len(ids) > 1 else 'is'} left from an earlier save and ignored, "
         f"as trainers do, since {why}; edit keeps such files, convert leaves them out"
