@@ -17,7 +17,8 @@ CORE = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__ini
 PLUGINS = sorted([*(ROOT / "adapters").rglob("*.py"), *(ROOT / "transforms").rglob("*.py")])
 TOP_LEVEL = {"_version", "errors", "plugin_api", "printable", "wording"}
 
-# The rooms in the order of the data flow. Each may import the rooms that are listed for it, `errors`, `printable` and `wording`.
+# The rooms in the order of the data flow. Each may import the rooms that are listed for it, and `errors`, `printable`
+# and `wording`.
 MAY_IMPORT = {
     "support": set(),
     "commit": {"support"},

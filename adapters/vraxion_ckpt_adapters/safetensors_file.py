@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from pydantic import ByteSize, Field
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Origin
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.plain_data import checksum, named_tensors
 from vraxion_ckpt.checkpoint.shared_memory import sharing, view_of
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.commit.system_calls import write_new
@@ -282,10 +281,9 @@ def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Return what tells a save from any other that differs in a bit: shards of two must not be mixed."""
     digest = hashlib.sha256(document.dumps(facts).encode())
     for name, tensor in tensors.items():
-        crc = 0
-        for piece in safetensors_file.pieces(tensor):
-            crc = zlib.crc32(piece, crc)
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape), crc)).encode(errors="backslashreplace"))
+        digest.update(
+            repr((name, str(tensor.dtype), tuple(tensor.shape), checksum(tensor))).encode(errors="backslashreplace")
+        )
     return digest.hexdigest()[:16]
 
 

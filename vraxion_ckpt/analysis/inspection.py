@@ -20,7 +20,7 @@ from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import Signs
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, named_tensors, size_of
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces, named_tensors, size_of
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
@@ -37,7 +37,6 @@ from vraxion_ckpt.wording import numbered
 # An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
 MOST_OPENED = 16
 _MOST_OWNERS = 4096
-_PIECE = 2**20
 
 
 class ValueFacts(Fact):
@@ -422,9 +421,8 @@ def value_facts(tensor: Tensor) -> ValueFacts:
         return ValueFacts(minimum=ends[0], maximum=ends[1], nans=0, infinities=0)
     nans = infinities = 0
     low, high = float("inf"), float("-inf")
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, len(flat), _PIECE):
-        piece = as_numbers(flat[start : start + _PIECE])
+    for (part,) in in_pieces(tensor):
+        piece = as_numbers(part)
         if piece is None:
             break
         nan, finite = piece.isnan(), piece.isfinite()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.checkpoint.plain_data import as_comparable, as_numbers, in_pieces
 from vraxion_ckpt.wording import count, listed
 
 # Sums, means or maxima of squares or of absolute values, in torch's optimizers and in Hugging Face's Adafactor.
@@ -27,7 +27,6 @@ _NEVER_NEGATIVE = frozenset(
     }
 )
 _STATE = "optimizer.state."
-_PIECE = 2**22
 
 
 def is_never_negative(place: str, tensor: Tensor) -> bool:
@@ -38,10 +37,9 @@ def is_never_negative(place: str, tensor: Tensor) -> bool:
 
 def count_negative(tensor: Tensor) -> int:
     """Count the elements below zero, a piece at a time; −0 is not below zero."""
-    flat, found = tensor.detach().reshape(-1), 0
-    for start in range(0, len(flat), _PIECE):
-        piece = flat[start : start + _PIECE]
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece  # torch compares most dtypes as they are
+    found = 0
+    for (piece,) in in_pieces(tensor):
+        numbers = as_comparable(piece)
         if numbers is not None:
             found += int((numbers < 0).sum())
     return found

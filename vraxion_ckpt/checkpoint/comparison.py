@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, size_of
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, in_pieces, size_of
 from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support import progress
@@ -46,13 +46,11 @@ def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
     """Return the CRC-32 of `b` if `a` has the same bits, else None; reads each of them from memory once."""
     if not _alike(a, b):
         return None
-    x, y = bytes_of(a), bytes_of(b)  # both are held: what is not stored so is a copy
-    data, crc = y.numpy().data, 0
-    for at in range(0, len(data), _PIECE):
-        piece = data[at : at + _PIECE]
-        if _memcmp(x.data_ptr() + at, y.data_ptr() + at, len(piece)):
+    crc = 0
+    for x, y in in_pieces(bytes_of(a), bytes_of(b), size=_PIECE):
+        if _memcmp(x.data_ptr(), y.data_ptr(), len(x)):
             return None
-        crc = zlib.crc32(piece, crc)
+        crc = zlib.crc32(y.numpy().data, crc)
     return crc
 
 

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of
+from vraxion_ckpt.checkpoint.plain_data import as_comparable, bytes_of, in_pieces
 from vraxion_ckpt.errors import TransformError
 
 # Statistics that torch's normalisation layers keep in buffers; hibernation zeroes parameters only.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HOW_TO_RESTORE = "if a trainer hibernated experts, restore_hibernated:snapshots=DIR puts their weights back"
 _FIRST_PIECE = 2**10  # the first nonzero weight is nearly always here
-_PIECE = 2**22
 
 
 def is_zero(expert: Mapping[str, Tensor]) -> bool:
@@ -48,8 +47,7 @@ def is_finite(tensor: Tensor) -> bool:
     if not _is_inexact(tensor):
         return True
     for piece in _pieces(tensor):
-        # torch implements `isfinite` for most dtypes, but not for those of one byte.
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece
+        numbers = as_comparable(piece)
         if numbers is not None and not bool(numbers.isfinite().all()):
             return False
     return True
@@ -94,7 +92,7 @@ def _is_inexact(tensor: Tensor) -> bool:
 
 def _all_zero(tensor: Tensor) -> bool:
     for piece in _pieces(tensor):
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece
+        numbers = as_comparable(piece)
         values = bytes_of(piece) if numbers is None else numbers  # of packed dtypes, only the bytes can be read
         if bool(values.any()):
             return False
@@ -104,5 +102,4 @@ def _all_zero(tensor: Tensor) -> bool:
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     flat = tensor.detach().reshape(-1)
     yield flat[:_FIRST_PIECE]
-    for start in range(_FIRST_PIECE, len(flat), _PIECE):
-        yield flat[start : start + _PIECE]
+    yield from (piece for (piece,) in in_pieces(flat[_FIRST_PIECE:]))

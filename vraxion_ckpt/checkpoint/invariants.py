@@ -19,14 +19,12 @@ from torch import Tensor
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
 from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
 from vraxion_ckpt.support.json_models import Number
 from vraxion_ckpt.wording import count, listed, numbered
-
-_PIECE = 2**20
 
 
 def findings(checkpoint: Checkpoint) -> Iterator[str]:
@@ -228,11 +226,8 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool
         if a[leaf].shape != b[leaf].shape:
             return float("inf"), True
         wide = torch.complex128 if a[leaf].is_complex() else torch.float64
-        # A piece at a time: the difference of two large experts must not double the memory.
-        x, y = a[leaf].detach().reshape(-1), b[leaf].detach().reshape(-1)
-        for start in range(0, len(x), _PIECE):
-            piece = slice(start, start + _PIECE)
-            one, other = x[piece].to(wide), y[piece].to(wide)
+        for x, y in in_pieces(a[leaf], b[leaf]):
+            one, other = x.to(wide), y.to(wide)
             same = (one == other) | (one.isnan() & other.isnan())  # an infinity less itself is not a number
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))
             finite = finite and bool((one.isfinite() & other.isfinite()).all())

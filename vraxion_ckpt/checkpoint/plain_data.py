@@ -5,6 +5,7 @@ That is dicts, lists, tuples, text, numbers, None, and dense tensors whose eleme
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -107,6 +108,26 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
+def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the elements of tensors, so many of each at a time, so that what is made of them takes little memory.
+
+    Args:
+        tensors: all of one number of elements.
+        size: how many elements of each.
+
+    Yields:
+        tensors of one dimension, one of each; views, if the tensors are contiguous.
+    """
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    for start in range(0, len(flat[0]), size):
+        yield tuple(one[start : start + size] for one in flat)
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's elements as they are stored."""
+    return zlib.crc32(bytes_of(tensor).numpy().data)
+
+
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
     for key in item:
         if type(key) not in (str, int):
@@ -156,6 +177,11 @@ def _spell(place: _Place) -> str | None:
         parts.append(f"[{key}]" if isinstance(key, int) else f".{key}")
     text = "".join(reversed(parts)).removeprefix(".")
     return (text if len(text) <= 200 else text[:200] + "…") or None
+
+
+def as_comparable(tensor: Tensor) -> Tensor | None:
+    """Return a tensor that torch can compare with a number: itself, or its values if it has a dtype of one byte."""
+    return as_numbers(tensor) if tensor.itemsize == 1 else tensor
 
 
 def as_numbers(tensor: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
-from vraxion_ckpt.checkpoint.plain_data import bytes_of
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, in_pieces
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
@@ -276,9 +276,9 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
 
 def _count_changed(old: Tensor, new: Tensor) -> int:
     """Count the elements whose bits differ, a piece at a time: temporaries stay small however large the tensors are."""
-    a, b, size = bytes_of(old), bytes_of(new), old.itemsize
-    pieces = (slice(start, start + _PIECE * size) for start in range(0, len(a), _PIECE * size))
-    return sum(int((a[piece].view(-1, size) != b[piece].view(-1, size)).any(1).sum()) for piece in pieces)
+    size = old.itemsize
+    pieces = in_pieces(bytes_of(old), bytes_of(new), size=_PIECE * size)
+    return sum(int((a.view(-1, size) != b.view(-1, size)).any(1).sum()) for a, b in pieces)
 
 
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
@@ -286,8 +286,7 @@ def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
     # Narrow types cannot be drawn or added in directly; in at least single precision the sum rounds once.
     wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    for start in range(0, len(flat), _PIECE):
-        piece = flat[start : start + _PIECE]
+    for (piece,) in in_pieces(flat, size=_PIECE):
         drawn = torch.randn(piece.shape, generator=generator, dtype=wide)
         piece.copy_((piece.to(wide) + noise * drawn).to(flat.dtype))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, size_of
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, in_pieces, size_of
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.errors import (
     CorruptError,
@@ -243,8 +243,8 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         with path.open("xb") as file, progress.bar("writing", size_of(dict(tensors))) as count:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
-                for piece in pieces(tensor):
-                    count(file.write(piece))
+                for (piece,) in in_pieces(bytes_of(tensor), size=_PIECE):
+                    count(file.write(piece.numpy().data))
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
 
@@ -274,10 +274,3 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     if len(raw) > LARGEST_HEADER:
         raise LimitError(f"its header would take {len(raw)} bytes; {LARGEST_HEADER} is the format's bound")
     return raw
-
-
-def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor's elements as they are stored, a piece at a time."""
-    flat = bytes_of(tensor).numpy()
-    for start in range(0, len(flat), _PIECE):
-        yield flat[start : start + _PIECE].data

@@ -14,7 +14,6 @@ of the chain has made with a checksum taken when it returned.
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import different, in_threads
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tensor_state
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, named_tensors
+from vraxion_ckpt.checkpoint.plain_data import checksum, named_tensors
 from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
 from vraxion_ckpt.wording import listed
@@ -198,12 +197,8 @@ def named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def checksums(tensors: Sequence[Tensor]) -> dict[int, int]:
     """Return the CRC-32 of each tensor's elements as they are stored, by the tensor's id."""
     contiguous = [tensor for tensor in tensors if tensor.is_contiguous()]
-    found = dict(zip(map(id, contiguous), in_threads(_checksum, contiguous), strict=True))
-    return found | {id(t): _checksum(t) for t in tensors if not t.is_contiguous()}  # copied, so one at a time
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(bytes_of(tensor).numpy().data)
+    found = dict(zip(map(id, contiguous), in_threads(checksum, contiguous), strict=True))
+    return found | {id(t): checksum(t) for t in tensors if not t.is_contiguous()}  # copied, so one at a time
 
 
 def _outside_experts(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import Signs
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
-from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces
 from vraxion_ckpt.checkpoint.ring import Arc, Ints, Weights
 from vraxion_ckpt.reporting.words import percent
 from vraxion_ckpt.support import progress
@@ -279,9 +279,8 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
     """Return the scalar products of experts of one shape, each taken as one vector; a piece at a time, in float64."""
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for leaf in experts[0]:
-        flat = [expert[leaf].detach().reshape(-1) for expert in experts]
-        for start in range(0, len(flat[0]), _PIECE):
-            rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
+        for pieces in in_pieces(*(expert[leaf] for expert in experts), size=_PIECE):
+            rows = torch.stack([_as_reals(piece) for piece in pieces])
             total += rows @ rows.T
     found: NDArray[np.float64] = total.numpy()
     return np.where(np.isfinite(found), found, np.nan)
