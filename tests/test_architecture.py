@@ -171,6 +171,18 @@ def test_one_module_alone_opens_and_writes_torch_files():
         assert used == ({"torch.load", "torch.save"} if path.stem == "torch_file" else set()), path
 
 
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=str)
+def test_errors_are_not_changed_after_they_were_built(path):
+    if path == PACKAGE / "errors.py":
+        return
+    changed = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) != "self"
+    }
+    assert not changed & {"message", "hint", "written", "not_written", "args"}
+
+
 def test_one_module_alone_calls_adapters():
     """There, what they print is redirected, and what they raise or return wrongly names them."""
     methods = {"detect", "is_directory", "read", "examine", "dialect", "losses", "held", "write", "size"}

@@ -386,10 +386,10 @@ def test_a_full_disk_between_two_renames_is_told_with_all_that_was_written(faili
 def test_a_signal_between_two_targets_comes_too_late(here):
     """The first is in place: the others follow, and the exit code says that all is there."""
     script = (
-        "import os, signal, sys; from vraxion_ckpt import pipeline; from vraxion_ckpt.cli import main\n"
+        "import os, signal, sys; from vraxion_ckpt.conversion import convert; from vraxion_ckpt.cli import main\n"
         "original = convert.publish\n"
         "def also(*args, **how):\n    original(*args, **how); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "pipeline.publish = also\nmain(sys.argv[1:])"
+        "convert.publish = also\nmain(sys.argv[1:])"
     )
     write("source: in.pt\ntargets: [a.pt, b/]\n")
     command = [sys.executable, "-c", script, "run", "recipe.yaml"]

@@ -105,9 +105,9 @@ class ArcMeta(Transform):
             return load_visits(self.visits, ring_len)
         found = discovery.probe_visits(checkpoint)
         if found is None:
-            message, lacking = "no visit counts available", split_plan.lacking_in_request(checkpoint)
-            if lacking is not None:
-                message += f"; the trainer's `mitosis` request {lacking}"
+            lacking = split_plan.lacking_in_request(checkpoint)
+            message = "no visit counts available"
+            message = f"{message}; the trainer's `mitosis` request {lacking}" if lacking else message
             hint = split_plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY
             raise TransformError(message, key=self.name, hint=hint + _about_runtime())
         try:

@@ -131,7 +131,8 @@ class Sources:
                 now = None
             if now != source.fingerprint:
                 raise ChangedError(
-                    "changed while it was being read; nothing was written",
+                    "changed while it was being read",
                     path=source.path,
+                    written=(),
                     hint="wait for the trainer to finish saving, then run again",
                 )

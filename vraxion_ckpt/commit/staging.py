@@ -206,7 +206,7 @@ class Staged:
     def prepare(self) -> None:
         """Flush it to disk, and refuse a target that has appeared: of several, all that can fail early."""
         if os.path.lexists(self.target) and not self.overwrite:
-            raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
+            raise UsageError("has appeared meanwhile", path=self.target, written=())
         flush(self.path, self.target, folders=self.change.pivot == ".")
 
     def publish(
@@ -234,7 +234,7 @@ class Staged:
         folder = self.path.parent
         if os.path.lexists(self.target):
             if not self.overwrite:
-                raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
+                raise UsageError("has appeared meanwhile", path=self.target, written=())
             transaction = Transaction(folder, self.target, self.change, keep_old, check, watched or {})
             transaction.run()
             return transaction.kept
@@ -249,7 +249,7 @@ class Staged:
                 committed.add(self.target)
                 system_calls.fsync(self.target.parent)
         except FileExistsError:
-            raise UsageError("has appeared meanwhile; nothing was written", path=self.target) from None
+            raise UsageError("has appeared meanwhile", path=self.target, written=()) from None
         return None
 
 
@@ -281,9 +281,9 @@ def _for_people(error: BaseException, stage: Staged) -> BaseException:
         error = StorageError.from_os_error(error, error.filename or stage.target)
     if isinstance(error, CkptError):
         if error.path is not None and error.path.is_relative_to(stage.path):
-            error.path = stage.target / error.path.relative_to(stage.path)
+            error = error.with_facts(path=stage.target / error.path.relative_to(stage.path))
         if stage.target in committed and isinstance(error, StorageError):
-            error.message = f"{stage.target} was written, but then: {error.message}"
+            error = error.with_facts(written=tuple(dict.fromkeys([*(error.written or ()), stage.target])))
     return error
 
 

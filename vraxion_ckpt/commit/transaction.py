@@ -145,8 +145,9 @@ class Transaction:
 
     def _give_up(self, name: str) -> NoReturn:
         raise ChangedError(
-            "changed meanwhile; nothing was written",
+            "changed meanwhile",
             path=self._live(name),
+            written=(),
             hint="wait for the trainer to finish saving, then run again",
         )
 

@@ -244,7 +244,8 @@ def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
         check_places(source, place, adapter, overwrite=target.overwrite)
     except UsageError as error:
         if place.exists() and not target.overwrite and leftovers(place):
-            error.hint = "a run that was to write it was interrupted; --overwrite replaces what it has finished"
+            hint = "a run that was to write it was interrupted; --overwrite replaces what it has finished"
+            raise error.with_facts(hint=hint) from error.__cause__
         raise
     return adapter, place
 
@@ -317,16 +318,11 @@ def _publish(staging: Staging, before: Checkpoint) -> None:
             try:
                 publish(stage, manifest, check=check)
             except CkptError as error:
-                if number:
-                    there, lacking = _names(pairs[:number]), _names(pairs[number:])
-                    error.message = error.message.removesuffix("; nothing was written")
-                    written = f"{there} was written, " if not isinstance(error, StorageError) else ""
-                    error.message += f"; {written}{lacking} was not"  # of a StorageError, each stage says it itself
-                raise
-
-
-def _names(pairs: Sequence[tuple[Staged, Staged | None]]) -> str:
-    return ", ".join(str(stage.target) for stage, _ in pairs)
+                if not number:
+                    raise
+                written = [done.target for done, _ in pairs[:number]]
+                lacking = [other.target for other, _ in pairs[number:] if other.target not in committed]
+                raise error.with_facts(written=written, not_written=lacking) from error.__cause__
 
 
 def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:

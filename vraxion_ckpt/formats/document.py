@@ -29,7 +29,7 @@ from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain
 from vraxion_ckpt.checkpoint.shared_memory import view_of
-from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError, raise_if_out_of_memory
+from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError, errors_at, raise_if_out_of_memory
 from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, split_head
 
 PREFIX = f"{OUR_KEY}/"
@@ -146,7 +146,7 @@ def dumps(document: Mapping[str, Any]) -> str:
     try:
         return json.dumps(document, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
-        raise LimitError(str(error)) from error
+        raise LimitError("holds a whole number of thousands of digits") from error
 
 
 class _Stored:
@@ -224,15 +224,12 @@ def load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: 
         UnsupportedError: a newer version wrote it.
         LimitError: it is nested too deeply, or holds too much.
     """
-    try:
+    with errors_at(path):
         checkpoint = _load(tensors, document, path, format_name)
         optimizer = checkpoint.optimizer
         trained = [optimizer.state, optimizer.extra, *(g.options for g in optimizer.groups)] if optimizer else []
         for value in (checkpoint.payload, checkpoint.metadata, *trained):
             check_plain(value)
-    except CkptError as error:
-        error.path = error.path or path
-        raise
     return checkpoint
 
 

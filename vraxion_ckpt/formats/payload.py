@@ -33,7 +33,7 @@ from vraxion_ckpt.checkpoint.model import (
     UnboundOptimizer,
 )
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
-from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError
+from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.optimizer.binding import bind, names_in_payload
 
 OUR_KEY = "vraxion_ckpt"
@@ -133,11 +133,8 @@ def parse_payload(payload: Any, path: Path) -> Parsed:
         InconsistentError: not a dict, no model in it, or entries of the wrong type.
         UnsupportedError: a state dict that holds something else than tensors, or extras of a newer version.
     """
-    try:
+    with errors_at(path):
         return _parse(payload)
-    except (InconsistentError, UnsupportedError) as error:
-        error.path = error.path or path
-        raise
 
 
 def _parse(payload: Any) -> Parsed:

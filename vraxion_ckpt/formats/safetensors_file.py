@@ -28,6 +28,7 @@ from vraxion_ckpt.errors import (
     LimitError,
     StorageError,
     UnsupportedError,
+    errors_at,
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.support import json_files, progress
@@ -234,11 +235,8 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         StorageError: the file cannot be written; the message has the reason.
     """
     ordered = _in_order(tensors)
-    try:
+    with errors_at(path):
         raw = _header(ordered, metadata)
-    except (InconsistentError, LimitError) as error:
-        error.path = path
-        raise
     try:
         with path.open("xb") as file, progress.bar("writing", size_of(dict(tensors))) as count:
             file.write(len(raw).to_bytes(8, "little") + raw)

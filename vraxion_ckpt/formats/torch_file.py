@@ -30,6 +30,7 @@ from vraxion_ckpt.errors import (
     StorageError,
     UnsafeError,
     UsageError,
+    errors_at,
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.formats.pickle_dry_run import Rehearsal
@@ -64,9 +65,9 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
         member = container.members[f"{container.prefix}/data.pkl"]
         pickled = bytes(data[member.start : member.start + member.size])
     try:
-        Rehearsal(pickled, container).load()
-    except CkptError as error:
-        error.path = error.path or path
+        with errors_at(path):
+            Rehearsal(pickled, container).load()
+    except CkptError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise_if_out_of_memory(error, path)

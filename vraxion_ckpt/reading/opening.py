@@ -26,6 +26,7 @@ from vraxion_ckpt.errors import (
     StorageError,
     UnknownFormatError,
     UsageError,
+    errors_at,
     memory_errors,
 )
 from vraxion_ckpt.optimizer import binding, placement
@@ -79,12 +80,9 @@ def read(
         raise UsageError(known, path=path)
     if optimizer == "drop":
         return replace(checkpoint, unbound=None, optimizer=None)
-    try:
+    with errors_at(checkpoint.origin.path):
         bound = binding.bind(checkpoint, param_names, optimizer_order)
         return placement.completed(bound) if optimizer == "complete" else bound
-    except (BindingError, SourceError) as error:
-        error.path = error.path or checkpoint.origin.path
-        raise
 
 
 @memory_errors()
@@ -107,7 +105,8 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
         refuse(InconsistentError, invariants.findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
-            error.hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
+            hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
+            raise error.with_facts(hint=hint) from error.__cause__
         raise
     if was_interrupted(Path(os.path.realpath(place))):
         message = f"{place}: an edit of it was interrupted; {_how_to_settle(place)}"

@@ -19,7 +19,7 @@ from vraxion_ckpt.checkpoint.model import Record
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import LossPolicy
-from vraxion_ckpt.errors import CkptError, UsageError
+from vraxion_ckpt.errors import CkptError, OptionError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
@@ -305,7 +305,7 @@ def _attempt(resolve: Callable[[], _T], place: Place, yaml: Yaml, problems: list
     try:
         return resolve()
     except CkptError as error:
-        hint = f" ({error.hint})" if error.hint and "describe" not in error.hint else ""
+        hint = f" ({error.hint})" if error.hint and not isinstance(error, OptionError) else ""
         problems.append(Problem(place, f"{error.message}{hint}", yaml.line(place)))
     return None
 

@@ -62,9 +62,10 @@ def loads(text: str, path: Path | None = None) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except json.JSONDecodeError as error:
-        raise CorruptError(f"is not JSON: {error}", path=path) from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CorruptError(f"is not JSON: {where}: {error.msg}", path=path) from error
     except ValueError as error:  # an integer of thousands of digits
-        raise InconsistentError(str(error), path=path) from error
+        raise InconsistentError("holds a whole number of thousands of digits", path=path) from error
     except RecursionError as error:
         raise LimitError("is nested too deeply", path=path) from error
 
