@@ -206,7 +206,7 @@ loses: warn
     )
     expected = [
         "line 3: vars.never: is used nowhere",
-        "line 4: source.form: is not known, did you mean 'from'?",
+        "line 4: source.form: unknown entry 'form', did you mean 'from'?",
         "line 7: chain[0].arc_meta.visit: unknown option 'visit', did you mean 'visits'?",
         "line 8: chain[0].arc_meta.parent: option 'parent'",
         "line 9: chain[1]: unknown transform 'mitosis_splt' (did you mean 'mitosis_split'?)",
@@ -217,7 +217,7 @@ loses: warn
         "line 14: targets[0].to: unknown format 'pth'",
         "line 15: targets[1].path: is required",
         "line 16: losses: ",
-        "line 17: loses: is not known, did you mean 'losses'?",
+        "line 17: loses: unknown entry 'loses', did you mean 'losses'?",
     ]
     for part in expected:
         assert any(part in line for line in told), (part, told)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 
@@ -27,3 +28,9 @@ def listed(items: Collection[object], most: int = 8, separator: str = ", ") -> s
 def numbered(noun: str, ids: Collection[object], most: int = 8) -> str:
     """Return things that are named by numbers, like ``expert 3`` or ``experts 1, 2, 5``."""
     return f"{noun if len(ids) == 1 else plural(noun)} {listed(ids, most)}"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a question for the name that was probably meant, like ``did you mean 'noise'?``; empty if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from vraxion_ckpt.errors import CkptError, InconsistentError, StorageError
 from vraxion_ckpt.support import json_files, progress
 from vraxion_ckpt.support.json_models import Fact, Facts
+from vraxion_ckpt.support.model_errors import refusals
 
 # The path of a checkpoint that is one file.
 SELF = "."
@@ -82,9 +83,8 @@ def load(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise InconsistentError(problem["msg"].removeprefix("Value error, "), path=path, key=key) from None
+        first = refusals(error, Manifest)[0]
+        raise InconsistentError(first.what, path=path, key=first.key) from None
     for name in manifest.files:
         if not _is_below(name):
             raise InconsistentError("is no path below a checkpoint", path=path, key=name)

@@ -18,7 +18,7 @@ from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapte
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import PathLike, detects, file_suffixes
-from vraxion_ckpt.wording import count
+from vraxion_ckpt.wording import listed
 
 
 def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter, Path]:
@@ -90,9 +90,9 @@ def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: boo
     known = target.exists() and adapter_calls.is_directory(adapter)
     foreign = adapter_calls.foreign_files(adapter, target) if known else []
     if foreign:
+        names = listed([each.name for each in foreign], 3)
         raise UsageError(
-            f"holds {count(len(foreign), 'file')} not of a {adapter.name} checkpoint, such as {foreign[0].name}; "
-            "replacing it would delete them",
+            f"holds files that are no part of a {adapter.name} checkpoint ({names}); replacing it would delete them",
             path=target,
             hint="write to a new path",
         )

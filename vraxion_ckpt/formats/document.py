@@ -31,6 +31,7 @@ from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain
 from vraxion_ckpt.checkpoint.shared_memory import view_of
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError, errors_at, raise_if_out_of_memory
 from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, split_head
+from vraxion_ckpt.support.model_errors import refusals
 
 PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
@@ -239,9 +240,8 @@ def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name:
     try:
         parsed = _Document.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, (OUR_KEY, *first["loc"])))
-        raise InconsistentError(f"does not parse: {first['msg']}", key=where[:200]) from None
+        first = refusals(error, _Document)[0]
+        raise InconsistentError(first.what, key=".".join(map(str, (OUR_KEY, *first.place)))[:200]) from None
     decoder = _Decoder(tensors)
     entries = [(entry, {"$tensor": entry}) if isinstance(entry, str) else entry for entry in parsed.model]
     core: dict[str, Tensor] = {}

@@ -35,6 +35,7 @@ from vraxion_ckpt.checkpoint.model import (
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.optimizer.binding import bind, names_in_payload
+from vraxion_ckpt.support.model_errors import refusals
 
 OUR_KEY = "vraxion_ckpt"
 _OPTIMIZER_KEYS = ("optim", "optimizer")
@@ -228,9 +229,8 @@ def parse_extras(raw: Any) -> Extras:
     except (TypeError, ValueError, OverflowError) as error:
         if not isinstance(error, ValidationError):
             raise InconsistentError("holds something else than plain JSON", key=OUR_KEY) from error
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, (OUR_KEY, *first["loc"])))
-        raise InconsistentError(f"{first['msg']}", key=where) from None
+        first = refusals(error, Extras)[0]
+        raise InconsistentError(first.what, key=".".join(map(str, (OUR_KEY, *first.place)))) from None
 
 
 _EXPERT = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)")

@@ -6,7 +6,6 @@ for whoever asks for that name, and for nobody else.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from vraxion_ckpt.plugins.plugin_calls import (
     plugin_call,
 )
 from vraxion_ckpt.plugins.transform import Step, Transform
+from vraxion_ckpt.wording import did_you_mean
 
 P = TypeVar("P", bound=Plugin)
 
@@ -165,9 +165,8 @@ def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> 
     """
     offers = names.get(name, ())
     if not offers:
-        near = difflib.get_close_matches(name, names, n=1)
         known = f"there are: {', '.join(sorted(names))}" if names else "none is installed; install the package with pip"
-        raise UsageError(f"unknown {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else known)
+        raise UsageError(f"unknown {kind} {name!r}", hint=did_you_mean(name, names) or known)
     if len(offers) > 1:
         both = " and ".join(f"{offer.distribution} ({offer.entry_point})" for offer in offers)
         raise PluginError(f"{kind} {name!r} is offered by {both}", hint="uninstall one of them")
