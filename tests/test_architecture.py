@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,31 @@ def test_one_module_alone_calls_adapters():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "adapter"
         }
         assert (used & methods == methods) if path.stem == "adapter_calls" else not used & methods, path
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """Yield the public functions, classes and constants that a module defines; not the commands of the command line."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
+            names = [] if "click.command" in decorators else [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_no_two_public_things_of_the_core_share_a_name():
+    """A command alone may be called like something else: like the function that it calls."""
+    homes: dict[str, set[Path]] = {}
+    for path in CORE:
+        for name in public_names(path):
+            homes.setdefault(name, set()).add(path)
+    assert len(homes) > 400
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 
 def test_the_package_exports_what_it_says_and_nothing_twice():

@@ -62,7 +62,7 @@ class PtAdapter(Adapter):
     def _open(self, path: Path) -> tuple[Checkpoint, int | None]:
         """Return what the file holds, and how many experts it says that there are."""
         sources = Sources()
-        parsed = parse_payload(torch_file.load(path, sources, self.allow_global), path)
+        parsed = parse_payload(torch_file.load_torch_file(path, sources, self.allow_global), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
         rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
@@ -78,10 +78,10 @@ class PtAdapter(Adapter):
         return str(recorded_dialect(checkpoint, "pt") or "")
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        torch_file.save(_payload(checkpoint), path)
+        torch_file.save_torch_file(_payload(checkpoint), path)
 
     def size(self, checkpoint: Checkpoint) -> int:
-        return torch_file.size(_payload(checkpoint))
+        return torch_file.torch_file_size(_payload(checkpoint))
 
 
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class SafetensorsAdapter(Adapter):
             root = place
             tensors, metadata = _read_file(place, sources)
         if OUR_KEY in metadata:
-            found = document.load(tensors, metadata.pop(OUR_KEY), root, self.name)
+            found = document.load_document(tensors, metadata.pop(OUR_KEY), root, self.name)
         else:
             found = document.bare(tensors, root, self.name)
             state_dict = dump_dialect(PayloadDialect(bare=True, ordered=True, keys=()))
@@ -132,21 +132,23 @@ class SafetensorsAdapter(Adapter):
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         files, index = self._files(checkpoint)
         for name, (tensors, metadata) in files.items():
-            safetensors_file.save(tensors, metadata, path / name)
+            safetensors_file.save_safetensors(tensors, metadata, path / name)
         if index is not None:
             write_new(path / f"model{_INDEX}", index)
 
     def size(self, checkpoint: Checkpoint) -> int:
         files, index = self._files(checkpoint)
-        return sum(safetensors_file.size(*content) for content in files.values()) + len(index or b"")
+        return sum(safetensors_file.safetensors_size(*content) for content in files.values()) + len(index or b"")
 
     def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
         """Return each file's tensors and metadata by its name, ``.`` for a single one, and the index of shards."""
-        tensors, facts = document.dump(checkpoint, safetensors_file.DTYPES, safetensors_file.is_name)
+        tensors, facts = document.dump_document(
+            checkpoint, safetensors_file.NATIVE_DTYPES, safetensors_file.is_tensor_name
+        )
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
         if self.max_shard_size is None:
             texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
-            return {".": (dict(tensors), {**texts, OUR_KEY: document.dumps(facts)})}, None
+            return {".": (dict(tensors), {**texts, OUR_KEY: document.document_text(facts)})}, None
         save = _digest(tensors, facts)
         shards = list(_shards(tensors, self.max_shard_size))
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -154,7 +156,7 @@ class SafetensorsAdapter(Adapter):
         total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         head = {**metadata, "total_size": total, _SAVE: save, OUR_KEY: facts}
         files = {name: (shard, {"format": "pt", _SAVE: save}) for name, shard in zip(names, shards, strict=True)}
-        return files, json_files.dumps({"metadata": head, "weight_map": weight_map})
+        return files, json_files.dump_json({"metadata": head, "weight_map": weight_map})
 
     def foreign_files(self, path: Path) -> list[Path]:
         """List what is neither an index nor a shard that it names."""
@@ -192,16 +194,16 @@ def _find(path: Path) -> Path:
 
 
 def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    header = safetensors_file.check(path)
+    header = safetensors_file.check_safetensors(path)
     shard = _SHARD.fullmatch(path.name)
     if _SAVE in header.metadata or (shard and int(shard[1]) > 1 and OUR_KEY not in header.metadata):
         raise InconsistentError(
             "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
         )
-    tensors, metadata = safetensors_file.load(path, header, sources), dict[str, Any](header.metadata)
+    tensors, metadata = safetensors_file.load_safetensors(path, header, sources), dict[str, Any](header.metadata)
     if OUR_KEY in metadata:
         try:
-            metadata[OUR_KEY] = safetensors_file.parse_json(header.metadata[OUR_KEY].encode(), path)
+            metadata[OUR_KEY] = safetensors_file.parse_json_bytes(header.metadata[OUR_KEY].encode(), path)
         except (CorruptError, InconsistentError) as error:
             raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
     return tensors, metadata
@@ -216,7 +218,8 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
     weight_map, metadata = _read_index(index)
     sources.add(index, fingerprint)
     headers = {
-        name: safetensors_file.check(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())
+        name: safetensors_file.check_safetensors(_regular(index.with_name(name)))
+        for name in dict.fromkeys(weight_map.values())
     }
     for file, header in headers.items():
         for name in header.sizes:
@@ -236,7 +239,7 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
         metadata.pop(name, None)
     tensors: dict[str, Tensor] = {}
     for file, header in headers.items():
-        tensors |= safetensors_file.load(index.with_name(file), header, sources)
+        tensors |= safetensors_file.load_safetensors(index.with_name(file), header, sources)
     return tensors, metadata
 
 
@@ -245,7 +248,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     _regular(index)
     if index.stat().st_size > safetensors_file.LARGEST_HEADER:
         raise LimitError(f"is larger than {safetensors_file.LARGEST_HEADER} bytes", path=index)
-    content = safetensors_file.parse_json(index.read_bytes(), index)
+    content = safetensors_file.parse_json_bytes(index.read_bytes(), index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise InconsistentError("must be an object with a weight_map of tensor → file", path=index)
@@ -262,7 +265,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _check_shard(path: Path) -> None:
-    safetensors_file.check(_regular(path))
+    safetensors_file.check_safetensors(_regular(path))
 
 
 def _regular(path: Path) -> Path:
@@ -279,7 +282,7 @@ def _regular(path: Path) -> Path:
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Return what tells a save from any other that differs in a bit: shards of two must not be mixed."""
-    digest = hashlib.sha256(document.dumps(facts).encode())
+    digest = hashlib.sha256(document.document_text(facts).encode())
     for name, tensor in tensors.items():
         digest.update(
             repr((name, str(tensor.dtype), tuple(tensor.shape), checksum(tensor))).encode(errors="backslashreplace")

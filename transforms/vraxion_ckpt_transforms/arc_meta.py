@@ -18,7 +18,7 @@ from vraxion_ckpt.checkpoint import ring, split_plan
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, SplitPlan
 from vraxion_ckpt.checkpoint.ring import Ints, Visits, Weights
-from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.errors import InconsistentError, TransformError
 from vraxion_ckpt.plugins import discovery
 from vraxion_ckpt.plugins.hookspecs import hookimpl
@@ -86,7 +86,7 @@ class ArcMeta(Transform):
     def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:
         if self.output is None or checkpoint.plan is None:
             return {}
-        return {self.output: json_files.dumps(split_plan.to_json(checkpoint.plan))}
+        return {self.output: json_files.dump_json(split_plan.plan_as_json(checkpoint.plan))}
 
     def _refuse_idle_options(self, requested: int) -> None:
         """The trainer's request says which addresses to take; an option that would choose others must not be idle."""
@@ -103,7 +103,7 @@ class ArcMeta(Transform):
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
         if self.visits is not None:
             return load_visits(self.visits, ring_len)
-        found = discovery.probe_visits(checkpoint)
+        found = discovery.run_probes(checkpoint)
         if found is None:
             lacking = split_plan.lacking_in_request(checkpoint)
             message = "no visit counts available"

@@ -15,7 +15,7 @@ from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
 from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.errors import InconsistentError, TransformError
-from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert
+from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import IntList
 from vraxion_ckpt.plugins.transform import Transform
@@ -32,7 +32,7 @@ class MitosisSplit(Transform):
     meta: Path | None = Field(None, description="JSON with parent_expert and hot_addresses, instead of the plan")
     noise: float = Field(1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clone")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
-    optimizer: OptimizerPolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
+    optimizer: StatePolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
     foreign_addresses: Literal["refuse", "allow"] = Field(
         "refuse", description="what to do about addresses that the parent does not own"
     )
@@ -89,7 +89,7 @@ class MitosisSplit(Transform):
 
     def _planned(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         if self.meta is not None:
-            return split_plan.load(self.meta, checkpoint)
+            return split_plan.load_plan(self.meta, checkpoint)
         attached = checkpoint.plan
         if attached is not None:
             assert checkpoint.router_map is not None

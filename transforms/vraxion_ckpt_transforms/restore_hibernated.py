@@ -78,7 +78,7 @@ class RestoreHibernated(Transform):
     def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
         """Read the snapshot of an expert; refuse one that does not fit in the expert's place."""
         path = self._snapshot(expert)
-        snapshot = torch_file.load(path, checkpoint.sources)
+        snapshot = torch_file.load_torch_file(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
             raise InconsistentError("a snapshot must be a dict of leaf name → tensor", path=path)
         for leaf, what in unfit(snapshot, old, ("the snapshot", f"expert {expert}"), same_widths=True):

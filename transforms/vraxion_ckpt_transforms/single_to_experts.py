@@ -10,7 +10,7 @@ from pydantic import Field
 from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle
 from vraxion_ckpt.errors import TransformError
-from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert, rename_head
+from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert, rename_head
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
 from vraxion_ckpt.wording import count
@@ -29,7 +29,7 @@ class SingleToExperts(Transform):
     )
     noise: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clones")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
-    optimizer: OptimizerPolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
+    optimizer: StatePolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
     allow_zero: bool = Field(False, description="allow it although the weights of the single head are all zero")
     allow_nan: bool = Field(False, description="allow it although weights of the single head are NaN or infinite")

@@ -85,7 +85,7 @@ def check(
     root = Path(path)
     with os_errors_named(path):
         adapter = allowing(detect_source(root, from_), allow_globals)
-        listed = manifests.load(Path(manifest)) if manifest is not None else None
+        listed = manifests.load_manifest(Path(manifest)) if manifest is not None else None
         findings: list[Finding] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CkptWarning)
@@ -104,7 +104,7 @@ def check(
                     what=what,
                     where=root.name if name == manifests.SELF else name,
                 )
-                for name, what in manifests.compare(listed, root, files)
+                for name, what in manifests.compare_manifest(listed, root, files)
             ]
     order = list(Severity)
     findings.sort(key=lambda finding: order.index(finding.severity))
@@ -176,13 +176,13 @@ def _about_binding(
 def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Judge a checkpoint as far as its tensors' shapes and everything else tell."""
     yield from _about_memory(checkpoint)
-    for line in invariants.findings(checkpoint):
+    for line in invariants.invariant_findings(checkpoint):
         yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
     yield from _about_lacking(checkpoint)
     head_is_open = checkpoint.head is None or all(expert.is_open for expert in checkpoint.head.experts.values())
     if head_is_open:
         yield from _about_order(checkpoint)
-    for companion in companions.misfits(checkpoint) if head_is_open else ():
+    for companion in companions.stale_companions(checkpoint) if head_is_open else ():
         what = f"{companion.problem}: it has not followed a change of the head"
         yield Finding(severity=Severity.WARNING, rule="companion", what=what, where=str(companion))
     head = checkpoint.head

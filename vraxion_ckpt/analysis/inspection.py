@@ -14,11 +14,11 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from vraxion_ckpt.analysis.expert_load import signs_of_life
+from vraxion_ckpt.analysis.expert_load import expert_loads
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.load_balance import Signs
+from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces, named_tensors, size_of
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
@@ -180,7 +180,7 @@ class Inspection(Facts):
     num_experts: int
     experts: tuple[ExpertFacts, ...]
     ring: RingFacts | None
-    signs: Signs | None
+    signs: ExpertLoads | None
     """How visits fall on the experts; null unless visits were given."""
     optimizer: OptimizerFacts | None
     plan: PlanFacts | None
@@ -254,7 +254,7 @@ def inspect(
         num_experts=checkpoint.num_experts,
         experts=_expert_facts(checkpoint, opening=None if tensors or values else MOST_OPENED),
         ring=_ring_facts(checkpoint),
-        signs=signs_of_life(checkpoint, against=against, visits_file=visits, visits_after=visits_after),
+        signs=expert_loads(checkpoint, against=against, visits_file=visits, visits_after=visits_after),
         optimizer=_optimizer_facts(checkpoint, why),
         plan=_plan_facts(checkpoint),
         history=checkpoint.history,

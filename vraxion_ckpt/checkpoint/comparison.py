@@ -28,8 +28,8 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PIECE = 2**20  # is still in the processor's cache when it is looked at again
 _THREADS = min(4, os.cpu_count() or 1)
 
-A = TypeVar("A")
-B = TypeVar("B")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -184,7 +184,7 @@ def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
     return found + [name for name, x, y in others if not same_bits(x, y)]  # copied, so one at a time
 
 
-def in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+def in_threads(function: Callable[[_A], _B], items: Sequence[_A]) -> list[_B]:
     """Return what a function gives for each item, called in several threads."""
     if not items:
         return []

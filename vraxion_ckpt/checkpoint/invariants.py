@@ -1,6 +1,6 @@
 """What must be true of a checkpoint, and what a chain must leave as it was.
 
-`findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them only
+`invariant_findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them only
 look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert
 that is the same object before and after is known to be untouched.
 """
@@ -27,7 +27,7 @@ from vraxion_ckpt.support.json_models import Number
 from vraxion_ckpt.wording import count, listed, numbered
 
 
-def findings(checkpoint: Checkpoint) -> Iterator[str]:
+def invariant_findings(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield one line for each thing that must be true of a checkpoint and is not."""
     if checkpoint.head is not None:
         yield from _head_findings(checkpoint.head)

@@ -15,7 +15,7 @@ from vraxion_ckpt.support import json_files, text_files
 from vraxion_ckpt.wording import count
 
 
-def load(path: Path, ring_len: int) -> Visits:
+def load_visits(path: Path, ring_len: int) -> Visits:
     """Read visits, and the loss summed over them where the file has it.
 
     JSON is a list, or an object with ``visits`` and optionally ``loss_sum``; ``.npy`` is one flat array; CSV has the
@@ -58,7 +58,7 @@ def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
 
 
 def _read_json(path: Path, ring_len: int) -> dict[str, Any]:
-    data = json_files.load(path, most=_most_bytes(ring_len))
+    data = json_files.load_json(path, most=_most_bytes(ring_len))
     if isinstance(data, list):
         data = {"visits": data}
     if not isinstance(data, dict) or "visits" not in data:

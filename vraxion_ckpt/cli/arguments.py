@@ -159,7 +159,7 @@ def load_names(path: Path | None, option: str = "--param-names") -> list[str] | 
         return [line.strip() for line in text.splitlines() if line.strip()]
     from vraxion_ckpt.support import json_files
 
-    names = json_files.loads(text, path)
+    names = json_files.parse_json(text, path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{option}: must be a list of names", path=path)
     return list(names)

@@ -257,4 +257,4 @@ def completion(context: click.Context, shell: str) -> None:
     click.echo(script, nl=False)
 
 
-COMMANDS = (completion,)
+COMPLETION_COMMANDS = (completion,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.cli.terminal import Line, print_lines, put, size
+from vraxion_ckpt.cli.terminal import Line, bytes_in_words, print_lines, put
 from vraxion_ckpt.conversion.edit import Edited, EditKind
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.recipes.recipe import Ran
@@ -18,7 +18,7 @@ _HOW = {
 }
 
 
-def converted(done: Summary, *, verbose: bool = False) -> None:
+def print_conversion(done: Summary, *, verbose: bool = False) -> None:
     """Print a conversion's summary, a fact a line."""
     lines: list[Line] = [
         ("would write" if done.dry_run else "wrote", f"{done.target} ({done.target_format})"),
@@ -26,19 +26,19 @@ def converted(done: Summary, *, verbose: bool = False) -> None:
         *_what_became(done),
     ]
     if not done.dry_run:
-        lines.append(("size", f"{size(done.bytes_written)} in {done.seconds:.1f} s"))
+        lines.append(("size", f"{bytes_in_words(done.bytes_written)} in {done.seconds:.1f} s"))
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
-def ran(done: Ran, *, verbose: bool = False) -> None:
+def print_run(done: Ran, *, verbose: bool = False) -> None:
     """Print a summary for each target of a recipe."""
     for number, summary in enumerate(done.results):
         if number:
             put("")
-        converted(summary, verbose=verbose)
+        print_conversion(summary, verbose=verbose)
 
 
-def edited(done: Edited, *, verbose: bool = False) -> None:
+def print_edit(done: Edited, *, verbose: bool = False) -> None:
     """Print an edit's summary, a fact a line."""
     where = f"{done.target} ({done.target_format})"
     if done.kind is EditKind.NOTHING:
@@ -57,7 +57,7 @@ def edited(done: Edited, *, verbose: bool = False) -> None:
         lines.append(("kept", f"the previous state, as {done.kept}"))
     lines += _what_became(done)
     how_long = "to write" if done.dry_run else f"in {done.seconds:.1f} s"
-    lines.append(("size", f"{size(done.bytes_written)} {how_long}"))
+    lines.append(("size", f"{bytes_in_words(done.bytes_written)} {how_long}"))
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 

@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vraxion_ckpt.analysis.changes import Change, Difference, RingChange, Side
-from vraxion_ckpt.cli.terminal import Line, print_lines, put, size
+from vraxion_ckpt.cli.terminal import Line, bytes_in_words, print_lines, put
 from vraxion_ckpt.wording import count, listed
 
 _MOST_ROWS = 12
 _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed": "red"}
 
 
-def difference(facts: Difference) -> None:
+def print_difference(facts: Difference) -> None:
     """Print what differs: a summary, then the entries, cut short where they are many."""
     lines: list[Line] = [("a", _side(facts.before)), ("b", _side(facts.after))]
     if facts.not_bound:
@@ -24,7 +24,7 @@ def difference(facts: Difference) -> None:
     lines += facts.summary()
     if facts.ring:
         lines.append(("arcs", _arcs(facts.ring)))
-    lines.append(("compared", size(facts.bytes_compared)))
+    lines.append(("compared", bytes_in_words(facts.bytes_compared)))
     print_lines(lines)
     for title in ("model", "optimizer", "payload", "lifecycle", "history", "other"):
         changes = getattr(facts, title)

@@ -9,14 +9,14 @@ from rich.text import Text
 
 from vraxion_ckpt.analysis.checking import Checked
 from vraxion_ckpt.analysis.findings import Finding, Severity
-from vraxion_ckpt.cli.terminal import print_lines, put, size
+from vraxion_ckpt.cli.terminal import bytes_in_words, print_lines, put
 from vraxion_ckpt.wording import count
 
 _MOST_ROWS = 40
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
-def findings(facts: Checked) -> None:
+def print_findings(facts: Checked) -> None:
     """Print every finding, the worst first, and whether the checkpoint is sound."""
     if facts.findings:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -33,7 +33,10 @@ def findings(facts: Checked) -> None:
     print_lines(
         [
             ("sound" if facts.sound else "NOT SOUND", f"{facts.path} ({facts.format}): {told}"),
-            ("read", f"{count(facts.tensors, 'tensor')}, {size(facts.bytes)}, in {count(facts.files, 'file')}"),
+            (
+                "read",
+                f"{count(facts.tensors, 'tensor')}, {bytes_in_words(facts.bytes)}, in {count(facts.files, 'file')}",
+            ),
             ("files", checksums),
         ]
     )

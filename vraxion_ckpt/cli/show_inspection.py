@@ -11,23 +11,23 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vraxion_ckpt.analysis.inspection import ExpertFacts, Inspection, OptimizerFacts, RingFacts, TensorFacts, TensorTree
-from vraxion_ckpt.checkpoint.load_balance import Balance, Signs
+from vraxion_ckpt.checkpoint.load_balance import Balance, ExpertLoads
 from vraxion_ckpt.checkpoint.model import HeadKind
-from vraxion_ckpt.cli.terminal import MOST_ROWS, Line, band, console, print_lines, put, size, table_of
+from vraxion_ckpt.cli.terminal import MOST_ROWS, Line, band, bytes_in_words, console, print_lines, put, table_of
 from vraxion_ckpt.wording import count, listed
 
 _MOST_BRANCHES = 24
 
 
-def inspection(facts: Inspection) -> None:
+def print_inspection(facts: Inspection) -> None:
     """Print what is known of a checkpoint."""
     files = f" in {facts.files} files" if facts.files > 1 else ""
     lines: list[Line] = [
         ("path", str(facts.path)),
-        ("format", f"{facts.format}, {size(facts.bytes_on_disk)} on disk{files}"),
+        ("format", f"{facts.format}, {bytes_in_words(facts.bytes_on_disk)} on disk{files}"),
         *([("dialect", facts.dialect)] if facts.dialect else []),
         ("step", "none" if facts.step is None else str(facts.step)),
-        ("core", f"{count(facts.core.tensors, 'tensor')}, {size(facts.core.bytes)}"),
+        ("core", f"{count(facts.core.tensors, 'tensor')}, {bytes_in_words(facts.core.bytes)}"),
         ("payload", listed(facts.payload) or "nothing else"),
         ("head", _head_in_words(facts)),
         *_ring_lines(facts.ring, max(1, console().width - 13)),
@@ -81,7 +81,7 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
         (
             "optimizer",
             f"{count(optimizer.parameters, 'parameter')}, {optimizer.with_state} with state ({slots}), "
-            f"{size(optimizer.bytes)}",
+            f"{bytes_in_words(optimizer.bytes)}",
         )
     ]
     for group in optimizer.groups[:MOST_ROWS]:
@@ -116,7 +116,7 @@ def _expert_table(experts: tuple[ExpertFacts, ...]) -> Table:
             f"{expert.id}{marks}",
             "–" if expert.addresses is None else str(expert.addresses),
             "–" if expert.share is None else f"{expert.share:.1%}",
-            "–" if expert.bytes is None else size(expert.bytes),
+            "–" if expert.bytes is None else bytes_in_words(expert.bytes),
             _short(row.contrib) if row else "–",
             str(row.created_step) if row else "–",
             str(row.last_used_step) if row else "–",
@@ -131,7 +131,7 @@ def _short(number: float) -> str:
     return f"{number:g}" if abs(number) < 10**15 else "huge"
 
 
-def _signs_table(signs: Signs) -> Table:
+def _signs_table(signs: ExpertLoads) -> Table:
     table = table_of("visits", "ptr_expert_max_share", "entropy", "active", "of expert")
     rows = (("before", signs.before), ("predicted", signs.predicted), ("measured", signs.measured))
     for name, load in rows:
@@ -151,7 +151,10 @@ def _print_tree(tensors: TensorTree) -> None:
     for title, named in (("model", tensors.model), ("optimizer", tensors.optimizer), ("payload", tensors.payload)):
         if named:
             total = sum(tensor.bytes for tensor in named.values())
-            tree = Tree(Text(f"{title}: {count(len(named), 'tensor')}, {size(total)}", style="bold"), guide_style="dim")
+            tree = Tree(
+                Text(f"{title}: {count(len(named), 'tensor')}, {bytes_in_words(total)}", style="bold"),
+                guide_style="dim",
+            )
             _grow(tree, _nested(named))
             put(tree)
 
@@ -184,7 +187,7 @@ def _grow(tree: Tree, module: dict[str, Any]) -> None:
 
 
 def _leaf(name: str, tensor: TensorFacts) -> Text:
-    line = Text.assemble(name, (f"  {tensor.dtype} {list(tensor.shape)}, {size(tensor.bytes)}", "dim"))
+    line = Text.assemble(name, (f"  {tensor.dtype} {list(tensor.shape)}, {bytes_in_words(tensor.bytes)}", "dim"))
     values = tensor.values
     if values is None:
         return line

@@ -42,7 +42,7 @@ class Manifest(Facts):
     """By path below the checkpoint; ``.`` is a checkpoint that is one file."""
 
 
-def make(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manifest:
+def make_manifest(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manifest:
     """Read files and return their digests.
 
     Args:
@@ -64,12 +64,12 @@ def by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
     return {SELF if file == root else file.relative_to(root).as_posix(): file for file in files}
 
 
-def dumps(manifest: Manifest) -> bytes:
+def dump_manifest(manifest: Manifest) -> bytes:
     """Return a manifest as it is written."""
     return (json.dumps(manifest.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def load(path: Path) -> Manifest:
+def load_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -77,7 +77,7 @@ def load(path: Path) -> Manifest:
         CorruptError: it is no JSON.
         InconsistentError: it is no manifest, or of a version that is not known, or names a file outside a checkpoint.
     """
-    data = json_files.load(path)
+    data = json_files.load_json(path)
     if not isinstance(data, dict) or data.pop("schema", None) != Manifest.schema_name():
         raise InconsistentError("is no manifest", path=path, key="schema", hint=f"expected {Manifest.schema_name()}")
     try:
@@ -94,7 +94,7 @@ def load(path: Path) -> Manifest:
 def described_by(path: Path) -> str | None:
     """Return the name of the checkpoint that a manifest describes; None if the file is no manifest."""
     try:
-        return load(path).checkpoint
+        return load_manifest(path).checkpoint
     except CkptError:
         return None
 
@@ -110,7 +110,7 @@ def _is_below(name: str) -> bool:
     )
 
 
-def compare(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+def compare_manifest(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """Yield the path and the fault of every file that is not as the manifest says.
 
     Args:

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vraxion_ckpt.commit import system_calls
-from vraxion_ckpt.commit.transaction import JOURNAL, Change, Mark, Transaction, committed, flush
+from vraxion_ckpt.commit.transaction import JOURNAL, FileChanges, Mark, Transaction, committed, flush
 from vraxion_ckpt.errors import (
     BusyError,
     CkptError,
@@ -201,7 +201,7 @@ class Staged:
     path: Path
     target: Path
     overwrite: bool
-    change: Change = field(default_factory=Change)
+    change: FileChanges = field(default_factory=FileChanges)
 
     def prepare(self) -> None:
         """Flush it to disk, and refuse a target that has appeared: of several, all that can fail early."""
@@ -243,7 +243,7 @@ class Staged:
                 flush(self.path, self.target)
             if check is not None:
                 check()
-            signals.check()
+            signals.raise_pending()
             with signals.put_off():
                 system_calls.rename_new(self.path, self.target)
                 committed.add(self.target)
@@ -254,10 +254,10 @@ class Staged:
 
 
 @contextmanager
-def staged(target: Path, *, directory: bool, overwrite: bool, change: Change | None = None) -> Iterator[Staged]:
+def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChanges | None = None) -> Iterator[Staged]:
     """Make a place to write a result to; at the end it is gone, whatever has become of the result."""
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
-    stage = Staged(folder / target.name, target, overwrite, change or Change())
+    stage = Staged(folder / target.name, target, overwrite, change or FileChanges())
     committed.discard(target)
     try:
         system_calls.mkdir(folder, 0o700)  # what is in it may be meant for fewer eyes than its mode bits say yet

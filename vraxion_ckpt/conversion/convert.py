@@ -24,7 +24,7 @@ from typing import Any
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import differences_and_checksums, without_experts
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
-from vraxion_ckpt.commit.manifest import by_name, dumps, make
+from vraxion_ckpt.commit.manifest import by_name, dump_manifest, make_manifest
 from vraxion_ckpt.commit.staging import Staged, exclusive, leftovers, staged
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.commit.transaction import committed
@@ -191,7 +191,7 @@ def convert_to_all(
                 check_apart(place, before)
             with output_to_stderr():  # once, not for each of them
                 before.open_experts()  # a new target holds them all, so all are judged now
-            refuse(InconsistentError, invariants.findings(before), source)
+            refuse(InconsistentError, invariants.invariant_findings(before), source)
             applied = apply(before, chain, lent, record, policy)
             results = [
                 _Result(
@@ -332,7 +332,7 @@ def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
     write_whole(adapter, result.outcome.before, held, stage)
     with quietly():
-        found = adapter_calls.read(adapter, stage.path)
+        found = adapter_calls.call_read(adapter, stage.path)
     check_read_back(adapter, found, held, lent, result.place)
     return stage
 
@@ -350,7 +350,7 @@ def stage_manifest(
         return None
     stack.enter_context(exclusive(place.path))
     stage = stack.enter_context(staged(place.path, directory=False, overwrite=place.replace))
-    write_new(stage.path, dumps(make(target.name, adapter.name, files)))
+    write_new(stage.path, dump_manifest(make_manifest(target.name, adapter.name, files)))
     return stage
 
 
@@ -410,7 +410,7 @@ def check_read_back(
     if found.param_names not in (None, expected.param_names):
         raise InvariantError("param_names came back changed", path=target)
     found = binding.bind(found)
-    refuse(InvariantError, invariants.findings(found), target)
+    refuse(InvariantError, invariants.invariant_findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
     listed = list(islice(differences_and_checksums(expected, found, lent.original), 20))
     if written := lent.written() or (lent.altered_in(expected) if listed else []):

@@ -30,7 +30,7 @@ from vraxion_ckpt.checkpoint.plain_data import size_of
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.manifest import by_name
 from vraxion_ckpt.commit.staging import Staged, check_target, exclusive, staged
-from vraxion_ckpt.commit.transaction import Change, Mark, mark_of, survey
+from vraxion_ckpt.commit.transaction import FileChanges, Mark, mark_of, survey
 from vraxion_ckpt.conversion.convert import (
     Staging,
     check_read_back,
@@ -121,7 +121,7 @@ class _Work:
     """
 
     kind: EditKind
-    change: Change = field(default_factory=Change)
+    change: FileChanges = field(default_factory=FileChanges)
     parts: Mapping[str, Part] = field(default_factory=dict)
     written: tuple[str, ...] = (".",)
     removed: tuple[str, ...] = ()
@@ -213,7 +213,9 @@ def edit(
             check_several([target, *besides])
             check_inputs([target, *besides], chain, outcome.side_files, set())
             say_what_names_deny((), (*outcome.besides, *filter(None, [listed])))
-            refuse(InconsistentError, invariants.findings(before), target)  # of what the chain has opened, too
+            refuse(
+                InconsistentError, invariants.invariant_findings(before), target
+            )  # of what the chain has opened, too
             held = outcome.held
             work = _plan(adapter, target, before, held, marks, keep_old=keep_old, idle=idle)
             if not dry_run:
@@ -253,7 +255,7 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
     """Return the adapter that writes the checkpoint back."""
     found = detect_source(target, from_)
     if adapter_calls.is_directory(found) and not target.is_dir():
-        _refuse_a_part(target, adapter_calls.read(found, target))
+        _refuse_a_part(target, adapter_calls.call_read(found, target))
     adapter = resolve_adapter(to) if to is not None else found
     if adapter.name != found.name:
         message = f"is of the format {found.name}, which an edit in place keeps"
@@ -331,15 +333,15 @@ def _plan(
     def unseen_by(reader: Checkpoint) -> bool:
         return all(adapter_calls.unseen(adapter, name, before, held, reader) for name in rest)
 
-    work = _Work(EditKind.REWRITE, Change(), new, written, removed, untouched=len(same), watched=watched)
+    work = _Work(EditKind.REWRITE, FileChanges(), new, written, removed, untouched=len(same), watched=watched)
     in_place = adapter.pivot in written and adapter.pivot in old and not keep_old
     if in_place and not rest:
-        return replace(work, kind=EditKind.ROUTER_ONLY, change=Change(adapter.pivot))
+        return replace(work, kind=EditKind.ROUTER_ONLY, change=FileChanges(adapter.pivot))
     if in_place and not removed and unseen_by(before):
-        return replace(work, kind=EditKind.GROW, change=Change(adapter.pivot, first=rest))
+        return replace(work, kind=EditKind.GROW, change=FileChanges(adapter.pivot, first=rest))
     if in_place and all(name in old for name in rest) and unseen_by(held):
         later = tuple(name for name in rest if name in new)
-        return replace(work, kind=EditKind.SHRINK, change=Change(adapter.pivot, later=later, removed=removed))
+        return replace(work, kind=EditKind.SHRINK, change=FileChanges(adapter.pivot, later=later, removed=removed))
     kept = left - new.keys()
     copied = _bytes_of_files(target, same | kept | (marks.keys() - watched.keys())) if keep_old else 0
     return replace(work, carried=(*sorted(same | kept), *others), copied=copied, watched=marks)
@@ -468,6 +470,6 @@ def _read_back(
         if in_place:
             found = adapter_calls.read_over(adapter, stage.target, stage.path, work.removed)
         else:
-            found = adapter_calls.read(adapter, stage.path)
+            found = adapter_calls.call_read(adapter, stage.path)
             found.open_experts()  # those that stay as they are, too
     check_read_back(adapter, found, held, lent, stage.target, untouched=untouched)

@@ -110,7 +110,7 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
     """Hold the chain to what must be true after it."""
-    refuse(InvariantError, map(_of_result, invariants.findings(after)), None)
+    refuse(InvariantError, map(_of_result, invariants.invariant_findings(after)), None)
     refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
     if not any(placement.lacking(before)):
         refuse(InvariantError, map(_of_result, map(_untrained, placement.lacking(after))), None)

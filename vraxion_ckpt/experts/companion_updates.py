@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Head, Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.errors import CkptWarning, TransformError
-from vraxion_ckpt.experts.companions import Companion, find, prefixes_of
+from vraxion_ckpt.experts.companions import Companion, find_companions, prefixes_of
 from vraxion_ckpt.experts.surgery import copy_of, is_master_copy
 from vraxion_ckpt.optimizer.parameter_order import order_of
 from vraxion_ckpt.wording import listed
@@ -49,7 +49,7 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
     if before.head is None or after.head is None or not _head_has_changed(before, after):
         return after
     router_only = not _names_have_changed(before, after)
-    found = [each for each in find(before) if not router_only or each.has_router]
+    found = [each for each in find_companions(before) if not router_only or each.has_router]
     if not found:
         return after
     if policy == "keep":

@@ -27,7 +27,7 @@ from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
 from vraxion_ckpt.wording import listed
 
-OptimizerPolicy = Literal["copy", "reset"]
+StatePolicy = Literal["copy", "reset"]
 
 _V = TypeVar("_V")
 
@@ -50,7 +50,7 @@ def clone_expert(
     *,
     noise: float,
     seed: int,
-    optimizer: OptimizerPolicy,
+    optimizer: StatePolicy,
 ) -> None:
     """Add expert `child`, a copy of `parent`, after the last expert; it shares no storage with it.
 
@@ -310,7 +310,7 @@ def _clone_in_optimizer(
     old: str,
     new: str,
     clones: Mapping[str, tuple[Tensor, Tensor]],
-    policy: OptimizerPolicy,
+    policy: StatePolicy,
 ) -> None:
     """Give the clone's parameters a place in the param groups, and their state.
 

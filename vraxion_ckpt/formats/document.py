@@ -80,7 +80,7 @@ class _Document(BaseModel):
 # --- dump ---
 
 
-def dump(
+def dump_document(
     checkpoint: Checkpoint, dtypes: Collection[torch.dtype], is_name: Callable[[str], bool]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take a checkpoint apart.
@@ -138,7 +138,7 @@ def dump(
     return tensors.by_name, document
 
 
-def dumps(document: Mapping[str, Any]) -> str:
+def document_text(document: Mapping[str, Any]) -> str:
     """Return a document as JSON text, in ASCII and without spaces.
 
     Raises:
@@ -211,8 +211,8 @@ def _encode(value: Any, place: str, tensors: _Stored) -> Any:
 # --- load ---
 
 
-def load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
-    """Put a checkpoint together again; the inverse of `dump`.
+def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
+    """Put a checkpoint together again; the inverse of `dump_document`.
 
     Args:
         tensors: by the names they are stored under.

@@ -54,7 +54,7 @@ _CODES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
-DTYPES = frozenset(_CODES)
+NATIVE_DTYPES = frozenset(_CODES)
 _BITS = {code: 8 * dtype.itemsize for dtype, code in _CODES.items()} | {"F4": 4}
 
 LARGEST_HEADER = 100_000_000  # the library's own bound
@@ -86,7 +86,7 @@ def starts_like_one(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and length <= path.stat().st_size - 8
 
 
-def is_name(name: str) -> bool:
+def is_tensor_name(name: str) -> bool:
     """Tell whether a tensor may be called so: every reader finds it again."""
     try:
         name.encode()
@@ -95,7 +95,7 @@ def is_name(name: str) -> bool:
     return name not in ("", _METADATA) and "\0" not in name
 
 
-def check(path: Path) -> Header:
+def check_safetensors(path: Path) -> Header:
     """Read a file's header and refuse whatever does not describe exactly the bytes that follow it.
 
     Raises:
@@ -146,8 +146,8 @@ def check(path: Path) -> Header:
     return Header({name: stop - start for start, stop, name in places}, metadata, fingerprint)
 
 
-def parse_json(raw: bytes, path: Path) -> Any:
-    """Parse JSON as `json_files.loads` does, from bytes.
+def parse_json_bytes(raw: bytes, path: Path) -> Any:
+    """Parse JSON as `json_files.parse_json` does, from bytes.
 
     Raises:
         CorruptError: not JSON, or not UTF-8.
@@ -155,14 +155,14 @@ def parse_json(raw: bytes, path: Path) -> Any:
         LimitError: nested too deeply, or more than five million values.
     """
     try:
-        return json_files.loads(raw.decode(), path)
+        return json_files.parse_json(raw.decode(), path)
     except UnicodeDecodeError as error:
         raise CorruptError("is not UTF-8 text", path=path) from error
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = parse_json(raw, path)
+        header = parse_json_bytes(raw, path)
     except (CorruptError, InconsistentError) as error:  # in a header it is damage: no writer makes such JSON
         raise CorruptError(f"its header is damaged: {error.message}", path=path, key=error.key) from error
     if not isinstance(header, dict):
@@ -172,7 +172,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
 
 def _place(name: str, entry: Any, path: Path) -> tuple[int, int]:
     """Return where a tensor's bytes start and stop, counted from the header's end."""
-    if not is_name(name):
+    if not is_tensor_name(name):
         raise InconsistentError(f"a tensor cannot be called {name!r}", path=path)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CorruptError("must have dtype, shape and data_offsets", path=path, key=name)
@@ -196,7 +196,7 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def load(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
+def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
     """Open the tensors of a file that was checked, mapped, in the order of their places.
 
     Each has a storage of its own. The file is registered in `sources`; the format has no checksum to verify.
@@ -225,7 +225,7 @@ def load(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
     }
 
 
-def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
     """Write tensors of `DTYPES` and text to a new file; one that is not contiguous is copied while it is written.
 
     Wide elements come first, so that all are aligned; otherwise the order is kept.
@@ -247,8 +247,8 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         raise StorageError.from_os_error(error, path) from error
 
 
-def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Return how many bytes `save` would write."""
+def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Return how many bytes `save_safetensors` would write."""
     return 8 + len(_header(_in_order(tensors), metadata)) + size_of(dict(tensors))
 
 
@@ -260,7 +260,7 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     end = 0
     for name, tensor in ordered:
-        if not is_name(name):
+        if not is_tensor_name(name):
             raise InconsistentError(f"a tensor cannot be called {name!r}")
         start, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

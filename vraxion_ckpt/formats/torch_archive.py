@@ -131,7 +131,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 
 
-def check(path: Path) -> Container:
+def check_archive(path: Path) -> Container:
     """Look strictly at the container of a ``.pt`` file, before torch does; verify everything but the storages.
 
     Raises:

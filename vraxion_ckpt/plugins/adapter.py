@@ -12,7 +12,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.errors import CkptError, OutOfMemoryError, PluginError
 from vraxion_ckpt.plugins.options import Plugin
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Faults:
     def __init__(self) -> None:
         self.errors: list[CkptError] = []
 
-    def attempt(self, step: Callable[[], T]) -> T | None:
+    def attempt(self, step: Callable[[], _T]) -> _T | None:
         """Return what a step returns; note what it raises, once, and return None."""
         try:
             return step()

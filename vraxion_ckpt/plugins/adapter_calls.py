@@ -22,7 +22,7 @@ from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss, Part
 from vraxion_ckpt.plugins.options import calling, defect_of
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
 
 
@@ -40,7 +40,7 @@ def is_directory(adapter: Adapter) -> bool:
     return _checked(adapter, "is_directory", found, bool)
 
 
-def read(adapter: Adapter, path: Path) -> Checkpoint:
+def call_read(adapter: Adapter, path: Path) -> Checkpoint:
     """Read a checkpoint; what it opens later is called in the same way."""
     with calling(adapter):
         found = adapter.read(path)
@@ -48,7 +48,7 @@ def read(adapter: Adapter, path: Path) -> Checkpoint:
 
 
 def read_over(adapter: Adapter, path: Path, staged: Path, removed: Collection[str]) -> Checkpoint:
-    """Read a directory with staged files over it, as `read` does."""
+    """Read a directory with staged files over it, as `call_read` does."""
     with calling(adapter):
         found = adapter.read_over(path, staged, removed)
     return _guarded(adapter, _checked(adapter, "read_over", found, Checkpoint))
@@ -131,7 +131,7 @@ def unseen(adapter: Adapter, name: str, before: Checkpoint, after: Checkpoint, r
     return _checked(adapter, "unseen", told, bool)
 
 
-def _checked(adapter: Adapter | type[Adapter], method: str, value: T, expected: Any) -> T:
+def _checked(adapter: Adapter | type[Adapter], method: str, value: _T, expected: Any) -> _T:
     if wrong := wrong_type(value, expected):
         raise defect_of(adapter, f"{method} returned what it must not: {wrong}")
     return value

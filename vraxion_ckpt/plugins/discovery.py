@@ -35,17 +35,17 @@ from vraxion_ckpt.plugins.plugin_calls import (
 from vraxion_ckpt.plugins.transform import Step, Transform
 from vraxion_ckpt.wording import did_you_mean
 
-P = TypeVar("P", bound=Plugin)
+_P = TypeVar("_P", bound=Plugin)
 
 TransformLike = str | tuple[str, Mapping[str, Any]] | Transform
 AdapterLike = str | tuple[str, Mapping[str, Any]] | Adapter
 
 
 @dataclass(frozen=True)
-class Registered(Generic[P]):
+class Registered(Generic[_P]):
     """One adapter or transform and where it comes from."""
 
-    plugin: type[P]
+    plugin: type[_P]
     entry_point: str
     distribution: str
     version: str
@@ -156,7 +156,7 @@ def _check(offer: Any, base: type[Plugin], hook: str) -> None:
             raise PluginError(f"{offer.__name__} needs a `pivot` that is text or None")
 
 
-def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> Registered[P]:
+def find_plugin(names: Mapping[str, Sequence[Registered[_P]]], name: str, kind: str) -> Registered[_P]:
     """Return the plugin called `name`.
 
     Raises:
@@ -207,7 +207,7 @@ def _resolve_step(item: TransformLike) -> Step:
         except metadata.PackageNotFoundError:  # it is a module that belongs to none
             return Step(item, distribution, "")
     name, options = parse(item) if isinstance(item, str) else item
-    registered = find(registry().transforms, name, "transform")
+    registered = find_plugin(registry().transforms, name, "transform")
     return Step(configure(registered.plugin, options), registered.distribution, registered.version)
 
 
@@ -217,7 +217,7 @@ def resolve_adapter(item: AdapterLike) -> Adapter:
         _check(type(item), Adapter, "a format")
         return item
     name, options = parse(item) if isinstance(item, str) else item
-    return configure(find(registry().adapters, name, "format").plugin, options)
+    return configure(find_plugin(registry().adapters, name, "format").plugin, options)
 
 
 def adapters() -> dict[str, type[Adapter]]:
@@ -225,7 +225,7 @@ def adapters() -> dict[str, type[Adapter]]:
     return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
 
 
-def probe_visits(checkpoint: Checkpoint) -> Visits | None:
+def run_probes(checkpoint: Checkpoint) -> Visits | None:
     """Ask the installed probes, the first that answers, how often each address is visited.
 
     Raises:

@@ -38,7 +38,7 @@ class Plugin(BaseModel):
         return (cls.__doc__ or "").strip().split("\n", 1)[0]
 
 
-P = TypeVar("P", bound=Plugin)
+_P = TypeVar("_P", bound=Plugin)
 
 
 def calling(plugin: Plugin | type[Plugin]) -> AbstractContextManager[None]:
@@ -135,7 +135,7 @@ def _split_at_commas(text: str, whole: str) -> list[str]:
     return [item for item in [*items, current] if item.strip()]
 
 
-def configure(plugin: type[P], options: Mapping[str, Any]) -> P:
+def configure(plugin: type[_P], options: Mapping[str, Any]) -> _P:
     """Validate options and return the configured plugin.
 
     Raises:
@@ -158,7 +158,7 @@ def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tupl
     return []
 
 
-def _validated(plugin: type[P], options: Mapping[str, Any]) -> P:
+def _validated(plugin: type[_P], options: Mapping[str, Any]) -> _P:
     """Run a plugin's validators; what pydantic collects passes as it is."""
     refused = None
     try:

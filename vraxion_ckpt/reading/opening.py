@@ -101,8 +101,8 @@ def read_unbound(path: PathLike, *, from_: AdapterLike | None = None, allow_glob
     try:
         with os_errors_named(path):
             adapter = allowing(detect_source(place, from_), allow_globals)
-            checkpoint = adapter_calls.read(adapter, place)
-        refuse(InconsistentError, invariants.findings(checkpoint), place)
+            checkpoint = adapter_calls.call_read(adapter, place)
+        refuse(InconsistentError, invariants.invariant_findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
             hint = f"an edit of it was interrupted; {_how_to_settle(place)}"

@@ -33,7 +33,7 @@ from vraxion_ckpt.wording import count, listed
 
 _T = TypeVar("_T")
 
-SCHEMA = "vraxion-ckpt/recipe/1"
+RECIPE_SCHEMA = "vraxion-ckpt/recipe/1"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _MOST_TOLD = 100  # of what is wrong with a recipe
 _MOST_NUMBERS = 10_000_000  # in the lists of all steps: a range of ten letters may stand for as many
@@ -336,7 +336,7 @@ def json_schema() -> dict[str, Any]:
                 {"type": "object", "properties": {name: options}, "required": [name], "additionalProperties": False}
             )
     schema["properties"]["chain"]["items"] = {"anyOf": steps}
-    return {"$schema": _DIALECT, "$id": SCHEMA, **schema}
+    return {"$schema": _DIALECT, "$id": RECIPE_SCHEMA, **schema}
 
 
 _VARIABLE_SCHEMA = {"type": "string", "pattern": r"\$\{", "description": "a variable"}

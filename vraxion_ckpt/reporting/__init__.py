@@ -17,10 +17,10 @@ from typing import ClassVar
 
 from vraxion_ckpt.analysis.changes import Difference
 from vraxion_ckpt.analysis.difference import diff_checkpoints
-from vraxion_ckpt.analysis.expert_load import signs_of_life
+from vraxion_ckpt.analysis.expert_load import expert_loads
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Weights
-from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.commit.staging import check_target
 from vraxion_ckpt.conversion.convert import Staging, stage_side_files
 from vraxion_ckpt.conversion.targets import Beside, check_apart, check_inputs, check_several, formats_named
@@ -150,7 +150,7 @@ def _gathered(
     visits_after: PathLike | None,
     difference: Difference | None,
 ) -> Subject:
-    signs = signs_of_life(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
+    signs = expert_loads(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
     counted: list[Weights | None] = [None, None]
     if signs is not None and checkpoint.router_map is not None:
         length = len(checkpoint.router_map)

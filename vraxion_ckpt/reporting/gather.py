@@ -13,7 +13,7 @@ from torch import Tensor
 from vraxion_ckpt.analysis.changes import Difference, Flow
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.load_balance import Signs
+from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces
 from vraxion_ckpt.checkpoint.ring import Arc, Ints, Weights
@@ -84,7 +84,7 @@ class Subject:
     headline: str
     rings: Sequence[Ring]
     hot: Hot | None
-    signs: Signs | None
+    signs: ExpertLoads | None
     shares: Mapping[str, Sequence[float]]
     shares_of: str
     alike: Alike | None
@@ -97,7 +97,7 @@ class Subject:
 def gather(
     checkpoint: Checkpoint,
     before: Checkpoint | None,
-    signs: Signs | None,
+    signs: ExpertLoads | None,
     visits: Weights | None,
     visits_after: Weights | None,
     difference: Difference | None,
@@ -167,7 +167,7 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
     return Hot(parent, child, tuple(addresses), ring.covering_arc(addresses, len(owners)))
 
 
-def _shares(rings: Sequence[Ring], signs: Signs | None) -> tuple[dict[str, Sequence[float]], str]:
+def _shares(rings: Sequence[Ring], signs: ExpertLoads | None) -> tuple[dict[str, Sequence[float]], str]:
     """Return each expert's share of the visits, or of the addresses where nothing was counted."""
     if signs is not None:
         # Where nothing was or is to be split, the load is simply that of now.
@@ -203,7 +203,7 @@ def _headline(
     checkpoint: Checkpoint,
     before: Checkpoint | None,
     hot: Hot | None,
-    signs: Signs | None,
+    signs: ExpertLoads | None,
     difference: Difference | None,
 ) -> str:
     told = []

@@ -61,7 +61,7 @@ def _raise(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def check() -> None:
+def raise_pending() -> None:
     """Raise again what was lost: Python prints and drops an exception that is raised while it cleans up an object."""
     if _received:
         raise Interrupted(_received[0])

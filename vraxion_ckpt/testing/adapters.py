@@ -88,10 +88,10 @@ class AdapterTests:
 
     def read_all(self, path: Path) -> Checkpoint:
         """Read a checkpoint as a conversion does: bound, all experts open, every checksum verified."""
-        found = binding.bind(adapter_calls.read(self.adapter, path))
+        found = binding.bind(adapter_calls.call_read(self.adapter, path))
         found.open_experts()
         found.sources.verify()
-        listed = list(invariants.findings(found))
+        listed = list(invariants.invariant_findings(found))
         assert not listed, f"reading accepts what is inconsistent: {listed}"
         return found
 

@@ -110,7 +110,9 @@ class ModularAdapter(Adapter):
         if faults.errors:
             return None  # what lies outside is not opened
         router, place = files.path(_ROUTER), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(torch_file.load(router, sources, self.allow_global), router))
+        parsed = faults.attempt(
+            lambda: parse_payload(torch_file.load_torch_file(router, sources, self.allow_global), router)
+        )
         meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
         faults.attempt(files.check_names)
         shards = files.shards()
@@ -142,7 +144,7 @@ class ModularAdapter(Adapter):
         files.check_links()
         root, router = files.root, files.path(_ROUTER)
         sources = Sources()
-        parsed = parse_payload(torch_file.load(router, sources, self.allow_global), router)
+        parsed = parse_payload(torch_file.load_torch_file(router, sources, self.allow_global), router)
         meta = read_meta(files.path(META), sources, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
@@ -253,7 +255,7 @@ class ModularAdapter(Adapter):
             for i, expert in head.experts.items():
                 parts[f"experts/{shard_name(i)}"] = torch_part(expert, partial(content_of, expert))
         parts[META] = Part(
-            meta, lambda path: write_new(path, json_files.dumps(meta)), lambda: len(json_files.dumps(meta))
+            meta, lambda path: write_new(path, json_files.dump_json(meta)), lambda: len(json_files.dump_json(meta))
         )
         return parts
 

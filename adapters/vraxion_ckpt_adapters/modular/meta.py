@@ -55,7 +55,7 @@ def read_meta(path: Path, sources: Sources, parsed: Parsed) -> dict[str, Any] | 
 
 def parse_meta(path: Path) -> dict[str, Any]:
     """Read meta.json, whatever it says."""
-    meta = json_files.load(path)
+    meta = json_files.load_json(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
         raise InconsistentError("must be an object with a list `experts`", path=path)
     return meta

@@ -99,7 +99,9 @@ def content_of(expert: Expert) -> dict[str, Tensor]:
 
 def torch_part(content: object, value: Callable[[], Any]) -> Part:
     """Return a file of torch.save whose value is made when it is needed."""
-    return Part(content, lambda path: torch_file.save(value(), path), lambda: torch_file.size(value()))
+    return Part(
+        content, lambda path: torch_file.save_torch_file(value(), path), lambda: torch_file.torch_file_size(value())
+    )
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
@@ -116,7 +118,7 @@ def load_shard(
 ) -> dict[str, Tensor]:
     """Open a shard; refuse one that is damaged, or lacks `leaves`."""
     try:
-        shard = torch_file.load(path, sources, allow_globals)
+        shard = torch_file.load_torch_file(path, sources, allow_globals)
     except CorruptError as error:
         message = f"the shard of expert {expert} is damaged: {error.message}"
         raise InconsistentError(message, path=path, key=error.key, hint=error.hint) from error

@@ -51,14 +51,16 @@ class NpyAdapter(Adapter):
         sources = Sources()
         manifest = _read_manifest(path / MANIFEST, sources)
         tensors = {name: _read_tensor(path / file, sources) for name, file in manifest["files"].items()}
-        return replace(document.load(tensors, manifest["document"], path, self.name), sources=sources)
+        return replace(document.load_document(tensors, manifest["document"], path, self.name), sources=sources)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        tensors, facts = document.dump(checkpoint, DTYPES, is_name=_is_name)
+        tensors, facts = document.dump_document(checkpoint, DTYPES, is_name=_is_name)
         files = {name: f"{number:05d}.npy" for number, name in enumerate(tensors)}
         for name, tensor in tensors.items():
             _write_tensor(tensor, path / files[name])
-        write_new(path / MANIFEST, json_files.dumps({"format": "npy", "version": 1, "files": files, "document": facts}))
+        write_new(
+            path / MANIFEST, json_files.dump_json({"format": "npy", "version": 1, "files": files, "document": facts})
+        )
 
     def foreign_files(self, path: Path) -> list[Path]:
         known = {MANIFEST}
@@ -79,7 +81,7 @@ def _is_name(name: str) -> bool:
 def _read_manifest(path: Path, sources: Sources) -> dict[str, Any]:
     _require_file(path)
     sources.add(path, Fingerprint.of(path))
-    manifest = json_files.load(path)
+    manifest = json_files.load_json(path)
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "version", "files", "document"}:
         raise InconsistentError("is no manifest: needs format, version, files and document", path=path)
     if (manifest["format"], manifest["version"]) != ("npy", 1):
