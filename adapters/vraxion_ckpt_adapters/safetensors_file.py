@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Origin
 from vraxion_ckpt.checkpoint.plain_data import checksum, named_tensors
-from vraxion_ckpt.checkpoint.shared_memory import sharing, view_of
+from vraxion_ckpt.checkpoint.shared_memory import sharing, without_tied
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
@@ -335,9 +335,9 @@ def _overlapping(checkpoint: Checkpoint) -> list[str]:
         everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
     everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
     for group in sharing(named_tensors(everything)):
-        views = {view_of(tensor): name for name, tensor in group}
+        views = [name for name, _ in without_tied(group)]
         if len(views) > 1:
-            return list(views.values())[:2]
+            return views[:2]
     return []
 
 

@@ -205,7 +205,7 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _about_lacking(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Name parameters of experts that the optimizer lacks, or how many, where it is not known which."""
-    lacking = list(placement.lacking(checkpoint))
+    lacking = list(placement.missing_parameters(checkpoint))
     hint = "convert --optimizer complete adds what is lacking, without state; if the expert is frozen, nothing is wrong"
     what = "the optimizer does not list this parameter, although it lists those of other experts"
     if lacking and placement.is_undecided_in_head(checkpoint):

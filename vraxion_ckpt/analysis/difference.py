@@ -25,7 +25,7 @@ from vraxion_ckpt.analysis.changes import (
     RingChange,
     Side,
 )
-from vraxion_ckpt.analysis.match_experts import Matching, match
+from vraxion_ckpt.analysis.match_experts import Matching, match_experts
 from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
@@ -90,7 +90,7 @@ def diff_checkpoints(
     b.open_experts()
     (a, refused_a), (b, refused_b) = (bound_if_possible(c, param_names, optimizer_order) for c in (a, b))
     not_bound = [f"{c.origin.path}: {why.message}" for c, why in ((a, refused_a), (b, refused_b)) if why]
-    matching = match(a.head, b.head)
+    matching = match_experts(a.head, b.head)
     names = _names(a.head, b.head, matching)
     size = _size(b)
     with progress.bar("comparing", size) as count:

@@ -1,8 +1,8 @@
 """What must be true of a checkpoint, and what a chain must leave as it was.
 
-`invariant_findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them only
-look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert
-that is the same object before and after is known to be untouched.
+`invariant_findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them
+only look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert that
+is the same object before and after is known to be untouched.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def exclusive(target: Path) -> Iterator[None]:
     lock = FileLock(place, mode=0o666, fallback_to_soft=False, is_singleton=False, thread_local=False)
     held = False
     try:
-        with signals.put_off():
+        with signals.deferred():
             _acquire(lock, place, target)
             held = True
         for folder in leftovers(target):
@@ -82,7 +82,7 @@ def exclusive(target: Path) -> Iterator[None]:
         yield
     finally:
         if held:
-            with signals.put_off():
+            with signals.deferred():
                 with suppress(OSError):
                     _twice(system_calls.unlink, place)  # before the release: who has it open then sees that it is gone
                 lock.release()
@@ -151,7 +151,7 @@ def settle(folder: Path, target: Path) -> str | None:
     Raises:
         StorageError: the target could be brought neither to the old state nor to the new one.
     """
-    with signals.put_off():
+    with signals.deferred():
         how = None
         transaction = Transaction.load(folder, target)
         try:
@@ -239,12 +239,12 @@ class Staged:
             transaction.run()
             return transaction.kept
         try:
-            with signals.stoppable():
+            with signals.interruptible():
                 flush(self.path, self.target)
             if check is not None:
                 check()
             signals.raise_pending()
-            with signals.put_off():
+            with signals.deferred():
                 system_calls.rename_new(self.path, self.target)
                 committed.add(self.target)
                 system_calls.fsync(self.target.parent)

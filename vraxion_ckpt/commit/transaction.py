@@ -98,7 +98,7 @@ class Transaction:
         with ExitStack() as stack:
             for step in self.STEPS:
                 if step == "commit":
-                    stack.enter_context(signals.put_off())
+                    stack.enter_context(signals.deferred())
                 getattr(self, step)()
 
     def seal(self) -> None:
@@ -115,7 +115,7 @@ class Transaction:
         if self.change.pivot == ".":  # but for what the old state has linked in, too
             linked = {mark[0] for mark in self.watched.values()}
             self._sealed = {name: mark for name, mark in survey(self._staged(".")).items() if mark[0] not in linked}
-        with signals.stoppable():
+        with signals.interruptible():
             flush(self._staged("."), self.target, folders=self.change.pivot == ".")
         journal = self.folder / JOURNAL
         system_calls.write_new(journal, self._dump())

@@ -16,7 +16,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, Record
 from vraxion_ckpt.checkpoint.type_checks import wrong_type
 from vraxion_ckpt.errors import PluginError, StorageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy, follow
-from vraxion_ckpt.optimizer.placement import place, place_as_listed, refuse_undecided
+from vraxion_ckpt.optimizer.placement import place_as_listed, place_in_order, refuse_undecided
 from vraxion_ckpt.plugins.lent_tensors import MadeTensors, WriteCounts, wrote_into
 from vraxion_ckpt.plugins.options import resolved
 from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
@@ -76,7 +76,7 @@ def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Che
     """Return a step's result with the optimizer in order, and averages of the model changed as the head was."""
     refuse_undecided(before, after)
     if policy.result_order is None:
-        after = place(before, after)
+        after = place_in_order(before, after)
     return follow(before, after, policy.companions)
 
 

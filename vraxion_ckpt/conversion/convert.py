@@ -30,7 +30,7 @@ from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.commit.transaction import committed
 from vraxion_ckpt.conversion.summary import Outcome, Summary, count_tensors
 from vraxion_ckpt.conversion.targets import (
-    Beside,
+    SideTarget,
     check_apart,
     check_inputs,
     check_manifest,
@@ -164,8 +164,8 @@ def convert_to_all(
     The other arguments are those of `convert`.
     """
     started = time.monotonic()
-    with signals.put_off(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
-        with signals.stoppable():
+    with signals.deferred(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
+        with signals.interruptible():
             chain = resolve_chain(transforms)
             source = Path(src)
             places = [_place(source, target) for target in targets]
@@ -200,11 +200,14 @@ def convert_to_all(
                 for target, (adapter, place) in zip(targets, places, strict=True)
             ]
             manifests = [_manifest_place(result, chain) for result in results]
-            besides = [*results[0].outcome.besides, *(manifest for manifest in manifests if manifest is not None)]
-            written = [*(place for _, place in places), *(beside.path for beside in besides)]
+            side_targets = [
+                *results[0].outcome.side_targets,
+                *(manifest for manifest in manifests if manifest is not None),
+            ]
+            written = [*(place for _, place in places), *(beside.path for beside in side_targets)]
             check_several(written)
             check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
-            say_what_names_deny(((place, adapter) for adapter, place in places), besides)
+            say_what_names_deny(((place, adapter) for adapter, place in places), side_targets)
 
             nothing = Staging(sizes=[0] * len(results))
             staging = nothing if dry_run else _stage_all(stack, results, manifests, lent)
@@ -250,7 +253,7 @@ def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
     return adapter, place
 
 
-def _manifest_place(result: _Result, chain: Sequence[Step]) -> Beside | None:
+def _manifest_place(result: _Result, chain: Sequence[Step]) -> SideTarget | None:
     if result.target.manifest is None:
         return None
     outcome = result.outcome
@@ -285,20 +288,20 @@ class Staging:
         if len(stages) == 1:  # its commit is one step, and comes after all that takes long
             yield
             return
-        with signals.stoppable():
+        with signals.interruptible():
             for stage in stages:
                 stage.prepare()
-        with signals.put_off():
+        with signals.deferred():
             yield
 
 
 def _stage_all(
-    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[Beside | None], lent: SourceTensors
+    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[SideTarget | None], lent: SourceTensors
 ) -> Staging:
     """Stage, read back and compare."""
     stages = [_stage(stack, result, lent) for result in results]
     outcome = results[0].outcome
-    sides = stage_side_files(stack, outcome.side_files, outcome.besides)
+    sides = stage_side_files(stack, outcome.side_files, outcome.side_targets)
     listed = [
         stage_manifest(stack, place, result.adapter, by_name(stage.path, files_below(stage.path)), result.place)
         for result, stage, place in zip(results, stages, manifests, strict=True)
@@ -343,7 +346,7 @@ def files_below(path: Path) -> list[Path]:
 
 
 def stage_manifest(
-    stack: ExitStack, place: Beside | None, adapter: Adapter, files: Mapping[str, Path], target: Path
+    stack: ExitStack, place: SideTarget | None, adapter: Adapter, files: Mapping[str, Path], target: Path
 ) -> Staged | None:
     """Stage the manifest of files that were read back; what may be replaced was judged before."""
     if place is None:
@@ -376,10 +379,12 @@ def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: S
         raise
 
 
-def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[Beside]) -> list[Staged]:
+def stage_side_files(
+    stack: ExitStack, side_files: dict[Path, bytes], side_targets: Sequence[SideTarget]
+) -> list[Staged]:
     """Stage the files that are to be written beside a target; what may be replaced was judged before."""
     stages = []
-    for content, beside in zip(side_files.values(), besides, strict=True):
+    for content, beside in zip(side_files.values(), side_targets, strict=True):
         stack.enter_context(exclusive(beside.path))
         stages.append(stack.enter_context(staged(beside.path, directory=False, overwrite=beside.replace)))
         write_new(stages[-1].path, content)

@@ -42,7 +42,7 @@ from vraxion_ckpt.conversion.convert import (
     write_whole,
 )
 from vraxion_ckpt.conversion.summary import Outcome, Summary, TensorCount, count_tensors
-from vraxion_ckpt.conversion.targets import Beside, check_inputs, check_manifest, check_several, say_what_names_deny
+from vraxion_ckpt.conversion.targets import SideTarget, check_inputs, check_manifest, check_several, say_what_names_deny
 from vraxion_ckpt.conversion.verify_before_write import (
     LossPolicy,
     apply,
@@ -174,8 +174,8 @@ def edit(
         BusyError: another run is at work on it.
     """
     started = time.monotonic()
-    with signals.put_off(), os_errors_named(path), ExitStack() as stack:
-        with signals.stoppable():
+    with signals.deferred(), os_errors_named(path), ExitStack() as stack:
+        with signals.interruptible():
             check_policy(losses)
             chain = resolve_chain(transforms)
             target = Path(os.path.realpath(path))
@@ -209,10 +209,10 @@ def edit(
             listed = _manifest_place(manifest, outcome, target, chain, keep_old=keep_old)
             if listed is not None:
                 before.open_experts()  # nothing is vouched for that was not read
-            besides = [beside.path for beside in (*outcome.besides, *filter(None, [listed]))]
-            check_several([target, *besides])
-            check_inputs([target, *besides], chain, outcome.side_files, set())
-            say_what_names_deny((), (*outcome.besides, *filter(None, [listed])))
+            side_targets = [beside.path for beside in (*outcome.side_targets, *filter(None, [listed]))]
+            check_several([target, *side_targets])
+            check_inputs([target, *side_targets], chain, outcome.side_files, set())
+            say_what_names_deny((), (*outcome.side_targets, *filter(None, [listed])))
             refuse(
                 InconsistentError, invariants.invariant_findings(before), target
             )  # of what the chain has opened, too
@@ -279,7 +279,7 @@ def _writer(target: Path, from_: AdapterLike | None, to: AdapterLike | None) -> 
 
 def _manifest_place(
     manifest: PathLike | None, outcome: Outcome, target: Path, chain: Sequence[Step], *, keep_old: bool
-) -> Beside | None:
+) -> SideTarget | None:
     if manifest is None:
         return None
     place = check_manifest(Path(manifest), outcome.before, target, chain, outcome.side_files, overwrite=True)
@@ -391,7 +391,7 @@ def _stage(
     outcome: Outcome,
     lent: SourceTensors,
     work: _Work,
-    listed: Beside | None,
+    listed: SideTarget | None,
     *,
     keep_old: bool,
 ) -> Staging:
@@ -404,7 +404,7 @@ def _stage(
             work.parts[name].write(stage.path / name)
     else:
         write_whole(adapter, before, held, stage)
-    sides = stage_side_files(stack, outcome.side_files, outcome.besides)
+    sides = stage_side_files(stack, outcome.side_files, outcome.side_targets)
     new = by_name(stage.path, files_below(stage.path))
     written = [*new.values(), *(side.path for side in sides)]
     size = work.copied + sum(path.stat().st_size for path in written)
@@ -418,7 +418,7 @@ def _stage(
     return Staging([(stage, manifest)], sides, [size])
 
 
-def _stage_list(stack: ExitStack, adapter: Adapter, target: Path, before: Checkpoint, place: Beside) -> Staging:
+def _stage_list(stack: ExitStack, adapter: Adapter, target: Path, before: Checkpoint, place: SideTarget) -> Staging:
     """Stage the manifest of a checkpoint that stays as it is."""
     files = files_of(adapter, target, before.origin.leftovers)
     manifest = stage_manifest(stack, place, adapter, by_name(target, files), target)

@@ -10,7 +10,7 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
 from vraxion_ckpt.conversion.chain import moved_addresses
-from vraxion_ckpt.conversion.targets import Beside
+from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.plugins.adapter import Loss
 from vraxion_ckpt.support.json_models import Fact, Facts
 from vraxion_ckpt.wording import count
@@ -67,7 +67,7 @@ class Outcome:
         after: what the chain returned.
         held: what the target's format makes of that.
         side_files: what else is to be written.
-        besides: where that goes.
+        side_targets: where that goes.
         preservation: whether the function is the same.
         losses: what the format cannot hold.
     """
@@ -76,7 +76,7 @@ class Outcome:
     after: Checkpoint
     held: Checkpoint
     side_files: dict[Path, bytes]
-    besides: tuple[Beside, ...]
+    side_targets: tuple[SideTarget, ...]
     preservation: Preservation | None
     losses: tuple[Loss, ...]
 

@@ -66,9 +66,12 @@ def formats_named(name: str) -> list[str]:
     return [adapter.name for adapter in adapters().values() if name.lower().endswith(file_suffixes(adapter))]
 
 
-def say_what_names_deny(targets: Iterable[tuple[Path, Adapter]], besides: Iterable[Beside]) -> None:
+def say_what_names_deny(targets: Iterable[tuple[Path, Adapter]], side_targets: Iterable[SideTarget]) -> None:
     """Warn of each file or directory whose name has the ending of another format than it is written in."""
-    written = [*((place, adapter.name) for place, adapter in targets), *((beside.path, None) for beside in besides)]
+    written = [
+        *((place, adapter.name) for place, adapter in targets),
+        *((beside.path, None) for beside in side_targets),
+    ]
     for place, kind in written:
         named = formats_named(place.name)
         if named and kind not in named:
@@ -118,7 +121,7 @@ def files_read(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideTarget:
     """A file that is written beside a target.
 
     Attributes:
@@ -132,7 +135,7 @@ class Beside:
 
 def check_side_files(
     side_files: dict[Path, bytes], before: Checkpoint, target: Path, chain: Sequence[Step], *, overwrite: bool
-) -> tuple[Beside, ...]:
+) -> tuple[SideTarget, ...]:
     """Refuse side files over the source, the target, what the chain reads, or what must not be replaced.
 
     Returns:
@@ -144,7 +147,7 @@ def check_side_files(
         real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
         check_target(real, overwrite=overwrite or _holds(real, side_files[path]))
-        found.append(Beside(real, real.exists()))
+        found.append(SideTarget(real, real.exists()))
     return tuple(found)
 
 
@@ -160,7 +163,7 @@ def check_manifest(
     side_files: dict[Path, bytes],
     *,
     overwrite: bool,
-) -> Beside:
+) -> SideTarget:
     """Refuse a manifest where a side file must not be, or over what is no manifest, or one of another checkpoint.
 
     Returns:
@@ -176,7 +179,7 @@ def check_manifest(
                 f"is the manifest of {described}, and is not replaced", path=path, hint="choose a new name"
             )
     check_target(real, overwrite=overwrite)
-    return Beside(real, real.exists())
+    return SideTarget(real, real.exists())
 
 
 def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict[Path, bytes], more: set[Path]) -> None:

@@ -102,18 +102,18 @@ def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPol
 def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
     """Judge what a format will hold of it: all that can be refused before a byte is written."""
     before, after = applied.before, applied.after
-    besides = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
+    side_targets = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
     held = adapter_calls.held(adapter, after)
-    return Outcome(before, after, held, applied.side_files, besides, applied.preservation, tuple(lost))
+    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost))
 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
     """Hold the chain to what must be true after it."""
     refuse(InvariantError, map(_of_result, invariants.invariant_findings(after)), None)
     refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
-    if not any(placement.lacking(before)):
-        refuse(InvariantError, map(_of_result, map(_untrained, placement.lacking(after))), None)
+    if not any(placement.missing_parameters(before)):
+        refuse(InvariantError, map(_of_result, map(_untrained, placement.missing_parameters(after))), None)
     noises = [function_noise(step) for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
@@ -141,7 +141,7 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
     Raises:
         BindingError: naming the first parameter.
     """
-    lacking = list(placement.lacking(checkpoint)) if policy == "keep" else []
+    lacking = list(placement.missing_parameters(checkpoint)) if policy == "keep" else []
     if lacking and placement.is_undecided_in_head(checkpoint):
         raise BindingError(
             f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, and it cannot be told "

@@ -249,7 +249,7 @@ def _as_a_whole() -> Iterator[None]:
 
     An exception from anywhere else in torch makes it end the archive, and what that then says is all that is known.
     """
-    with signals.put_off():
+    with signals.deferred():
         before = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
@@ -282,7 +282,7 @@ class _Writer:
         if self._ended:
             return len(data)
         try:
-            signals.let_through()
+            signals.deliver_pending()
             if len(data) < _LARGE:
                 self._file.write(data)
             else:

@@ -23,7 +23,7 @@ _WAYS_OUT = (
 )
 
 
-def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
+def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     """Return `after` with its optimizer's parameters in the order in which its trainer will build them.
 
     Args:
@@ -218,7 +218,7 @@ def _arranged(
 # --- an optimizer that lacks parameters ---
 
 
-def lacking(checkpoint: Checkpoint) -> Iterator[str]:
+def missing_parameters(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the parameters of experts that the optimizer does not list although it lists the same leaf of others.
 
     An expert whose file is not open is taken to have the leaves that the others have.
@@ -242,7 +242,7 @@ def is_undecided_in_head(checkpoint: Checkpoint) -> bool:
     return head is not None and any(split_name(name, head.names) for name in undecided)
 
 
-def completed(checkpoint: Checkpoint) -> Checkpoint:
+def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose optimizer lists the parameters that it lacks, without state, where they belong.
 
     Each joins the param group of the first expert that has the same leaf in one.
@@ -250,7 +250,7 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         BindingError: it is not known which it lacks, or where they belong.
     """
-    missing = list(lacking(checkpoint))
+    missing = list(missing_parameters(checkpoint))
     head, optimizer = checkpoint.head, checkpoint.optimizer
     if head is None or optimizer is None or not missing:
         return checkpoint
@@ -280,7 +280,7 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
         run = run_of_groups(optimizer, checkpoint)
         at = run[1] if run else len(new.groups)
         new.groups[at:at] = added.values()
-    whole = place(checkpoint, replace(checkpoint, optimizer=new))
+    whole = place_in_order(checkpoint, replace(checkpoint, optimizer=new))
     if whole.param_names is not None and not set(missing) <= set(whole.param_names):
         order = order_of(checkpoint)
         whole.param_names = tuple(sorted({*whole.param_names, *missing}, key=order.rank))

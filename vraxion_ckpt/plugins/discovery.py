@@ -22,7 +22,7 @@ from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageErro
 from vraxion_ckpt.plugins import hookspecs
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.lent_tensors import WriteCounts, wrote_into
-from vraxion_ckpt.plugins.options import Plugin, configure, parse
+from vraxion_ckpt.plugins.options import Plugin, configure, parse_call
 from vraxion_ckpt.plugins.plugin_calls import (
     defect,
     distribution_of,
@@ -206,7 +206,7 @@ def _resolve_step(item: TransformLike) -> Step:
             return Step(item, distribution, metadata.version(distribution))
         except metadata.PackageNotFoundError:  # it is a module that belongs to none
             return Step(item, distribution, "")
-    name, options = parse(item) if isinstance(item, str) else item
+    name, options = parse_call(item) if isinstance(item, str) else item
     registered = find_plugin(registry().transforms, name, "transform")
     return Step(configure(registered.plugin, options), registered.distribution, registered.version)
 
@@ -216,7 +216,7 @@ def resolve_adapter(item: AdapterLike) -> Adapter:
     if isinstance(item, Adapter):
         _check(type(item), Adapter, "a format")
         return item
-    name, options = parse(item) if isinstance(item, str) else item
+    name, options = parse_call(item) if isinstance(item, str) else item
     return configure(find_plugin(registry().adapters, name, "format").plugin, options)
 
 

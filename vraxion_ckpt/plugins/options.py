@@ -94,7 +94,7 @@ IntList = Annotated[tuple[int, ...], BeforeValidator(expand_ranges)]
 NameList = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 
 
-def parse(text: str) -> tuple[str, dict[str, str]]:
+def parse_call(text: str) -> tuple[str, dict[str, str]]:
     """Split ``NAME:key=value,key=value`` into the name and its options, still as text.
 
     Raises:

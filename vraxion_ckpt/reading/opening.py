@@ -82,7 +82,7 @@ def read(
         return replace(checkpoint, unbound=None, optimizer=None)
     with errors_at(checkpoint.origin.path):
         bound = binding.bind(checkpoint, param_names, optimizer_order)
-        return placement.completed(bound) if optimizer == "complete" else bound
+        return placement.with_missing_parameters(bound) if optimizer == "complete" else bound
 
 
 @memory_errors()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vraxion_ckpt.errors import UsageError
-from vraxion_ckpt.plugins.options import parse
+from vraxion_ckpt.plugins.options import parse_call
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, scalar
 from vraxion_ckpt.wording import did_you_mean
 
@@ -156,7 +156,7 @@ class Filling:
     def _fill_step(self, text: str, place: Place) -> Any:
         """Fill in each option by itself: a comma in a variable begins no further one."""
         try:
-            name, options = parse(text)
+            name, options = parse_call(text)
         except UsageError as error:
             self._note(place, error.message)
             return text

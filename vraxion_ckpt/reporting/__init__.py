@@ -23,7 +23,7 @@ from vraxion_ckpt.checkpoint.ring import Weights
 from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.commit.staging import check_target
 from vraxion_ckpt.conversion.convert import Staging, stage_side_files
-from vraxion_ckpt.conversion.targets import Beside, check_apart, check_inputs, check_several, formats_named
+from vraxion_ckpt.conversion.targets import SideTarget, check_apart, check_inputs, check_several, formats_named
 from vraxion_ckpt.errors import CkptWarning, UsageError, memory_errors
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import AdapterLike
@@ -89,8 +89,8 @@ def report(
             _say_if_denied(Path(place), kind, own)
     _require("plotly", "report", page)
     _require("matplotlib", "png", picture)
-    with signals.put_off(), os_errors_named(path, *given), ExitStack() as stack:
-        with signals.stoppable():
+    with signals.deferred(), os_errors_named(path, *given), ExitStack() as stack:
+        with signals.interruptible():
             places = [Path(os.path.realpath(place)) for place in given]
             check_several(places)
             counted = [Path(os.path.realpath(file)) for file in (visits, visits_after) if file is not None]
@@ -113,8 +113,8 @@ def report(
                 one.sources.verify()
                 one.sources.check_unchanged()
             contents = {Path(place): content for place, content in drawn.items()}
-            besides = [Beside(place, replace) for place, replace in zip(places, there, strict=True)]
-            staging = Staging(sides=stage_side_files(stack, contents, besides))
+            side_targets = [SideTarget(place, replace) for place, replace in zip(places, there, strict=True)]
+            staging = Staging(sides=stage_side_files(stack, contents, side_targets))
         with staging.as_one():
             for stage in staging.sides:
                 stage.publish()

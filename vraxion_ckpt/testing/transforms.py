@@ -18,7 +18,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.conversion.chain import apply_chain, function_noise
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, OptionError
 from vraxion_ckpt.optimizer import binding
-from vraxion_ckpt.optimizer.placement import lacking
+from vraxion_ckpt.optimizer.placement import missing_parameters
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import adapters
@@ -73,8 +73,8 @@ class TransformTests:
     def assert_sound(self, options: Mapping[str, Any], before: Checkpoint, after: Checkpoint) -> None:
         """Hold a result to what must be true after every chain."""
         listed = [*invariants.invariant_findings(after), *invariants.sharing_findings(before, after)]
-        if not any(lacking(before)):
-            listed += lacking(after)
+        if not any(missing_parameters(before)):
+            listed += missing_parameters(after)
         assert not listed, "; ".join(listed)
         noise = function_noise(Step(configure(self.transform, options), "tests", "0"))
         preservation = invariants.preservation(before, after, noise)
