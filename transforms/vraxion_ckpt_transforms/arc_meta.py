@@ -20,6 +20,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, SplitPlan
 from vraxion_ckpt.checkpoint.ring import Ints, Visits, Weights
 from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.errors import InconsistentError, TransformError
+from vraxion_ckpt.experts.preconditions import check_expert
 from vraxion_ckpt.plugins import discovery
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
@@ -159,12 +160,7 @@ class ArcMeta(Transform):
 
     def _check_parent(self, parent: int, checkpoint: Checkpoint) -> int:
         assert checkpoint.head is not None
-        if parent >= checkpoint.num_experts:
-            raise TransformError(f"there is no expert {parent}; there are {checkpoint.num_experts}", key=self.name)
-        if parent in checkpoint.head.deleted:
-            raise TransformError(
-                f"expert {parent} was deleted; it has no tensors to clone", key=self.name, hint="pass parent="
-            )
+        check_expert(checkpoint.head, parent, self.name, hint="pass parent=")
         return parent
 
     def _hottest(self, addresses: Ints, visits: Visits) -> Ints:

@@ -12,6 +12,7 @@ from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind, Optimizer
 from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.experts.preconditions import head_of
 from vraxion_ckpt.experts.surgery import remove_expert, rename_head
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
@@ -50,9 +51,7 @@ class ExpertsToSingle(Transform):
         return checkpoint
 
     def _head(self, checkpoint: Checkpoint) -> Head:
-        head = checkpoint.head
-        if head is None:
-            raise TransformError("the model has no head (no tensor under head.experts.)", key=self.name)
+        head = head_of(checkpoint, self.name)
         if head.kind is HeadKind.SINGLE:
             raise TransformError("the head is single already", key=self.name, hint="leave this step out")
         if head.deleted:

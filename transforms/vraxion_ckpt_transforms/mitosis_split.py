@@ -12,9 +12,10 @@ from pydantic import Field
 from vraxion_ckpt.checkpoint import split_plan
 from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head
 from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.errors import InconsistentError, TransformError
+from vraxion_ckpt.experts.preconditions import check_expert, head_of_experts
 from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import IntList
@@ -68,15 +69,9 @@ class MitosisSplit(Transform):
         return checkpoint
 
     def _head_and_owners(self, checkpoint: Checkpoint) -> tuple[Head, Ints]:
-        if checkpoint.head is None:
-            raise TransformError("the model has no head", key=self.name)
-        if checkpoint.head.kind is HeadKind.SINGLE:
-            raise TransformError(
-                "the head is single (head.single.*)", key=self.name, hint="put single_to_experts before this step"
-            )
-        if checkpoint.router_map is None:
-            raise TransformError("the model has no router_map", key=self.name)
-        return checkpoint.head, router_owners(checkpoint.router_map)
+        head = head_of_experts(checkpoint, self.name)
+        assert checkpoint.router_map is not None
+        return head, router_owners(checkpoint.router_map)
 
     def _who_and_what(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         """Return parent and addresses: explicit, else from `meta`, the attached plan, or the trainer's request."""
@@ -123,10 +118,7 @@ class MitosisSplit(Transform):
         )
 
     def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
-        if not 0 <= parent < head.num_experts:
-            raise TransformError(f"there is no expert {parent}; there are {head.num_experts}", key=self.name)
-        if parent in head.deleted:
-            raise TransformError(f"expert {parent} was deleted; it has no tensors to clone", key=self.name)
+        check_expert(head, parent, self.name)
         if not addresses:
             raise TransformError("there are no addresses to give away", key=self.name)
         off = [address for address in addresses if not 0 <= address < len(owners)]

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head
 from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.experts.preconditions import check_expert, head_of_experts
 from vraxion_ckpt.experts.surgery import remove_expert
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
@@ -31,7 +32,7 @@ class PruneMerge(Transform):
         return None
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = self._head(checkpoint)
+        head = head_of_experts(checkpoint, self.name)
         removed = head.num_experts - 1 if self.merge_from is None else self.merge_from
         self._check(removed, checkpoint, head)
         router = checkpoint.router_map
@@ -47,34 +48,18 @@ class PruneMerge(Transform):
         }
         return checkpoint
 
-    def _head(self, checkpoint: Checkpoint) -> Head:
-        if checkpoint.head is None:
-            raise TransformError("the model has no head", key=self.name)
-        if checkpoint.head.kind is HeadKind.SINGLE:
-            raise TransformError("the head is single (head.single.*), there is nothing to remove", key=self.name)
-        if checkpoint.router_map is None:
-            raise TransformError("the model has no router_map", key=self.name)
-        return checkpoint.head
-
     def _check(self, removed: int, checkpoint: Checkpoint, head: Head) -> None:
         last = head.num_experts - 1
         if not last:
             raise TransformError(
                 "the only expert cannot be removed", key=self.name, hint="experts_to_single makes it a single head"
             )
-        for expert in (removed, self.merge_into):
-            if expert > last:
-                raise TransformError(f"there is no expert {expert}; there are {head.num_experts}", key=self.name)
+        check_expert(head, removed, self.name, deleted=True)
         if removed == self.merge_into:
             raise TransformError(
                 f"expert {removed} cannot take over from itself", key=self.name, hint="pass another merge_from="
             )
-        if self.merge_into in head.deleted:
-            raise TransformError(
-                f"expert {self.merge_into} was deleted; it has no tensors to take over with",
-                key=self.name,
-                hint="pass another merge_into=",
-            )
+        check_expert(head, self.merge_into, self.name, hint="pass another merge_into=")
         row = checkpoint.lifecycle.get(removed)
         if row is not None and row.tenured and not self.allow_tenured:
             raise TransformError(f"expert {removed} is tenured", key=self.name, hint="pass allow_tenured=true")

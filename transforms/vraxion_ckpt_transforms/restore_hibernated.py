@@ -20,6 +20,7 @@ from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head
 from vraxion_ckpt.checkpoint.shared_memory import fills_storage, sharing
 from vraxion_ckpt.errors import CkptWarning, InconsistentError, TransformError, UsageError
+from vraxion_ckpt.experts.preconditions import check_expert, head_of
 from vraxion_ckpt.formats import torch_file
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import IntList
@@ -41,9 +42,7 @@ class RestoreHibernated(Transform):
         return None
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = checkpoint.head
-        if head is None:
-            raise TransformError("the model has no head", key=self.name)
+        head = head_of(checkpoint, self.name)
         if not self.snapshots.is_dir():
             raise UsageError("no such directory", path=self.snapshots)
         chosen = self._chosen(head)
@@ -63,10 +62,7 @@ class RestoreHibernated(Transform):
             raise TransformError("experts names none", key=self.name, hint="leave it out to restore all that are zero")
         chosen = sorted(set(self.experts))
         for i in chosen:
-            if i in head.deleted:
-                raise TransformError(f"expert {i} was deleted; it has no tensors to replace", key=self.name)
-            if i not in head.experts:
-                raise TransformError(f"there is no expert {i}; there are {head.num_experts}", key=self.name)
+            check_expert(head, i, self.name)
             if not self.replace and not is_zero(head.experts[i]):
                 raise TransformError(
                     f"expert {i} is not hibernated: its weights are not all zero",

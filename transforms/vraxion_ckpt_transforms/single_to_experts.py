@@ -10,6 +10,7 @@ from pydantic import Field
 from vraxion_ckpt.checkpoint.expert_health import refuse_unhealthy
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle
 from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.experts.preconditions import head_of
 from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert, rename_head
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
@@ -38,9 +39,7 @@ class SingleToExperts(Transform):
         return self.noise
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = checkpoint.head
-        if head is None:
-            raise TransformError("the model has no head (no tensor under head.single.)", key=self.name)
+        head = head_of(checkpoint, self.name)
         if head.kind is HeadKind.EXPERTS:
             raise TransformError(
                 f"the head has {count(head.num_experts, 'expert')} already", key=self.name, hint="leave this step out"

@@ -113,13 +113,13 @@ def _with_schedules(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             is_schedule = "base_lrs" in value or "_last_lr" in value
             for key, entry in value.items():
                 is_list = is_schedule and key in _PER_GROUP and isinstance(entry, list | tuple)
-                if is_list and len(entry) == len(old.groups) and None not in sources:
-                    result[key] = type(entry)([copy.deepcopy(entry[number]) for number in sources])
-                elif is_list and len(entry) == len(old.groups):
+                if not is_list or len(entry) != len(old.groups):
+                    result[key] = changed(entry)
+                    continue
+                if None in sources:
                     message = "has an entry for each param group, and it is not known from which the new ones come"
                     raise TransformError(message, key=f"{key}", hint=_WAYS_OUT)
-                else:
-                    result[key] = changed(entry)
+                result[key] = type(entry)([copy.deepcopy(entry[number]) for number in sources])
             return result
         if isinstance(value, list | tuple) and any(isinstance(entry, dict | list | tuple) for entry in value):
             return type(value)([changed(entry) for entry in value])

@@ -14,13 +14,9 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
 from vraxion_ckpt.errors import BindingError, UsageError
+from vraxion_ckpt.optimizer.assignment import WAYS_OUT
 from vraxion_ckpt.optimizer.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
 from vraxion_ckpt.wording import count
-
-_WAYS_OUT = (
-    "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
-    "(--optimizer-order model|sorted|reversed), or leave it behind (--optimizer drop)"
-)
 
 
 def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
@@ -121,7 +117,7 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
             f"{optimizer.bound_by}",
             path=before.origin.path,
             key=name,
-            hint=_WAYS_OUT,
+            hint=WAYS_OUT,
         )
 
 

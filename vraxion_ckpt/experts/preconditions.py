@@ -1,0 +1,60 @@
+"""What a transform needs of a head before it changes it."""
+
+from __future__ import annotations
+
+from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.errors import TransformError
+
+
+def head_of(checkpoint: Checkpoint, name: str) -> Head:
+    """Return the head of a checkpoint.
+
+    Args:
+        checkpoint: any.
+        name: of the transform, for the message.
+
+    Raises:
+        TransformError: there is none.
+    """
+    if checkpoint.head is None:
+        raise TransformError("the model has no head", key=name)
+    return checkpoint.head
+
+
+def head_of_experts(checkpoint: Checkpoint, name: str) -> Head:
+    """Return a head that is a list of experts with a ring of addresses.
+
+    Args:
+        checkpoint: any.
+        name: of the transform, for the message.
+
+    Raises:
+        TransformError: there is no head, it is single, or there is no router map.
+    """
+    head = head_of(checkpoint, name)
+    if head.kind is HeadKind.SINGLE:
+        raise TransformError(
+            "the head is single (head.single.*)", key=name, hint="put single_to_experts before this step"
+        )
+    if checkpoint.router_map is None:
+        raise TransformError("the model has no router_map", key=name)
+    return head
+
+
+def check_expert(head: Head, expert: int, name: str, *, deleted: bool = False, hint: str | None = None) -> None:
+    """Refuse an expert that a head does not have.
+
+    Args:
+        head: any.
+        expert: its id.
+        name: of the transform, for the message.
+        deleted: whether it may be one whose tensors were garbage-collected.
+        hint: what to do if it is one of those.
+
+    Raises:
+        TransformError: there is no such expert, or it has no tensors.
+    """
+    if not 0 <= expert < head.num_experts:
+        raise TransformError(f"there is no expert {expert}; there are {head.num_experts}", key=name)
+    if expert in head.deleted and not deleted:
+        raise TransformError(f"expert {expert} was deleted; it has no tensors", key=name, hint=hint)
