@@ -30,6 +30,11 @@ def numbered(noun: str, ids: Collection[object], most: int = 8) -> str:
     return f"{noun if len(ids) == 1 else plural(noun)} {listed(ids, most)}"
 
 
+def shortened(text: str, most: int) -> str:
+    """Return the beginning of a text, with an ellipsis if that is not all of it."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a question for the name that was probably meant, like ``did you mean 'noise'?``; empty if none is near."""
     near = difflib.get_close_matches(name, names, n=1)

@@ -20,7 +20,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, SplitPlan
 from vraxion_ckpt.checkpoint.ring import Ints, Visits, Weights
 from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.errors import InconsistentError, TransformError
-from vraxion_ckpt.experts.preconditions import check_expert
+from vraxion_ckpt.experts.preconditions import check_expert, head_of
 from vraxion_ckpt.plugins import discovery
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.transform import Transform
@@ -133,10 +133,8 @@ class ArcMeta(Transform):
             )
         experts = checkpoint.num_experts
         totals = ring.total_by_owner(weights, owners, experts)
-        parent = self._check_parent(
-            self.parent if self.parent is not None else int(max(range(experts), key=lambda e: (totals[e], -e))),
-            checkpoint,
-        )
+        parent = self.parent if self.parent is not None else max(range(experts), key=lambda e: (totals[e], -e))
+        check_expert(head_of(checkpoint, self.name), parent, self.name, hint="pass parent=")
         length = ring.auto_arc_length(len(owners), experts) if self.arc_len is None else self.arc_len
         owned = owners == parent
         arc, score = ring.hottest_arc(np.where(owned, weights, 0), max(1, min(len(owners), length)))
@@ -157,11 +155,6 @@ class ArcMeta(Transform):
         return SplitPlan(
             parent, addresses, window, self.policy, arc.ring_len, experts, metrics, checkpoint.step, visits.note
         )
-
-    def _check_parent(self, parent: int, checkpoint: Checkpoint) -> int:
-        assert checkpoint.head is not None
-        check_expert(checkpoint.head, parent, self.name, hint="pass parent=")
-        return parent
 
     def _hottest(self, addresses: Ints, visits: Visits) -> Ints:
         """Keep the `top_k` visited addresses with the highest mean loss, in arc order; ties go to the first."""
@@ -186,7 +179,7 @@ class ArcMeta(Transform):
         parent, addresses = request
         if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
             raise InconsistentError("the trainer asks for addresses off the ring, or for none", key="payload.mitosis")
-        self._check_parent(parent, checkpoint)
+        check_expert(head_of(checkpoint, self.name), parent, self.name, hint="pass parent=")
         owned = owners == parent
         hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
         self._guard(hot[owned[hot]], parent, int(owned.sum()))

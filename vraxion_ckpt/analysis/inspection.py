@@ -20,7 +20,7 @@ from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces, named_tensors, size_of
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, dtype_name, in_pieces, named_tensors, size_of
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
@@ -403,7 +403,7 @@ def _tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
 
 def _tensor_facts(tensor: Tensor, *, values: bool = False) -> TensorFacts:
     return TensorFacts(
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         shape=tuple(tensor.shape),
         bytes=tensor.numel() * tensor.itemsize,
         values=value_facts(tensor) if values else None,

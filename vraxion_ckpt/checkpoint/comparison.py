@@ -22,6 +22,7 @@ from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, in_pie
 from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.wording import shortened
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -203,8 +204,7 @@ def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
         return dtype_and_shape(value)
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return shortened(repr(value), 60)
 
 
 def _first_difference(a: list[Any], b: list[Any]) -> str:

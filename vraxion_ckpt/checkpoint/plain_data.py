@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
+from vraxion_ckpt.wording import shortened
 
 _MOST_NODES = 5_000_000
 DEEPEST = 100
@@ -94,9 +95,14 @@ def size_of(value: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name, like ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_and_shape(tensor: Tensor) -> str:
     """Return a tensor's dtype and shape in words, like ``float32 [4, 8]``."""
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ def _spell(place: _Place) -> str | None:
         place, key = place
         parts.append(f"[{key}]" if isinstance(key, int) else f".{key}")
     text = "".join(reversed(parts)).removeprefix(".")
-    return (text if len(text) <= 200 else text[:200] + "…") or None
+    return shortened(text, 200) or None
 
 
 def as_comparable(tensor: Tensor) -> Tensor | None:

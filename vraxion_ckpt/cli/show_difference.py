@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vraxion_ckpt.analysis.changes import Change, Difference, RingChange, Side
 from vraxion_ckpt.cli.terminal import Line, bytes_in_words, print_lines, put
-from vraxion_ckpt.wording import count, listed
+from vraxion_ckpt.wording import count, listed, shortened
 
 _MOST_ROWS = 12
 _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed": "red"}
@@ -71,5 +71,4 @@ def _entry(change: Change) -> Text:
 
 
 def _value(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shortened(str(value), 60)

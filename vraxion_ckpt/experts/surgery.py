@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, in_pieces
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_name, in_pieces
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
@@ -261,11 +261,11 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
         if copy.dtype == torch.bool:  # a mask, which no noise was meant for
             continue
         if numbers and not copy.is_floating_point():
-            lost.append(f"{leaf} is {copy.dtype}".replace("torch.", ""))
+            lost.append(f"{leaf} is {dtype_name(copy.dtype)}")
         elif numbers:
             changed = _count_changed(old, copy)
             if 2 * changed < numbers:
-                lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed".replace("torch.", ""))
+                lost.append(f"{leaf} ({dtype_name(copy.dtype)}) has {changed} of {numbers} elements changed")
     if lost:
         message = (
             f"noise of {noise:g} changes little or nothing in {new.removesuffix('.')}: {listed(lost, 3, '; ')}"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
-from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain
+from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, dtype_name
 from vraxion_ckpt.checkpoint.shared_memory import view_of
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError, errors_at, raise_if_out_of_memory
 from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, split_head
@@ -37,7 +37,7 @@ PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_DTYPES = {dtype_name(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _QUANTISED = "q"  # how the names of dtypes begin that mean nothing without a scale
 
 
@@ -170,7 +170,7 @@ class _Stored:
             self.by_name[name] = tensor if native else bytes_of(tensor)
         found: dict[str, Any] = {"$tensor": name}
         if not native:
-            found |= {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            found |= {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         if isinstance(tensor, nn.Parameter):
             found["parameter"] = tensor.requires_grad
         elif tensor.requires_grad:
