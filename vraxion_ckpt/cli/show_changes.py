@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.cli.terminal import Line, bytes_in_words, print_lines, put
+from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines, put
 from vraxion_ckpt.conversion.edit import Edited, EditKind
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.recipes.recipe import Ran
@@ -26,7 +26,7 @@ def print_conversion(done: Summary, *, verbose: bool = False) -> None:
         *_what_became(done),
     ]
     if not done.dry_run:
-        lines.append(("size", f"{bytes_in_words(done.bytes_written)} in {done.seconds:.1f} s"))
+        lines.append(("size", f"{byte_size(done.bytes_written)} in {done.seconds:.1f} s"))
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
@@ -57,18 +57,15 @@ def print_edit(done: Edited, *, verbose: bool = False) -> None:
         lines.append(("kept", f"the previous state, as {done.kept}"))
     lines += _what_became(done)
     how_long = "to write" if done.dry_run else f"in {done.seconds:.1f} s"
-    lines.append(("size", f"{bytes_in_words(done.bytes_written)} {how_long}"))
+    lines.append(("size", f"{byte_size(done.bytes_written)} {how_long}"))
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
 def _what_became(done: Summary) -> list[Line]:
     tensors = ", ".join(f"{n} {what}" for what, n in done.tensors if n) or "none"
-    moved = f"{count(done.addresses_moved, 'address')}"
+    moved = count(done.addresses_moved, "address")
     lines: list[Line] = [
-        (
-            "experts",
-            f"{done.experts_before} → {done.experts_after}, {moved} moved",
-        ),
+        ("experts", f"{done.experts_before} → {done.experts_after}, {moved} moved"),
         ("tensors", tensors),
         ("optimizer", done.optimizer),
     ]

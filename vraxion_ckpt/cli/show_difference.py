@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vraxion_ckpt.analysis.changes import Change, Difference, RingChange, Side
-from vraxion_ckpt.cli.terminal import Line, bytes_in_words, print_lines, put
+from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines, put
 from vraxion_ckpt.wording import count, listed, shortened
 
 _MOST_ROWS = 12
@@ -24,7 +24,7 @@ def print_difference(facts: Difference) -> None:
     lines += facts.summary()
     if facts.ring:
         lines.append(("arcs", _arcs(facts.ring)))
-    lines.append(("compared", bytes_in_words(facts.bytes_compared)))
+    lines.append(("compared", byte_size(facts.bytes_compared)))
     print_lines(lines)
     for title in ("model", "optimizer", "payload", "lifecycle", "history", "other"):
         changes = getattr(facts, title)

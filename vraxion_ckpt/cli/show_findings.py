@@ -9,7 +9,7 @@ from rich.text import Text
 
 from vraxion_ckpt.analysis.checking import Checked
 from vraxion_ckpt.analysis.findings import Finding, Severity
-from vraxion_ckpt.cli.terminal import bytes_in_words, print_lines, put
+from vraxion_ckpt.cli.terminal import byte_size, print_lines, put
 from vraxion_ckpt.wording import count
 
 _MOST_ROWS = 40
@@ -33,10 +33,7 @@ def print_findings(facts: Checked) -> None:
     print_lines(
         [
             ("sound" if facts.sound else "NOT SOUND", f"{facts.path} ({facts.format}): {told}"),
-            (
-                "read",
-                f"{count(facts.tensors, 'tensor')}, {bytes_in_words(facts.bytes)}, in {count(facts.files, 'file')}",
-            ),
+            ("read", f"{count(facts.tensors, 'tensor')}, {byte_size(facts.bytes)}, in {count(facts.files, 'file')}"),
             ("files", checksums),
         ]
     )

@@ -28,7 +28,7 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def bytes_in_words(number: int) -> str:
+def byte_size(number: int) -> str:
     """Return a number of bytes for people."""
     value, unit = float(number), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):

@@ -68,10 +68,7 @@ def formats_named(name: str) -> list[str]:
 
 def say_what_names_deny(targets: Iterable[tuple[Path, Adapter]], side_targets: Iterable[SideTarget]) -> None:
     """Warn of each file or directory whose name has the ending of another format than it is written in."""
-    written = [
-        *((place, adapter.name) for place, adapter in targets),
-        *((beside.path, None) for beside in side_targets),
-    ]
+    written = [*((place, adapter.name) for place, adapter in targets), *((each.path, None) for each in side_targets)]
     for place, kind in written:
         named = formats_named(place.name)
         if named and kind not in named:

@@ -1,4 +1,4 @@
-"""What a transform needs of a head before it changes it."""
+"""What a transform needs of a head before it changes it; errors name the transform."""
 
 from __future__ import annotations
 
@@ -7,30 +7,14 @@ from vraxion_ckpt.errors import TransformError
 
 
 def head_of(checkpoint: Checkpoint, name: str) -> Head:
-    """Return the head of a checkpoint.
-
-    Args:
-        checkpoint: any.
-        name: of the transform, for the message.
-
-    Raises:
-        TransformError: there is none.
-    """
+    """Return the head of a checkpoint, or raise `TransformError`."""
     if checkpoint.head is None:
         raise TransformError("the model has no head", key=name)
     return checkpoint.head
 
 
 def head_of_experts(checkpoint: Checkpoint, name: str) -> Head:
-    """Return a head that is a list of experts with a ring of addresses.
-
-    Args:
-        checkpoint: any.
-        name: of the transform, for the message.
-
-    Raises:
-        TransformError: there is no head, it is single, or there is no router map.
-    """
+    """Return a head that is a list of experts with a router map, or raise `TransformError`."""
     head = head_of(checkpoint, name)
     if head.kind is HeadKind.SINGLE:
         raise TransformError(
@@ -42,18 +26,7 @@ def head_of_experts(checkpoint: Checkpoint, name: str) -> Head:
 
 
 def check_expert(head: Head, expert: int, name: str, *, deleted: bool = False, hint: str | None = None) -> None:
-    """Refuse an expert that a head does not have.
-
-    Args:
-        head: any.
-        expert: its id.
-        name: of the transform, for the message.
-        deleted: whether it may be one whose tensors were garbage-collected.
-        hint: what to do if it is one of those.
-
-    Raises:
-        TransformError: there is no such expert, or it has no tensors.
-    """
+    """Raise `TransformError` for an expert that a head does not have, or, unless it may be, one that was deleted."""
     if not 0 <= expert < head.num_experts:
         raise TransformError(f"there is no expert {expert}; there are {head.num_experts}", key=name)
     if expert in head.deleted and not deleted:
