@@ -27,7 +27,7 @@ from vraxion_ckpt.checkpoint.plain_data import checksum, named_tensors
 from vraxion_ckpt.checkpoint.shared_memory import sharing, without_tied
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.commit.system_calls import write_new
-from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError
+from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError
 from vraxion_ckpt.formats import document, safetensors_file
 from vraxion_ckpt.formats.payload import OUR_KEY, PayloadDialect, dump_dialect
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, Loss
@@ -203,7 +203,7 @@ def _read_file(path: Path, sources: Sources) -> tuple[dict[str, Tensor], dict[st
     tensors, metadata = safetensors_file.load_safetensors(path, header, sources), dict[str, Any](header.metadata)
     if OUR_KEY in metadata:
         try:
-            metadata[OUR_KEY] = safetensors_file.parse_json_bytes(header.metadata[OUR_KEY].encode(), path)
+            metadata[OUR_KEY] = json_files.parse_json(header.metadata[OUR_KEY], path)
         except (CorruptError, InconsistentError) as error:
             raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
     return tensors, metadata
@@ -246,9 +246,7 @@ def _read_shards(index: Path, sources: Sources) -> tuple[dict[str, Tensor], dict
 def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return an index's weight map and metadata, after every file name in it was looked at."""
     _regular(index)
-    if index.stat().st_size > safetensors_file.LARGEST_HEADER:
-        raise LimitError(f"is larger than {safetensors_file.LARGEST_HEADER} bytes", path=index)
-    content = safetensors_file.parse_json_bytes(index.read_bytes(), index)
+    content = json_files.load_json(index, most=safetensors_file.LARGEST_HEADER)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise InconsistentError("must be an object with a weight_map of tensor → file", path=index)

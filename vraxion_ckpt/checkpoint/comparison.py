@@ -6,6 +6,7 @@ NaNs are compared by their bits, so a NaN equals itself and two different NaNs d
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import struct
 import zlib
@@ -29,8 +30,7 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PIECE = 2**20  # is still in the processor's cache when it is looked at again
 _THREADS = min(4, os.cpu_count() or 1)
 
-_A = TypeVar("_A")
-_B = TypeVar("_B")
+_R = TypeVar("_R")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -178,19 +178,16 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
 
 def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
     """Return the names of the pairs of tensors that are not the same, bit for bit."""
-    contiguous = [pair for pair in pairs if pair[1].is_contiguous() and pair[2].is_contiguous()]
-    others = (pair for pair in pairs if not (pair[1].is_contiguous() and pair[2].is_contiguous()))
-    same = in_threads(lambda pair: same_bits(pair[1], pair[2]), contiguous)
-    found = [name for (name, _, _), alike in zip(contiguous, same, strict=True) if not alike]
-    return found + [name for name, x, y in others if not same_bits(x, y)]  # copied, so one at a time
+    same = in_threads(same_bits, [(x, y) for _, x, y in pairs])
+    return [name for (name, _, _), alike in zip(pairs, same, strict=True) if not alike]
 
 
-def in_threads(function: Callable[[_A], _B], items: Sequence[_A]) -> list[_B]:
-    """Return what a function gives for each item, called in several threads."""
-    if not items:
-        return []
+def in_threads(function: Callable[..., _R], items: Sequence[tuple[Tensor, ...]]) -> list[_R]:
+    """Return what a function gives for some tensors each time; called in several threads, unless it would copy them."""
+    contiguous = [all(tensor.is_contiguous() for tensor in item) for item in items]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, items))
+        found = pool.map(lambda item: function(*item), itertools.compress(items, contiguous))
+        return [next(found) if threaded else function(*item) for item, threaded in zip(items, contiguous, strict=True)]
 
 
 def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:

@@ -29,8 +29,8 @@ from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, dtype_name
 from vraxion_ckpt.checkpoint.shared_memory import view_of
-from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError, errors_at, raise_if_out_of_memory
-from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, split_head
+from vraxion_ckpt.errors import InconsistentError, LimitError, errors_at, raise_if_out_of_memory
+from vraxion_ckpt.formats.payload import OUR_KEY, Extras, parse_extras, refuse_newer, split_head
 from vraxion_ckpt.support.model_errors import refusals
 
 PREFIX = f"{OUR_KEY}/"
@@ -235,8 +235,7 @@ def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, form
 
 
 def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
-    if isinstance(document, dict) and isinstance(document.get("version"), int) and document["version"] > 1:
-        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {document['version']})", key=OUR_KEY)
+    refuse_newer(document)
     try:
         parsed = _Document.model_validate(document)
     except ValidationError as error:

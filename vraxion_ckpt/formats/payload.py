@@ -214,6 +214,12 @@ def _metadata_and_extras(
     return metadata, Extras() if raw is None else parse_extras(raw)
 
 
+def refuse_newer(raw: Any) -> None:
+    """Raise `UnsupportedError` for what a newer version wrote."""
+    if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
+        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
+
+
 def parse_extras(raw: Any) -> Extras:
     """Check what stands under our key.
 
@@ -221,8 +227,7 @@ def parse_extras(raw: Any) -> Extras:
         InconsistentError: it is not what we write.
         UnsupportedError: a newer version wrote it.
     """
-    if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
-        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
+    refuse_newer(raw)
     try:
         json.dumps(raw, allow_nan=False)
         return Extras.model_validate(raw)  # not from the JSON text: half a surrogate pair is a key like any other

@@ -146,23 +146,9 @@ def check_safetensors(path: Path) -> Header:
     return Header({name: stop - start for start, stop, name in places}, metadata, fingerprint)
 
 
-def parse_json_bytes(raw: bytes, path: Path) -> Any:
-    """Parse JSON as `json_files.parse_json` does, from bytes.
-
-    Raises:
-        CorruptError: not JSON, or not UTF-8.
-        InconsistentError: a duplicate key, or a number that is not finite.
-        LimitError: nested too deeply, or more than five million values.
-    """
-    try:
-        return json_files.parse_json(raw.decode(), path)
-    except UnicodeDecodeError as error:
-        raise CorruptError("is not UTF-8 text", path=path) from error
-
-
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = parse_json_bytes(raw, path)
+        header = json_files.parse_json(raw, path)
     except (CorruptError, InconsistentError) as error:  # in a header it is damage: no writer makes such JSON
         raise CorruptError(f"its header is damaged: {error.message}", path=path, key=error.key) from error
     if not isinstance(header, dict):

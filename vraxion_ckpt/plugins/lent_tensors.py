@@ -196,9 +196,8 @@ def named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def checksums(tensors: Sequence[Tensor]) -> dict[int, int]:
     """Return the CRC-32 of each tensor's elements as they are stored, by the tensor's id."""
-    contiguous = [tensor for tensor in tensors if tensor.is_contiguous()]
-    found = dict(zip(map(id, contiguous), in_threads(checksum, contiguous), strict=True))
-    return found | {id(t): checksum(t) for t in tensors if not t.is_contiguous()}  # copied, so one at a time
+    found = in_threads(checksum, [(tensor,) for tensor in tensors])
+    return {id(tensor): crc for tensor, crc in zip(tensors, found, strict=True)}
 
 
 def _outside_experts(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

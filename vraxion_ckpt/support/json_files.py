@@ -33,12 +33,17 @@ def load_json(path: Path, *, most: int = _LARGEST) -> Any:
         raise CorruptError("is not UTF-8 text", path=path) from error
 
 
-def parse_json(text: str, path: Path | None = None) -> Any:
-    """Parse JSON text; `path` is named in errors.
+def parse_json(text: str | bytes, path: Path | None = None) -> Any:
+    """Parse JSON text, or its bytes; `path` is named in errors.
 
     Raises:
         CkptError: as for `load_json`; LimitError also for more than five million values.
     """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptError("is not UTF-8 text", path=path) from error
     if sum(map(text.count, "[{,")) > _MOST_VALUES:
         raise LimitError(f"holds more than {_MOST_VALUES} values", path=path)
 
