@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -182,6 +183,25 @@ def test_errors_are_not_changed_after_they_were_built(path):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) != "self"
     }
     assert not changed & {"message", "hint", "written", "not_written", "args"}
+
+
+def test_few_modules_ask_where_a_tensor_lies():
+    """Which tensors share memory is judged by one; the others compare bytes, align, or look up parts of a file."""
+    asking = {
+        path.stem
+        for path in [*CORE, *PLUGINS]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+    }
+    assert asking == {"shared_memory", "comparison", "model", "document", "safetensors_file", "torch_file"}
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=str)
+def test_lists_and_plurals_are_made_in_one_place(path):
+    if path == PACKAGE / "wording.py":
+        return
+    text = path.read_text()
+    assert not re.search(r"""['"]e?s['"] \* |, …['"](?!")|in all\)['"]""", text)
 
 
 def test_one_module_alone_calls_adapters():

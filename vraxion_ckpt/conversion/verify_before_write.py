@@ -152,10 +152,9 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
             "(--optimizer complete), or, if an expert is frozen, carry it as it is (--optimizer partial)",
         )
     if lacking:
-        more = f" ({len(lacking)} in all)" if lacking[1:] else ""
         raise BindingError(
-            f"the optimizer does not list this parameter{more}, although it lists those of other experts: no trainer "
-            "that trains all experts can load it",
+            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, of which this is the first, although "
+            "it lists those of other experts: no trainer that trains all experts can load it",
             path=checkpoint.origin.path,
             key=lacking[0],
             hint="add what it lacks, without state (--optimizer complete), or, if the expert is frozen, carry it as it "

@@ -212,7 +212,7 @@ def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, 
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write tensors of `DTYPES` and text to a new file; one that is not contiguous is copied while it is written.
+    """Write tensors of `NATIVE_DTYPES` and text to a new file; what is not contiguous is copied meanwhile.
 
     Wide elements come first, so that all are aligned; otherwise the order is kept.
 
