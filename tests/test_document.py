@@ -668,7 +668,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "history a number": (put("extras.history", 1), InconsistentError, "[vraxion_ckpt.history]"),
     "rows of nobody": (put("extras.lifecycle", {"a": {}}), InconsistentError, "[vraxion_ckpt.lifecycle"),
     "rows too few": (put("extras.lifecycle", {"0": {}}), InconsistentError, "lifecycle rows are for expert 0"),
-    "rows too many": (put("extras.lifecycle.3", {}), InconsistentError, "lifecycle rows are for expert 0, 1, 2, 3"),
+    "rows too many": (put("extras.lifecycle.3", {}), InconsistentError, "lifecycle rows are for experts 0, 1, 2, 3"),
     "row's step as text": (put("extras.lifecycle.0", {"created_step": "x"}), InconsistentError, "created_step"),
     "deleted as text": (put("extras.deleted", "1"), InconsistentError, "[vraxion_ckpt.deleted"),
     "deleted lives": (put("extras.deleted", [1]), InconsistentError, "both live and deleted"),
