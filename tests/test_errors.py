@@ -34,3 +34,10 @@ def test_a_path_is_named_where_none_is():
         raise CorruptError("is damaged")
     with pytest.raises(CorruptError, match="inner: is damaged"), errors_at("outer"):
         raise CorruptError("is damaged", path="inner")
+
+
+def test_a_key_is_named_where_there_is_no_place_at_all():
+    with pytest.raises(UsageError, match=r"^\[step\]: refused"), errors_at(key="step"):
+        raise UsageError("refused")
+    with pytest.raises(UsageError, match="^a.pt: refused"), errors_at(key="step"):
+        raise UsageError("refused", path="a.pt")

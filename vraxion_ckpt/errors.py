@@ -244,14 +244,16 @@ def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | 
 
 
 @contextmanager
-def errors_at(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Name a path in each error of ours that is raised in a ``with`` block and names none."""
+def errors_at(path: str | os.PathLike[str] | None = None, *, key: str | None = None) -> Iterator[None]:
+    """Name a path in errors of ours that are raised in a ``with`` block and name none; a key in those without a place."""
     try:
         yield
     except CkptError as error:
-        if error.path is not None or path is None:
-            raise
-        raise error.with_facts(path=Path(path)) from error.__cause__
+        if path is not None and error.path is None:
+            raise error.with_facts(path=Path(path)) from error.__cause__
+        if key is not None and not error.where:
+            raise error.with_facts(key=key) from error.__cause__
+        raise
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class ArcMeta(Transform):
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         router = checkpoint.router_map
         if checkpoint.head is None or router is None:
-            raise TransformError("the model has no router_map, or no head", key=self.name)
+            raise TransformError("the model has no router_map, or no head")
         owners = router_owners(router)
         request = split_plan.requested_by_trainer(checkpoint) if self.visits is None else None
         if request is not None:
@@ -97,7 +97,6 @@ class ArcMeta(Transform):
         if idle:
             raise TransformError(
                 f"the trainer's `mitosis` request decides here (expert {requested}), not {', '.join(idle)}",
-                key=self.name,
                 hint="give visits=FILE to choose otherwise",
             )
 
@@ -110,7 +109,7 @@ class ArcMeta(Transform):
             message = "no visit counts available"
             message = f"{message}; the trainer's `mitosis` request {lacking}" if lacking else message
             hint = split_plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY
-            raise TransformError(message, key=self.name, hint=hint + _about_runtime())
+            raise TransformError(message, hint=hint + _about_runtime())
         try:
             probed = Visits(
                 ring.as_weights(found.visits),
@@ -118,7 +117,7 @@ class ArcMeta(Transform):
                 found.note,
             )
         except ValueError as error:
-            raise InconsistentError(f"a probe's visits: {error}", key=self.name) from None
+            raise InconsistentError(f"a probe's visits: {error}") from None
         if len(probed.visits) != ring_len:
             raise InconsistentError(
                 f"a probe returned {count(len(probed.visits), 'visit')} for {count(ring_len, 'address')}"
@@ -128,13 +127,11 @@ class ArcMeta(Transform):
     def _choose(self, visits: Visits, checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
         weights = visits.visits if self.policy == "ptr_hist_arc" else visits.loss_sum
         if weights is None:
-            raise TransformError(
-                "topk_loss needs the loss per address", key=self.name, hint="give visits with a loss_sum"
-            )
+            raise TransformError("topk_loss needs the loss per address", hint="give visits with a loss_sum")
         experts = checkpoint.num_experts
         totals = ring.total_by_owner(weights, owners, experts)
         parent = self.parent if self.parent is not None else max(range(experts), key=lambda e: (totals[e], -e))
-        check_expert(head_of(checkpoint, self.name), parent, self.name, hint="pass parent=")
+        check_expert(head_of(checkpoint), parent, hint="pass parent=")
         length = ring.auto_arc_length(len(owners), experts) if self.arc_len is None else self.arc_len
         owned = owners == parent
         arc, score = ring.hottest_arc(np.where(owned, weights, 0), max(1, min(len(owners), length)))
@@ -166,11 +163,10 @@ class ArcMeta(Transform):
 
     def _guard(self, hot: Ints, parent: int, owned: int) -> None:
         if not len(hot):
-            raise TransformError(f"no address of expert {parent} can be given away", key=self.name)
+            raise TransformError(f"no address of expert {parent} can be given away")
         if len(hot) == owned and not self.allow_empty_parent:
             raise TransformError(
                 f"the plan takes all {count(owned, 'address')} of expert {parent}",
-                key=self.name,
                 hint="choose a smaller arc_len, or pass allow_empty_parent=true",
             )
 
@@ -179,7 +175,7 @@ class ArcMeta(Transform):
         parent, addresses = request
         if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
             raise InconsistentError("the trainer asks for addresses off the ring, or for none", key="payload.mitosis")
-        check_expert(head_of(checkpoint, self.name), parent, self.name, hint="pass parent=")
+        check_expert(head_of(checkpoint), parent, hint="pass parent=")
         owned = owners == parent
         hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
         self._guard(hot[owned[hot]], parent, int(owned.sum()))

@@ -48,11 +48,11 @@ class MitosisSplit(Transform):
         head, owners = self._head_and_owners(checkpoint)
         parent, addresses = self._who_and_what(checkpoint)
         self._check(parent, addresses, head, owners)
-        refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
+        refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         child = head.num_experts
         dtype = checkpoint.core[head.names.router_map].dtype
         if child > torch.iinfo(dtype).max:
-            raise TransformError(f"the router_map is of {dtype} and cannot name expert {child}", key=self.name)
+            raise TransformError(f"the router_map is of {dtype} and cannot name expert {child}")
 
         clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
         router = checkpoint.core[head.names.router_map]
@@ -69,7 +69,7 @@ class MitosisSplit(Transform):
         return checkpoint
 
     def _head_and_owners(self, checkpoint: Checkpoint) -> tuple[Head, Ints]:
-        head = head_of_experts(checkpoint, self.name)
+        head = head_of_experts(checkpoint)
         assert checkpoint.router_map is not None
         return head, router_owners(checkpoint.router_map)
 
@@ -93,14 +93,12 @@ class MitosisSplit(Transform):
                 raise InconsistentError(
                     "the attached plan was made for "
                     f"{count(made_for[0], 'address')} and {count(made_for[1], 'expert')}",
-                    key=self.name,
                     hint="put arc_meta right before this step",
                 )
             if attached.step != checkpoint.step:
                 now = "is at no known step" if checkpoint.known_step is None else f"is at {checkpoint.step}"
                 raise InconsistentError(
                     f"the attached plan was made at step {attached.step}, the checkpoint {now}",
-                    key=self.name,
                     hint="put arc_meta right before this step",
                 )
             return attached.parent, attached.addresses
@@ -110,36 +108,32 @@ class MitosisSplit(Transform):
         lacking = split_plan.lacking_in_request(checkpoint)
         if lacking is not None:
             message = f"there is no plan; the trainer's `mitosis` request {lacking}"
-            raise TransformError(message, key=self.name, hint=split_plan.HOW_TO_COUNT)
+            raise TransformError(message, hint=split_plan.HOW_TO_COUNT)
         raise TransformError(
-            "there is no plan",
-            key=self.name,
-            hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses=",
+            "there is no plan", hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses="
         )
 
     def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
-        check_expert(head, parent, self.name)
+        check_expert(head, parent)
         if not addresses:
-            raise TransformError("there are no addresses to give away", key=self.name)
+            raise TransformError("there are no addresses to give away")
         off = [address for address in addresses if not 0 <= address < len(owners)]
         if off:
-            raise TransformError(f"address {off[0]} is off the ring of {len(owners)}", key=self.name)
+            raise TransformError(f"address {off[0]} is off the ring of {len(owners)}")
         taken = np.asarray(addresses, dtype=np.int64)
         values, counts = np.unique(taken, return_counts=True)
         if len(values) < len(taken):
-            raise TransformError(f"address {values[counts > 1][0]} is listed twice", key=self.name)
+            raise TransformError(f"address {values[counts > 1][0]} is listed twice")
         foreign = taken[owners[taken] != parent]
         if len(foreign) and self.foreign_addresses == "refuse":
             raise TransformError(
                 f"address {foreign[0]} belongs to expert {owners[foreign[0]]}, not to {parent} "
                 f"({count(len(foreign), 'such address')})",
-                key=self.name,
                 hint="leave them out, or pass foreign_addresses=allow",
             )
         if len(taken) - len(foreign) == int((owners == parent).sum()) and not self.allow_empty_parent:
             raise TransformError(
                 f"expert {parent} would be left without an address",
-                key=self.name,
                 hint="give away fewer, or pass allow_empty_parent=true",
             )
 

@@ -32,14 +32,12 @@ class PruneMerge(Transform):
         return None
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = head_of_experts(checkpoint, self.name)
+        head = head_of_experts(checkpoint)
         removed = head.num_experts - 1 if self.merge_from is None else self.merge_from
         self._check(removed, checkpoint, head)
         router = checkpoint.router_map
         if router is not None and (router_owners(router) == removed).any():
-            refuse_unhealthy(
-                checkpoint, self.merge_into, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name
-            )
+            refuse_unhealthy(checkpoint, self.merge_into, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         remove_expert(checkpoint, removed, self.merge_into)
         checkpoint.payload["prune"] = {
             "merge_from": removed,
@@ -51,22 +49,17 @@ class PruneMerge(Transform):
     def _check(self, removed: int, checkpoint: Checkpoint, head: Head) -> None:
         last = head.num_experts - 1
         if not last:
-            raise TransformError(
-                "the only expert cannot be removed", key=self.name, hint="experts_to_single makes it a single head"
-            )
-        check_expert(head, removed, self.name, deleted=True)
+            raise TransformError("the only expert cannot be removed", hint="experts_to_single makes it a single head")
+        check_expert(head, removed, deleted=True)
         if removed == self.merge_into:
-            raise TransformError(
-                f"expert {removed} cannot take over from itself", key=self.name, hint="pass another merge_from="
-            )
-        check_expert(head, self.merge_into, self.name, hint="pass another merge_into=")
+            raise TransformError(f"expert {removed} cannot take over from itself", hint="pass another merge_from=")
+        check_expert(head, self.merge_into, hint="pass another merge_into=")
         row = checkpoint.lifecycle.get(removed)
         if row is not None and row.tenured and not self.allow_tenured:
-            raise TransformError(f"expert {removed} is tenured", key=self.name, hint="pass allow_tenured=true")
+            raise TransformError(f"expert {removed} is tenured", hint="pass allow_tenured=true")
         if removed != last and not self.renumber:
             raise TransformError(
                 f"expert {removed} is not the last; the ids above it, up to {last}, would move down by one",
-                key=self.name,
                 hint="pass renumber=true",
             )
 

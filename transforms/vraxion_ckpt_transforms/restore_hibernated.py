@@ -42,7 +42,7 @@ class RestoreHibernated(Transform):
         return None
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = head_of(checkpoint, self.name)
+        head = head_of(checkpoint)
         if not self.snapshots.is_dir():
             raise UsageError("no such directory", path=self.snapshots)
         chosen = self._chosen(head)
@@ -56,17 +56,16 @@ class RestoreHibernated(Transform):
         if self.experts is None:
             found = [i for i in sorted(head.experts) if is_zero(head.experts[i])]
             if not found:
-                raise TransformError("there is no expert whose weights are all zero", key=self.name)
+                raise TransformError("there is no expert whose weights are all zero")
             return found
         if not self.experts:
-            raise TransformError("experts names none", key=self.name, hint="leave it out to restore all that are zero")
+            raise TransformError("experts names none", hint="leave it out to restore all that are zero")
         chosen = sorted(set(self.experts))
         for i in chosen:
-            check_expert(head, i, self.name)
+            check_expert(head, i)
             if not self.replace and not is_zero(head.experts[i]):
                 raise TransformError(
                     f"expert {i} is not hibernated: its weights are not all zero",
-                    key=self.name,
                     hint="leave it out, or pass replace=true",
                 )
         return chosen
@@ -78,12 +77,12 @@ class RestoreHibernated(Transform):
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
             raise InconsistentError("a snapshot must be a dict of leaf name → tensor", path=path)
         for leaf, what in unfit(snapshot, old, ("the snapshot", f"expert {expert}"), same_widths=True):
-            raise TransformError(f"{leaf} {what}" if leaf else what, path=path, key=self.name)
+            raise TransformError(f"{leaf} {what}" if leaf else what, path=path)
         if is_zero(snapshot):
-            raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path, key=self.name)
+            raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path)
         if has_nonfinite(snapshot) and not self.allow_nan:
             message = f"the snapshot of expert {expert} has weights that are NaN or infinite"
-            raise TransformError(message, path=path, key=self.name, hint="pass allow_nan=true to restore it")
+            raise TransformError(message, path=path, hint="pass allow_nan=true to restore it")
         return Expert({leaf: _alone(snapshot, leaf, like=tensor) for leaf, tensor in old.items()})
 
     def _snapshot(self, expert: int) -> Path:
@@ -91,12 +90,11 @@ class RestoreHibernated(Transform):
         if not os.path.lexists(path):
             raise TransformError(
                 f"there is no snapshot of expert {expert}: no expert_{expert}.pt in {self.snapshots}",
-                key=self.name,
                 hint=f"name the experts to restore: experts=[…] without {expert}",
             )
         inside = Path(os.path.realpath(path)).parent == Path(os.path.realpath(self.snapshots))
         if not path.is_file() or not inside:
-            raise TransformError("a snapshot must be a regular file in that directory", path=path, key=self.name)
+            raise TransformError("a snapshot must be a regular file in that directory", path=path)
         return path
 
     def _warn(self, restored: Mapping[int, Expert]) -> None:

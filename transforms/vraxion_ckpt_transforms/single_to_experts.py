@@ -39,22 +39,21 @@ class SingleToExperts(Transform):
         return self.noise
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = head_of(checkpoint, self.name)
+        head = head_of(checkpoint)
         if head.kind is HeadKind.EXPERTS:
             raise TransformError(
-                f"the head has {count(head.num_experts, 'expert')} already", key=self.name, hint="leave this step out"
+                f"the head has {count(head.num_experts, 'expert')} already", hint="leave this step out"
             )
         if checkpoint.router_map is None:
             if self.ring_len is None:
-                raise TransformError("the model has no router_map", key=self.name, hint="give its length: ring_len=N")
+                raise TransformError("the model has no router_map", hint="give its length: ring_len=N")
             checkpoint.core[head.names.router_map] = torch.zeros(self.ring_len, dtype=torch.int64)
         elif self.ring_len not in (None, len(checkpoint.router_map)):
             raise TransformError(
-                f"ring_len is {self.ring_len}, but the router_map has {count(len(checkpoint.router_map), 'address')}",
-                key=self.name,
+                f"ring_len is {self.ring_len}, but the router_map has {count(len(checkpoint.router_map), 'address')}"
             )
         if self.experts > 1:
-            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
+            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         rename_head(checkpoint, HeadKind.EXPERTS)
         checkpoint.lifecycle.setdefault(0, Lifecycle.fresh(checkpoint.step))
         for child in range(1, self.experts):
@@ -62,7 +61,7 @@ class SingleToExperts(Transform):
         router = checkpoint.router_map
         if self.route == "modulo" and router is not None:
             if self.experts - 1 > torch.iinfo(router.dtype).max:
-                raise TransformError(f"the router_map is of {router.dtype}, too narrow", key=self.name)
+                raise TransformError(f"the router_map is of {router.dtype}, too narrow")
             owners = torch.arange(len(router), dtype=torch.int64) % self.experts
             checkpoint.core[head.names.router_map] = owners.to(router.dtype)
         return checkpoint

@@ -53,7 +53,7 @@ def is_finite(tensor: Tensor) -> bool:
     return True
 
 
-def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, allow_nan: bool, name: str) -> None:
+def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, allow_nan: bool) -> None:
     """Refuse to clone an expert, or to give it addresses, if its weights are all zero or not finite.
 
     A transform calls this before it does either. An expert without tensors (a garbage-collected one) passes.
@@ -63,7 +63,6 @@ def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, a
         expert: its id.
         allow_zero: the transform's option of that name.
         allow_nan: the transform's option of that name; infinite weights are allowed with NaN.
-        name: of the transform, for the message.
 
     Raises:
         TransformError: the expert's weights are all zero, or some are NaN or infinite, and the option is off.
@@ -75,13 +74,11 @@ def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, a
         raise TransformError(
             f"all weights of expert {expert} are zero, as those of a hibernated expert; "
             "it is not cloned and gets no addresses",
-            key=name,
             hint="put restore_hibernated:snapshots=DIR before this step, or pass allow_zero=true",
         )
     if not allow_nan and has_nonfinite(tensors):
         raise TransformError(
             f"expert {expert} has weights that are NaN or infinite; it is not cloned and gets no addresses",
-            key=name,
             hint="use an older checkpoint, or pass allow_nan=true",
         )
 

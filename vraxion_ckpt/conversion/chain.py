@@ -14,7 +14,7 @@ import torch
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
 from vraxion_ckpt.checkpoint.type_checks import wrong_type
-from vraxion_ckpt.errors import PluginError, StorageError
+from vraxion_ckpt.errors import PluginError, StorageError, errors_at
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy, follow
 from vraxion_ckpt.optimizer.placement import place_as_listed, place_in_order, refuse_undecided
 from vraxion_ckpt.plugins.lent_tensors import MadeTensors, WriteCounts, wrote_into
@@ -119,7 +119,8 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
     """Run a transform's code; return the checkpoint, the side files and the options, all of the right types."""
     name = step.transform.name
     try:
-        with plugin_call(name, step.distribution), torch.no_grad():  # a graph would be dragged along otherwise
+        # Without `no_grad`, a graph would be dragged along.
+        with errors_at(key=name), plugin_call(name, step.distribution), torch.no_grad():
             after = step.transform.apply(before.copy())
         _check_result(step, before, after)
         with plugin_call(name, step.distribution), torch.no_grad():
