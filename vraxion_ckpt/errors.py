@@ -245,7 +245,7 @@ def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | 
 
 @contextmanager
 def errors_at(path: str | os.PathLike[str] | None = None, *, key: str | None = None) -> Iterator[None]:
-    """Name a path in errors of ours that are raised in a ``with`` block and name none; a key in those without a place."""
+    """Name a path in errors of ours that a ``with`` block raises and that name none; a key in those without a place."""
     try:
         yield
     except CkptError as error:
