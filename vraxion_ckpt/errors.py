@@ -88,10 +88,10 @@ class CkptError(Exception):
         return in_one_line(where)  # or a name could look like a message of ours
 
     def with_facts(self, **facts: Any) -> Self:
-        """Return an error like this one with some of its attributes replaced."""
+        """Return an error like this one, raised at the same place, with some of its attributes replaced."""
         error = type(self).__new__(type(self), facts.get("message", self.message))
         vars(error).update(vars(self) | facts)
-        return error
+        return error.with_traceback(self.__traceback__)
 
     def __str__(self) -> str:
         told = [f"{path} was written" for path in self.written or ()]

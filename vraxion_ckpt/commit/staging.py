@@ -266,10 +266,10 @@ def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChange
         yield stage
     except BaseException as error:
         named = _for_people(error, stage)
-        _settle_after(error, folder, target)
+        _settle_after(named, folder, target)
         if named is error:
             raise
-        raise named from error
+        raise named from (error.__cause__ if isinstance(error, CkptError) else error)
     settle(folder, target)
 
 
