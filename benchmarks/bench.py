@@ -247,7 +247,7 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
     weight = torch.zeros(max(1, size // experts // 4 // WIDTH), WIDTH)
     weight[0, 0] = 1  # or all experts would count as hibernated
     torch.save({"weight": weight}, model_shard)
-    (hole,) = torch_archive.check(model_shard).storages()
+    (hole,) = torch_archive.check_archive(model_shard).storages()
     with torch_archive.mapped(model_shard) as data:
         head, tail = bytes(data[: hole.start + weight.itemsize]), bytes(data[hole.start + hole.size :])
     model_shard.unlink()

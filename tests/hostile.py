@@ -15,13 +15,13 @@ import pytest
 
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
-from vraxion_ckpt.formats.torch_file import load
+from vraxion_ckpt.formats.torch_file import load_torch_file
 
 
 def read(path: Path, allow_globals: Sequence[str] = ()) -> Any:
     """Read a file as a conversion does: its checksums are compared last."""
     sources = Sources()
-    value = load(path, sources, allow_globals)
+    value = load_torch_file(path, sources, allow_globals)
     sources.verify()
     return value
 

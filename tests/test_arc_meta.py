@@ -194,7 +194,7 @@ def runtime(monkeypatch):
 def test_the_runtime_probe_builds_the_model_from_the_checkpoint_and_leaves_no_trace(runtime):
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    visits = discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt")).visits
+    visits = discovery.run_probes(vc.open(DATA / "wallclock_experts3.pt")).visits
     assert torch.equal(before, torch.get_rng_state())
     assert runtime.EXPERT_HEADS == 1
     assert runtime.AbsoluteHallway.built == [(1, 4, 64, 16, 3)]
@@ -219,26 +219,28 @@ def test_the_environment_that_the_runtime_reads_is_recorded_with_the_plan(runtim
     assert "with VRX_SENSORY_RING=0" in facts.plan.note
     assert "with VRX_SENSORY_RING=0" in facts.history[-1].summary
     monkeypatch.delenv("VRX_SENSORY_RING")
-    assert "no VRX_* environment variable" in discovery.probe_visits(vc.open(source)).note
+    assert "no VRX_* environment variable" in discovery.run_probes(vc.open(source)).note
 
 
 def test_weights_that_do_not_match_the_runtimes_are_named(runtime):
     body = vc.open(DATA / "wallclock_experts3.pt")
     body.core["vault_up.weight"] = torch.ones(2, 2)
-    with pytest.warns(vc.CkptWarning, match=r"1 weights of the checkpoint were not taken .*\(vault_up.weight\)"):
-        discovery.probe_visits(body)
+    with pytest.warns(vc.CkptWarning, match=r"1 weight of the checkpoint not taken .*\(vault_up.weight\)"):
+        discovery.run_probes(body)
     runtime.AbsoluteHallway.parts = {"think_gru.weight": (2, 2), "head.experts.0.weight": (2, 2)}
-    with pytest.warns(vc.CkptWarning, match=r"1 weights of VRAXION's runtime are not .*\(think_gru.weight\)") as told:
-        discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
+    with pytest.warns(
+        vc.CkptWarning, match=r"1 weight of VRAXION's runtime not in the checkpoint.*\(think_gru.weight\)"
+    ) as told:
+        discovery.run_probes(vc.open(DATA / "wallclock_experts3.pt"))
     assert len(told) == 1
     runtime.AbsoluteHallway.parts = {"theta_ptr_reduced": (128,)}
     with pytest.raises(vc.CkptError, match="builds another model") as refusal:
-        discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt"))
+        discovery.run_probes(vc.open(DATA / "wallclock_experts3.pt"))
     assert refusal.value.exit_code == 15
 
 
 def test_without_the_runtime_the_probe_is_silent_and_the_error_says_what_is_missing():
-    assert discovery.probe_visits(vc.open(DATA / "wallclock_experts3.pt")) is None
+    assert discovery.run_probes(vc.open(DATA / "wallclock_experts3.pt")) is None
     with pytest.raises(vc.TransformError) as refusal:
         planned({})
     assert "VRAXION's runtime is missing" in refusal.value.hint
@@ -260,4 +262,4 @@ def test_a_runtime_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     assert refusal.value.exit_code == 15
     foreign = vc.open(DATA / "wallclock_experts3.pt")
     del foreign.core["input_proj.weight"]
-    assert discovery.probe_visits(foreign) is None  # no model of VRAXION's, so its runtime is not asked for
+    assert discovery.run_probes(foreign) is None  # no model of VRAXION's, so its runtime is not asked for

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vraxion_ckpt"
 CORE = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 PLUGINS = sorted([*(ROOT / "adapters").rglob("*.py"), *(ROOT / "transforms").rglob("*.py")])
-TOP_LEVEL = {"_version", "errors", "plugin_api", "printable"}
+TOP_LEVEL = {"_version", "errors", "plugin_api", "printable", "wording"}
 
-# The rooms in the order of the data flow. Each may import the rooms that are listed for it, `errors` and `printable`.
+# The rooms in the order of the data flow. Each may import the rooms that are listed for it, and `errors`, `printable`
+# and `wording`.
 MAY_IMPORT = {
     "support": set(),
     "commit": {"support"},
@@ -42,7 +44,15 @@ MAY_IMPORT = {
     },
 }
 WITHOUT_TORCH = [
-    *("errors", "printable", "support.json_files", "support.json_models", "support.progress", "support.signals"),
+    *(
+        "errors",
+        "printable",
+        "wording",
+        "support.json_files",
+        "support.json_models",
+        "support.progress",
+        "support.signals",
+    ),
     *("support.text_files", "support.yaml_files", "commit.manifest", "commit.staging", "commit.system_calls"),
     *("commit.transaction", "checkpoint.source_files", "formats.pickle_dry_run", "formats.torch_archive"),
     "plugins.plugin_calls",
@@ -87,7 +97,7 @@ def test_rooms_import_what_the_table_says(room):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in CORE if room_of(path) in {"errors", "printable", "_version"}], ids=str
+    "path", [path for path in CORE if room_of(path) in {"errors", "printable", "wording", "_version"}], ids=str
 )
 def test_errors_import_no_room(path):
     assert not rooms_imported(path)
@@ -186,6 +196,37 @@ def test_one_module_alone_opens_and_writes_torch_files():
         assert used == ({"torch.load", "torch.save"} if path.stem == "torch_file" else set()), path
 
 
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=str)
+def test_errors_are_not_changed_after_they_were_built(path):
+    if path == PACKAGE / "errors.py":
+        return
+    changed = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) != "self"
+    }
+    assert not changed & {"message", "hint", "written", "not_written", "args"}
+
+
+def test_few_modules_ask_where_a_tensor_lies():
+    """Which tensors share memory is judged by one; the others compare bytes, align, or look up parts of a file."""
+    asking = {
+        path.stem
+        for path in [*CORE, *PLUGINS]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+    }
+    assert asking == {"shared_memory", "comparison", "model", "document", "safetensors_file", "torch_file"}
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=str)
+def test_lists_and_plurals_are_made_in_one_place(path):
+    if path == PACKAGE / "wording.py":
+        return
+    text = path.read_text()
+    assert not re.search(r"""['"]e?s['"] \* |, …['"](?!")|in all\)['"]""", text)
+
+
 def test_one_module_alone_calls_adapters():
     """There, what they print is redirected, and what they raise or return wrongly names them."""
     methods = {"detect", "is_directory", "read", "examine", "dialect", "losses", "held", "write", "size"}
@@ -199,6 +240,31 @@ def test_one_module_alone_calls_adapters():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "adapter"
         }
         assert (used & methods == methods) if path.stem == "adapter_calls" else not used & methods, path
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """Yield the public functions, classes and constants that a module defines; not the commands of the command line."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
+            names = [] if "click.command" in decorators else [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_no_two_public_things_of_the_core_share_a_name():
+    """A command alone may be called like something else: like the function that it calls."""
+    homes: dict[str, set[Path]] = {}
+    for path in CORE:
+        for name in public_names(path):
+            homes.setdefault(name, set()).add(path)
+    assert len(homes) > 400
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 
 def test_the_package_exports_what_it_says_and_nothing_twice():

@@ -52,7 +52,7 @@ def test_everything_that_is_wrong_with_a_directory_is_told_at_once(tmp_path, run
     for part in (
         "parts of two saves",
         "data/0]: its checksum does not match its bytes",
-        "expert_001.pt [weight]: in the shard of expert 1 it is [2, 16]",
+        "expert_001.pt [weight]: is float32 [2, 16] in the shard of expert 1",
         "the shard of expert 2 is damaged: is empty",
     ):
         assert any(part in line for line in errors), (part, errors)
@@ -156,7 +156,7 @@ def test_invariants_are_all_told(tmp_path):
     errors = " ".join(told(vc.check(tmp_path / "a.pt")))
     assert "says 4, the model has 3" in errors
     assert "address 3 to expert 7" in errors
-    assert "expert 1: bias is float64" in errors
+    assert "bias is float64 [4] in expert 1" in errors
 
 
 def test_a_shard_of_a_folder_that_is_damaged_does_not_hide_another(tmp_path):

@@ -18,7 +18,7 @@ from hostile import Entry, archive, read, refused, zip_bytes
 
 from vraxion_ckpt.checkpoint.comparison import differences
 from vraxion_ckpt.errors import CkptError, CkptWarning, CorruptError, LimitError, UnsupportedError
-from vraxion_ckpt.formats.torch_archive import check, fill_in_checksums
+from vraxion_ckpt.formats.torch_archive import check_archive, fill_in_checksums
 
 SMALL = {
     "model": {
@@ -276,7 +276,7 @@ def test_checksums_are_put_where_they_belong_also_before_the_bytes(tmp_path: Pat
 def test_only_the_checksum_of_exactly_a_members_bytes_is_taken_from_the_caller(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(zip_bytes(tensor_archive()))
-    start = check(path).members["archive/data/0"].start
+    start = check_archive(path).members["archive/data/0"].start
     fill_in_checksums(path, {(start, 15): 1, (start + 1, 16): 2})
     assert not list(differences({"w": torch.arange(4.0)}, read(path)))
     fill_in_checksums(path, {(start, 16): 3})
@@ -294,7 +294,7 @@ def test_a_checksum_that_was_not_computed_is_accepted_with_a_warning(tmp_path: P
         torch.save(SMALL, path)
     finally:
         torch.serialization.set_crc32_options(before)
-    with pytest.warns(CkptWarning, match="carry no checksum"):
+    with pytest.warns(CkptWarning, match="without a checksum"):
         value = read(path)
     assert not list(differences(SMALL, value))
 
@@ -302,6 +302,6 @@ def test_a_checksum_that_was_not_computed_is_accepted_with_a_warning(tmp_path: P
 def test_one_checksum_of_zero_is_accepted_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(zip_bytes(tensor_archive(**storage(local={"crc": 0}, central={"crc": 0}))))
-    with pytest.warns(CkptWarning, match="1 members carry no checksum"):
+    with pytest.warns(CkptWarning, match="1 member without a checksum"):
         value = read(path)
     assert not list(differences({"w": torch.arange(4.0)}, value))

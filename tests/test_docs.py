@@ -20,7 +20,7 @@ from blocks import ROOT, blocks, clone, hold
 import vraxion_ckpt as vc
 from vraxion_ckpt import errors
 from vraxion_ckpt.cli import cli, schemas
-from vraxion_ckpt.plugins.catalogue import describe, list_plugins
+from vraxion_ckpt.plugins.catalogue import describe_plugin, list_plugins
 from vraxion_ckpt.recipes import recipe
 
 DOCS = ROOT / "docs"
@@ -157,7 +157,7 @@ def test_every_plugin_and_option_is_in_the_reference(manual):
     assert {entry.kind for entry in ours} == {"format", "transform", "probe"}
     for entry in ours:
         assert entry.summary in page
-        for option in describe(entry.name).options if entry.kind != "probe" else ():
+        for option in describe_plugin(entry.name).options if entry.kind != "probe" else ():
             assert option.name in page
             assert option.description in page
 
@@ -180,7 +180,7 @@ def test_every_error_is_in_the_reference_with_its_exit_code(manual):
 
 def test_every_schema_is_in_the_reference_and_can_be_had(manual):
     page, folder = words(manual / "reference" / "schemas.html"), manual / "reference" / "schemas"
-    wanted = {**{name: schemas.schema(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
+    wanted = {**{name: schemas.schema_of(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
     assert {path.stem for path in folder.iterdir()} == wanted.keys()
     for name, schema in wanted.items():
         assert json.loads((folder / f"{name}.json").read_text()) == schema

@@ -967,7 +967,7 @@ def test_an_expert_that_was_not_opened_before_an_edit_is_not_taken_for_the_one_b
 def test_a_signal_that_is_ignored_when_the_command_starts_stays_ignored():
     """As with nohup."""
     script = (
-        "import signal; from vraxion_ckpt import signals\n"
+        "import signal; from vraxion_ckpt.support import signals\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN); signals.raise_on_signals()\n"
         "signal.raise_signal(signal.SIGHUP); print('still here')\n"
         "try: signal.raise_signal(signal.SIGTERM)\n"

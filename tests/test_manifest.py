@@ -183,7 +183,7 @@ def test_every_flipped_bit_is_found(source, tmp_path, exhaustive, figure):
     target = tmp_path / source
     to = "safetensors:max_shard_size=20KB" if source == "shards" else None
     vc.convert(NAMED, f"{target}/" if source == "run" else target, to=to, manifest=tmp_path / "m.json")
-    expected = manifest.load(tmp_path / "m.json")
+    expected = manifest.load_manifest(tmp_path / "m.json")
     files = [target] if target.is_file() else [target / name for name in files_below(target)]
     chance = random.Random(0)
     tried = missed = 0
@@ -193,13 +193,13 @@ def test_every_flipped_bit_is_found(source, tmp_path, exhaustive, figure):
         for bit in bits if exhaustive else chance.sample(bits, 60):
             data[bit // 8] ^= 1 << bit % 8
             file.write_bytes(data)
-            missed += not list(manifest.compare(expected, target, files))
+            missed += not list(manifest.compare_manifest(expected, target, files))
             tried += 1
             data[bit // 8] ^= 1 << bit % 8
         file.write_bytes(data)
     figure(5, f"{tried} flipped bits of {source}, with a manifest: {missed} not found")
     assert missed == 0
-    assert not list(manifest.compare(expected, target, files))
+    assert not list(manifest.compare_manifest(expected, target, files))
 
 
 def test_every_deviation_is_told_at_once(tmp_path, run_cli):
@@ -246,7 +246,7 @@ def test_what_is_no_manifest_is_refused_with_the_reason(content, says, tmp_path,
     assert code in (4, 8)
     assert says in complained
     with pytest.raises(CkptError):
-        manifest.load(tmp_path / "m.json")
+        manifest.load_manifest(tmp_path / "m.json")
 
 
 def test_a_manifest_of_another_checkpoint_is_no_match(tmp_path):
@@ -254,4 +254,4 @@ def test_a_manifest_of_another_checkpoint_is_no_match(tmp_path):
     assert not vc.check(DATA / "wallclock_single.pt", manifest=tmp_path / "m.json").sound
     assert not vc.check(EXPERTS3, manifest=tmp_path / "m.json").sound
     with pytest.raises(InconsistentError):
-        manifest.load(DATA / "expected/wallclock_experts3.visits.json")
+        manifest.load_manifest(DATA / "expected/wallclock_experts3.visits.json")

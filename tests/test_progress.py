@@ -12,7 +12,7 @@ SLOW = """
 import time
 from vraxion_ckpt import progress
 progress.wanted = {wanted}
-with progress.bar("writing", 400) as count:
+with progress.progress_bar("writing", 400) as count:
     for _ in range(4):
         time.sleep({pause})
         count(100)

@@ -206,7 +206,7 @@ loses: warn
     )
     expected = [
         "line 3: vars.never: is used nowhere",
-        "line 4: source.form: is not known, did you mean 'from'?",
+        "line 4: source.form: unknown entry 'form', did you mean 'from'?",
         "line 7: chain[0].arc_meta.visit: unknown option 'visit', did you mean 'visits'?",
         "line 8: chain[0].arc_meta.parent: option 'parent'",
         "line 9: chain[1]: unknown transform 'mitosis_splt' (did you mean 'mitosis_split'?)",
@@ -217,7 +217,7 @@ loses: warn
         "line 14: targets[0].to: unknown format 'pth'",
         "line 15: targets[1].path: is required",
         "line 16: losses: ",
-        "line 17: loses: is not known, did you mean 'losses'?",
+        "line 17: loses: unknown entry 'loses', did you mean 'losses'?",
     ]
     for part in expected:
         assert any(part in line for line in told), (part, told)
@@ -335,7 +335,7 @@ def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_firs
     def full(*_):
         raise StorageError("No space left on device", path="b.safetensors")
 
-    monkeypatch.setattr(safetensors_file, "save", full)
+    monkeypatch.setattr(safetensors_file, "save_safetensors", full)
     write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
     before = files_below(here)
     with pytest.raises(StorageError, match="No space left"):
@@ -386,10 +386,10 @@ def test_a_full_disk_between_two_renames_is_told_with_all_that_was_written(faili
 def test_a_signal_between_two_targets_comes_too_late(here):
     """The first is in place: the others follow, and the exit code says that all is there."""
     script = (
-        "import os, signal, sys; from vraxion_ckpt import pipeline; from vraxion_ckpt.cli import main\n"
+        "import os, signal, sys; from vraxion_ckpt.conversion import convert; from vraxion_ckpt.cli import main\n"
         "original = convert.publish\n"
         "def also(*args, **how):\n    original(*args, **how); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "pipeline.publish = also\nmain(sys.argv[1:])"
+        "convert.publish = also\nmain(sys.argv[1:])"
     )
     write("source: in.pt\ntargets: [a.pt, b/]\n")
     command = [sys.executable, "-c", script, "run", "recipe.yaml"]

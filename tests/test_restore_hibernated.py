@@ -289,11 +289,19 @@ def fitting(**more: torch.Tensor) -> dict:
     ("snapshot", "error", "says"),
     [
         (None, TransformError, "no snapshot of expert 0"),
-        (fitting(weight=torch.ones(8, 15)), TransformError, r"weight of expert 0 is float32 \[8, 16\]"),
-        (fitting(bias=torch.ones(8, dtype=torch.float64)), TransformError, "that of the snapshot float64"),
+        (
+            fitting(weight=torch.ones(8, 15)),
+            TransformError,
+            r"weight is float32 \[8, 15\] in the snapshot",
+        ),
+        (fitting(bias=torch.ones(8, dtype=torch.float64)), TransformError, r"float64 \[8\] in the snapshot"),
         (fitting(scale=torch.ones(8)), TransformError, "only the snapshot has scale"),
         ({"weight": torch.ones(8, 16)}, TransformError, "bias"),
-        ({"down.weight": torch.ones(8, 16), "bias": torch.ones(8)}, TransformError, "down.weight, weight"),
+        (
+            {"down.weight": torch.ones(8, 16), "bias": torch.ones(8)},
+            TransformError,
+            "has down.weight; only expert 0 has",
+        ),
         (fitting(weight=torch.zeros(8, 16), bias=torch.zeros(8)), TransformError, "all zero, too"),
         ({"weight": 1.0, "bias": torch.ones(8)}, InconsistentError, "dict of leaf name"),
         ([torch.ones(8, 16)], InconsistentError, "dict of leaf name"),

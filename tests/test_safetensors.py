@@ -149,7 +149,9 @@ def test_what_no_other_reader_can_use_is_put_together(tmp_path):
 def test_every_tensor_lies_where_any_reader_may_map_it(tmp_path):
     for more in range(3):  # headers of other lengths
         model = {
-            f"{size} of {dtype}": torch.ones(size, dtype=dtype) for size in (1, 3) for dtype in safetensors_file.DTYPES
+            f"{size} of {dtype}": torch.ones(size, dtype=dtype)
+            for size in (1, 3)
+            for dtype in safetensors_file.NATIVE_DTYPES
         }
         model["x" * more] = torch.ones(1)
         torch.save(model, tmp_path / f"{more}.pt")
@@ -265,7 +267,7 @@ def assert_foreign(path: Path) -> None:
 
 def test_a_file_that_the_library_wrote_is_read_as_a_bare_state_dict(tmp_path):
     save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata={"format": "pt", "author": "someone"})
-    held = list(safetensors_file.check(tmp_path / "theirs.safetensors").sizes)
+    held = list(safetensors_file.check_safetensors(tmp_path / "theirs.safetensors").sizes)
     assert [name.split(".")[2] for name in held if "weight" in name][:4] == ["0", "1", "10", "11"], "the fixture"
     assert held.index("head.experts.0.weight") > held.index("head.experts.11.steps"), "the fixture"
     assert_foreign(tmp_path / "theirs.safetensors")
@@ -693,7 +695,7 @@ def test_a_path_in_an_index_is_refused_before_anything_is_opened(file, tmp_path,
     for place in (tmp_path / "outside.safetensors", folder / ".outside.safetensors"):
         save_file({"theta": foreign_model()["theta"]}, place)
     opened: list[Path] = []
-    for name in ("check", "load"):
+    for name in ("check_safetensors", "load_safetensors"):
         monkeypatch.setattr(safetensors_file, name, lambda path, *_: opened.append(path))
     monkeypatch.setattr(safetensors, "safe_open", lambda path, *_, **__: opened.append(path))
     index_says(file)(folder)

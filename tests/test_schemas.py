@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS
 
-from vraxion_ckpt.cli.schemas import SCHEMAS, schema
+from vraxion_ckpt.cli.schemas import SCHEMAS, schema_of
 
 NAMED = DATA / "named_experts3.pt"
 SPLIT = "mitosis_split:parent=0,addresses=[0,3]"
@@ -20,7 +20,7 @@ def validate(said: str) -> dict:
     """Validate a printed document under the schema that it names."""
     facts = json.loads(said, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     name = facts["schema"].split("/")[1]
-    published = schema(name)
+    published = schema_of(name)
     jsonschema.Draft202012Validator.check_schema(published)
     jsonschema.validate(facts, published, cls=jsonschema.Draft202012Validator)
     return facts

@@ -409,7 +409,7 @@ MANY["view"] = MANY["large"][3:5].t()
 
 def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
     """Wherever it stands: a reader may take it from the directory, from beside the bytes, or from before them."""
-    torch_file.save(MANY, path)
+    torch_file.save_torch_file(MANY, path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as zipped:
         assert zipped.testzip() is None
@@ -426,8 +426,8 @@ def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
 
 
 def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
-    torch_file.save(MANY, path)
-    torch_file.save(torch.load(path, weights_only=True), path.with_name("another.pt"))
+    torch_file.save_torch_file(MANY, path)
+    torch_file.save_torch_file(torch.load(path, weights_only=True), path.with_name("another.pt"))
     assert path.read_bytes() == path.with_name("another.pt").read_bytes()
 
 
@@ -438,16 +438,16 @@ def test_checksums_of_large_tensors_are_taken_while_they_are_written(
     known: dict[tuple[int, int], int] = {}
     fill_in = torch_file.fill_in_checksums
     monkeypatch.setattr(torch_file, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
-    torch_file.save(MANY, path)
-    members = torch_archive.check(path).members.values()
+    torch_file.save_torch_file(MANY, path)
+    members = torch_archive.check_archive(path).members.values()
     assert known == {(m.start, m.size): m.crc for m in members if m.size >= 2**17}
     assert len(known) == 2
 
 
 def test_torch_computes_checksums_again_after_a_file_was_written_or_could_not_be(path: Path) -> None:
-    torch_file.save(MANY, path)
+    torch_file.save_torch_file(MANY, path)
     with pytest.raises(StorageError, match="exists"):
-        torch_file.save(MANY, path)
+        torch_file.save_torch_file(MANY, path)
     assert torch.serialization.get_crc32_options()
 
 
@@ -464,7 +464,7 @@ def test_why_a_write_failed_is_said(
 
     monkeypatch.setattr(Path, "open", lambda *_: Failing())
     with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
-        torch_file.save({"w": torch.zeros(size)}, path)
+        torch_file.save_torch_file({"w": torch.zeros(size)}, path)
     assert caught.value is error or "No space left" in str(caught.value)
     assert torch.serialization.get_crc32_options()
 
@@ -495,7 +495,9 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
     return left <= 0
 
 
-@pytest.mark.parametrize("work", [torch_file.save, lambda value, _: torch_file.size(value)], ids=["save", "size"])
+@pytest.mark.parametrize(
+    "work", [torch_file.save_torch_file, lambda value, _: torch_file.torch_file_size(value)], ids=["save", "size"]
+)
 def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
     path: Path, work: Callable[[Any, Path], object]
 ) -> None:
@@ -524,18 +526,18 @@ def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
 
 def test_every_storage_of_a_file_is_found_in_memory(path: Path) -> None:
     """If a release of torch maps files otherwise, checksums are still verified, but by a pass of their own."""
-    for save in (torch.save, torch_file.save):
+    for save in (torch.save, torch_file.save_torch_file):
         save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
         sources = Sources()
-        torch_file.load(path.with_name(save.__module__), sources)
+        torch_file.load_torch_file(path.with_name(save.__module__), sources)
         sizes = sorted(size for _, size in sources.parts())
         assert sizes == [2, 4, 6, 8, 2**17 + 3, 800_000]
 
 
 def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) -> None:
-    torch_file.save(MANY, path)
+    torch_file.save_torch_file(MANY, path)
     sources = Sources()
-    value = torch_file.load(path, sources)
+    value = torch_file.load_torch_file(path, sources)
     value["large"] += 1  # only in memory
     for part in sources.parts().values():
         part.note(1)
@@ -545,7 +547,7 @@ def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) ->
     whole[whole.index(MANY["large"].numpy().tobytes()) + 100_000] ^= 1
     path.write_bytes(whole)
     sources = Sources()
-    value = torch_file.load(path, sources)
+    value = torch_file.load_torch_file(path, sources)
     for address, size in (parts := sources.parts()):
         held = next(t for t in value.values() if (t.data_ptr(), t.numel() * t.itemsize) == (address, size))
         parts[address, size].note(zlib.crc32(plain_data.bytes_of(held).numpy()))
@@ -576,17 +578,17 @@ def test_a_damaged_source_is_blamed_whether_or_not_the_damage_would_have_been_ca
 def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
     tmp_path: Path, damage: str, error: type[CkptError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch_file.save
+    save = torch_file.save_torch_file
 
     def save_badly(value: Any, path: Path) -> None:
         save(value, path)
-        member = next(m for m in torch_archive.check(path).storages() if m.size > 100)
+        member = next(m for m in torch_archive.check_archive(path).storages() if m.size > 100)
         whole = bytearray(path.read_bytes())
         in_the_directory = whole.rindex(struct.pack("<I", member.crc))
         whole[member.start + 1 if damage == "bytes" else in_the_directory] ^= 1
         path.write_bytes(whole)
 
-    monkeypatch.setattr(torch_file, "save", save_badly)
+    monkeypatch.setattr(torch_file, "save_torch_file", save_badly)
     with pytest.raises(error):
         vc.convert(DATA / "named_experts3.pt", tmp_path / "new.pt")
     assert not list(tmp_path.iterdir())

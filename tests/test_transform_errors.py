@@ -138,7 +138,7 @@ REFUSED: list[tuple[str, list[Step], type[vc.CkptError], str]] = [
         "single",
         [arc_meta(visits=ONES), "single_to_experts:experts=2,route=modulo", "mitosis_split"],
         InconsistentError,
-        r"plan was made for 64 addresses and 1 experts\n.*arc_meta right before",
+        r"plan was made for 64 addresses and 1 expert\n.*arc_meta right before",
     ),
 ]
 

@@ -136,7 +136,7 @@ PLACES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "inside": ("a", "a/new.pt", {}, r"the target lies inside the source"),
     "inside by a link": ("a", "linked/experts/new.pt", {}, r"the target lies inside the source"),
     "around": ("a/system/router.state", "a/", {"overwrite": True}, r"the source lies inside the target"),
-    "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"1 files that are no part.*notes.txt"),
+    "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"files that are no part.*notes.txt"),
     "no folder": ("a.pt", "none/new.pt", {}, r"no such folder.*\n.*mkdir -p"),
     "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"no such folder"),
     "no suffix": ("a.pt", "new", {}, r"does not tell the format\n.*\.pt → pt"),

@@ -28,10 +28,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from vraxion_ckpt.printable import in_one_line
 
@@ -50,11 +50,15 @@ _OUT_OF_MEMORY = (
 class CkptError(Exception):
     """Base of every error of ours: what is wrong, where, and what to do.
 
+    An error is not changed after it was built; `with_facts` returns another.
+
     Attributes:
         message: what is wrong, without the place.
         path: the file or directory at fault, if one is.
         key: the entry inside it (a tensor name, a payload path), if one is.
         hint: what the user can do about it, if there is something.
+        written: the targets that are in place all the same; empty if none is, None if the error does not say.
+        not_written: the targets that are not, where some are.
     """
 
     exit_code: ClassVar[int] = 1
@@ -66,11 +70,15 @@ class CkptError(Exception):
         path: str | os.PathLike[str] | None = None,
         key: str | None = None,
         hint: str | None = None,
+        written: Sequence[str | os.PathLike[str]] | None = None,
+        not_written: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         self.message = message
         self.path = Path(path) if path is not None else None
         self.key = key
         self.hint = hint
+        self.written = written
+        self.not_written = not_written
         super().__init__(message)
 
     @property
@@ -79,8 +87,19 @@ class CkptError(Exception):
         where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
         return in_one_line(where)  # or a name could look like a message of ours
 
+    def with_facts(self, **facts: Any) -> Self:
+        """Return an error like this one, raised at the same place, with some of its attributes replaced."""
+        error = type(self).__new__(type(self), facts.get("message", self.message))
+        vars(error).update(vars(self) | facts)
+        return error.with_traceback(self.__traceback__)
+
     def __str__(self) -> str:
-        text = f"{self.where}: {self.message}" if self.where else self.message
+        told = [f"{path} was written" for path in self.written or ()]
+        told += [f"{path} was not" for path in self.not_written]
+        if self.written is not None and not self.written:
+            told = ["nothing was written"]
+        text = "; ".join([self.message, *([", ".join(told)] if told else [])])
+        text = f"{self.where}: {text}" if self.where else text
         return f"{text}\n  → {self.hint}" if self.hint else text
 
 
@@ -222,6 +241,19 @@ def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | 
     """
     if is_out_of_memory(error):
         raise OutOfMemoryError(path=path) from error
+
+
+@contextmanager
+def errors_at(path: str | os.PathLike[str] | None = None, *, key: str | None = None) -> Iterator[None]:
+    """Name a path in errors of ours that a ``with`` block raises and that name none; a key in those without a place."""
+    try:
+        yield
+    except CkptError as error:
+        if path is not None and error.path is None:
+            raise error.with_facts(path=Path(path)) from error.__cause__
+        if key is not None and not error.where:
+            raise error.with_facts(key=key) from error.__cause__
+        raise
 
 
 @contextmanager

@@ -6,8 +6,8 @@ removed, a name warns for one minor version of the package.
 
 from __future__ import annotations
 
-from vraxion_ckpt.checkpoint import ring, split_plan
 from vraxion_ckpt.checkpoint.comparison import differences, same_bits
+from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse_unhealthy
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.invariants import router_owners
@@ -27,9 +27,27 @@ from vraxion_ckpt.checkpoint.model import (
     UnboundOptimizer,
     unbound_state_dict,
 )
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, named_tensors, view_of
-from vraxion_ckpt.checkpoint.ring import Ints, Visits, Weights
-from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_tensors
+from vraxion_ckpt.checkpoint.ring import (
+    Ints,
+    Visits,
+    Weights,
+    as_weights,
+    auto_arc_length,
+    exact_sum,
+    hottest_arc,
+    total_by_owner,
+)
+from vraxion_ckpt.checkpoint.shared_memory import fills_storage, sharing, without_tied
+from vraxion_ckpt.checkpoint.split_plan import (
+    HOW_TO_COUNT_VISITS,
+    lacking_in_request,
+    load_plan,
+    plan_as_json,
+    plan_from_request,
+    requested_by_trainer,
+)
+from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import (
     CkptError,
@@ -44,8 +62,9 @@ from vraxion_ckpt.errors import (
     UnsupportedError,
     UsageError,
 )
-from vraxion_ckpt.experts.surgery import OptimizerPolicy, clone_expert, remove_expert, rename_head
-from vraxion_ckpt.formats import document, safetensors_file, torch_file
+from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_experts
+from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert, remove_expert, rename_head
+from vraxion_ckpt.formats.document import OUR_PREFIX, document_text, dump_document, from_state_dict, load_document
 from vraxion_ckpt.formats.payload import (
     MONOLITH,
     OUR_KEY,
@@ -62,21 +81,37 @@ from vraxion_ckpt.formats.payload import (
     split_head,
     with_head,
 )
+from vraxion_ckpt.formats.safetensors_file import (
+    LARGEST_SAFETENSORS_HEADER,
+    NATIVE_DTYPES,
+    check_safetensors,
+    is_tensor_name,
+    safetensors_size,
+    save_safetensors,
+    starts_like_safetensors,
+)
 from vraxion_ckpt.formats.torch_archive import is_archive
+from vraxion_ckpt.formats.torch_file import load_torch_file, save_torch_file, torch_file_size
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
-from vraxion_ckpt.plugins.discovery import probe_visits
+from vraxion_ckpt.plugins.discovery import run_probes
 from vraxion_ckpt.plugins.hookspecs import hookimpl
 from vraxion_ckpt.plugins.options import IntList
 from vraxion_ckpt.plugins.read_context import ReadContext
 from vraxion_ckpt.plugins.transform import Effect, Transform
-from vraxion_ckpt.support import json_files, progress
+from vraxion_ckpt.support.json_files import dump_json, load_json, parse_json
+from vraxion_ckpt.support.progress import progress_bar
+from vraxion_ckpt.wording import count, listed, numbered, plural
 
 CONTRACT = 1
 
 __all__ = [
     "CONTRACT",
+    "HOW_TO_COUNT_VISITS",
+    "LARGEST_SAFETENSORS_HEADER",
     "MONOLITH",
+    "NATIVE_DTYPES",
     "OUR_KEY",
+    "OUR_PREFIX",
     "ROUTER",
     "VRAXION",
     "Adapter",
@@ -99,7 +134,6 @@ __all__ = [
     "LimitError",
     "Loss",
     "Optimizer",
-    "OptimizerPolicy",
     "Origin",
     "OutputFile",
     "ParamGroup",
@@ -109,6 +143,7 @@ __all__ = [
     "Record",
     "SourceError",
     "SplitPlan",
+    "StatePolicy",
     "StorageError",
     "Transform",
     "TransformError",
@@ -118,38 +153,68 @@ __all__ = [
     "UsageError",
     "Visits",
     "Weights",
+    "as_weights",
+    "auto_arc_length",
     "build_payload",
     "bytes_of",
+    "check_expert",
+    "check_safetensors",
+    "checksum",
     "clone_expert",
+    "count",
     "differences",
-    "document",
+    "document_text",
+    "dump_document",
+    "dump_json",
+    "exact_sum",
+    "fills_storage",
+    "from_state_dict",
     "has_nonfinite",
+    "head_of",
+    "head_of_experts",
     "hookimpl",
+    "hottest_arc",
     "is_archive",
+    "is_tensor_name",
     "is_zero",
-    "json_files",
+    "lacking_in_request",
+    "listed",
+    "load_document",
+    "load_json",
+    "load_plan",
+    "load_torch_file",
     "load_visits",
     "make_extras",
     "monolith_dialect",
     "named_tensors",
+    "numbered",
     "origin_of",
+    "parse_json",
     "parse_payload",
-    "probe_visits",
-    "progress",
+    "plan_as_json",
+    "plan_from_request",
+    "plural",
+    "progress_bar",
     "recorded_dialect",
     "refuse_unhealthy",
     "remove_expert",
     "rename_head",
-    "ring",
+    "requested_by_trainer",
     "router_dialect",
     "router_owners",
-    "safetensors_file",
+    "run_probes",
+    "safetensors_size",
     "same_bits",
+    "save_safetensors",
+    "save_torch_file",
+    "sharing",
     "split_head",
-    "split_plan",
-    "torch_file",
+    "starts_like_safetensors",
+    "torch_file_size",
+    "total_by_owner",
     "unbound_state_dict",
-    "view_of",
+    "unfit",
     "with_head",
+    "without_tied",
     "write_new",
 ]

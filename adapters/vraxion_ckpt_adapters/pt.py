@@ -22,6 +22,7 @@ from vraxion_ckpt.plugin_api import (
     Lifecycle,
     ReadContext,
     build_payload,
+    count,
     hookimpl,
     is_archive,
     make_extras,
@@ -29,8 +30,9 @@ from vraxion_ckpt.plugin_api import (
     origin_of,
     parse_payload,
     recorded_dialect,
+    save_torch_file,
     split_head,
-    torch_file,
+    torch_file_size,
 )
 
 
@@ -75,10 +77,10 @@ class PtAdapter(Adapter):
         return str(recorded_dialect(checkpoint, MONOLITH) or "")
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        torch_file.save(_payload(checkpoint), path)
+        save_torch_file(_payload(checkpoint), path)
 
     def size(self, checkpoint: Checkpoint) -> int:
-        return torch_file.size(_payload(checkpoint))
+        return torch_file_size(_payload(checkpoint))
 
 
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -102,9 +104,8 @@ def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:
 def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:
     """Return the recorded rows of experts that are still there; a trainer may have carried them along and gone on."""
     if extras.lifecycle and extras.lifecycle.keys() != rows.keys():
-        message = (
-            f"{path}: its lifecycle rows are for {len(extras.lifecycle)} experts, it has {len(rows)}; some are new"
-        )
+        stated = count(len(extras.lifecycle), "expert")
+        message = f"{path}: its lifecycle rows are for {stated}, it has {len(rows)}; some are new"
         warnings.warn(message, CkptWarning, stacklevel=2)
     return {i: row for i, row in extras.lifecycle.items() if i in rows}
 

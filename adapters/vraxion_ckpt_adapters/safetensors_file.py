@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,10 @@ from pydantic import ByteSize, Field
 from torch import Tensor
 
 from vraxion_ckpt.plugin_api import (
+    LARGEST_SAFETENSORS_HEADER,
+    NATIVE_DTYPES,
     OUR_KEY,
+    OUR_PREFIX,
     Adapter,
     Checkpoint,
     CkptError,
@@ -32,17 +34,27 @@ from vraxion_ckpt.plugin_api import (
     Faults,
     InconsistentError,
     Lifecycle,
-    LimitError,
     Loss,
     Origin,
     ReadContext,
-    document,
+    check_safetensors,
+    checksum,
+    document_text,
+    dump_document,
+    dump_json,
+    from_state_dict,
     hookimpl,
-    json_files,
+    is_tensor_name,
+    load_document,
+    load_json,
     named_tensors,
-    safetensors_file,
+    parse_json,
+    safetensors_size,
+    save_safetensors,
+    sharing,
+    starts_like_safetensors,
     unbound_state_dict,
-    view_of,
+    without_tied,
     write_new,
 )
 
@@ -73,7 +85,7 @@ class SafetensorsAdapter(Adapter):
     def detect(cls, path: Path) -> bool:
         if path.is_dir():
             return any(_indexes(path)) or (path / _MODEL).is_file()
-        return path.is_file() and (path.name.endswith(_INDEX) or safetensors_file.starts_like_one(path))
+        return path.is_file() and (path.name.endswith(_INDEX) or starts_like_safetensors(path))
 
     # --- read ---
 
@@ -86,9 +98,9 @@ class SafetensorsAdapter(Adapter):
             root = place
             tensors, metadata = _read_file(place, context)
         if OUR_KEY in metadata:
-            found = document.load(tensors, metadata.pop(OUR_KEY), root, self.name)
+            found = load_document(tensors, metadata.pop(OUR_KEY), root, self.name)
         else:
-            found = document.bare(tensors, root, self.name)
+            found = from_state_dict(tensors, root, self.name)
         return replace(found, origin=_with_metadata(found.origin, self.name, metadata))
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
@@ -129,21 +141,21 @@ class SafetensorsAdapter(Adapter):
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         files, index = self._files(checkpoint)
         for name, (tensors, metadata) in files.items():
-            safetensors_file.save(tensors, metadata, path / name)
+            save_safetensors(tensors, metadata, path / name)
         if index is not None:
             write_new(path / f"model{_INDEX}", index)
 
     def size(self, checkpoint: Checkpoint) -> int:
         files, index = self._files(checkpoint)
-        return sum(safetensors_file.size(*content) for content in files.values()) + len(index or b"")
+        return sum(safetensors_size(*content) for content in files.values()) + len(index or b"")
 
     def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
         """Return each file's tensors and metadata by its name, ``.`` for a single one, and the index of shards."""
-        tensors, facts = document.dump(checkpoint, safetensors_file.DTYPES, safetensors_file.is_name)
+        tensors, facts = dump_document(checkpoint, NATIVE_DTYPES, is_tensor_name)
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
         if self.max_shard_size is None:
             texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
-            return {".": (dict(tensors), {**texts, OUR_KEY: document.dumps(facts)})}, None
+            return {".": (dict(tensors), {**texts, OUR_KEY: document_text(facts)})}, None
         save = _digest(tensors, facts)
         shards = list(_shards(tensors, self.max_shard_size))
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -151,7 +163,7 @@ class SafetensorsAdapter(Adapter):
         total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         head = {**metadata, "total_size": total, _SAVE: save, OUR_KEY: facts}
         files = {name: (shard, {"format": "pt", _SAVE: save}) for name, shard in zip(names, shards, strict=True)}
-        return files, json_files.dumps({"metadata": head, "weight_map": weight_map})
+        return files, dump_json({"metadata": head, "weight_map": weight_map})
 
     def foreign_files(self, path: Path) -> list[Path]:
         """List what is neither an index nor a shard that it names."""
@@ -189,7 +201,7 @@ def _find(path: Path) -> Path:
 
 
 def _read_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    header = safetensors_file.check(path)
+    header = check_safetensors(path)
     shard = _SHARD.fullmatch(path.name)
     if _SAVE in header.metadata or (shard and int(shard[1]) > 1 and OUR_KEY not in header.metadata):
         raise InconsistentError(
@@ -199,7 +211,7 @@ def _read_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor], dic
     metadata = dict[str, Any](texts)
     if OUR_KEY in metadata:
         try:
-            metadata[OUR_KEY] = safetensors_file.parse_json(header.metadata[OUR_KEY].encode(), path)
+            metadata[OUR_KEY] = parse_json(header.metadata[OUR_KEY], path)
         except (CorruptError, InconsistentError) as error:
             raise InconsistentError(f"does not parse: {error.message}", path=path, key=OUR_KEY) from error
     return tensors, metadata
@@ -212,9 +224,7 @@ def _read_shards(index: Path, context: ReadContext) -> tuple[dict[str, Tensor], 
     """Open every shard that an index names, after all of their headers fit it and each other."""
     context.register(index)
     weight_map, metadata = _read_index(index)
-    headers = {
-        name: safetensors_file.check(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())
-    }
+    headers = {name: check_safetensors(_regular(index.with_name(name))) for name in dict.fromkeys(weight_map.values())}
     for file, header in headers.items():
         for name in header.sizes:
             if weight_map.get(name) != file:
@@ -240,9 +250,7 @@ def _read_shards(index: Path, context: ReadContext) -> tuple[dict[str, Tensor], 
 def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return an index's weight map and metadata, after every file name in it was looked at."""
     _regular(index)
-    if index.stat().st_size > safetensors_file.LARGEST_HEADER:
-        raise LimitError(f"is larger than {safetensors_file.LARGEST_HEADER} bytes", path=index)
-    content = safetensors_file.parse_json(index.read_bytes(), index)
+    content = load_json(index, most=LARGEST_SAFETENSORS_HEADER)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise InconsistentError("must be an object with a weight_map of tensor → file", path=index)
@@ -259,7 +267,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _check_shard(path: Path) -> None:
-    safetensors_file.check(_regular(path))
+    check_safetensors(_regular(path))
 
 
 def _regular(path: Path) -> Path:
@@ -276,12 +284,11 @@ def _regular(path: Path) -> Path:
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Return what tells a save from any other that differs in a bit: shards of two must not be mixed."""
-    digest = hashlib.sha256(document.dumps(facts).encode())
+    digest = hashlib.sha256(document_text(facts).encode())
     for name, tensor in tensors.items():
-        crc = 0
-        for piece in safetensors_file.pieces(tensor):
-            crc = zlib.crc32(piece, crc)
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape), crc)).encode(errors="backslashreplace"))
+        digest.update(
+            repr((name, str(tensor.dtype), tuple(tensor.shape), checksum(tensor))).encode(errors="backslashreplace")
+        )
     return digest.hexdigest()[:16]
 
 
@@ -289,12 +296,12 @@ def _shards(tensors: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tens
     """Fill shards in order, the model's tensors first and the others in shards of their own."""
     shard: dict[str, Tensor] = {}
     size, ours = 0, False
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[0].startswith(document.PREFIX)):
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0].startswith(OUR_PREFIX)):
         more = tensor.numel() * tensor.itemsize
-        if shard and (size + more > most or name.startswith(document.PREFIX) != ours):
+        if shard and (size + more > most or name.startswith(OUR_PREFIX) != ours):
             yield shard
             shard, size = {}, 0
-        ours = name.startswith(document.PREFIX)
+        ours = name.startswith(OUR_PREFIX)
         shard[name] = tensor
         size += more
     if shard:
@@ -329,17 +336,10 @@ def _overlapping(checkpoint: Checkpoint) -> list[str]:
         everything["optimizer"] = optimizer.state
         everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
     everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
-    spans: dict[Any, tuple[int, int, str]] = {}
-    for name, tensor in named_tensors(everything):
-        if tensor.numel():
-            start = tensor.data_ptr()
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            spans[view_of(tensor)] = (start, start + (reach + 1) * tensor.itemsize, name)
-    end, last = 0, ""
-    for start, stop, name in sorted(spans.values()):
-        if start < end:
-            return [last, name]
-        end, last = stop, name
+    for group in sharing(named_tensors(everything)):
+        views = [name for name, _ in without_tied(group)]
+        if len(views) > 1:
+            return views[:2]
     return []
 
 

@@ -18,7 +18,7 @@ import vraxion_ckpt
 from vraxion_ckpt import errors
 from vraxion_ckpt.cli import schemas
 from vraxion_ckpt.plugins import hookspecs
-from vraxion_ckpt.plugins.catalogue import OptionEntry, describe, list_plugins
+from vraxion_ckpt.plugins.catalogue import OptionEntry, describe_plugin, list_plugins
 from vraxion_ckpt.recipes import recipe
 
 OURS = "vraxion-ckpt"
@@ -48,7 +48,7 @@ def plugins() -> Iterator[str]:
             yield from heading(entry.name, "-")
             yield from (entry.summary, "")
             if kind != "probe":
-                yield from options(describe(entry.name).options)
+                yield from options(describe_plugin(entry.name).options)
 
 
 def options(entries: Sequence[OptionEntry]) -> Iterator[str]:
@@ -108,7 +108,7 @@ def tree(base: type[errors.CkptError]) -> Iterator[tuple[type[errors.CkptError],
 
 def all_schemas() -> dict[str, dict[str, Any]]:
     """Return every JSON Schema by its name."""
-    return {**{name: schemas.schema(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
+    return {**{name: schemas.schema_of(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
 
 
 def schema_sections() -> Iterator[str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.staging import exclusive, staged
-from vraxion_ckpt.commit.transaction import Change, survey
+from vraxion_ckpt.commit.transaction import FileChanges, survey
 from vraxion_ckpt.errors import CkptError
 
 target, new = Path(sys.argv[1]), Path(sys.argv[2])
 facts = json.loads(sys.argv[3])
-change = Change(facts["pivot"], tuple(facts["first"]), tuple(facts["later"]), tuple(facts["removed"]))
+change = FileChanges(facts["pivot"], tuple(facts["first"]), tuple(facts["later"]), tuple(facts["removed"]))
 assert "torch" not in sys.modules
 try:
     with exclusive(target):

@@ -19,7 +19,7 @@ from support import DATA
 import vraxion_ckpt as vc
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.staging import exclusive, staged
-from vraxion_ckpt.commit.transaction import Change, survey
+from vraxion_ckpt.commit.transaction import FileChanges, survey
 
 Tree = Mapping[str, bytes]  # by path below the target; of a target that is a file, "."
 
@@ -41,7 +41,7 @@ class Scenario:
     name: str
     old: Tree
     new: Tree
-    change: Change = field(default_factory=Change)
+    change: FileChanges = field(default_factory=FileChanges)
     keep_old: bool = False
     exchange: bool = True
     links: bool = True
@@ -136,10 +136,10 @@ def _edit(folder: Path, stem: str, chain: list[str], *, first: list[str] | None 
     pivot = "system/router.state"
     rest = tuple(name for name in done.written if name != pivot)
     change = {
-        "router only": Change(pivot),
-        "grow": Change(pivot, first=rest),
-        "shrink": Change(pivot, later=rest, removed=done.removed),
-    }.get(done.kind, Change())
+        "router only": FileChanges(pivot),
+        "grow": FileChanges(pivot, first=rest),
+        "shrink": FileChanges(pivot, later=rest, removed=done.removed),
+    }.get(done.kind, FileChanges())
     return Scenario(f"{done.kind}: {stem}", old, read_tree(target), change)
 
 
@@ -172,9 +172,9 @@ def build(folder: Path) -> list[Scenario]:
         *(_variant(case, "no exchange", exchange=False) for case in (grow, shrink, router, file, over)),
         *(_variant(case, "no links", links=False) for case in (rewrite,)),
         _variant(grow, "neither", exchange=False, links=False),
-        *(_variant(case, "kept", change=Change(), keep_old=True) for case in (grow, file)),
+        *(_variant(case, "kept", change=FileChanges(), keep_old=True) for case in (grow, file)),
         _variant(file, "new", old={}),
-        _variant(grow, "new", old={}, change=Change()),
+        _variant(grow, "new", old={}, change=FileChanges()),
         *(_variant(case, "a trainer writes", touched="write_new") for case in (grow, shrink, rewrite, file)),
         *(_variant(case, "a trainer writes last", touched="exchange") for case in (shrink, file)),
     ]

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from vraxion_ckpt.plugin_api import (
+    HOW_TO_COUNT_VISITS,
     Checkpoint,
     Effect,
     InconsistentError,
@@ -24,13 +25,23 @@ from vraxion_ckpt.plugin_api import (
     TransformError,
     Visits,
     Weights,
+    as_weights,
+    auto_arc_length,
+    check_expert,
+    count,
+    dump_json,
+    exact_sum,
+    head_of,
     hookimpl,
-    json_files,
+    hottest_arc,
+    lacking_in_request,
     load_visits,
-    probe_visits,
-    ring,
+    plan_as_json,
+    plan_from_request,
+    requested_by_trainer,
     router_owners,
-    split_plan,
+    run_probes,
+    total_by_owner,
 )
 
 _HOW_TO_SUPPLY = (
@@ -80,9 +91,9 @@ class ArcMeta(Transform):
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         router = checkpoint.router_map
         if checkpoint.head is None or router is None:
-            raise TransformError("the model has no router_map, or no head", key=self.name)
+            raise TransformError("the model has no router_map, or no head")
         owners = router_owners(router)
-        request = split_plan.requested_by_trainer(checkpoint) if self.visits is None else None
+        request = requested_by_trainer(checkpoint) if self.visits is None else None
         if request is not None:
             self._refuse_idle_options(request[0])
             checkpoint.plan = self._adopt(request, checkpoint, owners)
@@ -93,7 +104,7 @@ class ArcMeta(Transform):
     def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:
         if self.output is None or checkpoint.plan is None:
             return {}
-        return {self.output: json_files.dumps(split_plan.to_json(checkpoint.plan))}
+        return {self.output: dump_json(plan_as_json(checkpoint.plan))}
 
     def _refuse_idle_options(self, requested: int) -> None:
         """The trainer's request says which addresses to take; an option that would choose others must not be idle."""
@@ -103,54 +114,51 @@ class ArcMeta(Transform):
         if idle:
             raise TransformError(
                 f"the trainer's `mitosis` request decides here (expert {requested}), not {', '.join(idle)}",
-                key=self.name,
                 hint="give visits=FILE to choose otherwise",
             )
 
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
         if self.visits is not None:
             return load_visits(self.visits, ring_len)
-        found = probe_visits(checkpoint)
+        found = run_probes(checkpoint)
         if found is None:
-            message, lacking = "no visit counts available", split_plan.lacking_in_request(checkpoint)
-            if lacking is not None:
-                message += f"; the trainer's `mitosis` request {lacking}"
-            hint = split_plan.HOW_TO_COUNT if lacking else _HOW_TO_SUPPLY
-            raise TransformError(message, key=self.name, hint=hint + _about_runtime())
+            lacking = lacking_in_request(checkpoint)
+            message = "no visit counts available"
+            message = f"{message}; the trainer's `mitosis` request {lacking}" if lacking else message
+            hint = HOW_TO_COUNT_VISITS if lacking else _HOW_TO_SUPPLY
+            raise TransformError(message, hint=hint + _about_runtime())
         try:
             probed = Visits(
-                ring.as_weights(found.visits),
-                ring.as_weights(found.loss_sum) if found.loss_sum is not None else None,
+                as_weights(found.visits),
+                as_weights(found.loss_sum) if found.loss_sum is not None else None,
                 found.note,
             )
         except ValueError as error:
-            raise InconsistentError(f"a probe's visits: {error}", key=self.name) from None
+            raise InconsistentError(f"a probe's visits: {error}") from None
         if len(probed.visits) != ring_len:
-            raise InconsistentError(f"a probe returned {len(probed.visits)} visits for {ring_len} addresses")
+            raise InconsistentError(
+                f"a probe returned {count(len(probed.visits), 'visit')} for {count(ring_len, 'address')}"
+            )
         return probed
 
     def _choose(self, visits: Visits, checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
         weights = visits.visits if self.policy == "ptr_hist_arc" else visits.loss_sum
         if weights is None:
-            raise TransformError(
-                "topk_loss needs the loss per address", key=self.name, hint="give visits with a loss_sum"
-            )
+            raise TransformError("topk_loss needs the loss per address", hint="give visits with a loss_sum")
         experts = checkpoint.num_experts
-        totals = ring.total_by_owner(weights, owners, experts)
-        parent = self._check_parent(
-            self.parent if self.parent is not None else int(max(range(experts), key=lambda e: (totals[e], -e))),
-            checkpoint,
-        )
-        length = ring.auto_arc_length(len(owners), experts) if self.arc_len is None else self.arc_len
+        totals = total_by_owner(weights, owners, experts)
+        parent = self.parent if self.parent is not None else max(range(experts), key=lambda e: (totals[e], -e))
+        check_expert(head_of(checkpoint), parent, hint="pass parent=")
+        length = auto_arc_length(len(owners), experts) if self.arc_len is None else self.arc_len
         owned = owners == parent
-        arc, score = ring.hottest_arc(np.where(owned, weights, 0), max(1, min(len(owners), length)))
+        arc, score = hottest_arc(np.where(owned, weights, 0), max(1, min(len(owners), length)))
         in_arc = arc.addresses[owned[arc.addresses]]
         hot = self._hottest(in_arc, visits) if self.policy == "topk_loss" else in_arc
         self._guard(hot, parent, int(owned.sum()))
         shares = _Shares(visits.visits, owners, parent, hot, experts)
         metrics: dict[str, int | float] = {
             "parent_share": shares.parent,
-            "ptr_samples": ring.exact_sum(visits.visits),
+            "ptr_samples": exact_sum(visits.visits),
             "arc_score": score,
             "dropped_non_parent": arc.length - len(in_arc),
             "predicted_parent_share": shares.parent_after,
@@ -162,16 +170,6 @@ class ArcMeta(Transform):
             parent, addresses, window, self.policy, arc.ring_len, experts, metrics, checkpoint.step, visits.note
         )
 
-    def _check_parent(self, parent: int, checkpoint: Checkpoint) -> int:
-        assert checkpoint.head is not None
-        if parent >= checkpoint.num_experts:
-            raise TransformError(f"there is no expert {parent}; there are {checkpoint.num_experts}", key=self.name)
-        if parent in checkpoint.head.deleted:
-            raise TransformError(
-                f"expert {parent} was deleted; it has no tensors to clone", key=self.name, hint="pass parent="
-            )
-        return parent
-
     def _hottest(self, addresses: Ints, visits: Visits) -> Ints:
         """Keep the `top_k` visited addresses with the highest mean loss, in arc order; ties go to the first."""
         assert visits.loss_sum is not None
@@ -182,11 +180,10 @@ class ArcMeta(Transform):
 
     def _guard(self, hot: Ints, parent: int, owned: int) -> None:
         if not len(hot):
-            raise TransformError(f"no address of expert {parent} can be given away", key=self.name)
+            raise TransformError(f"no address of expert {parent} can be given away")
         if len(hot) == owned and not self.allow_empty_parent:
             raise TransformError(
-                f"the plan takes all {owned} addresses of expert {parent}",
-                key=self.name,
+                f"the plan takes all {count(owned, 'address')} of expert {parent}",
                 hint="choose a smaller arc_len, or pass allow_empty_parent=true",
             )
 
@@ -195,20 +192,20 @@ class ArcMeta(Transform):
         parent, addresses = request
         if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
             raise InconsistentError("the trainer asks for addresses off the ring, or for none", key="payload.mitosis")
-        self._check_parent(parent, checkpoint)
+        check_expert(head_of(checkpoint), parent, hint="pass parent=")
         owned = owners == parent
         hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
         self._guard(hot[owned[hot]], parent, int(owned.sum()))
-        return split_plan.from_request(request, len(owners), checkpoint.num_experts, checkpoint.step)
+        return plan_from_request(request, len(owners), checkpoint.num_experts, checkpoint.step)
 
 
 class _Shares:
     """Shares of the visits, of all that fall to a valid expert: now, and after the split."""
 
     def __init__(self, visits: Weights, owners: Ints, parent: int, hot: Ints, experts: int) -> None:
-        totals = ring.total_by_owner(visits, owners, experts)
+        totals = total_by_owner(visits, owners, experts)
         total = sum(totals) or 1
-        given = ring.exact_sum(visits[hot])
+        given = exact_sum(visits[hot])
         left = totals[parent] - given
         self.parent = totals[parent] / total
         self.parent_after = left / total

@@ -17,6 +17,7 @@ from vraxion_ckpt.plugin_api import (
     Transform,
     TransformError,
     differences,
+    head_of,
     hookimpl,
     refuse_unhealthy,
     remove_expert,
@@ -47,7 +48,7 @@ class ExpertsToSingle(Transform):
                 self._check_optimizer(other, head, checkpoint.optimizer)
         router = checkpoint.router_map
         if router is not None and router_owners(router).any():  # expert 0 takes over the addresses of the others
-            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
+            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         inner = next((leaf for leaf in head.experts[0] if "." in leaf), None)
         if inner is not None:
             message = f"a single head with inner layers ({inner}) is loaded by no VRAXION runtime"
@@ -59,15 +60,12 @@ class ExpertsToSingle(Transform):
         return checkpoint
 
     def _head(self, checkpoint: Checkpoint) -> Head:
-        head = checkpoint.head
-        if head is None:
-            raise TransformError("the model has no head (no tensor under head.experts.)", key=self.name)
+        head = head_of(checkpoint)
         if head.kind is HeadKind.SINGLE:
-            raise TransformError("the head is single already", key=self.name, hint="leave this step out")
+            raise TransformError("the head is single already", hint="leave this step out")
         if head.deleted:
             raise TransformError(
                 f"expert {min(head.deleted)} was deleted; whether it was like the others cannot be told",
-                key=self.name,
                 hint=_HOW_TO_REMOVE,
             )
         return head
@@ -77,9 +75,7 @@ class ExpertsToSingle(Transform):
         for leaf in dict.fromkeys([*first, *second]):
             if leaf not in first or leaf not in second or not same_bits(first[leaf], second[leaf]):
                 raise TransformError(
-                    f"experts 0 and {other} differ in {leaf}; one head cannot be both",
-                    key=self.name,
-                    hint=_HOW_TO_REMOVE,
+                    f"experts 0 and {other} differ in {leaf}; one head cannot be both", hint=_HOW_TO_REMOVE
                 )
 
     def _check_optimizer(self, other: int, head: Head, optimizer: Optimizer) -> None:
@@ -94,9 +90,7 @@ class ExpertsToSingle(Transform):
             else:
                 continue
             raise TransformError(
-                f"experts 0 and {other} are alike, but not the optimizer's {what} of their {leaf}",
-                key=self.name,
-                hint=_HOW_TO_REMOVE,
+                f"experts 0 and {other} are alike, but not the optimizer's {what} of their {leaf}", hint=_HOW_TO_REMOVE
             )
 
 

@@ -10,21 +10,26 @@ import torch
 from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
+    HOW_TO_COUNT_VISITS,
     Checkpoint,
     Effect,
     Head,
-    HeadKind,
     InconsistentError,
     IntList,
     Ints,
-    OptimizerPolicy,
+    StatePolicy,
     Transform,
     TransformError,
+    check_expert,
     clone_expert,
+    count,
+    head_of_experts,
     hookimpl,
+    lacking_in_request,
+    load_plan,
     refuse_unhealthy,
+    requested_by_trainer,
     router_owners,
-    split_plan,
 )
 
 
@@ -38,7 +43,7 @@ class MitosisSplit(Transform):
     meta: Path | None = Field(None, description="JSON with parent_expert and hot_addresses, instead of the plan")
     noise: float = Field(1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clone")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
-    optimizer: OptimizerPolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
+    optimizer: StatePolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
     foreign_addresses: Literal["refuse", "allow"] = Field(
         "refuse", description="what to do about addresses that the parent does not own"
     )
@@ -53,11 +58,11 @@ class MitosisSplit(Transform):
         head, owners = self._head_and_owners(checkpoint)
         parent, addresses = self._who_and_what(checkpoint)
         self._check(parent, addresses, head, owners)
-        refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
+        refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         child = head.num_experts
         dtype = checkpoint.core[head.names.router_map].dtype
         if child > torch.iinfo(dtype).max:
-            raise TransformError(f"the router_map is of {dtype} and cannot name expert {child}", key=self.name)
+            raise TransformError(f"the router_map is of {dtype} and cannot name expert {child}")
 
         clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
         router = checkpoint.core[head.names.router_map]
@@ -74,15 +79,9 @@ class MitosisSplit(Transform):
         return checkpoint
 
     def _head_and_owners(self, checkpoint: Checkpoint) -> tuple[Head, Ints]:
-        if checkpoint.head is None:
-            raise TransformError("the model has no head", key=self.name)
-        if checkpoint.head.kind is HeadKind.SINGLE:
-            raise TransformError(
-                "the head is single (head.single.*)", key=self.name, hint="put single_to_experts before this step"
-            )
-        if checkpoint.router_map is None:
-            raise TransformError("the model has no router_map", key=self.name)
-        return checkpoint.head, router_owners(checkpoint.router_map)
+        head = head_of_experts(checkpoint)
+        assert checkpoint.router_map is not None
+        return head, router_owners(checkpoint.router_map)
 
     def _who_and_what(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         """Return parent and addresses: explicit, else from `meta`, the attached plan, or the trainer's request."""
@@ -95,64 +94,56 @@ class MitosisSplit(Transform):
 
     def _planned(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         if self.meta is not None:
-            return split_plan.load(self.meta, checkpoint)
+            return load_plan(self.meta, checkpoint)
         attached = checkpoint.plan
         if attached is not None:
             assert checkpoint.router_map is not None
             made_for = (attached.router_map_len, attached.num_experts)
             if made_for != (len(checkpoint.router_map), checkpoint.num_experts):
                 raise InconsistentError(
-                    f"the attached plan was made for {made_for[0]} addresses and {made_for[1]} experts",
-                    key=self.name,
+                    "the attached plan was made for "
+                    f"{count(made_for[0], 'address')} and {count(made_for[1], 'expert')}",
                     hint="put arc_meta right before this step",
                 )
             if attached.step != checkpoint.step:
                 now = "is at no known step" if checkpoint.known_step is None else f"is at {checkpoint.step}"
                 raise InconsistentError(
                     f"the attached plan was made at step {attached.step}, the checkpoint {now}",
-                    key=self.name,
                     hint="put arc_meta right before this step",
                 )
             return attached.parent, attached.addresses
-        request = split_plan.requested_by_trainer(checkpoint)
+        request = requested_by_trainer(checkpoint)
         if request is not None:
             return request
-        lacking = split_plan.lacking_in_request(checkpoint)
+        lacking = lacking_in_request(checkpoint)
         if lacking is not None:
             message = f"there is no plan; the trainer's `mitosis` request {lacking}"
-            raise TransformError(message, key=self.name, hint=split_plan.HOW_TO_COUNT)
+            raise TransformError(message, hint=HOW_TO_COUNT_VISITS)
         raise TransformError(
-            "there is no plan",
-            key=self.name,
-            hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses=",
+            "there is no plan", hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses="
         )
 
     def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
-        if not 0 <= parent < head.num_experts:
-            raise TransformError(f"there is no expert {parent}; there are {head.num_experts}", key=self.name)
-        if parent in head.deleted:
-            raise TransformError(f"expert {parent} was deleted; it has no tensors to clone", key=self.name)
+        check_expert(head, parent)
         if not addresses:
-            raise TransformError("there are no addresses to give away", key=self.name)
+            raise TransformError("there are no addresses to give away")
         off = [address for address in addresses if not 0 <= address < len(owners)]
         if off:
-            raise TransformError(f"address {off[0]} is off the ring of {len(owners)}", key=self.name)
+            raise TransformError(f"address {off[0]} is off the ring of {len(owners)}")
         taken = np.asarray(addresses, dtype=np.int64)
         values, counts = np.unique(taken, return_counts=True)
         if len(values) < len(taken):
-            raise TransformError(f"address {values[counts > 1][0]} is listed twice", key=self.name)
+            raise TransformError(f"address {values[counts > 1][0]} is listed twice")
         foreign = taken[owners[taken] != parent]
         if len(foreign) and self.foreign_addresses == "refuse":
             raise TransformError(
                 f"address {foreign[0]} belongs to expert {owners[foreign[0]]}, not to {parent} "
-                f"({len(foreign)} such addresses)",
-                key=self.name,
+                f"({count(len(foreign), 'such address')})",
                 hint="leave them out, or pass foreign_addresses=allow",
             )
         if len(taken) - len(foreign) == int((owners == parent).sum()) and not self.allow_empty_parent:
             raise TransformError(
                 f"expert {parent} would be left without an address",
-                key=self.name,
                 hint="give away fewer, or pass allow_empty_parent=true",
             )
 

@@ -10,9 +10,10 @@ from vraxion_ckpt.plugin_api import (
     Checkpoint,
     Effect,
     Head,
-    HeadKind,
     Transform,
     TransformError,
+    check_expert,
+    head_of_experts,
     hookimpl,
     refuse_unhealthy,
     remove_expert,
@@ -36,14 +37,12 @@ class PruneMerge(Transform):
         return Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = self._head(checkpoint)
+        head = head_of_experts(checkpoint)
         removed = head.num_experts - 1 if self.merge_from is None else self.merge_from
         self._check(removed, checkpoint, head)
         router = checkpoint.router_map
         if router is not None and (router_owners(router) == removed).any():
-            refuse_unhealthy(
-                checkpoint, self.merge_into, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name
-            )
+            refuse_unhealthy(checkpoint, self.merge_into, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         remove_expert(checkpoint, removed, self.merge_into)
         checkpoint.payload["prune"] = {
             "merge_from": removed,
@@ -52,41 +51,20 @@ class PruneMerge(Transform):
         }
         return checkpoint
 
-    def _head(self, checkpoint: Checkpoint) -> Head:
-        if checkpoint.head is None:
-            raise TransformError("the model has no head", key=self.name)
-        if checkpoint.head.kind is HeadKind.SINGLE:
-            raise TransformError("the head is single (head.single.*), there is nothing to remove", key=self.name)
-        if checkpoint.router_map is None:
-            raise TransformError("the model has no router_map", key=self.name)
-        return checkpoint.head
-
     def _check(self, removed: int, checkpoint: Checkpoint, head: Head) -> None:
         last = head.num_experts - 1
         if not last:
-            raise TransformError(
-                "the only expert cannot be removed", key=self.name, hint="experts_to_single makes it a single head"
-            )
-        for expert in (removed, self.merge_into):
-            if expert > last:
-                raise TransformError(f"there is no expert {expert}; there are {head.num_experts}", key=self.name)
+            raise TransformError("the only expert cannot be removed", hint="experts_to_single makes it a single head")
+        check_expert(head, removed, deleted=True)
         if removed == self.merge_into:
-            raise TransformError(
-                f"expert {removed} cannot take over from itself", key=self.name, hint="pass another merge_from="
-            )
-        if self.merge_into in head.deleted:
-            raise TransformError(
-                f"expert {self.merge_into} was deleted; it has no tensors to take over with",
-                key=self.name,
-                hint="pass another merge_into=",
-            )
+            raise TransformError(f"expert {removed} cannot take over from itself", hint="pass another merge_from=")
+        check_expert(head, self.merge_into, hint="pass another merge_into=")
         row = checkpoint.lifecycle.get(removed)
         if row is not None and row.tenured and not self.allow_tenured:
-            raise TransformError(f"expert {removed} is tenured", key=self.name, hint="pass allow_tenured=true")
+            raise TransformError(f"expert {removed} is tenured", hint="pass allow_tenured=true")
         if removed != last and not self.renumber:
             raise TransformError(
                 f"expert {removed} is not the last; the ids above it, up to {last}, would move down by one",
-                key=self.name,
                 hint="pass renumber=true",
             )
 

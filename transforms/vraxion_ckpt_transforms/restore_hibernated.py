@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,10 +26,16 @@ from vraxion_ckpt.plugin_api import (
     Transform,
     TransformError,
     UsageError,
+    check_expert,
+    fills_storage,
     has_nonfinite,
+    head_of,
     hookimpl,
     is_zero,
-    torch_file,
+    load_torch_file,
+    numbered,
+    sharing,
+    unfit,
 )
 
 
@@ -47,9 +53,7 @@ class RestoreHibernated(Transform):
         return Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = checkpoint.head
-        if head is None:
-            raise TransformError("the model has no head", key=self.name)
+        head = head_of(checkpoint)
         if not self.snapshots.is_dir():
             raise UsageError("no such directory", path=self.snapshots)
         chosen = self._chosen(head)
@@ -63,20 +67,16 @@ class RestoreHibernated(Transform):
         if self.experts is None:
             found = [i for i in sorted(head.experts) if is_zero(head.experts[i])]
             if not found:
-                raise TransformError("there is no expert whose weights are all zero", key=self.name)
+                raise TransformError("there is no expert whose weights are all zero")
             return found
         if not self.experts:
-            raise TransformError("experts names none", key=self.name, hint="leave it out to restore all that are zero")
+            raise TransformError("experts names none", hint="leave it out to restore all that are zero")
         chosen = sorted(set(self.experts))
         for i in chosen:
-            if i in head.deleted:
-                raise TransformError(f"expert {i} was deleted; it has no tensors to replace", key=self.name)
-            if i not in head.experts:
-                raise TransformError(f"there is no expert {i}; there are {head.num_experts}", key=self.name)
+            check_expert(head, i)
             if not self.replace and not is_zero(head.experts[i]):
                 raise TransformError(
                     f"expert {i} is not hibernated: its weights are not all zero",
-                    key=self.name,
                     hint="leave it out, or pass replace=true",
                 )
         return chosen
@@ -84,25 +84,16 @@ class RestoreHibernated(Transform):
     def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
         """Read the snapshot of an expert; refuse one that does not fit in the expert's place."""
         path = self._snapshot(expert)
-        snapshot = torch_file.load(path, checkpoint.sources)
+        snapshot = load_torch_file(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
             raise InconsistentError("a snapshot must be a dict of leaf name → tensor", path=path)
-        if odd := snapshot.keys() ^ old.keys():
-            whose = "only the snapshot" if odd <= snapshot.keys() else "only one of snapshot and checkpoint"
-            raise TransformError(f"{whose} has {_listed(odd)} of expert {expert}", path=path, key=self.name)
-        for leaf, tensor in old.items():
-            found = snapshot[leaf]
-            if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                raise TransformError(
-                    f"{leaf} of expert {expert} is {_brief(tensor)}, that of the snapshot {_brief(found)}",
-                    path=path,
-                    key=self.name,
-                )
+        for leaf, what in unfit(snapshot, old, ("the snapshot", f"expert {expert}"), same_widths=True):
+            raise TransformError(f"{leaf} {what}" if leaf else what, path=path)
         if is_zero(snapshot):
-            raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path, key=self.name)
+            raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path)
         if has_nonfinite(snapshot) and not self.allow_nan:
             message = f"the snapshot of expert {expert} has weights that are NaN or infinite"
-            raise TransformError(message, path=path, key=self.name, hint="pass allow_nan=true to restore it")
+            raise TransformError(message, path=path, hint="pass allow_nan=true to restore it")
         return Expert({leaf: _alone(snapshot, leaf, like=tensor) for leaf, tensor in old.items()})
 
     def _snapshot(self, expert: int) -> Path:
@@ -110,45 +101,34 @@ class RestoreHibernated(Transform):
         if not os.path.lexists(path):
             raise TransformError(
                 f"there is no snapshot of expert {expert}: no expert_{expert}.pt in {self.snapshots}",
-                key=self.name,
                 hint=f"name the experts to restore: experts=[…] without {expert}",
             )
         inside = Path(os.path.realpath(path)).parent == Path(os.path.realpath(self.snapshots))
         if not path.is_file() or not inside:
-            raise TransformError("a snapshot must be a regular file in that directory", path=path, key=self.name)
+            raise TransformError("a snapshot must be a regular file in that directory", path=path)
         return path
 
     def _warn(self, restored: Mapping[int, Expert]) -> None:
         several = len(restored) > 1
-        listed = ", ".join(map(str, restored))
         message = (
-            f"the weights of expert{'s' * several} {listed} were replaced by "
+            f"the weights of {numbered('expert', restored)} were replaced by "
             f"{'snapshots' if several else 'a snapshot'} from {self.snapshots}. A snapshot carries no step and is "
             "overwritten by each later hibernation, so it is not known which step it is of. "
             "The optimizer's state is the checkpoint's"
         )
         odd = [i for i, expert in restored.items() if has_nonfinite(expert)]
         if odd:
-            message += f". The snapshot of expert {', '.join(map(str, odd))} has weights that are NaN or infinite"
+            message += f". In the snapshot of {numbered('expert', odd)}, weights are NaN or infinite"
         warnings.warn(message, CkptWarning, stacklevel=3)
 
 
 def _alone(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
     """Return a tensor of the snapshot, of the type of `like`, that has its storage for itself."""
     tensor = snapshot[leaf].detach()
-    storage = tensor.untyped_storage()
-    sharing = sum(other.untyped_storage().data_ptr() == storage.data_ptr() for other in snapshot.values())
-    if sharing > 1 or storage.nbytes() != tensor.numel() * tensor.itemsize:
+    shares = any(name == leaf for group in sharing(snapshot.items()) for name, _ in group)
+    if shares or not fills_storage(tensor):
         tensor = tensor.clone()
     return nn.Parameter(tensor, like.requires_grad) if isinstance(like, nn.Parameter) else tensor
-
-
-def _brief(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(map(str, names)))
 
 
 @hookimpl

@@ -12,10 +12,12 @@ from vraxion_ckpt.plugin_api import (
     Effect,
     HeadKind,
     Lifecycle,
-    OptimizerPolicy,
+    StatePolicy,
     Transform,
     TransformError,
     clone_expert,
+    count,
+    head_of,
     hookimpl,
     refuse_unhealthy,
     rename_head,
@@ -35,7 +37,7 @@ class SingleToExperts(Transform):
     )
     noise: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clones")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
-    optimizer: OptimizerPolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
+    optimizer: StatePolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
     allow_zero: bool = Field(False, description="allow it although the weights of the single head are all zero")
     allow_nan: bool = Field(False, description="allow it although weights of the single head are NaN or infinite")
@@ -44,24 +46,21 @@ class SingleToExperts(Transform):
         return Effect.within_noise(self.noise)
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        head = checkpoint.head
-        if head is None:
-            raise TransformError("the model has no head (no tensor under head.single.)", key=self.name)
+        head = head_of(checkpoint)
         if head.kind is HeadKind.EXPERTS:
             raise TransformError(
-                f"the head has {head.num_experts} experts already", key=self.name, hint="leave this step out"
+                f"the head has {count(head.num_experts, 'expert')} already", hint="leave this step out"
             )
         if checkpoint.router_map is None:
             if self.ring_len is None:
-                raise TransformError("the model has no router_map", key=self.name, hint="give its length: ring_len=N")
+                raise TransformError("the model has no router_map", hint="give its length: ring_len=N")
             checkpoint.core[head.names.router_map] = torch.zeros(self.ring_len, dtype=torch.int64)
         elif self.ring_len not in (None, len(checkpoint.router_map)):
             raise TransformError(
-                f"ring_len is {self.ring_len}, but the router_map has {len(checkpoint.router_map)} addresses",
-                key=self.name,
+                f"ring_len is {self.ring_len}, but the router_map has {count(len(checkpoint.router_map), 'address')}"
             )
         if self.experts > 1:
-            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan, name=self.name)
+            refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         rename_head(checkpoint, HeadKind.EXPERTS)
         checkpoint.lifecycle.setdefault(0, Lifecycle.fresh(checkpoint.step))
         for child in range(1, self.experts):
@@ -69,7 +68,7 @@ class SingleToExperts(Transform):
         router = checkpoint.router_map
         if self.route == "modulo" and router is not None:
             if self.experts - 1 > torch.iinfo(router.dtype).max:
-                raise TransformError(f"the router_map is of {router.dtype}, too narrow", key=self.name)
+                raise TransformError(f"the router_map is of {router.dtype}, too narrow")
             owners = torch.arange(len(router), dtype=torch.int64) % self.experts
             checkpoint.core[head.names.router_map] = owners.to(router.dtype)
         return checkpoint

@@ -23,7 +23,9 @@ from vraxion_ckpt.plugin_api import (
     CkptWarning,
     PluginError,
     Visits,
+    count,
     hookimpl,
+    listed,
 )
 
 RUNTIME = "vraxion.instnct.absolute_hallway"
@@ -92,18 +94,18 @@ def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, i
             key="vraxion_probe",
             hint=f"set the environment variables of the training run; now {_settings()}",
         ) from error
-    _warn(unmatched.unexpected_keys, "weights of the checkpoint were not taken by VRAXION's runtime")
+    _warn(unmatched.unexpected_keys, "of the checkpoint not taken by VRAXION's runtime")
     lacking = [name for name in unmatched.missing_keys if not name.startswith("head.")]
-    _warn(lacking, "weights of VRAXION's runtime are not in the checkpoint and stay random")
+    _warn(lacking, "of VRAXION's runtime not in the checkpoint, and random")
     model.eval()
     return model
 
 
 def _warn(names: Sequence[str], what: str) -> None:
     if names:
-        listed = ", ".join(names[:8]) + ", …" * (len(names) > 8)
         message = (
-            f"{len(names)} {what} ({listed}); the visits it counts may not be those of the trained model. "
+            f"{count(len(names), 'weight')} {what} ({listed(names)}); "
+            f"the visits it counts may not be those of the trained model. "
             f"Set the environment variables of the training run; now {_settings()}"
         )
         warnings.warn(message, CkptWarning, stacklevel=2)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from vraxion_ckpt.analysis.measurement import Measure
 from vraxion_ckpt.support.json_models import Fact, Facts, Plain
+from vraxion_ckpt.wording import count
 
 _MOST_LINES = 12
 
@@ -116,8 +117,8 @@ class Difference(Facts):
     def summary(self) -> list[tuple[str, str]]:
         """Return the whole for people: a label and a text for each section in which something differs."""
         if self.identical:
-            size = f"{self.tensors_identical} tensors and {self.slots_identical} optimizer slots, bit by bit"
-            return [("identical", f"{size}; ring, payload, lifecycle rows and history too")]
+            size = f"{count(self.tensors_identical, 'tensor')} and {count(self.slots_identical, 'optimizer slot')}"
+            return [("identical", f"{size}, bit by bit; ring, payload, lifecycle rows and history too")]
         lines = [("tensors", f"{self.tensors_identical} identical{_counts(self.model)}")]
         lines += [("expert", _in_words(change)) for change in self.experts[:_MOST_LINES]]
         if len(self.experts) > _MOST_LINES:
@@ -125,7 +126,7 @@ class Difference(Facts):
         former = {change.after: change.before for change in self.experts if change.what == "renamed"}
         for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
             renumbered = former.get(flow.after, flow.after) != flow.after
-            number = f"{flow.addresses} address{'es' * (flow.addresses != 1)}"
+            number = f"{count(flow.addresses, 'address')}"
             was = f", which was {former[flow.after]}" if renumbered else ""
             lines.append(
                 (
@@ -136,7 +137,7 @@ class Difference(Facts):
         if self.ring and len(self.ring.flows) > _MOST_LINES:
             lines.append(("ring", f"… {len(self.ring.flows) - _MOST_LINES} more"))
         if self.slots_identical or self.optimizer:
-            lines.append(("optimizer", f"{self.slots_identical} slots identical{_counts(self.optimizer)}"))
+            lines.append(("optimizer", f"{count(self.slots_identical, 'slot')} identical{_counts(self.optimizer)}"))
         for label in ("payload", "lifecycle", "history", "other"):
             changes = getattr(self, label)
             if changes:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Unpack
 
-from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
+from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.analysis.inspection import value_facts
 from vraxion_ckpt.analysis.optimizer_findings import about_optimizer, count_negative, is_never_negative
 from vraxion_ckpt.checkpoint import invariants
@@ -42,6 +42,7 @@ from vraxion_ckpt.reading.opening import (
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Facts
+from vraxion_ckpt.wording import count, listed, numbered, shortened
 
 
 class Checked(Facts):
@@ -85,26 +86,21 @@ def check(
     with os_errors_named(path):
         adapter = detect_source(root, options.from_)
         check_allowed(adapter, options.allow_globals)
-        listed = manifests.load(Path(manifest)) if manifest is not None else None
+        listed = manifests.load_manifest(Path(manifest)) if manifest is not None else None
         findings: list[Finding] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CkptWarning)
             checkpoint, tensors, size = _examine(adapter, root, findings, options)
         told = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, CkptWarning))
-        findings += [Finding(severity=Severity.WARNING, rule="readable", what=text) for text in told]
+        findings += [Finding.warning("readable", text) for text in told]
         origin = checkpoint.origin if checkpoint is not None else Origin()
         root = origin.path or root
         files = files_of(adapter, root, origin.leftovers)
         findings += _about_files(adapter, root, files)
         if listed is not None:
             findings += [
-                Finding(
-                    severity=Severity.ERROR,
-                    rule="manifest",
-                    what=what,
-                    where=root.name if name == manifests.SELF else name,
-                )
-                for name, what in manifests.compare(listed, root, files)
+                Finding.error("manifest", what, where=root.name if name == manifests.SELF else name)
+                for name, what in manifests.compare_manifest(listed, root, files)
             ]
     order = list(Severity)
     findings.sort(key=lambda finding: order.index(finding.severity))
@@ -149,7 +145,7 @@ def _finding(rule: str, error: CkptError, severity: Severity = Severity.ERROR) -
 
 def _verify(checkpoint: Checkpoint, faults: Faults) -> None:
     sources = [source for source in checkpoint.sources if source.verify is not None]
-    with progress.bar("checksums", sum(source.fingerprint.size for source in sources)) as count:
+    with progress.progress_bar("checksums", sum(source.fingerprint.size for source in sources)) as count:
         for source in sources:
             assert source.verify is not None
             faults.attempt(source.verify)
@@ -175,23 +171,22 @@ def _about_binding(
 def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Judge a checkpoint as far as its tensors' shapes and everything else tell."""
     yield from _about_memory(checkpoint)
-    for line in invariants.findings(checkpoint):
-        yield Finding(severity=Severity.ERROR, rule="invariant", what=line)
+    for line in invariants.invariant_findings(checkpoint):
+        yield Finding.error("invariant", line)
     yield from _about_lacking(checkpoint)
     head_is_open = checkpoint.head is None or all(expert.is_open for expert in checkpoint.head.experts.values())
     if head_is_open:
         yield from _about_order(checkpoint)
-    for companion in companions.misfits(checkpoint) if head_is_open else ():
+    for companion in companions.stale_companions(checkpoint) if head_is_open else ():
         what = f"{companion.problem}: it has not followed a change of the head"
-        yield Finding(severity=Severity.WARNING, rule="companion", what=what, where=str(companion))
+        yield Finding.warning("companion", what, where=str(companion))
     head = checkpoint.head
     if head is None:
-        yield Finding(severity=Severity.NOTE, rule="head", what="the model has no head that could be split")
+        yield Finding.note("head", "the model has no head that could be split")
     elif head.kind is HeadKind.EXPERTS and head.num_experts == 1:
-        yield Finding(
-            severity=Severity.ERROR,
-            rule="one head",
-            what="a runtime with one head expects head.single, and skips head.experts.0 without a word",
+        yield Finding.error(
+            "one head",
+            "a runtime with one head expects head.single, and skips head.experts.0 without a word",
             hint="let mitosis_split or experts_to_single follow",
         )
     yield from _about_zeros(checkpoint)
@@ -204,15 +199,15 @@ def _about_contents(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _about_lacking(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Name parameters of experts that the optimizer lacks, or how many, where it is not known which."""
-    lacking = list(placement.lacking(checkpoint))
+    lacking = list(placement.missing_parameters(checkpoint))
     hint = "convert --optimizer complete adds what is lacking, without state; if the expert is frozen, nothing is wrong"
     what = "the optimizer does not list this parameter, although it lists those of other experts"
     if lacking and placement.is_undecided_in_head(checkpoint):
-        what = f"the optimizer lacks {len(lacking)} parameters of experts; it cannot be told which"
+        what = f"the optimizer lacks {count(len(lacking), 'parameter')} of experts; it cannot be told which"
         lacking = ["optimizer"]
         hint = f"give the names of those that it has: --param-names FILE; {hint}"
     for name in lacking:
-        yield Finding(severity=Severity.WARNING, rule="trained alike", what=what, where=name, hint=hint)
+        yield Finding.warning("trained alike", what, where=name, hint=hint)
 
 
 def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -222,11 +217,12 @@ def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     hint = "a chain that changes the head needs --param-names, --optimizer-order or --result-order"
     if optimizer.undecided:
-        what = f"{len(optimizer.undecided)} names could belong to other ids: {first_few(sorted(optimizer.undecided))}"
-        yield Finding(severity=Severity.NOTE, rule="binding", what=what, where="optimizer", hint=hint)
+        names = sorted(optimizer.undecided)
+        what = f"{count(len(names), 'name')} could belong to other ids: {listed(names, 4)}"
+        yield Finding.note("binding", what, where="optimizer", hint=hint)
     elif not (optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)):
         what = "no rule explains the order in which it lists its parameters"
-        yield Finding(severity=Severity.WARNING, rule="order", what=what, where="optimizer", hint=hint)
+        yield Finding.warning("order", what, where="optimizer", hint=hint)
 
 
 def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
@@ -245,32 +241,32 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     head = checkpoint.head
     known = set(checkpoint.open_tensors())
     lists = _name_lists(checkpoint)
-    for where, listed in lists:
-        lacking = [n for n in listed if n not in known and not (head is not None and head.is_not_at_hand(n))]
+    for where, names in lists:
+        lacking = [n for n in names if n not in known and not (head is not None and head.is_not_at_hand(n))]
         if lacking:
-            what = f"the model lacks {first_few(lacking)}"
-            yield Finding(severity=Severity.ERROR, rule="names", what=what, where=where)
+            what = f"the model lacks {listed(lacking, 4)}"
+            yield Finding.error("names", what, where=where)
     (_, model), (_, optimizer) = lists
     both = set(model) & set(optimizer)
     if [n for n in model if n in both] != [n for n in optimizer if n in both]:
         what = "the optimizer's groups list parameters in another order than param_names does"
-        yield Finding(severity=Severity.WARNING, rule="names", what=what, where="param_names")
+        yield Finding.warning("names", what, where="param_names")
 
 
 def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Name tensors that are one, where a training step would then update both."""
+    """Name tensors that share memory: a training step updates all of them."""
     slots = {
         f"{name}.{slot}"
         for name, entries in (checkpoint.optimizer.state if checkpoint.optimizer else {}).items()
         for slot in entries
     }
-    for tie in invariants.shared_memory(checkpoint):
-        what = f"{first_few(tie)} are one tensor"
+    for tie in invariants.shared_names(checkpoint):
+        what = f"{listed(tie, 4)} share memory"
         if slots.intersection(tie):
             hint = "give each a copy of its own: the first training step updates all of them"
-            yield Finding(severity=Severity.ERROR, rule="shared memory", what=what, hint=hint)
+            yield Finding.error("shared memory", what, hint=hint)
         elif any(not name.startswith("payload.") for name in tie):
-            yield Finding(severity=Severity.WARNING, rule="shared memory", what=f"{what}: tied, and trained as one")
+            yield Finding.warning("shared memory", f"{what}: tied, and trained as one")
 
 
 def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -278,44 +274,39 @@ def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
     if head is None:
         return
     if router is None:
-        yield Finding(severity=Severity.NOTE, rule="ring", what="the model has no router_map")
+        yield Finding.note("ring", "the model has no router_map")
         return
     if router.ndim != 1 or router.is_floating_point() or router.is_complex():
         return  # told as an invariant
     owning = set(router_owners(router).tolist())
     idle = [i for i in head.experts if i not in owning]
     if idle:
-        what = f"no address belongs to {_these(idle)}: nothing is routed there"
-        yield Finding(severity=Severity.WARNING, rule="ring", what=what)
+        what = f"no address belongs to {numbered('expert', idle)}: nothing is routed there"
+        yield Finding.warning("ring", what)
     gone = sorted(owning & head.deleted)
     if gone:
-        what = f"addresses belong to {_these(gone)}, whose tensors were garbage-collected"
-        yield Finding(severity=Severity.NOTE, rule="ring", what=what)
-
-
-def _these(ids: Sequence[int], most: int = 8) -> str:
-    more = f", … ({len(ids)} in all)" if len(ids) > most else ""
-    return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:most]))}{more}"
+        what = f"addresses belong to {numbered('expert', gone)}, whose tensors were garbage-collected"
+        yield Finding.note("ring", what)
 
 
 def _about_zeros(checkpoint: Checkpoint) -> Iterator[Finding]:
     experts = checkpoint.head.experts if checkpoint.head else {}
     zero = [i for i, expert in experts.items() if expert.is_open and is_zero(expert)]
     if zero:
-        what = f"all weights of {_these(zero)} are zero"
-        yield Finding(severity=Severity.WARNING, rule="hibernated", what=what, hint=HOW_TO_RESTORE)
+        what = f"all weights of {numbered('expert', zero)} are zero"
+        yield Finding.warning("hibernated", what, hint=HOW_TO_RESTORE)
 
 
 def _about_step(checkpoint: Checkpoint) -> Iterator[Finding]:
     step = checkpoint.payload.get("step")
     if step is not None and checkpoint.known_step is None:
         what = f"is {_in_words(step)}, not a whole number ≥ 0; rows and plans cannot be compared with it"
-        yield Finding(severity=Severity.WARNING, rule="step", what=what, where="payload.step")
+        yield Finding.warning("step", what, where="payload.step")
 
 
 def _in_words(value: object) -> str:
     text = repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    return shortened(text, 40)
 
 
 def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -324,8 +315,8 @@ def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
     stated = {i: row for i, row in checkpoint.lifecycle.items() if not row.assumed}
     late = [i for i, row in stated.items() if max(row.created_step, row.last_used_step) > checkpoint.step]
     if late:
-        what = f"the row of {_these(late)} is of a later step than the checkpoint's, {checkpoint.step}"
-        yield Finding(severity=Severity.WARNING, rule="mixed saves", what=what)
+        what = f"the row of {numbered('expert', late)} is of a later step than the checkpoint's, {checkpoint.step}"
+        yield Finding.warning("mixed saves", what)
 
 
 def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -337,7 +328,7 @@ def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
     if not fits or any(not 0 <= a < len(owners) or owners[a] != plan.parent for a in plan.addresses):
         what = "the planned split does not fit the checkpoint any more"
         hint = "plan again with arc_meta"
-        yield Finding(severity=Severity.WARNING, rule="plan", what=what, hint=hint)
+        yield Finding.warning("plan", what, hint=hint)
 
 
 def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:
@@ -364,20 +355,20 @@ def _about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int,
     named = [*checkpoint.open_tensors().items(), *named_tensors(held)]
     for place, number in _floats(held, ""):
         where = place.removeprefix(".")
-        findings.append(Finding(severity=Severity.WARNING, rule="finite", what=f"is {number}", where=where))
+        findings.append(Finding.warning("finite", f"is {number}", where=where))
     total = size_of([tensor for _, tensor in named])
-    with progress.bar("values", total) as count:
+    with progress.progress_bar("values", total) as count:
         for name, tensor in named:
             if not is_finite(tensor):
                 values = value_facts(tensor)
                 kinds = ((values.nans, "NaN"), (values.infinities, "infinite"))
                 what = " and ".join(f"{number} {kind}" for number, kind in kinds if number)
                 what = f"{what} of {tensor.numel()} elements"
-                findings.append(Finding(severity=Severity.WARNING, rule="finite", what=what, where=name))
+                findings.append(Finding.warning("finite", what, where=name))
             negative = count_negative(tensor) if is_never_negative(name, tensor) else 0
             if negative:
                 what = f"{negative} of {tensor.numel()} elements are negative, of which none can be"
-                findings.append(Finding(severity=Severity.WARNING, rule="negative", what=what, where=name))
+                findings.append(Finding.warning("negative", what, where=name))
             count(tensor.numel() * tensor.itemsize)
     return len(named), total
 
@@ -388,16 +379,15 @@ def _about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int,
 def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterator[Finding]:
     real = Path(os.path.realpath(root))
     if was_interrupted(real):
-        yield Finding(
-            severity=Severity.ERROR,
-            rule="interrupted edit",
-            what="an edit of it was killed halfway",
+        yield Finding.error(
+            "interrupted edit",
+            "an edit of it was killed halfway",
             where=str(root),
             hint=f"`vraxion-ckpt edit {root}` takes it back, or finishes it",
         )
     foreign = (adapter_calls.foreign_files(adapter, root) or []) if root.is_dir() else []
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
-        names = first_few([str(path.relative_to(root)) for path in others])
-        what = f"{len(others)} file{'s' * (len(others) > 1)} in it are no part of the checkpoint: {names}"
-        yield Finding(severity=Severity.NOTE, rule="foreign files", what=what)
+        names = listed([path.relative_to(root) for path in others], 4)
+        what = f"{count(len(others), 'file')} in it, not of the checkpoint: {names}"
+        yield Finding.note("foreign files", what)

@@ -25,19 +25,20 @@ from vraxion_ckpt.analysis.changes import (
     RingChange,
     Side,
 )
-from vraxion_ckpt.analysis.match_experts import Matching, match
+from vraxion_ckpt.analysis.match_experts import Matching, match_experts
 from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
-from vraxion_ckpt.checkpoint.invariants import router_owners, shared_memory
+from vraxion_ckpt.checkpoint.invariants import router_owners, shared_names
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, ParamGroup, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import size_of
+from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape, size_of
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.errors import memory_errors
 from vraxion_ckpt.plugins.discovery import AdapterLike
 from vraxion_ckpt.reading.opening import PathLike, bound_if_possible, read_unbound
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.wording import count
 
 _MOST_ARCS = 4096
 
@@ -81,10 +82,10 @@ def diff_checkpoints(
     b.open_experts()
     (a, refused_a), (b, refused_b) = (bound_if_possible(c, options) for c in (a, b))
     not_bound = [f"{c.origin.path}: {why.message}" for c, why in ((a, refused_a), (b, refused_b)) if why]
-    matching = match(a.head, b.head)
+    matching = match_experts(a.head, b.head)
     names = _names(a.head, b.head, matching)
     size = _size(b)
-    with progress.bar("comparing", size) as count:
+    with progress.progress_bar("comparing", size) as count:
         model, tensors_identical = _model_changes(a, b, names, count)
         optimizer, slots_identical = _optimizer_changes(a, b, names, count)
     sections: dict[str, list[Change]] = {
@@ -174,7 +175,7 @@ def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         kind = "parameter " if isinstance(value, nn.Parameter) else ""
         grad = "" if value.requires_grad == bool(kind) else " requires_grad" if value.requires_grad else " frozen"
-        return f"{kind}{value.dtype} {list(value.shape)}{grad}".replace("torch.", "")
+        return f"{kind}{dtype_and_shape(value)}{grad}"
     if isinstance(value, Mapping) and len(value) > 4:
         return f"{len(value)} entries"
     if isinstance(value, list | tuple) and len(value) > 8:
@@ -305,7 +306,7 @@ def _optimizer_changes(a: Checkpoint, b: Checkpoint, names: _Names, count: _Coun
 
 def _in_short(state_dict: Mapping[str, Any]) -> str:
     number = sum(len(group.get("params", ())) for group in state_dict.get("param_groups", ()))
-    return f"{number} parameters, {len(state_dict.get('state', ()))} with state"
+    return f"{count(number, 'parameter')}, {len(state_dict.get('state', ()))} with state"
 
 
 def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: _Names) -> Iterator[Change]:
@@ -317,8 +318,8 @@ def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: 
             _removed(f"group {i}: {n}", "trained") for n, f in zip(a.params, former, strict=True) if f not in now
         )
         yield from (_added(f"group {i}: {name}", "trained") for name in b.params if name not in known)
-    yield from (_removed(f"group {i}", f"{len(old[i].params)} parameters") for i in range(len(new), len(old)))
-    yield from (_added(f"group {i}", f"{len(new[i].params)} parameters") for i in range(len(old), len(new)))
+    yield from (_removed(f"group {i}", count(len(old[i].params), "parameter")) for i in range(len(new), len(old)))
+    yield from (_added(f"group {i}", count(len(new[i].params), "parameter")) for i in range(len(old), len(new)))
 
 
 def _order(a: Iterable[str], b: Iterable[str], names: _Names, what: str) -> list[Change]:
@@ -354,7 +355,7 @@ def _order_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
 
 
 def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
-    """Tell which tensors are one in one checkpoint and are not in the other: a trainer then updates both, or one."""
+    """Tell which tensors share memory in one checkpoint only: a trainer updates both, or one."""
 
     def renamed(name: str) -> str:
         parameter, _, slot = name.rpartition(".")
@@ -364,10 +365,10 @@ def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
         other = names(parameter) if parameter else None
         return name if other in (None, parameter) else f"{other}.{slot}"
 
-    old = {frozenset(map(renamed, tie)) for tie in shared_memory(a)}
-    new = {frozenset(tie) for tie in shared_memory(b)}
-    changes = [_removed("one tensor under several names", ", ".join(sorted(tie))) for tie in old - new]
-    return changes + [_added("one tensor under several names", ", ".join(sorted(tie))) for tie in new - old]
+    old = {frozenset(map(renamed, tie)) for tie in shared_names(a)}
+    new = {frozenset(tie) for tie in shared_names(b)}
+    changes = [_removed("memory under several names", ", ".join(sorted(tie))) for tie in old - new]
+    return changes + [_added("memory under several names", ", ".join(sorted(tie))) for tie in new - old]
 
 
 def _spelling_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:

@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.load_balance import Signs, balance, signs
+from vraxion_ckpt.checkpoint.load_balance import ExpertLoads, balance, compare_loads
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Ints
-from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.reading.opening import PathLike, read_unbound
 from vraxion_ckpt.reading.read_options import ReadOptions
 
 
-def signs_of_life(
+def expert_loads(
     checkpoint: Checkpoint,
     *,
     against: PathLike | Checkpoint | None = None,
     visits_file: PathLike | None = None,
     visits_after: PathLike | None = None,
-) -> Signs | None:
+) -> ExpertLoads | None:
     """Compare how visits fell on the experts before a split, how they are predicted to fall, and how they fell.
 
     Of a checkpoint that is to be split, or is not known to have been, the load before is its own, and a plan predicts.
@@ -59,8 +59,8 @@ def signs_of_life(
     )
     now = owners, checkpoint.num_experts
     if old is not None:
-        return signs(before, after, old, now)
-    found = signs(before, after, now, now)
+        return compare_loads(before, after, old, now)
+    found = compare_loads(before, after, now, now)
     predicted = balance(before, *planned) if before is not None and planned is not None else None
     return replace(found, predicted=predicted)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
+from typing import Self
 
 from vraxion_ckpt.support.json_models import Fact
 
@@ -28,7 +28,17 @@ class Finding(Fact):
     hint: str | None = None
     """What to do about it."""
 
+    @classmethod
+    def error(cls, rule: str, what: str, where: str = "", hint: str | None = None) -> Self:
+        """Return an error."""
+        return cls(severity=Severity.ERROR, rule=rule, what=what, where=where, hint=hint)
 
-def first_few(names: Sequence[str]) -> str:
-    """Return the first four names as text."""
-    return ", ".join(names[:4]) + ", …" * (len(names) > 4)
+    @classmethod
+    def warning(cls, rule: str, what: str, where: str = "", hint: str | None = None) -> Self:
+        """Return a warning."""
+        return cls(severity=Severity.WARNING, rule=rule, what=what, where=where, hint=hint)
+
+    @classmethod
+    def note(cls, rule: str, what: str, where: str = "", hint: str | None = None) -> Self:
+        """Return a note."""
+        return cls(severity=Severity.NOTE, rule=rule, what=what, where=where, hint=hint)

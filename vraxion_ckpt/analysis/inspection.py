@@ -13,13 +13,13 @@ from typing import ClassVar, Unpack
 import numpy as np
 from torch import Tensor
 
-from vraxion_ckpt.analysis.expert_load import signs_of_life
+from vraxion_ckpt.analysis.expert_load import expert_loads
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.load_balance import Signs
+from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
 from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, named_tensors, size_of
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, dtype_name, in_pieces, named_tensors, size_of
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.optimizer.parameter_order import explain
@@ -31,11 +31,11 @@ from vraxion_ckpt.reading.opening import PathLike, detect_source, files_of, os_e
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Fact, Facts, Number, Plain
+from vraxion_ckpt.wording import numbered
 
 # An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
 MOST_OPENED = 16
 _MOST_OWNERS = 4096
-_PIECE = 2**20
 
 
 class ValueFacts(Fact):
@@ -179,7 +179,7 @@ class Inspection(Facts):
     num_experts: int
     experts: tuple[ExpertFacts, ...]
     ring: RingFacts | None
-    signs: Signs | None
+    signs: ExpertLoads | None
     """How visits fall on the experts; null unless visits were given."""
     optimizer: OptimizerFacts | None
     plan: PlanFacts | None
@@ -248,16 +248,16 @@ def inspect(
         num_experts=checkpoint.num_experts,
         experts=_expert_facts(checkpoint, opening=None if tensors or values else MOST_OPENED),
         ring=_ring_facts(checkpoint),
-        signs=signs_of_life(checkpoint, against=against, visits_file=visits, visits_after=visits_after),
+        signs=expert_loads(checkpoint, against=against, visits_file=visits, visits_after=visits_after),
         optimizer=_optimizer_facts(checkpoint, why),
         plan=_plan_facts(checkpoint),
         history=checkpoint.history,
         losses=_losses_by_format(checkpoint),
         tensors=_tree(checkpoint, values=values) if tensors or values else None,
     )
-    zero = [str(expert.id) for expert in facts.experts if expert.zero]
+    zero = [expert.id for expert in facts.experts if expert.zero]
     if zero:
-        message = f"all weights of expert{'s' * (len(zero) > 1)} {', '.join(zero)} are zero; {HOW_TO_RESTORE}"
+        message = f"all weights of {numbered('expert', zero)} are zero; {HOW_TO_RESTORE}"
         warnings.warn(message, CkptWarning, stacklevel=2)
     if values:
         checkpoint.sources.verify()
@@ -385,7 +385,7 @@ def _tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
         "payload": dict(named_tensors(checkpoint.payload)),
     }
     facts: dict[str, dict[str, TensorFacts]] = {}
-    with progress.bar("reading", size_of(kinds) if values else 0) as count:
+    with progress.progress_bar("reading", size_of(kinds) if values else 0) as count:
         for kind, tensors in kinds.items():
             facts[kind] = {}
             for name, tensor in tensors.items():
@@ -396,7 +396,7 @@ def _tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
 
 def _tensor_facts(tensor: Tensor, *, values: bool = False) -> TensorFacts:
     return TensorFacts(
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         shape=tuple(tensor.shape),
         bytes=tensor.numel() * tensor.itemsize,
         values=value_facts(tensor) if values else None,
@@ -414,9 +414,8 @@ def value_facts(tensor: Tensor) -> ValueFacts:
         return ValueFacts(minimum=ends[0], maximum=ends[1], nans=0, infinities=0)
     nans = infinities = 0
     low, high = float("inf"), float("-inf")
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, len(flat), _PIECE):
-        piece = as_numbers(flat[start : start + _PIECE])
+    for (part,) in in_pieces(tensor):
+        piece = as_numbers(part)
         if piece is None:
             break
         nan, finite = piece.isnan(), piece.isfinite()

@@ -34,7 +34,7 @@ class Matching:
         return {**self.same, **{i: i for i in self.changed}}
 
 
-def match(a: Head | None, b: Head | None) -> Matching:
+def match_experts(a: Head | None, b: Head | None) -> Matching:
     """Match the experts of two heads; opens all."""
     first, second = a.experts if a else {}, b.experts if b else {}
     same = {i: i for i, expert in first.items() if i in second and _equal(expert, second[i])}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of, in_pieces
 from vraxion_ckpt.support.json_models import Fact, Number
 
 _PIECE = 2**20
@@ -59,7 +59,7 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     dot = 0.0
     for a, b in held:
         of += a.numel()
-        for x, y in _pieces(a, b):
+        for x, y in in_pieces(a, b):
             differ = _differ(x, y)
             elements += int(differ.sum())
             one, other = _as_numbers(x, y)
@@ -92,7 +92,7 @@ def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     found = 0.0
     for pair in pairs:
         for tensor in pair:
-            for piece, _ in _pieces(tensor, tensor):
+            for (piece,) in in_pieces(tensor):
                 numbers = as_numbers(piece)
                 if numbers is not None and numbers.numel():
                     sizes = numbers.abs()
@@ -112,12 +112,6 @@ def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, Non
 def _exact_gap(x: Tensor, y: Tensor) -> float:
     """Return the largest difference of whole numbers; 64 bits of them are more than a float64 holds."""
     return float(max(abs(int(a) - int(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)))
-
-
-def _pieces(a: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    x, y = a.detach().reshape(-1), b.detach().reshape(-1)
-    for start in range(0, len(x), _PIECE):
-        yield x[start : start + _PIECE], y[start : start + _PIECE]
 
 
 def _differ(x: Tensor, y: Tensor) -> Tensor:

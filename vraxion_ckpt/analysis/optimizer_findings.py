@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vraxion_ckpt.analysis.findings import Finding, Severity, first_few
+from vraxion_ckpt.analysis.findings import Finding
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.checkpoint.plain_data import as_comparable, as_numbers, dtype_name, in_pieces
+from vraxion_ckpt.wording import count, listed
 
 # Sums, means or maxima of squares or of absolute values, in torch's optimizers and in Hugging Face's Adafactor.
 _NEVER_NEGATIVE = frozenset(
@@ -26,7 +27,6 @@ _NEVER_NEGATIVE = frozenset(
     }
 )
 _STATE = "optimizer.state."
-_PIECE = 2**22
 
 
 def is_never_negative(place: str, tensor: Tensor) -> bool:
@@ -37,10 +37,9 @@ def is_never_negative(place: str, tensor: Tensor) -> bool:
 
 def count_negative(tensor: Tensor) -> int:
     """Count the elements below zero, a piece at a time; −0 is not below zero."""
-    flat, found = tensor.detach().reshape(-1), 0
-    for start in range(0, len(flat), _PIECE):
-        piece = flat[start : start + _PIECE]
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece  # torch compares most dtypes as they are
+    found = 0
+    for (piece,) in in_pieces(tensor):
+        numbers = as_comparable(piece)
         if numbers is not None:
             found += int((numbers < 0).sum())
     return found
@@ -103,10 +102,9 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
     """Name parameters of a group without state, or without a slot, that the others have."""
     without = [parameter.name for parameter in group if not parameter.slots]
     if without and len(without) < len(group):
-        yield Finding(
-            severity=Severity.NOTE,
-            rule="state",
-            what=f"{len(without)} of {len(group)} have no state ({first_few(without)}): no gradient so far, or lost",
+        yield Finding.note(
+            "state",
+            f"{len(without)} of {len(group)} have no state ({listed(without, 4)}): no gradient so far, or lost",
             where=f"optimizer group {number}",
         )
     alike: dict[int, list[_Parameter]] = defaultdict(list)
@@ -115,13 +113,12 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
             alike[parameter.dimensions].append(parameter)
     for parameters in alike.values():
         counts = Counter(slot for parameter in parameters for slot in parameter.slots)
-        for slot, count in counts.items():
+        for slot, holders in counts.items():
             lacking = [parameter.name for parameter in parameters if slot not in parameter.slots]
-            if lacking and 2 * count >= len(parameters):
-                yield Finding(
-                    severity=Severity.WARNING,
-                    rule="state",
-                    what=f"slot {slot} is missing for {len(lacking)} ({first_few(lacking)}); {count} like them have it",
+            if lacking and 2 * holders >= len(parameters):
+                yield Finding.warning(
+                    "state",
+                    f"slot {slot} is missing for {listed(lacking, 4)}; {holders} like them have it",
                     where=f"optimizer group {number}",
                 )
 
@@ -136,17 +133,17 @@ def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
         if step is None or step < 0:
             what = "is no number" if step is None else f"is negative: {step:g}"
             where = f"{_STATE}{parameter.name}.step"
-            yield Finding(severity=Severity.WARNING, rule="step", what=what, where=where)
+            yield Finding.warning("step", what, where=where)
         elif step == step:  # NaN is reported as not finite
             steps[step].append(parameter.name)
     if len(steps) > 1:
         usual, *others = sorted(steps, key=lambda step: (-len(steps[step]), -step))
-        told = [f"{step:g} for {len(steps[step])} ({first_few(steps[step])})" for step in others]
+        told = [f"{step:g} for {len(steps[step])} ({listed(steps[step], 4)})" for step in others]
         what = (
-            f"step is {usual:g} for {len(steps[usual])} parameters, but {'; '.join(told[:4])}"
-            f"{'; …' * (len(told) > 4)}: an expert that was not routed to has fewer"
+            f"step is {usual:g} for {count(len(steps[usual]), 'parameter')}, but {listed(told, 4, '; ')}: "
+            "an expert that was not routed to has fewer"
         )
-        yield Finding(severity=Severity.NOTE, rule="step", what=what, where="optimizer")
+        yield Finding.note("step", what, where="optimizer")
 
 
 def _as_number(value: Any) -> float | None:
@@ -162,13 +159,13 @@ def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
     for parameter in parameters:
         for slot, value in parameter.slots.items():
             if isinstance(value, Tensor) and parameter.dtype is not None:
-                found[slot, parameter.dtype][str(value.dtype).removeprefix("torch.")].append(parameter.name)
+                found[slot, parameter.dtype][dtype_name(value.dtype)].append(parameter.name)
     for (slot, _), names in found.items():
         usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
         for dtype in others:
-            few = f"{len(names[dtype])} ({first_few(names[dtype])})"
-            what = f"slot {slot} is {usual} for {len(names[usual])} parameters, but {dtype} for {few}"
-            yield Finding(severity=Severity.WARNING, rule="dtype", what=what, where="optimizer")
+            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but "
+            what += f"{dtype} for {listed(names[dtype], 4)}"
+            yield Finding.warning("dtype", what, where="optimizer")
 
 
 def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -181,4 +178,4 @@ def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
     if turned is not None:
         what = f"lists {turned[0]} before {turned[1]}, but the model has them the other way round"
         hint = "an optimizer without names of its own is taken to be in the order of this list"
-        yield Finding(severity=Severity.NOTE, rule="names", what=what, where="param_names", hint=hint)
+        yield Finding.note("names", what, where="param_names", hint=hint)

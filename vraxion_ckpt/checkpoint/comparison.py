@@ -6,6 +6,7 @@ NaNs are compared by their bits, so a NaN equals itself and two different NaNs d
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import struct
 import zlib
@@ -18,18 +19,18 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, size_of
-from vraxion_ckpt.checkpoint.source_files import Place
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, in_pieces, size_of
+from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.wording import shortened
 
 _memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PIECE = 2**20  # is still in the processor's cache when it is looked at again
 _THREADS = min(4, os.cpu_count() or 1)
 
-A = TypeVar("A")
-B = TypeVar("B")
+_R = TypeVar("_R")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -46,13 +47,11 @@ def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
     """Return the CRC-32 of `b` if `a` has the same bits, else None; reads each of them from memory once."""
     if not _alike(a, b):
         return None
-    x, y = bytes_of(a), bytes_of(b)  # both are held: what is not stored so is a copy
-    data, crc = y.numpy().data, 0
-    for at in range(0, len(data), _PIECE):
-        piece = data[at : at + _PIECE]
-        if _memcmp(x.data_ptr() + at, y.data_ptr() + at, len(piece)):
+    crc = 0
+    for x, y in in_pieces(bytes_of(a), bytes_of(b), size=_PIECE):
+        if _memcmp(x.data_ptr(), y.data_ptr(), len(x)):
             return None
-        crc = zlib.crc32(piece, crc)
+        crc = zlib.crc32(y.numpy().data, crc)
     return crc
 
 
@@ -156,19 +155,19 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
         crc = checksum_if_same(holder, y)
         if crc is None or known not in (None, crc):
             return False
-        if theirs := parts.get(_place(y)):
+        if theirs := parts.get(extent(y)):
             theirs.note(crc)
-        ours = parts.get(_place(x))
+        ours = parts.get(extent(x))
         stated = ours is not None and ours.note(crc)
         return True if stated or id(x) in originals else None
 
     others = list(checkpoint_differences(a, b, same=set_aside))
     parts = a.sources.parts() | b.sources.parts()
-    originals = {id(x): original(x) for x, _ in aside.values() if _place(x) not in parts}
+    originals = {id(x): original(x) for x, _ in aside.values() if extent(x) not in parts}
     same = True
     with (
         ThreadPoolExecutor(_THREADS) as pool,
-        progress.bar("comparing", size_of([x for x, _ in aside.values()])) as count,
+        progress.progress_bar("comparing", size_of([x for x, _ in aside.values()])) as count,
     ):
         for (x, y), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
             same = same and (same_as_original(x, y) if alike is None else alike)
@@ -177,25 +176,18 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
         yield from checkpoint_differences(a, b, same=same_as_original)
 
 
-def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.numel() * tensor.itemsize
-
-
 def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
     """Return the names of the pairs of tensors that are not the same, bit for bit."""
-    contiguous = [pair for pair in pairs if pair[1].is_contiguous() and pair[2].is_contiguous()]
-    others = (pair for pair in pairs if not (pair[1].is_contiguous() and pair[2].is_contiguous()))
-    same = in_threads(lambda pair: same_bits(pair[1], pair[2]), contiguous)
-    found = [name for (name, _, _), alike in zip(contiguous, same, strict=True) if not alike]
-    return found + [name for name, x, y in others if not same_bits(x, y)]  # copied, so one at a time
+    same = in_threads(same_bits, [(x, y) for _, x, y in pairs])
+    return [name for (name, _, _), alike in zip(pairs, same, strict=True) if not alike]
 
 
-def in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """Return what a function gives for each item, called in several threads."""
-    if not items:
-        return []
+def in_threads(function: Callable[..., _R], items: Sequence[tuple[Tensor, ...]]) -> list[_R]:
+    """Return what a function gives for some tensors each time; called in several threads, unless it would copy them."""
+    contiguous = [all(tensor.is_contiguous() for tensor in item) for item in items]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, items))
+        found = pool.map(lambda item: function(*item), itertools.compress(items, contiguous))
+        return [next(found) if threaded else function(*item) for item, threaded in zip(items, contiguous, strict=True)]
 
 
 def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
@@ -208,9 +200,8 @@ def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
 
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+        return dtype_and_shape(value)
+    return shortened(repr(value), 60)
 
 
 def _first_difference(a: list[Any], b: list[Any]) -> str:

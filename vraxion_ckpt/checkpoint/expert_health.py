@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of
+from vraxion_ckpt.checkpoint.plain_data import as_comparable, bytes_of, in_pieces
 from vraxion_ckpt.errors import TransformError
 
 # Statistics that torch's normalisation layers keep in buffers; hibernation zeroes parameters only.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HOW_TO_RESTORE = "if a trainer hibernated experts, restore_hibernated:snapshots=DIR puts their weights back"
 _FIRST_PIECE = 2**10  # the first nonzero weight is nearly always here
-_PIECE = 2**22
 
 
 def is_zero(expert: Mapping[str, Tensor]) -> bool:
@@ -48,14 +47,13 @@ def is_finite(tensor: Tensor) -> bool:
     if not _is_inexact(tensor):
         return True
     for piece in _pieces(tensor):
-        # torch implements `isfinite` for most dtypes, but not for those of one byte.
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece
+        numbers = as_comparable(piece)
         if numbers is not None and not bool(numbers.isfinite().all()):
             return False
     return True
 
 
-def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, allow_nan: bool, name: str) -> None:
+def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, allow_nan: bool) -> None:
     """Refuse to clone an expert, or to give it addresses, if its weights are all zero or not finite.
 
     A transform calls this before it does either. An expert without tensors (a garbage-collected one) passes.
@@ -65,7 +63,6 @@ def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, a
         expert: its id.
         allow_zero: the transform's option of that name.
         allow_nan: the transform's option of that name; infinite weights are allowed with NaN.
-        name: of the transform, for the message.
 
     Raises:
         TransformError: the expert's weights are all zero, or some are NaN or infinite, and the option is off.
@@ -77,13 +74,11 @@ def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, a
         raise TransformError(
             f"all weights of expert {expert} are zero, as those of a hibernated expert; "
             "it is not cloned and gets no addresses",
-            key=name,
             hint="put restore_hibernated:snapshots=DIR before this step, or pass allow_zero=true",
         )
     if not allow_nan and has_nonfinite(tensors):
         raise TransformError(
             f"expert {expert} has weights that are NaN or infinite; it is not cloned and gets no addresses",
-            key=name,
             hint="use an older checkpoint, or pass allow_nan=true",
         )
 
@@ -94,7 +89,7 @@ def _is_inexact(tensor: Tensor) -> bool:
 
 def _all_zero(tensor: Tensor) -> bool:
     for piece in _pieces(tensor):
-        numbers = as_numbers(piece) if piece.itemsize == 1 else piece
+        numbers = as_comparable(piece)
         values = bytes_of(piece) if numbers is None else numbers  # of packed dtypes, only the bytes can be read
         if bool(values.any()):
             return False
@@ -104,5 +99,4 @@ def _all_zero(tensor: Tensor) -> bool:
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     flat = tensor.detach().reshape(-1)
     yield flat[:_FIRST_PIECE]
-    for start in range(_FIRST_PIECE, len(flat), _PIECE):
-        yield flat[start : start + _PIECE]
+    yield from (piece for (piece,) in in_pieces(flat[_FIRST_PIECE:]))

@@ -1,8 +1,8 @@
 """What must be true of a checkpoint, and what a chain must leave as it was.
 
-`findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them only
-look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert
-that is the same object before and after is known to be untouched.
+`invariant_findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them
+only look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert that
+is the same object before and after is known to be untouched.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
 from vraxion_ckpt.checkpoint.ring import Ints
+from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
 from vraxion_ckpt.support.json_models import Number
+from vraxion_ckpt.wording import count, listed, numbered
 
-_PIECE = 2**20
 
-
-def findings(checkpoint: Checkpoint) -> Iterator[str]:
+def invariant_findings(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield one line for each thing that must be true of a checkpoint and is not."""
     if checkpoint.head is not None:
         yield from _head_findings(checkpoint.head)
         yield from _expert_findings(checkpoint.head)
         if checkpoint.lifecycle and set(checkpoint.lifecycle) != set(range(checkpoint.num_experts)):
             yield (
-                f"lifecycle rows are for experts {_brief(sorted(checkpoint.lifecycle))}, "
+                f"lifecycle rows are for {numbered('expert', sorted(checkpoint.lifecycle), 4)}, "
                 f"the head has {checkpoint.num_experts}"
             )
     yield from _router_findings(checkpoint)
@@ -45,14 +45,14 @@ def _head_findings(head: Head) -> Iterator[str]:
     ids = [*head.experts, *head.deleted]
     present = set(ids)
     if len(ids) != len(set(ids)):
-        yield f"experts {_brief(sorted(set(head.experts) & head.deleted))} are both live and deleted"
+        yield f"{numbered('expert', sorted(set(head.experts) & head.deleted), 4)} are both live and deleted"
     elif present != set(range(len(ids))):
         missing = next(i for i in range(len(ids)) if i not in present)
         yield f"expert ids have a hole: there is no expert {missing}, and it is not listed as deleted"
     if not head.experts:
         yield "the head has no expert"
     if head.kind is HeadKind.SINGLE and ids != [0]:
-        yield f"a single head has exactly expert 0, not {_brief(ids)}"
+        yield f"a single head has exactly expert 0, not {listed(ids, 4)}"
     if len(set(map(id, head.experts.values()))) != len(head.experts):
         yield "two experts are one object and would share their storage"
 
@@ -64,15 +64,8 @@ def _expert_findings(head: Head) -> Iterator[str]:
         return
     first, model = opened[0]
     for i, expert in opened[1:]:
-        if set(expert) != set(model):
-            odd = sorted(set(expert) ^ set(model))
-            yield f"expert {i} has other tensors than expert {first}: {_brief(odd)}"
-            continue
-        for leaf, tensor in expert.items():
-            # Hidden widths differ between experts with inner layers; plain linear experts are all alike.
-            alike = tensor.shape == model[leaf].shape if "." not in leaf else tensor.ndim == model[leaf].ndim
-            if not alike or tensor.dtype != model[leaf].dtype:
-                yield (f"expert {i}: {leaf} is {_tensor(tensor)}, that of expert {first} is {_tensor(model[leaf])}")
+        for leaf, what in unfit(expert, model, (f"expert {i}", f"expert {first}")):
+            yield f"{leaf} {what}" if leaf else what
 
 
 def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
@@ -88,8 +81,8 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
         wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
         if len(wrong):
             yield (
-                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but there are "
-                f"{checkpoint.num_experts} experts ({len(wrong)} such addresses)"
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, of "
+                f"{count(checkpoint.num_experts, 'expert')}; {count(len(wrong), 'address')} in all"
             )
 
 
@@ -116,66 +109,39 @@ def router_owners(router: Tensor) -> Ints:
 
 
 def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """Yield tensors that share a storage after a chain and did not before, and those that were tied and are no more.
+    """Yield tensors that share memory after a chain and did not before, and those that did and do no more.
 
-    Two parameters on one storage survive saving and loading, and the first optimizer step then updates both. Of a
+    Two parameters in one memory survive saving and loading, and the first optimizer step then updates both. Of a
     tied tensor that was replaced under one name only, a loader takes whichever name comes last.
     """
-    known = {place: len(names) for place, names in _storages(before).items()}
-    for place, names in _storages(after).items():
-        if len(names) > max(1, known.get(place, 0)):
-            yield f"{_brief(names)} share one storage"
-    now = after.open_tensors()
-    former = {tensor.data_ptr() for tensor in before.open_tensors().values()}
-    for place, names in _ties(before):
-        # Under a name of the tie there may now be another expert, renumbered; what was put there anew is the danger.
-        left = [n for n in names if n in now and (now[n].data_ptr() == place or now[n].data_ptr() not in former)]
-        if len({now[name].data_ptr() for name in left}) > 1:
-            yield f"{_brief(left)} were one tensor and are no longer"
+    groups = sharing(
+        ((is_after, name), tensor)
+        for is_after, checkpoint in enumerate((before, after))
+        for name, tensor in (*checkpoint.open_tensors().items(), *_slots(checkpoint))
+    )
+    now, model = after.open_tensors(), before.open_tensors()
+    place = {key: number for number, group in enumerate(groups) for key, _ in group}
+    former = {place[0, name] for name in model if (0, name) in place}
+    for number, group in enumerate(groups):
+        old, new = ([name for (is_after, name), _ in group if is_after == side] for side in (0, 1))
+        if len(new) > max(1, len(old)):
+            yield f"{listed(new, 4)} share memory"
+        tied = [name for name in old if name in model and name in now]
+        # Under one of the names there may now be another expert, renumbered; what was put there anew is the danger.
+        left = [name for name in tied if place.get((1, name)) == number or place.get((1, name)) not in former]
+        if len({place.get((1, name), name) for name in left}) > 1:
+            yield f"{listed(left, 4)} shared memory and do no longer"
 
 
-def shared_memory(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
-    """List the names of each tensor of model, optimizer or payload that has more than one name; opens no expert."""
-    slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    named = [
-        *checkpoint.open_tensors().items(),
-        *((f"{name}.{slot}", value) for name, entries in slots.items() for slot, value in entries.items()),
-        *((f"payload.{name}", tensor) for name, tensor in named_tensors(checkpoint.payload)),
-    ]
-    places: dict[tuple[int, int], list[str]] = {}
-    for name, value in named:
-        if isinstance(value, Tensor) and value.numel():
-            places.setdefault((value.data_ptr(), value.numel() * value.itemsize), []).append(name)
-    return [tuple(names) for names in places.values() if len(names) > 1]
+def shared_names(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
+    """List the names of tensors of model, optimizer or payload that share memory; opens no expert."""
+    payload = ((f"payload.{name}", tensor) for name, tensor in named_tensors(checkpoint.payload))
+    groups = sharing([*checkpoint.open_tensors().items(), *_slots(checkpoint), *payload])
+    return [tuple(name for name, _ in group) for group in groups]
 
 
-def _ties(checkpoint: Checkpoint) -> list[tuple[int, list[str]]]:
-    """List the address and the names of each model tensor that has more than one name."""
-    places: dict[tuple[int, int], list[str]] = {}
-    for name, tensor in checkpoint.open_tensors().items():
-        if tensor.numel():
-            places.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
-    return [(address, names) for (address, _), names in places.items() if len(names) > 1]
-
-
-def _storages(checkpoint: Checkpoint) -> dict[int, list[str]]:
-    """Name everything that lives on each non-empty storage: model tensors and optimizer slots."""
-    places: dict[int, list[str]] = {}
-
-    def note(name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and value.untyped_storage().nbytes():
-            places.setdefault(value.untyped_storage().data_ptr(), []).append(name)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                note(name, item)
-
-    for name, tensor in checkpoint.open_tensors().items():
-        note(name, tensor)
-    if checkpoint.optimizer is not None:
-        for name, slots in checkpoint.optimizer.state.items():
-            for slot, value in slots.items():
-                note(f"{slot} of {name}", value)
-    return places
+def _slots(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    return named_tensors(checkpoint.optimizer.state if checkpoint.optimizer else {})
 
 
 @dataclass(frozen=True)
@@ -209,17 +175,17 @@ class Preservation:
 
     def __str__(self) -> str:
         if not self.changed:
-            return f"yes, bit-identical at all {self.addresses} addresses"
+            return f"yes, bit-identical at all {count(self.addresses, 'address')}"
         if self.noise and self.as_asked:
             within = (
-                f"within the noise of {self.noise:g}: {self.changed} of {self.addresses} addresses, "
+                f"within the noise of {self.noise:g}: {self.changed:,} of {count(self.addresses, 'address')}, "
                 f"largest difference {self.max_abs:.3g}"
             )
             if not self.nonfinite:
                 return within
             return f"finite weights {within}; at {self.nonfinite} of them, some weights are NaN or infinite as before"
         how = f"largest difference {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "which cannot be compared"
-        return f"no: {self.changed} of {self.addresses} addresses, {how}"
+        return f"no: {self.changed:,} of {count(self.addresses, 'address')}, {how}"
 
 
 def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.0) -> Preservation | None:
@@ -236,14 +202,14 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
     pairs, counts = np.unique(np.stack([old, new]), axis=1, return_counts=True)
     changed = nonfinite = 0
     max_abs = 0.0
-    for (was, now), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+    for (was, now), number in zip(pairs.T.tolist(), counts.tolist(), strict=True):
         a, b = before.head.experts.get(was), after.head.experts.get(now)
         if (a is None and b is None and was == now) or (a is not None and b is not None and _same_expert(a, b)):
             continue
-        changed += count
+        changed += number
         largest, finite = _largest_difference(a, b)
         max_abs = max(max_abs, largest)
-        nonfinite += 0 if finite else count
+        nonfinite += 0 if finite else number
     return Preservation(len(new), changed, max_abs, noise, nonfinite)
 
 
@@ -260,21 +226,9 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool
         if a[leaf].shape != b[leaf].shape:
             return float("inf"), True
         wide = torch.complex128 if a[leaf].is_complex() else torch.float64
-        # A piece at a time: the difference of two large experts must not double the memory.
-        x, y = a[leaf].detach().reshape(-1), b[leaf].detach().reshape(-1)
-        for start in range(0, len(x), _PIECE):
-            piece = slice(start, start + _PIECE)
-            one, other = x[piece].to(wide), y[piece].to(wide)
+        for x, y in in_pieces(a[leaf], b[leaf]):
+            one, other = x.to(wide), y.to(wide)
             same = (one == other) | (one.isnan() & other.isnan())  # an infinity less itself is not a number
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))
             finite = finite and bool((one.isfinite() & other.isfinite()).all())
     return largest, finite
-
-
-def _tensor(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-
-
-def _brief(items: list[Any], most: int = 4) -> str:
-    shown = ", ".join(map(str, items[:most]))
-    return shown if len(items) <= most else f"{shown}, … ({len(items)} in all)"

@@ -43,7 +43,7 @@ def balance(visits: Weights, owners: Ints, num_experts: int) -> Balance:
 
 
 @dataclass(frozen=True)
-class Signs:
+class ExpertLoads:
     """The load before a split, as it predicts it, and as it was measured after a resume."""
 
     before: Balance | None = None
@@ -51,9 +51,9 @@ class Signs:
     measured: Balance | None = None
 
 
-def signs(
+def compare_loads(
     visits: Weights | None, visits_after: Weights | None, old: tuple[Ints, int] | None, new: tuple[Ints, int]
-) -> Signs:
+) -> ExpertLoads:
     """Compare the load before a split, predicted and measured.
 
     Args:
@@ -62,7 +62,7 @@ def signs(
         old: the router map before the split and the number of experts, where that is known.
         new: those after it.
     """
-    return Signs(
+    return ExpertLoads(
         before=balance(visits, *old) if visits is not None and old is not None else None,
         predicted=balance(visits, *new) if visits is not None else None,
         measured=balance(visits_after, *new) if visits_after is not None else None,

@@ -398,7 +398,7 @@ class Checkpoint:
     def open_experts(self) -> None:
         """Open the files of all experts that have files of their own."""
         closed = [expert for expert in self.head.experts.values() if not expert.is_open] if self.head else []
-        with progress.bar("opening", len(closed), "experts") as count:
+        with progress.progress_bar("opening", len(closed), "experts") as count:
             for expert in closed:
                 _ = expert.tensors
                 count(1)

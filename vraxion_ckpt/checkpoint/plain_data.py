@@ -5,6 +5,7 @@ That is dicts, lists, tuples, text, numbers, None, and dense tensors whose eleme
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
+from vraxion_ckpt.wording import shortened
 
 _MOST_NODES = 5_000_000
 DEEPEST = 100
@@ -93,6 +95,16 @@ def size_of(value: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name, like ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_and_shape(tensor: Tensor) -> str:
+    """Return a tensor's dtype and shape in words, like ``float32 [4, 8]``."""
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+
+
 def bytes_of(tensor: Tensor) -> Tensor:
     """Return a tensor's elements as they are stored, uint8 of one dimension; a copy only if they do not lie so."""
     if not tensor.numel():  # whose strides may be such that it has no view as bytes
@@ -102,13 +114,24 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
-def view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common if, and only if, they are the same view of the same memory.
+def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the elements of tensors, so many of each at a time, so that what is made of them takes little memory.
 
-    The stride of a dimension with a single entry says nothing.
+    Args:
+        tensors: all of one number of elements.
+        size: how many elements of each.
+
+    Yields:
+        tensors of one dimension, one of each; views, if the tensors are contiguous.
     """
-    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.is_conj(), tensor.is_neg()
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    for start in range(0, len(flat[0]), size):
+        yield tuple(one[start : start + size] for one in flat)
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's elements as they are stored."""
+    return zlib.crc32(bytes_of(tensor).numpy().data)
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
@@ -159,7 +182,12 @@ def _spell(place: _Place) -> str | None:
         place, key = place
         parts.append(f"[{key}]" if isinstance(key, int) else f".{key}")
     text = "".join(reversed(parts)).removeprefix(".")
-    return (text if len(text) <= 200 else text[:200] + "…") or None
+    return shortened(text, 200) or None
+
+
+def as_comparable(tensor: Tensor) -> Tensor | None:
+    """Return a tensor that torch can compare with a number: itself, or its values if it has a dtype of one byte."""
+    return as_numbers(tensor) if tensor.itemsize == 1 else tensor
 
 
 def as_numbers(tensor: Tensor) -> Tensor | None:

@@ -158,7 +158,7 @@ def in_arc_order(addresses: list[int], arc: Arc) -> list[int]:
     return sorted(addresses, key=lambda address: (address - arc.start) % arc.ring_len)
 
 
-def runs(owners: Ints) -> list[tuple[int, int, int]]:
+def _runs(owners: Ints) -> list[tuple[int, int, int]]:
     """Return the ring as arcs of one owner each: (start, length, owner), from address 0 on, without wrapping."""
     edges = np.flatnonzero(np.diff(owners)) + 1
     starts = [0, *edges.tolist()]
@@ -168,7 +168,7 @@ def runs(owners: Ints) -> list[tuple[int, int, int]]:
 
 def arcs(owners: Ints) -> list[tuple[int, int, int]]:
     """Return the ring as arcs of one owner each: (start, length, owner); the last one may wrap."""
-    found = runs(owners)
+    found = _runs(owners)
     if len(found) > 1 and found[0][2] == found[-1][2]:
         (_, head, _), *middle, (start, tail, owner) = found
         return [*middle, (start, tail + head, owner)]

@@ -32,18 +32,18 @@ class Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-# Where something lies in this process's memory: its address and its size in bytes.
-Place = tuple[int, int]
+# A range of this process's memory: its address and its size in bytes.
+Extent = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class MappedPart:
     """A part of a file that is mapped and has a checksum.
 
     Attributes:
-        note: takes the CRC-32 of the bytes from someone who has read them anyway, which saves `Source.verify` the
+        note: takes the CRC-32 of the bytes from someone who has read them anyway, which saves `SourceFile.verify` the
             work. Returns whether it is the stated one. A wrong one is no error yet, for memory may have been written
-            to; `Source.verify` then looks.
+            to; `SourceFile.verify` then looks.
         memory: what keeps it mapped.
     """
 
@@ -52,24 +52,24 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """One file that was read, as it was when it was opened."""
 
     path: Path
     fingerprint: Fingerprint
     verify: Callable[[], None] | None = None
-    parts: Mapping[Place, Part] = field(default_factory=dict)
+    parts: Mapping[Extent, MappedPart] = field(default_factory=dict)
 
 
 @dataclass
 class Sources:
     """Every file read so far; grows when a lazily opened shard is opened."""
 
-    files: list[Source] = field(default_factory=list)
+    files: list[SourceFile] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
     _call: Callable[[Callable[[], None]], None] | None = field(default=None, init=False)
 
-    def __iter__(self) -> Iterator[Source]:
+    def __iter__(self) -> Iterator[SourceFile]:
         return iter(self.files)
 
     def add(
@@ -77,7 +77,7 @@ class Sources:
         path: Path,
         fingerprint: Fingerprint,
         verify: Callable[[], None] | None = None,
-        parts: Mapping[Place, Part] | None = None,
+        parts: Mapping[Extent, MappedPart] | None = None,
     ) -> None:
         """Register a file.
 
@@ -87,7 +87,7 @@ class Sources:
             verify: raises `CorruptError` where a checksum fails; reads everything whose checksum nobody has noted.
             parts: what has a checksum and is mapped.
         """
-        self.files.append(Source(path, fingerprint, self._through(verify), parts or {}))
+        self.files.append(SourceFile(path, fingerprint, self._through(verify), parts or {}))
 
     def verify_through(self, call: Callable[[Callable[[], None]], None]) -> None:
         """Let a function call every `verify`, of the files so far and of those to come."""
@@ -97,7 +97,7 @@ class Sources:
     def _through(self, verify: Callable[[], None] | None) -> Callable[[], None] | None:
         return verify if verify is None or self._call is None else partial(self._call, verify)
 
-    def parts(self) -> dict[Place, Part]:
+    def parts(self) -> dict[Extent, MappedPart]:
         """Return the mapped parts of all files."""
         return {place: part for source in self.files for place, part in source.parts.items()}
 
@@ -131,7 +131,8 @@ class Sources:
                 now = None
             if now != source.fingerprint:
                 raise ChangedError(
-                    "changed while it was being read; nothing was written",
+                    "changed while it was being read",
                     path=source.path,
+                    written=(),
                     hint="wait for the trainer to finish saving, then run again",
                 )

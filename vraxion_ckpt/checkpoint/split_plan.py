@@ -11,17 +11,17 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, SplitPlan
 from vraxion_ckpt.errors import InconsistentError
 from vraxion_ckpt.support import json_files
 
-SCHEMA = "mitosis_meta_v1"
-HOW_TO_COUNT = "count visits and plan with arc_meta:visits=FILE, or give parent= and addresses= to mitosis_split"
+PLAN_SCHEMA = "mitosis_meta_v1"
+HOW_TO_COUNT_VISITS = "count visits and plan with arc_meta:visits=FILE, or give parent= and addresses= to mitosis_split"
 _ASKED_FOR = ("parent_expert", "hot_addresses")
 _MEASURED = ("acc", "slope", "imbalance", "window")  # what a trainer's request says besides
 
 
-def to_json(plan: SplitPlan) -> dict[str, Any]:
+def plan_as_json(plan: SplitPlan) -> dict[str, Any]:
     """Return a plan as ``mitosis_meta_v1``; the key order is fixed, ``note`` comes last and only if there is one."""
     start, length = plan.arc
     return {
-        "schema_version": SCHEMA,
+        "schema_version": PLAN_SCHEMA,
         "parent_expert": plan.parent,
         "router_map_len": plan.router_map_len,
         "num_experts": plan.num_experts,
@@ -33,7 +33,7 @@ def to_json(plan: SplitPlan) -> dict[str, Any]:
     }
 
 
-def load(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
+def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
     """Read who is to be split and which addresses it gives up, from a plan or a trainer's ``_meta.json``.
 
     Raises:
@@ -41,14 +41,16 @@ def load(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
         InconsistentError: it is no plan, it names no parent or no addresses, or it is for a ring or a number of experts
             that `checkpoint` has not.
     """
-    data = json_files.load(path)
+    data = json_files.load_json(path)
     if not isinstance(data, dict):
         raise InconsistentError("must be a JSON object", path=path)
     request = _request(data, path)
     if request is None:
         lacking = _lacking(data)
         message = f"is a trainer's request that {lacking}" if lacking else "has no parent_expert and hot_addresses"
-        raise InconsistentError(message, path=path, hint=f"{HOW_TO_COUNT}, instead of meta=" if lacking else None)
+        raise InconsistentError(
+            message, path=path, hint=f"{HOW_TO_COUNT_VISITS}, instead of meta=" if lacking else None
+        )
     router = checkpoint.router_map
     actual = {"router_map_len": len(router) if router is not None else 0, "num_experts": checkpoint.num_experts}
     for key, value in actual.items():
@@ -91,7 +93,7 @@ def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int
     return parent, tuple(addresses)
 
 
-def from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_experts: int, step: int) -> SplitPlan:
+def plan_from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_experts: int, step: int) -> SplitPlan:
     """Make a plan of a trainer's request; its arc is the shortest that covers the addresses.
 
     Args:

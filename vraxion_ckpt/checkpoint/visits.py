@@ -12,9 +12,10 @@ import numpy as np
 from vraxion_ckpt.checkpoint.ring import Visits, Weights, as_weights
 from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.support import json_files, text_files
+from vraxion_ckpt.wording import count
 
 
-def load(path: Path, ring_len: int) -> Visits:
+def load_visits(path: Path, ring_len: int) -> Visits:
     """Read visits, and the loss summed over them where the file has it.
 
     JSON is a list, or an object with ``visits`` and optionally ``loss_sum``; ``.npy`` is one flat array; CSV has the
@@ -48,7 +49,7 @@ def _most_bytes(ring_len: int) -> int:
 def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
     number = values.size if isinstance(values, np.ndarray) else len(values)  # of which each will take eight bytes
     if number != ring_len:
-        raise InconsistentError(f"has {number} values for {ring_len} addresses", path=path, key=key)
+        raise InconsistentError(f"has {count(number, 'value')} for {count(ring_len, 'address')}", path=path, key=key)
     try:
         weights = as_weights(values)
     except ValueError as error:
@@ -57,7 +58,7 @@ def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
 
 
 def _read_json(path: Path, ring_len: int) -> dict[str, Any]:
-    data = json_files.load(path, most=_most_bytes(ring_len))
+    data = json_files.load_json(path, most=_most_bytes(ring_len))
     if isinstance(data, list):
         data = {"visits": data}
     if not isinstance(data, dict) or "visits" not in data:
@@ -102,7 +103,7 @@ def _read_csv(path: Path, ring_len: int) -> dict[str, Any]:
 
 def _take_row(row: list[str], header: list[str], columns: dict[str, Any], seen: Any, line: str, path: Path) -> None:
     if len(row) != len(header):
-        raise InconsistentError(f"has {len(row)} fields, not {len(header)}", path=path, key=line)
+        raise InconsistentError(f"has {count(len(row), 'field')}, not {len(header)}", path=path, key=line)
     try:
         address, values = int(row[0]), [float(value) for value in row[1:]]
     except ValueError:

@@ -110,5 +110,5 @@ def cli(quiet: bool, verbose: bool, no_progress: bool) -> None:  # noqa: ARG001 
     progress.wanted = not (quiet or no_progress)
 
 
-for _command in (*change.COMMANDS, *look.COMMANDS, *about.COMMANDS, *completion.COMMANDS):
+for _command in (*change.CHANGE_COMMANDS, *look.LOOK_COMMANDS, *about.ABOUT_COMMANDS, *completion.COMPLETION_COMMANDS):
     cli.add_command(_command)

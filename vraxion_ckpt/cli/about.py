@@ -19,7 +19,7 @@ def plugins(as_json: bool) -> None:
     from vraxion_ckpt.cli import show_plugins
     from vraxion_ckpt.plugins.catalogue import list_plugins
 
-    arguments.tell(list_plugins(), show_plugins.plugins, as_json=as_json)
+    arguments.tell(list_plugins(), show_plugins.print_plugins, as_json=as_json)
 
 
 @click.command(short_help="Show a plugin's options.")
@@ -30,7 +30,7 @@ def describe(name: str, as_json: bool) -> None:
     from vraxion_ckpt.cli import show_plugins
     from vraxion_ckpt.plugins import catalogue
 
-    arguments.tell(catalogue.describe(name), show_plugins.description, as_json=as_json)
+    arguments.tell(catalogue.describe_plugin(name), show_plugins.print_description, as_json=as_json)
 
 
 @click.command(short_help="Run the whole loop on a real checkpoint.")
@@ -42,9 +42,9 @@ def demo(directory: Path | None) -> None:
     """
     if directory is not None and directory.exists() and not directory.is_dir():
         raise UsageError("is no directory", path=directory)
-    from vraxion_ckpt.cli.demo import run
+    from vraxion_ckpt.cli.demo import run_demo
 
-    run(directory)
+    run_demo(directory)
 
 
 @click.command(short_help="Print the JSON Schema of what --json prints.")
@@ -60,7 +60,7 @@ def schema(name: str | None) -> None:
         for known, facts in schemas.SCHEMAS.items():
             click.echo(f"{known:10}{facts.schema_name()}")
         return
-    click.echo(json.dumps(schemas.schema(name), indent=2))
+    click.echo(json.dumps(schemas.schema_of(name), indent=2))
 
 
-COMMANDS = (plugins, describe, schema, demo)
+ABOUT_COMMANDS = (plugins, describe, schema, demo)

@@ -28,9 +28,16 @@ def as_json(option: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")(option)
 
 
+def _taking(command: _F, *options: Callable[[_F], _F]) -> _F:
+    for option in options:
+        command = option(command)
+    return command
+
+
 def read_options(command: _F) -> _F:
     """Take what says how a source is to be read."""
-    for option in (
+    return _taking(
+        command,
         click.option(
             "--from",
             "from_",
@@ -57,14 +64,13 @@ def read_options(command: _F) -> _F:
             metavar="NAME",
             help="A class the source's pickle may use, by full name; repeatable.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def chain_options(command: _F) -> _F:
     """Take a chain of transforms, and what may be lost on the way."""
-    for option in (
+    return _taking(
+        command,
         click.option(
             "--losses",
             type=click.Choice(["raise", "warn", "ignore"]),
@@ -102,9 +108,7 @@ def chain_options(command: _F) -> _F:
             shell_complete=complete_transform,
             help="A step of the chain; repeatable.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def manifest(command: _F) -> _F:
@@ -116,7 +120,8 @@ def manifest(command: _F) -> _F:
 
 def visits_options(command: _F) -> _F:
     """Take files of visits, before a split and after training was resumed, and the checkpoint before the split."""
-    for option in (
+    return _taking(
+        command,
         click.option("--against", type=click.Path(), metavar="OLD", help="The checkpoint before the split."),
         click.option("--visits-after", type=click.Path(), metavar="FILE", help="Visits counted after the resume."),
         click.option(
@@ -125,9 +130,7 @@ def visits_options(command: _F) -> _F:
             metavar="FILE",
             help="Visits counted before the split, one number an address.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def must_exist(path: str) -> None:
@@ -159,7 +162,7 @@ def load_names(path: Path | None, option: str = "--param-names") -> list[str] | 
         return [line.strip() for line in text.splitlines() if line.strip()]
     from vraxion_ckpt.support import json_files
 
-    names = json_files.loads(text, path)
+    names = json_files.parse_json(text, path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{option}: must be a list of names", path=path)
     return list(names)

@@ -65,7 +65,7 @@ def convert(
     names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(dst):
         done = run(src, dst, param_names=names, result_order=order, **options)
-        _tell(context, done, show_changes.converted, as_json=as_json)
+        _tell(context, done, show_changes.print_conversion, as_json=as_json)
 
 
 @click.command(short_help="Change a checkpoint in place, through a chain of transforms.")
@@ -105,7 +105,7 @@ def edit(
     names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(path):
         done = run(path, param_names=names, result_order=order, **options)
-        _tell(context, done, show_changes.edited, as_json=as_json)
+        _tell(context, done, show_changes.print_edit, as_json=as_json)
 
 
 def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -156,7 +156,7 @@ def run(
     ready = prepare(recipe, given, overwrite=overwrite)
     with output.unless_too_late(*(os.fspath(target.path) for target in ready.targets)):
         done = carry_out(ready, dry_run=dry_run)
-        _tell(context, done, show_changes.ran, as_json=as_json)
+        _tell(context, done, show_changes.print_run, as_json=as_json)
 
 
 def _given(settings: Sequence[str]) -> dict[str, str]:
@@ -196,4 +196,4 @@ def _summaries(done: Summary | Ran) -> Sequence[Summary]:
     return (done,) if isinstance(done, Summary) else done.results
 
 
-COMMANDS = (convert, edit, run)
+CHANGE_COMMANDS = (convert, edit, run)

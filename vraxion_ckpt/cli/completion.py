@@ -79,11 +79,11 @@ def _name_and_options(plugins: Mapping[str, type[Plugin]], text: str) -> list[Co
 
 def _options(name: str, fields: Mapping[str, FieldInfo], text: str) -> list[CompletionItem[str]]:
     """Complete the last option of ``key=value,key=value``: its name if it was not used, or its value."""
-    from vraxion_ckpt.plugins.options import parse
+    from vraxion_ckpt.plugins.options import parse_call
 
     done, comma, last = text.rpartition(",")
     try:
-        _, used = parse(f"{name}:{done}")
+        _, used = parse_call(f"{name}:{done}")
     except UsageError:  # that comma stands in a list or in quotes
         return []
     start = f"{name}:{done}{comma}"
@@ -257,4 +257,4 @@ def completion(context: click.Context, shell: str) -> None:
     click.echo(script, nl=False)
 
 
-COMMANDS = (completion,)
+COMPLETION_COMMANDS = (completion,)

@@ -33,7 +33,7 @@ from vraxion_ckpt.reading.opening import read
 _RESULTS = {"ckpt_post_split.pt": "pt", "ckpt_post_split_modular": "modular"}
 
 
-def run(directory: Path | None) -> None:
+def run_demo(directory: Path | None) -> None:
     """Inspect, convert and split the bundled ``head.single`` checkpoint, to ``.pt`` and to a modular directory.
 
     Raises:
@@ -55,13 +55,13 @@ def run(directory: Path | None) -> None:
                 _refuse_others(folder / name, partial(convert, source, transforms=chain, to=to))
 
         _headline("1. A real checkpoint with a single head")
-        show_inspection.inspection(printable_facts(inspect(source)))
+        show_inspection.print_inspection(printable_facts(inspect(source)))
 
         _headline("2. single_to_experts → arc_meta → mitosis_split, to .pt and to modular")
         targets = [folder / name for name in _RESULTS]
         for target, to in zip(targets, _RESULTS.values(), strict=True):
             done = convert(source, target, transforms=chain, to=to, overwrite=True)
-            show_changes.converted(printable_facts(done), verbose=to == "pt")
+            show_changes.print_conversion(printable_facts(done), verbose=to == "pt")
             out.print()
 
         before = read(source)
@@ -143,7 +143,7 @@ def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
 def _saved_optimizer(target: Path) -> dict[str, object]:
     """Return the optimizer exactly as it lies on disk."""
     file = target / "system" / "router.state" if target.is_dir() else target
-    saved: dict[str, object] = torch_file.load(file, Sources())["optim"]
+    saved: dict[str, object] = torch_file.load_torch_file(file, Sources())["optim"]
     return saved
 
 

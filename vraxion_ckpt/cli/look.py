@@ -29,7 +29,7 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
     from vraxion_ckpt.cli import show_inspection
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)
-    arguments.tell(facts, show_inspection.inspection, as_json=as_json)
+    arguments.tell(facts, show_inspection.print_inspection, as_json=as_json)
 
 
 @click.command(short_help="Show what is different in a second checkpoint.")
@@ -51,7 +51,7 @@ def diff(context: click.Context, /, a: str, b: str, param_names: Path | None, as
 
     facts = run(a, b, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
-        arguments.tell(facts, show_difference.difference, as_json=as_json)
+        arguments.tell(facts, show_difference.print_difference, as_json=as_json)
     return 0 if facts.identical else 1
 
 
@@ -72,7 +72,7 @@ def check(context: click.Context, /, path: str, param_names: Path | None, as_jso
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
-        arguments.tell(facts, show_findings.findings, as_json=as_json)
+        arguments.tell(facts, show_findings.print_findings, as_json=as_json)
     return 0 if facts.sound else 1
 
 
@@ -98,8 +98,8 @@ def report(context: click.Context, /, path: str, param_names: Path | None, as_js
     with output.unless_too_late(*filter(None, (options["page"], options["picture"]))):
         facts = run(path, param_names=names, **options)
         if as_json or not context.find_root().params["quiet"]:
-            arguments.tell(facts, show_report.reported, as_json=as_json)
+            arguments.tell(facts, show_report.print_report, as_json=as_json)
         signals.ignore_signals()
 
 
-COMMANDS = (inspect, diff, check, report)
+LOOK_COMMANDS = (inspect, diff, check, report)

@@ -22,7 +22,7 @@ SCHEMAS: dict[str, type[Facts]] = {
 }
 
 
-def schema(name: str) -> dict[str, Any]:
+def schema_of(name: str) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of what a command prints with ``--json``.
 
     Raises:

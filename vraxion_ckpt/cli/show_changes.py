@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
+from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines, put
 from vraxion_ckpt.conversion.edit import Edited
 from vraxion_ckpt.conversion.edit_plan import EditKind
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.recipes.recipe import Ran
+from vraxion_ckpt.wording import count, listed
 
 _HOW = {
     EditKind.NOTHING: "nothing to change",
@@ -18,7 +19,7 @@ _HOW = {
 }
 
 
-def converted(done: Summary, *, verbose: bool = False) -> None:
+def print_conversion(done: Summary, *, verbose: bool = False) -> None:
     """Print a conversion's summary, a fact a line."""
     lines: list[Line] = [
         ("would write" if done.dry_run else "wrote", f"{done.target} ({done.target_format})"),
@@ -26,19 +27,19 @@ def converted(done: Summary, *, verbose: bool = False) -> None:
         *_what_became(done),
     ]
     if not done.dry_run:
-        lines.append(("size", f"{size(done.bytes_written)} in {done.seconds:.1f} s"))
+        lines.append(("size", f"{byte_size(done.bytes_written)} in {done.seconds:.1f} s"))
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
-def ran(done: Ran, *, verbose: bool = False) -> None:
+def print_run(done: Ran, *, verbose: bool = False) -> None:
     """Print a summary for each target of a recipe."""
     for number, summary in enumerate(done.results):
         if number:
             put("")
-        converted(summary, verbose=verbose)
+        print_conversion(summary, verbose=verbose)
 
 
-def edited(done: Edited, *, verbose: bool = False) -> None:
+def print_edit(done: Edited, *, verbose: bool = False) -> None:
     """Print an edit's summary, a fact a line."""
     where = f"{done.target} ({done.target_format})"
     if done.kind is EditKind.NOTHING:
@@ -52,23 +53,20 @@ def edited(done: Edited, *, verbose: bool = False) -> None:
     files = [(wrote, done.written), (removed, done.removed)]
     lines += [(what, listed(names)) for what, names in files if names and names != (".",)]
     if done.untouched:
-        lines.append(("untouched", f"{done.untouched} file{'s' * (done.untouched != 1)}"))
+        lines.append(("untouched", count(done.untouched, "file")))
     if done.kept is not None:
         lines.append(("kept", f"the previous state, as {done.kept}"))
     lines += _what_became(done)
     how_long = "to write" if done.dry_run else f"in {done.seconds:.1f} s"
-    lines.append(("size", f"{size(done.bytes_written)} {how_long}"))
+    lines.append(("size", f"{byte_size(done.bytes_written)} {how_long}"))
     print_lines([*lines, *(_steps(done) if verbose else [])])
 
 
 def _what_became(done: Summary) -> list[Line]:
     tensors = ", ".join(f"{n} {what}" for what, n in done.tensors if n) or "none"
-    moved = f"{done.addresses_moved} address{'es' * (done.addresses_moved != 1)}"
+    moved = count(done.addresses_moved, "address")
     lines: list[Line] = [
-        (
-            "experts",
-            f"{done.experts_before} → {done.experts_after}, {moved} moved",
-        ),
+        ("experts", f"{done.experts_before} → {done.experts_after}, {moved} moved"),
         ("tensors", tensors),
         ("optimizer", done.optimizer),
     ]

@@ -9,13 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vraxion_ckpt.analysis.changes import Change, Difference, RingChange, Side
-from vraxion_ckpt.cli.terminal import Line, listed, print_lines, put, size
+from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines, put
+from vraxion_ckpt.wording import count, listed, shortened
 
 _MOST_ROWS = 12
 _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed": "red"}
 
 
-def difference(facts: Difference) -> None:
+def print_difference(facts: Difference) -> None:
     """Print what differs: a summary, then the entries, cut short where they are many."""
     lines: list[Line] = [("a", _side(facts.before)), ("b", _side(facts.after))]
     if facts.not_bound:
@@ -23,7 +24,7 @@ def difference(facts: Difference) -> None:
     lines += facts.summary()
     if facts.ring:
         lines.append(("arcs", _arcs(facts.ring)))
-    lines.append(("compared", size(facts.bytes_compared)))
+    lines.append(("compared", byte_size(facts.bytes_compared)))
     print_lines(lines)
     for title in ("model", "optimizer", "payload", "lifecycle", "history", "other"):
         changes = getattr(facts, title)
@@ -33,7 +34,7 @@ def difference(facts: Difference) -> None:
 
 def _side(side: Side) -> str:
     step = "" if side.step is None else f", step {side.step}"
-    return f"{side.path} ({side.format}, {side.num_experts} expert{'s' * (side.num_experts != 1)}{step})"
+    return f"{side.path} ({side.format}, {count(side.num_experts, 'expert')}{step})"
 
 
 def _arcs(ring: RingChange) -> str:
@@ -70,5 +71,4 @@ def _entry(change: Change) -> Text:
 
 
 def _value(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shortened(str(value), 60)

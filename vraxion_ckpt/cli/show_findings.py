@@ -9,13 +9,14 @@ from rich.text import Text
 
 from vraxion_ckpt.analysis.checking import Checked
 from vraxion_ckpt.analysis.findings import Finding, Severity
-from vraxion_ckpt.cli.terminal import print_lines, put, size
+from vraxion_ckpt.cli.terminal import byte_size, print_lines, put
+from vraxion_ckpt.wording import count
 
 _MOST_ROWS = 40
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
-def findings(facts: Checked) -> None:
+def print_findings(facts: Checked) -> None:
     """Print every finding, the worst first, and whether the checkpoint is sound."""
     if facts.findings:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -27,12 +28,12 @@ def findings(facts: Checked) -> None:
             table.add_row("…", f"{len(facts.findings) - _MOST_ROWS} more, see --json")
         put(table)
     counts = Counter(finding.severity for finding in facts.findings)
-    told = ", ".join(f"{counts[severity]} {severity}{'s' * (counts[severity] != 1)}" for severity in Severity)
+    told = ", ".join(count(counts[severity], severity) for severity in Severity)
     checksums = f"compared with {facts.manifest}" if facts.manifest else "without a manifest"
     print_lines(
         [
             ("sound" if facts.sound else "NOT SOUND", f"{facts.path} ({facts.format}): {told}"),
-            ("read", f"{facts.tensors} tensors, {size(facts.bytes)}, in {facts.files} file{'s' * (facts.files != 1)}"),
+            ("read", f"{count(facts.tensors, 'tensor')}, {byte_size(facts.bytes)}, in {count(facts.files, 'file')}"),
             ("files", checksums),
         ]
     )

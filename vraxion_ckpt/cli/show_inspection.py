@@ -11,22 +11,23 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vraxion_ckpt.analysis.inspection import ExpertFacts, Inspection, OptimizerFacts, RingFacts, TensorFacts, TensorTree
-from vraxion_ckpt.checkpoint.load_balance import Balance, Signs
+from vraxion_ckpt.checkpoint.load_balance import Balance, ExpertLoads
 from vraxion_ckpt.checkpoint.model import HeadKind
-from vraxion_ckpt.cli.terminal import MOST_ROWS, Line, band, console, listed, print_lines, put, size, table_of
+from vraxion_ckpt.cli.terminal import MOST_ROWS, Line, band, byte_size, console, print_lines, put, table_of
+from vraxion_ckpt.wording import count, listed
 
 _MOST_BRANCHES = 24
 
 
-def inspection(facts: Inspection) -> None:
+def print_inspection(facts: Inspection) -> None:
     """Print what is known of a checkpoint."""
     files = f" in {facts.files} files" if facts.files > 1 else ""
     lines: list[Line] = [
         ("path", str(facts.path)),
-        ("format", f"{facts.format}, {size(facts.bytes_on_disk)} on disk{files}"),
+        ("format", f"{facts.format}, {byte_size(facts.bytes_on_disk)} on disk{files}"),
         *([("dialect", facts.dialect)] if facts.dialect else []),
         ("step", "none" if facts.step is None else str(facts.step)),
-        ("core", f"{facts.core.tensors} tensors, {size(facts.core.bytes)}"),
+        ("core", f"{count(facts.core.tensors, 'tensor')}, {byte_size(facts.core.bytes)}"),
         ("payload", listed(facts.payload) or "nothing else"),
         ("head", _head_in_words(facts)),
         *_ring_lines(facts.ring, max(1, console().width - 13)),
@@ -34,7 +35,8 @@ def inspection(facts: Inspection) -> None:
     ]
     if facts.plan:
         note = f" ({facts.plan.note})" if facts.plan.note else ""
-        lines.append(("plan", f"expert {facts.plan.parent} gives up {len(facts.plan.addresses)} addresses{note}"))
+        given = count(len(facts.plan.addresses), "address")
+        lines.append(("plan", f"expert {facts.plan.parent} gives up {given}{note}"))
     lines += [("history", f"{record.name} on {record.source or '?'}: {record.summary}") for record in facts.history]
     for name, losses in facts.losses.items():
         lines.append((f"as {name}", f"would lose {'; '.join(map(str, losses)) or 'nothing'}"))
@@ -53,15 +55,16 @@ def _head_in_words(facts: Inspection) -> str:
     if facts.head is HeadKind.SINGLE:
         return "single (head.single.*): put single_to_experts before a first split"
     deleted = [expert.id for expert in facts.experts if expert.deleted]
-    return f"{facts.num_experts} experts (head.experts.*)" + (f", deleted: {listed(deleted)}" if deleted else "")
+    gone = f", deleted: {listed(deleted)}" if deleted else ""
+    return f"{count(facts.num_experts, 'expert')} (head.experts.*){gone}"
 
 
 def _ring_lines(ring: RingFacts | None, width: int) -> list[Line]:
     if ring is None:
         return [("ring", "none")]
-    arcs = f"{ring.arcs} arc{'s' * (ring.arcs != 1)} of one owner"
+    arcs = f"{count(ring.arcs, 'arc')} of one owner"
     longest = f", the longest of {ring.longest_arc}" if ring.arcs > 1 else ""
-    lines: list[Line] = [("ring", f"{ring.length} addresses, {arcs}{longest}")]
+    lines: list[Line] = [("ring", f"{count(ring.length, 'address')}, {arcs}{longest}")]
     if ring.owners:
         lines.append(("", band(np.asarray(ring.owners), width)))
     return lines
@@ -75,11 +78,12 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
     lines: list[Line] = [
         (
             "optimizer",
-            f"{optimizer.parameters} parameters, {optimizer.with_state} with state ({slots}), {size(optimizer.bytes)}",
+            f"{count(optimizer.parameters, 'parameter')}, {optimizer.with_state} with state ({slots}), "
+            f"{byte_size(optimizer.bytes)}",
         )
     ]
     for group in optimizer.groups[:MOST_ROWS]:
-        lines.append(("group", f"{group.params} parameters, {_options_in_words(group.options)}"))
+        lines.append(("group", f"{count(group.params, 'parameter')}, {_options_in_words(group.options)}"))
     if len(optimizer.groups) > MOST_ROWS:
         lines.append(("", f"… {len(optimizer.groups) - MOST_ROWS} more groups"))
     if optimizer.bound:
@@ -110,7 +114,7 @@ def _expert_table(experts: tuple[ExpertFacts, ...]) -> Table:
             f"{expert.id}{marks}",
             "–" if expert.addresses is None else str(expert.addresses),
             "–" if expert.share is None else f"{expert.share:.1%}",
-            "–" if expert.bytes is None else size(expert.bytes),
+            "–" if expert.bytes is None else byte_size(expert.bytes),
             _short(row.contrib) if row else "–",
             str(row.created_step) if row else "–",
             str(row.last_used_step) if row else "–",
@@ -125,7 +129,7 @@ def _short(number: float) -> str:
     return f"{number:g}" if abs(number) < 10**15 else "huge"
 
 
-def _signs_table(signs: Signs) -> Table:
+def _signs_table(signs: ExpertLoads) -> Table:
     table = table_of("visits", "ptr_expert_max_share", "entropy", "active", "of expert")
     rows = (("before", signs.before), ("predicted", signs.predicted), ("measured", signs.measured))
     for name, load in rows:
@@ -145,7 +149,8 @@ def _print_tree(tensors: TensorTree) -> None:
     for title, named in (("model", tensors.model), ("optimizer", tensors.optimizer), ("payload", tensors.payload)):
         if named:
             total = sum(tensor.bytes for tensor in named.values())
-            tree = Tree(Text(f"{title}: {len(named)} tensors, {size(total)}", style="bold"), guide_style="dim")
+            heading = f"{title}: {count(len(named), 'tensor')}, {byte_size(total)}"
+            tree = Tree(Text(heading, style="bold"), guide_style="dim")
             _grow(tree, _nested(named))
             put(tree)
 
@@ -178,7 +183,7 @@ def _grow(tree: Tree, module: dict[str, Any]) -> None:
 
 
 def _leaf(name: str, tensor: TensorFacts) -> Text:
-    line = Text.assemble(name, (f"  {tensor.dtype} {list(tensor.shape)}, {size(tensor.bytes)}", "dim"))
+    line = Text.assemble(name, (f"  {tensor.dtype} {list(tensor.shape)}, {byte_size(tensor.bytes)}", "dim"))
     values = tensor.values
     if values is None:
         return line

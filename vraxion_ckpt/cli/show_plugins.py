@@ -10,7 +10,7 @@ from vraxion_ckpt.cli.terminal import put, table_of
 from vraxion_ckpt.plugins.catalogue import Description, PluginList
 
 
-def plugins(facts: PluginList) -> None:
+def print_plugins(facts: PluginList) -> None:
     """Print what is installed."""
     table = table_of("name", "kind", "from", "what it does")
     for entry in facts.plugins:
@@ -22,7 +22,7 @@ def plugins(facts: PluginList) -> None:
     put(table)
 
 
-def description(facts: Description) -> None:
+def print_description(facts: Description) -> None:
     """Print the options of one plugin."""
     put(Text(f"{facts.name}  ({facts.distribution} {facts.version})", style="bold"))
     put(Text(facts.summary))

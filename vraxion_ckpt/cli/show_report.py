@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.cli.terminal import Line, print_lines, size
+from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines
 from vraxion_ckpt.reporting import Reported
 
 
-def reported(facts: Reported) -> None:
+def print_report(facts: Reported) -> None:
     """Print what was drawn, and what it says in a sentence."""
     lines: list[Line] = []
     if facts.page:
-        lines.append(("page", f"{facts.page}, {size(facts.page_bytes)}"))
+        lines.append(("page", f"{facts.page}, {byte_size(facts.page_bytes)}"))
     if facts.picture:
-        lines.append(("picture", f"{facts.picture}, {size(facts.picture_bytes)}"))
+        lines.append(("picture", f"{facts.picture}, {byte_size(facts.picture_bytes)}"))
     print_lines([*lines, ("it says", facts.headline)])

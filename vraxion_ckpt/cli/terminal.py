@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable
+from itertools import groupby
 
 import click
 import numpy as np
@@ -28,7 +28,7 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def size(number: int) -> str:
+def byte_size(number: int) -> str:
     """Return a number of bytes for people."""
     value, unit = float(number), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
@@ -68,12 +68,6 @@ def print_lines(lines: Iterable[Line]) -> None:
     for label, value in lines:
         table.add_row(label, value if isinstance(value, Text) else Text(value))
     put(table)
-
-
-def listed(items: Sequence[object], most: int = 8) -> str:
-    """Return a list for people, cut short where it is long."""
-    more = f", … ({len(items)} in all)" if len(items) > most else ""
-    return ", ".join(map(str, islice(items, most))) + more
 
 
 def table_of(*headings: str) -> Table:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from vraxion_ckpt.errors import CkptError, InconsistentError, StorageError
 from vraxion_ckpt.support import json_files, progress
 from vraxion_ckpt.support.json_models import Fact, Facts
+from vraxion_ckpt.support.model_errors import refusals
 
 # The path of a checkpoint that is one file.
 SELF = "."
@@ -41,7 +42,7 @@ class Manifest(Facts):
     """By path below the checkpoint; ``.`` is a checkpoint that is one file."""
 
 
-def make(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manifest:
+def make_manifest(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manifest:
     """Read files and return their digests.
 
     Args:
@@ -50,7 +51,7 @@ def make(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manife
         files: where each file lies, by its path below the checkpoint.
     """
     sizes = {name: file.stat().st_size for name, file in files.items()}
-    with progress.bar("digests", sum(sizes.values())) as count:
+    with progress.progress_bar("digests", sum(sizes.values())) as count:
         digests = {}
         for name, file in sorted(files.items()):
             digests[name] = FileDigest(bytes=sizes[name], sha256=_sha256(file))
@@ -63,12 +64,12 @@ def by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
     return {SELF if file == root else file.relative_to(root).as_posix(): file for file in files}
 
 
-def dumps(manifest: Manifest) -> bytes:
+def dump_manifest(manifest: Manifest) -> bytes:
     """Return a manifest as it is written."""
     return (json.dumps(manifest.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def load(path: Path) -> Manifest:
+def load_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -76,15 +77,14 @@ def load(path: Path) -> Manifest:
         CorruptError: it is no JSON.
         InconsistentError: it is no manifest, or of a version that is not known, or names a file outside a checkpoint.
     """
-    data = json_files.load(path)
+    data = json_files.load_json(path)
     if not isinstance(data, dict) or data.pop("schema", None) != Manifest.schema_name():
         raise InconsistentError("is no manifest", path=path, key="schema", hint=f"expected {Manifest.schema_name()}")
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise InconsistentError(problem["msg"].removeprefix("Value error, "), path=path, key=key) from None
+        first = refusals(error, Manifest)[0]
+        raise InconsistentError(first.what, path=path, key=first.key) from None
     for name in manifest.files:
         if not _is_below(name):
             raise InconsistentError("is no path below a checkpoint", path=path, key=name)
@@ -94,7 +94,7 @@ def load(path: Path) -> Manifest:
 def described_by(path: Path) -> str | None:
     """Return the name of the checkpoint that a manifest describes; None if the file is no manifest."""
     try:
-        return load(path).checkpoint
+        return load_manifest(path).checkpoint
     except CkptError:
         return None
 
@@ -110,7 +110,7 @@ def _is_below(name: str) -> bool:
     )
 
 
-def compare(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+def compare_manifest(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """Yield the path and the fault of every file that is not as the manifest says.
 
     Args:
@@ -121,7 +121,7 @@ def compare(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[t
     found = by_name(root, files)
     for name in sorted(found.keys() - manifest.files.keys()):
         yield name, "is not in the manifest"
-    with progress.bar("digests", sum(digest.bytes for digest in manifest.files.values())) as count:
+    with progress.progress_bar("digests", sum(digest.bytes for digest in manifest.files.values())) as count:
         for name, expected in manifest.files.items():
             file = found.get(name)
             if file is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vraxion_ckpt.commit import system_calls
-from vraxion_ckpt.commit.transaction import JOURNAL, Change, Mark, Transaction, committed, flush
+from vraxion_ckpt.commit.transaction import JOURNAL, FileChanges, Mark, Transaction, committed, flush
 from vraxion_ckpt.errors import (
     BusyError,
     CkptError,
@@ -70,7 +70,7 @@ def exclusive(target: Path) -> Iterator[None]:
     lock = FileLock(place, mode=0o666, fallback_to_soft=False, is_singleton=False, thread_local=False)
     held = False
     try:
-        with signals.put_off():
+        with signals.deferred():
             _acquire(lock, place, target)
             held = True
         for folder in leftovers(target):
@@ -82,7 +82,7 @@ def exclusive(target: Path) -> Iterator[None]:
         yield
     finally:
         if held:
-            with signals.put_off():
+            with signals.deferred():
                 with suppress(OSError):
                     _twice(system_calls.unlink, place)  # before the release: who has it open then sees that it is gone
                 lock.release()
@@ -151,7 +151,7 @@ def settle(folder: Path, target: Path) -> str | None:
     Raises:
         StorageError: the target could be brought neither to the old state nor to the new one.
     """
-    with signals.put_off():
+    with signals.deferred():
         how = None
         transaction = Transaction.load(folder, target)
         try:
@@ -201,12 +201,12 @@ class Staged:
     path: Path
     target: Path
     overwrite: bool
-    change: Change = field(default_factory=Change)
+    change: FileChanges = field(default_factory=FileChanges)
 
     def prepare(self) -> None:
         """Flush it to disk, and refuse a target that has appeared: of several, all that can fail early."""
         if os.path.lexists(self.target) and not self.overwrite:
-            raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
+            raise UsageError("has appeared meanwhile", path=self.target, written=())
         flush(self.path, self.target, folders=self.change.pivot == ".")
 
     def publish(
@@ -234,30 +234,30 @@ class Staged:
         folder = self.path.parent
         if os.path.lexists(self.target):
             if not self.overwrite:
-                raise UsageError("has appeared meanwhile; nothing was written", path=self.target)
+                raise UsageError("has appeared meanwhile", path=self.target, written=())
             transaction = Transaction(folder, self.target, self.change, keep_old, check, watched or {})
             transaction.run()
             return transaction.kept
         try:
-            with signals.stoppable():
+            with signals.interruptible():
                 flush(self.path, self.target)
             if check is not None:
                 check()
-            signals.check()
-            with signals.put_off():
+            signals.raise_pending()
+            with signals.deferred():
                 system_calls.rename_new(self.path, self.target)
                 committed.add(self.target)
                 system_calls.fsync(self.target.parent)
         except FileExistsError:
-            raise UsageError("has appeared meanwhile; nothing was written", path=self.target) from None
+            raise UsageError("has appeared meanwhile", path=self.target, written=()) from None
         return None
 
 
 @contextmanager
-def staged(target: Path, *, directory: bool, overwrite: bool, change: Change | None = None) -> Iterator[Staged]:
+def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChanges | None = None) -> Iterator[Staged]:
     """Make a place to write a result to; at the end it is gone, whatever has become of the result."""
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
-    stage = Staged(folder / target.name, target, overwrite, change or Change())
+    stage = Staged(folder / target.name, target, overwrite, change or FileChanges())
     committed.discard(target)
     try:
         system_calls.mkdir(folder, 0o700)  # what is in it may be meant for fewer eyes than its mode bits say yet
@@ -266,10 +266,10 @@ def staged(target: Path, *, directory: bool, overwrite: bool, change: Change | N
         yield stage
     except BaseException as error:
         named = _for_people(error, stage)
-        _settle_after(error, folder, target)
+        _settle_after(named, folder, target)
         if named is error:
             raise
-        raise named from error
+        raise named from (error.__cause__ if isinstance(error, CkptError) else error)
     settle(folder, target)
 
 
@@ -281,9 +281,9 @@ def _for_people(error: BaseException, stage: Staged) -> BaseException:
         error = StorageError.from_os_error(error, error.filename or stage.target)
     if isinstance(error, CkptError):
         if error.path is not None and error.path.is_relative_to(stage.path):
-            error.path = stage.target / error.path.relative_to(stage.path)
+            error = error.with_facts(path=stage.target / error.path.relative_to(stage.path))
         if stage.target in committed and isinstance(error, StorageError):
-            error.message = f"{stage.target} was written, but then: {error.message}"
+            error = error.with_facts(written=tuple(dict.fromkeys([*(error.written or ()), stage.target])))
     return error
 
 

@@ -20,7 +20,7 @@ from vraxion_ckpt.errors import StorageError
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 # What renameat2(2) says where the file system, the kernel or the C library does not have it.
-_NOT_TO_BE_HAD = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP)
+_UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP)
 
 
 # What link(2) says where there are no links, or no more, or none for this user (fs.protected_hardlinks).
@@ -149,5 +149,5 @@ def _rename2(source: Path, target: Path, flags: int) -> None:
         raise ExchangeUnavailableError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target)) from None
     if renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags):
         code = ctypes.get_errno()
-        kind = ExchangeUnavailableError if code in _NOT_TO_BE_HAD else OSError
+        kind = ExchangeUnavailableError if code in _UNSUPPORTED_ERRNOS else OSError
         raise kind(code, os.strerror(code), str(target))

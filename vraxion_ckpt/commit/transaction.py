@@ -13,7 +13,7 @@ Whatever changes, the steps are the same, `Transaction.STEPS`:
 ==============  ====================================================================================================
 
 The pivot is what a reader looks at first and what decides what else counts: a file of a directory, such as a
-modular checkpoint's ``router.state``, or the whole target. A `Change` says which files stand on which side of it.
+modular checkpoint's ``router.state``, or the whole target. A `FileChanges` says which files stand on which side of it.
 
 Where a run was killed, its journal tells on which side of the commit that was, and so whether to take back what was
 placed, or to finish. Nothing is put back, replaced or removed that is not, by inode, size and time, what the journal
@@ -47,7 +47,7 @@ committed: set[Path] = set()
 
 
 @dataclass(frozen=True)
-class Change:
+class FileChanges:
     """Which files of a target a transaction changes, relative to it, and on which side of the commit.
 
     Attributes:
@@ -84,7 +84,7 @@ class Transaction:
 
     folder: Path
     target: Path
-    change: Change
+    change: FileChanges
     keep_old: bool = False
     check: Callable[[], None] | None = None
     watched: Mapping[str, Mark] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Transaction:
         with ExitStack() as stack:
             for step in self.STEPS:
                 if step == "commit":
-                    stack.enter_context(signals.put_off())
+                    stack.enter_context(signals.deferred())
                 getattr(self, step)()
 
     def seal(self) -> None:
@@ -115,7 +115,7 @@ class Transaction:
         if self.change.pivot == ".":  # but for what the old state has linked in, too
             linked = {mark[0] for mark in self.watched.values()}
             self._sealed = {name: mark for name, mark in survey(self._staged(".")).items() if mark[0] not in linked}
-        with signals.stoppable():
+        with signals.interruptible():
             flush(self._staged("."), self.target, folders=self.change.pivot == ".")
         journal = self.folder / JOURNAL
         system_calls.write_new(journal, self._dump())
@@ -133,7 +133,7 @@ class Transaction:
         """Refuse to go on if anybody has written meanwhile."""
         if self.check is not None:
             self.check()
-        signals.check()
+        signals.raise_pending()
         for name, mark in self.watched.items():
             place = self._where_old(name)
             if place is not None and (mark_of(place) or ())[: len(mark)] != mark:
@@ -145,8 +145,9 @@ class Transaction:
 
     def _give_up(self, name: str) -> NoReturn:
         raise ChangedError(
-            "changed meanwhile; nothing was written",
+            "changed meanwhile",
             path=self._live(name),
+            written=(),
             hint="wait for the trainer to finish saving, then run again",
         )
 
@@ -316,7 +317,7 @@ class Transaction:
             return None
         try:
             parts = facts["change"]
-            change = Change(parts["pivot"], tuple(parts["first"]), tuple(parts["later"]), tuple(parts["removed"]))
+            change = FileChanges(parts["pivot"], tuple(parts["first"]), tuple(parts["later"]), tuple(parts["removed"]))
             old, new = ({name: tuple(mark) for name, mark in facts[key].items()} for key in ("old", "new"))
             known = facts["version"] == 1 and {change.pivot, *change.first, *change.later} == new.keys()
             known &= {change.pivot, *change.later, *change.removed} <= old.keys()

@@ -14,13 +14,14 @@ import torch
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
 from vraxion_ckpt.checkpoint.type_checks import wrong_type
-from vraxion_ckpt.errors import PluginError, StorageError
+from vraxion_ckpt.errors import PluginError, StorageError, errors_at
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy, follow
-from vraxion_ckpt.optimizer.placement import place, place_as_listed, refuse_undecided
+from vraxion_ckpt.optimizer.placement import place_as_listed, place_in_order, refuse_undecided
 from vraxion_ckpt.plugins.lent_tensors import MadeTensors, WriteCounts, wrote_into
 from vraxion_ckpt.plugins.options import resolved
 from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
 from vraxion_ckpt.plugins.transform import Effect, Step
+from vraxion_ckpt.wording import count, numbered
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Che
     """Return a step's result with the optimizer in order, and averages of the model changed as the head was."""
     refuse_undecided(before, after)
     if policy.result_order is None:
-        after = place(before, after)
+        after = place_in_order(before, after)
     return follow(before, after, policy.companions)
 
 
@@ -118,7 +119,8 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
     """Run a transform's code; return the checkpoint, the side files and the options, all of the right types."""
     name = step.transform.name
     try:
-        with plugin_call(name, step.distribution), torch.no_grad():  # a graph would be dragged along otherwise
+        # Without `no_grad`, a graph would be dragged along.
+        with errors_at(key=name), plugin_call(name, step.distribution), torch.no_grad():
             after = step.transform.apply(before.copy())
         _check_result(step, before, after)
         with plugin_call(name, step.distribution), torch.no_grad():
@@ -153,16 +155,16 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
     parts = []
     if before.head and after.head and before.head.kind != after.head.kind:
         parts.append(f"{before.head.kind} → {after.head.kind} head")
-    parts.append(f"{before.num_experts} → {after.num_experts} experts")
+    parts.append(f"{before.num_experts:,} → {count(after.num_experts, 'expert')}")
     moved = moved_addresses(before, after)
     if moved:
-        parts.append(f"{moved} address{'es' * (moved != 1)} moved")
+        parts.append(f"{count(moved, 'address')} moved")
     replaced = _replaced_experts(before, after)
     if replaced:
-        parts.append(f"expert{'s' * (len(replaced) != 1)} {', '.join(map(str, replaced))} replaced")
+        parts.append(f"{numbered('expert', replaced)} replaced")
     if after.plan is not None and after.plan != before.plan:
         note = f" ({after.plan.note})" if after.plan.note else ""
-        parts.append(f"plan: expert {after.plan.parent} gives up {len(after.plan.addresses)} addresses{note}")
+        parts.append(f"plan: expert {after.plan.parent} gives up {count(len(after.plan.addresses), 'address')}{note}")
     return ", ".join(parts)
 
 

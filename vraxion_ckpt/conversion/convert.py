@@ -23,6 +23,7 @@ from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
 from vraxion_ckpt.commit.manifest import by_name
 from vraxion_ckpt.commit.staging import Staged, exclusive, leftovers, staged
+from vraxion_ckpt.commit.transaction import committed
 from vraxion_ckpt.conversion.chain import ChainPolicy
 from vraxion_ckpt.conversion.stage_results import (
     Staging,
@@ -36,7 +37,7 @@ from vraxion_ckpt.conversion.stage_results import (
 )
 from vraxion_ckpt.conversion.summary import Outcome, Summary, count_tensors
 from vraxion_ckpt.conversion.targets import (
-    Beside,
+    SideTarget,
     check_apart,
     check_inputs,
     check_manifest,
@@ -56,7 +57,6 @@ from vraxion_ckpt.conversion.verify_before_write import (
 from vraxion_ckpt.errors import (
     CkptError,
     InconsistentError,
-    StorageError,
     UsageError,
     memory_errors,
 )
@@ -164,8 +164,8 @@ def convert_to_all(
         reads: further files that must not be written over.
     """
     started = time.monotonic()
-    with signals.put_off(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
-        with signals.stoppable():
+    with signals.deferred(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
+        with signals.interruptible():
             chain = resolve_chain(transforms)
             source = Path(src)
             places = [_place(source, target) for target in targets]
@@ -182,7 +182,7 @@ def convert_to_all(
                 check_apart(place, before)
             with output_to_stderr():  # once, not for each of them
                 before.open_experts()  # a new target holds them all, so all are judged now
-            refuse(InconsistentError, invariants.findings(before), source)
+            refuse(InconsistentError, invariants.invariant_findings(before), source)
             applied = apply(before, chain, lent, record, policy)
             results = [
                 _Result(
@@ -191,11 +191,14 @@ def convert_to_all(
                 for target, (adapter, place) in zip(targets, places, strict=True)
             ]
             manifests = [_manifest_place(result, chain) for result in results]
-            besides = [*results[0].outcome.besides, *(manifest for manifest in manifests if manifest is not None)]
-            written = [*(place for _, place in places), *(beside.path for beside in besides)]
+            side_targets = [
+                *results[0].outcome.side_targets,
+                *(manifest for manifest in manifests if manifest is not None),
+            ]
+            written = [*(place for _, place in places), *(beside.path for beside in side_targets)]
             check_several(written)
             check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
-            say_what_names_deny(((place, adapter) for adapter, place in places), besides)
+            say_what_names_deny(((place, adapter) for adapter, place in places), side_targets)
 
             nothing = Staging(sizes=[0] * len(results))
             staging = nothing if dry_run else _stage_all(stack, results, manifests, lent)
@@ -235,12 +238,13 @@ def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
         check_places(source, place, adapter, overwrite=target.overwrite)
     except UsageError as error:
         if place.exists() and not target.overwrite and leftovers(place):
-            error.hint = "a run that was to write it was interrupted; --overwrite replaces what it has finished"
+            hint = "a run that was to write it was interrupted; --overwrite replaces what it has finished"
+            raise error.with_facts(hint=hint) from error.__cause__
         raise
     return adapter, place
 
 
-def _manifest_place(result: _Result, chain: Sequence[Step]) -> Beside | None:
+def _manifest_place(result: _Result, chain: Sequence[Step]) -> SideTarget | None:
     if result.target.manifest is None:
         return None
     outcome = result.outcome
@@ -255,12 +259,12 @@ def _manifest_place(result: _Result, chain: Sequence[Step]) -> Beside | None:
 
 
 def _stage_all(
-    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[Beside | None], lent: SourceTensors
+    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[SideTarget | None], lent: SourceTensors
 ) -> Staging:
     """Stage, read back and compare."""
     stages = [_stage(stack, result, lent) for result in results]
     outcome = results[0].outcome
-    sides = stage_side_files(stack, outcome.side_files, outcome.besides)
+    sides = stage_side_files(stack, outcome.side_files, outcome.side_targets)
     listed = [
         stage_manifest(stack, place, result.adapter, by_name(stage.path, files_below(stage.path)), result.place)
         for result, stage, place in zip(results, stages, manifests, strict=True)
@@ -280,16 +284,11 @@ def _publish(staging: Staging, before: Checkpoint) -> None:
             try:
                 publish(stage, manifest, check=check)
             except CkptError as error:
-                if number:
-                    there, lacking = _names(pairs[:number]), _names(pairs[number:])
-                    error.message = error.message.removesuffix("; nothing was written")
-                    written = f"{there} was written, " if not isinstance(error, StorageError) else ""
-                    error.message += f"; {written}{lacking} was not"  # of a StorageError, each stage says it itself
-                raise
-
-
-def _names(pairs: Sequence[tuple[Staged, Staged | None]]) -> str:
-    return ", ".join(str(stage.target) for stage, _ in pairs)
+                if not number:
+                    raise
+                written = [done.target for done, _ in pairs[:number]]
+                lacking = [other.target for other, _ in pairs[number:] if other.target not in committed]
+                raise error.with_facts(written=written, not_written=lacking) from error.__cause__
 
 
 def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
@@ -299,6 +298,6 @@ def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
     write_whole(adapter, result.outcome.before, held, stage)
     with quietly():
-        found = adapter_calls.read(adapter, stage.path)
+        found = adapter_calls.call_read(adapter, stage.path)
     check_read_back(adapter, found, held, lent, result.place)
     return stage

@@ -41,7 +41,7 @@ from vraxion_ckpt.conversion.stage_results import (
     write_whole,
 )
 from vraxion_ckpt.conversion.summary import Outcome, Summary, TensorCount, count_tensors
-from vraxion_ckpt.conversion.targets import Beside, check_inputs, check_manifest, check_several, say_what_names_deny
+from vraxion_ckpt.conversion.targets import SideTarget, check_inputs, check_manifest, check_several, say_what_names_deny
 from vraxion_ckpt.conversion.verify_before_write import (
     LossPolicy,
     apply,
@@ -128,8 +128,8 @@ def edit(
     """
     started = time.monotonic()
     options, policy = ReadOptions(**reading), chain_policy(companions, result_order)
-    with signals.put_off(), os_errors_named(path), ExitStack() as stack:
-        with signals.stoppable():
+    with signals.deferred(), os_errors_named(path), ExitStack() as stack:
+        with signals.interruptible():
             check_policy(losses)
             chain = resolve_chain(transforms)
             target = _existing(path)
@@ -149,8 +149,10 @@ def edit(
             listed = _manifest_place(manifest, outcome, target, chain, keep_old=keep_old)
             if listed is not None:
                 before.open_experts()  # a manifest lists only what was read
-            _check_besides(target, chain, outcome, listed)
-            refuse(InconsistentError, invariants.findings(before), target)  # also of experts that the chain has opened
+            _check_side_targets(target, chain, outcome, listed)
+            refuse(
+                InconsistentError, invariants.invariant_findings(before), target
+            )  # also of experts that the chain has opened
             plan = plan_edit(adapter, target, before, outcome.held, marks, keep_old=keep_old, idle=idle)
             job = _Edit(adapter, options.allow_globals, target, outcome, lent, plan, listed, keep_old)
             staging = job.measure() if dry_run else job.stage(stack)
@@ -182,13 +184,13 @@ def _existing(path: PathLike) -> Path:
     return target
 
 
-def _check_besides(target: Path, chain: Sequence[Step], outcome: Outcome, listed: Beside | None) -> None:
+def _check_side_targets(target: Path, chain: Sequence[Step], outcome: Outcome, listed: SideTarget | None) -> None:
     """Refuse files beside the target that must not be written where they are to go."""
-    besides = [*outcome.besides, *([listed] if listed is not None else [])]
-    written = [target, *(beside.path for beside in besides)]
+    side_targets = [*outcome.side_targets, *([listed] if listed is not None else [])]
+    written = [target, *(each.path for each in side_targets)]
     check_several(written)
     check_inputs(written, chain, outcome.side_files, set())
-    say_what_names_deny((), besides)
+    say_what_names_deny((), side_targets)
 
 
 def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapter:
@@ -196,7 +198,7 @@ def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapt
     found = detect_source(target, options.from_)
     check_allowed(found, options.allow_globals)
     if adapter_calls.is_directory(found) and not target.is_dir():
-        _refuse_a_part(target, adapter_calls.read(found, target, options.allow_globals))
+        _refuse_a_part(target, adapter_calls.call_read(found, target, options.allow_globals))
     adapter = resolve_adapter(to) if to is not None else found
     if adapter.name != found.name:
         message = f"is of the format {found.name}, which an edit in place keeps"
@@ -220,7 +222,7 @@ def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapt
 
 def _manifest_place(
     manifest: PathLike | None, outcome: Outcome, target: Path, chain: Sequence[Step], *, keep_old: bool
-) -> Beside | None:
+) -> SideTarget | None:
     if manifest is None:
         return None
     place = check_manifest(Path(manifest), outcome.before, target, chain, outcome.side_files, overwrite=True)
@@ -245,7 +247,7 @@ class _Edit:
     outcome: Outcome
     lent: SourceTensors
     plan: EditPlan
-    listed: Beside | None
+    listed: SideTarget | None
     keep_old: bool
 
     def measure(self) -> Staging:
@@ -275,7 +277,7 @@ class _Edit:
                 plan.files[name].write(stage.path / name)
         else:
             write_whole(self.adapter, before, held, stage)
-        sides = stage_side_files(stack, self.outcome.side_files, self.outcome.besides)
+        sides = stage_side_files(stack, self.outcome.side_files, self.outcome.side_targets)
         new = by_name(stage.path, files_below(stage.path))
         written = [*new.values(), *(side.path for side in sides)]
         size = plan.copied + sum(path.stat().st_size for path in written)
@@ -288,7 +290,7 @@ class _Edit:
         before.sources.check_unchanged()
         return Staging([(stage, manifest)], sides, [size])
 
-    def _stage_manifest_alone(self, stack: ExitStack, place: Beside) -> Staging:
+    def _stage_manifest_alone(self, stack: ExitStack, place: SideTarget) -> Staging:
         """Stage the manifest of a checkpoint that stays as it is."""
         before = self.outcome.before
         files = files_of(self.adapter, self.target, before.origin.leftovers)
@@ -305,7 +307,7 @@ class _Edit:
                 removed = self.plan.removed
                 found = adapter_calls.read_overlay(self.adapter, self.target, stage.path, removed, self.allow_globals)
             else:
-                found = adapter_calls.read(self.adapter, stage.path, self.allow_globals)
+                found = adapter_calls.call_read(self.adapter, stage.path, self.allow_globals)
                 found.open_experts()  # those that stay as they are, too
         check_read_back(self.adapter, found, self.outcome.held, self.lent, self.target, untouched=self._untouched())
 

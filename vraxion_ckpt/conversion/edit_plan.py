@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.commit.transaction import Change, Mark
+from vraxion_ckpt.commit.transaction import FileChanges, Mark
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter, OutputFile
@@ -49,7 +49,7 @@ class EditPlan:
     """
 
     kind: EditKind
-    change: Change = field(default_factory=Change)
+    change: FileChanges = field(default_factory=FileChanges)
     files: Mapping[str, OutputFile] = field(default_factory=dict)
     written: tuple[str, ...] = (".",)
     removed: tuple[str, ...] = ()
@@ -99,15 +99,15 @@ def plan_edit(
     def ignored_by(reader: Checkpoint) -> bool:
         return all(adapter_calls.is_ignored(adapter, name, before, held, reader) for name in rest)
 
-    work = EditPlan(EditKind.REWRITE, Change(), new, written, removed, untouched=len(same), watched=watched)
+    work = EditPlan(EditKind.REWRITE, FileChanges(), new, written, removed, untouched=len(same), watched=watched)
     in_place = index in written and index in old and not keep_old
     if in_place and not rest:
-        return replace(work, kind=EditKind.ROUTER_ONLY, change=Change(index))
+        return replace(work, kind=EditKind.ROUTER_ONLY, change=FileChanges(index))
     if in_place and not removed and ignored_by(before):
-        return replace(work, kind=EditKind.GROW, change=Change(index, first=rest))
+        return replace(work, kind=EditKind.GROW, change=FileChanges(index, first=rest))
     if in_place and all(name in old for name in rest) and ignored_by(held):
         later = tuple(name for name in rest if name in new)
-        return replace(work, kind=EditKind.SHRINK, change=Change(index, later=later, removed=removed))
+        return replace(work, kind=EditKind.SHRINK, change=FileChanges(index, later=later, removed=removed))
     kept = left - new.keys()
     copied = _bytes_of_files(target, same | kept | (marks.keys() - watched.keys())) if keep_old else 0
     return replace(work, carried=(*sorted(same | kept), *others), copied=copied, watched=marks)

@@ -13,11 +13,11 @@ from typing import Any
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import differences_and_checksums, without_experts
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.commit.manifest import dumps, make
+from vraxion_ckpt.commit.manifest import dump_manifest, make_manifest
 from vraxion_ckpt.commit.staging import Staged, exclusive, staged
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.commit.transaction import committed
-from vraxion_ckpt.conversion.targets import Beside
+from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.errors import CkptWarning, InvariantError, StorageError
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.plugins import adapter_calls
@@ -49,10 +49,10 @@ class Staging:
         if len(stages) == 1:  # its commit is one step, and comes after all that takes long
             yield
             return
-        with signals.stoppable():
+        with signals.interruptible():
             for stage in stages:
                 stage.prepare()
-        with signals.put_off():
+        with signals.deferred():
             yield
 
 
@@ -62,14 +62,14 @@ def files_below(path: Path) -> list[Path]:
 
 
 def stage_manifest(
-    stack: ExitStack, place: Beside | None, adapter: Adapter, files: Mapping[str, Path], target: Path
+    stack: ExitStack, place: SideTarget | None, adapter: Adapter, files: Mapping[str, Path], target: Path
 ) -> Staged | None:
     """Stage the manifest of files that were read back; what may be replaced was judged before."""
     if place is None:
         return None
     stack.enter_context(exclusive(place.path))
     stage = stack.enter_context(staged(place.path, directory=False, overwrite=place.replace))
-    write_new(stage.path, dumps(make(target.name, adapter.name, files)))
+    write_new(stage.path, dump_manifest(make_manifest(target.name, adapter.name, files)))
     return stage
 
 
@@ -95,7 +95,7 @@ def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: S
         raise
 
 
-def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[Beside]) -> list[Staged]:
+def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[SideTarget]) -> list[Staged]:
     """Stage the files that are to be written beside a target; what may be replaced was judged before."""
     stages = []
     for content, beside in zip(side_files.values(), besides, strict=True):
@@ -129,7 +129,7 @@ def check_read_back(
     if found.param_names not in (None, expected.param_names):
         raise InvariantError("param_names came back changed", path=target)
     found = binding.bind(found)
-    refuse(InvariantError, invariants.findings(found), target)
+    refuse(InvariantError, invariants.invariant_findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
     listed = list(islice(differences_and_checksums(expected, found, lent.original), 20))
     if written := lent.written() or (lent.altered_in(expected) if listed else []):

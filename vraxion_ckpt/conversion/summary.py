@@ -10,9 +10,10 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint, Record
 from vraxion_ckpt.conversion.chain import moved_addresses
-from vraxion_ckpt.conversion.targets import Beside
+from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.plugins.adapter import Loss
 from vraxion_ckpt.support.json_models import Fact, Facts
+from vraxion_ckpt.wording import count
 
 
 class TensorCount(Fact):
@@ -66,7 +67,7 @@ class Outcome:
         after: what the chain returned.
         held: what the target's format makes of that.
         side_files: what else is to be written.
-        besides: where that goes.
+        side_targets: where that goes.
         preservation: whether the function is the same.
         losses: what the format cannot hold.
     """
@@ -75,7 +76,7 @@ class Outcome:
     after: Checkpoint
     held: Checkpoint
     side_files: dict[Path, bytes]
-    besides: tuple[Beside, ...]
+    side_targets: tuple[SideTarget, ...]
     preservation: Preservation | None
     losses: tuple[Loss, ...]
 
@@ -126,7 +127,7 @@ def optimizer_in_words(before: Checkpoint, after: Checkpoint, held: Checkpoint, 
         rules = after.optimizer.rules
         if rules is not None and before.optimizer is not None and after.optimizer.params != before.optimizer.params:
             placed = f", placed in the order '{rules[0]}'" if rules else ", placed as listed by --result-order"
-        return f"carried: {number} parameters, bound by {after.optimizer.bound_by}{placed}"
+        return f"carried: {count(number, 'parameter')}, bound by {after.optimizer.bound_by}{placed}"
     if dropped:
         return "dropped, as asked; build a new one when you resume"
     return "dropped by the chain" if before.optimizer is not None else "none in the source"

@@ -18,6 +18,7 @@ from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapte
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import PathLike, detects, file_suffixes
+from vraxion_ckpt.wording import listed
 
 
 def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter, Path]:
@@ -65,9 +66,9 @@ def formats_named(name: str) -> list[str]:
     return [adapter.name for adapter in adapters().values() if name.lower().endswith(file_suffixes(adapter))]
 
 
-def say_what_names_deny(targets: Iterable[tuple[Path, Adapter]], besides: Iterable[Beside]) -> None:
+def say_what_names_deny(targets: Iterable[tuple[Path, Adapter]], side_targets: Iterable[SideTarget]) -> None:
     """Warn of each file or directory whose name has the ending of another format than it is written in."""
-    written = [*((place, adapter.name) for place, adapter in targets), *((beside.path, None) for beside in besides)]
+    written = [*((place, adapter.name) for place, adapter in targets), *((each.path, None) for each in side_targets)]
     for place, kind in written:
         named = formats_named(place.name)
         if named and kind not in named:
@@ -88,12 +89,12 @@ def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: boo
     check_target(target, overwrite=overwrite)
     foreign: list[Path] = []
     if target.exists() and adapter_calls.is_directory(adapter):
-        listed = adapter_calls.foreign_files(adapter, target)
-        foreign = sorted(target.iterdir()) if listed is None else listed
+        told = adapter_calls.foreign_files(adapter, target)
+        foreign = sorted(target.iterdir()) if told is None else told
     if foreign:
+        names = listed([each.name for each in foreign], 3)
         raise UsageError(
-            f"holds {len(foreign)} files that are no part of a {adapter.name} checkpoint, such as {foreign[0].name}; "
-            "replacing it would delete them",
+            f"holds files that are no part of a {adapter.name} checkpoint ({names}); replacing it would delete them",
             path=target,
             hint="write to a new path",
         )
@@ -119,7 +120,7 @@ def files_read(chain: Sequence[Step], side_files: dict[Path, bytes]) -> set[Path
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideTarget:
     """A file that is written beside a target.
 
     Attributes:
@@ -133,7 +134,7 @@ class Beside:
 
 def check_side_files(
     side_files: dict[Path, bytes], before: Checkpoint, target: Path, chain: Sequence[Step], *, overwrite: bool
-) -> tuple[Beside, ...]:
+) -> tuple[SideTarget, ...]:
     """Refuse side files over the source, the target, what the chain reads, or what must not be replaced.
 
     Returns:
@@ -145,7 +146,7 @@ def check_side_files(
         real = _check_beside(path, before, target, inputs)
         # One that says the same already may be of this very call, which was killed and is made again.
         check_target(real, overwrite=overwrite or _holds(real, side_files[path]))
-        found.append(Beside(real, real.exists()))
+        found.append(SideTarget(real, real.exists()))
     return tuple(found)
 
 
@@ -161,7 +162,7 @@ def check_manifest(
     side_files: dict[Path, bytes],
     *,
     overwrite: bool,
-) -> Beside:
+) -> SideTarget:
     """Refuse a manifest where a side file must not be, or over what is no manifest, or one of another checkpoint.
 
     Returns:
@@ -177,7 +178,7 @@ def check_manifest(
                 f"is the manifest of {described}, and is not replaced", path=path, hint="choose a new name"
             )
     check_target(real, overwrite=overwrite)
-    return Beside(real, real.exists())
+    return SideTarget(real, real.exists())
 
 
 def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict[Path, bytes], more: set[Path]) -> None:

@@ -25,6 +25,7 @@ from vraxion_ckpt.plugins.plugin_calls import defect, observed
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import OptimizerPolicy, refuse
 from vraxion_ckpt.reading.read_options import check_names
+from vraxion_ckpt.wording import count
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -102,18 +103,18 @@ def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPol
 def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
     """Judge what a format will hold of it: all that can be refused before a byte is written."""
     before, after = applied.before, applied.after
-    besides = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
+    side_targets = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
     held = adapter_calls.held(adapter, after)
-    return Outcome(before, after, held, applied.side_files, besides, applied.preservation, tuple(lost))
+    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost))
 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
     """Hold the chain to what must be true after it."""
-    refuse(InvariantError, map(_of_result, invariants.findings(after)), None)
+    refuse(InvariantError, map(_of_result, invariants.invariant_findings(after)), None)
     refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
-    if not any(placement.lacking(before)):
-        refuse(InvariantError, map(_of_result, map(_untrained, placement.lacking(after))), None)
+    if not any(placement.missing_parameters(before)):
+        refuse(InvariantError, map(_of_result, map(_untrained, placement.missing_parameters(after))), None)
     noises = [effect_of(step).noise for step in chain]
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
@@ -141,21 +142,20 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
     Raises:
         BindingError: naming the first parameter.
     """
-    lacking = list(placement.lacking(checkpoint)) if policy == "keep" else []
+    lacking = list(placement.missing_parameters(checkpoint)) if policy == "keep" else []
     if lacking and placement.is_undecided_in_head(checkpoint):
         raise BindingError(
-            f"the optimizer lacks {len(lacking)} parameters of experts, and it cannot be told which: no trainer that "
-            "trains all experts can load it",
+            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, and it cannot be told "
+            "which: no trainer that trains all experts can load it",
             path=checkpoint.origin.path,
             key="optimizer",
             hint="give the names of those that it has (--param-names FILE) and add the others, without state "
             "(--optimizer complete), or, if an expert is frozen, carry it as it is (--optimizer partial)",
         )
     if lacking:
-        more = f" ({len(lacking)} in all)" if lacking[1:] else ""
         raise BindingError(
-            f"the optimizer does not list this parameter{more}, although it lists those of other experts: no trainer "
-            "that trains all experts can load it",
+            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, of which this is the first, although "
+            "it lists those of other experts: no trainer that trains all experts can load it",
             path=checkpoint.origin.path,
             key=lacking[0],
             hint="add what it lacks, without state (--optimizer complete), or, if the expert is frozen, carry it as it "

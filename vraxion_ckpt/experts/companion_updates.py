@@ -21,9 +21,10 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Head, Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.errors import CkptWarning, TransformError
-from vraxion_ckpt.experts.companions import Companion, find, prefixes_of
+from vraxion_ckpt.experts.companions import Companion, find_companions, prefixes_of
 from vraxion_ckpt.experts.surgery import copy_of, is_master_copy
 from vraxion_ckpt.optimizer.parameter_order import order_of
+from vraxion_ckpt.wording import listed
 
 CompanionPolicy = Literal["grow", "keep", "drop"]
 
@@ -48,14 +49,14 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
     if before.head is None or after.head is None or not _head_has_changed(before, after):
         return after
     router_only = not _names_have_changed(before, after)
-    found = [each for each in find(before) if not router_only or each.has_router]
+    found = [each for each in find_companions(before) if not router_only or each.has_router]
     if not found:
         return after
     if policy == "keep":
-        _warn(f"carried along unchanged, as asked: {_listed(found)}")
+        _warn(f"carried along unchanged, as asked: {listed(found, 3)}")
         return after
     if policy == "drop":
-        _warn(f"left out, as asked: {_listed(found)}")
+        _warn(f"left out, as asked: {listed(found, 3)}")
         return _dropped(after, found)
     if not router_only and not after.ancestors and before.head.kind == after.head.kind:
         _refuse_unknown_origin(before, after, found[0])
@@ -67,11 +68,6 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
 
 def _warn(message: str) -> None:
     warnings.warn(message, CkptWarning, stacklevel=4)
-
-
-def _listed(found: list[Companion]) -> str:
-    shown = ", ".join(map(str, found[:3]))
-    return shown if len(found) <= 3 else f"{shown}, … ({len(found)} in all)"
 
 
 def _head_has_changed(before: Checkpoint, after: Checkpoint) -> bool:
@@ -117,13 +113,13 @@ def _with_schedules(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             is_schedule = "base_lrs" in value or "_last_lr" in value
             for key, entry in value.items():
                 is_list = is_schedule and key in _PER_GROUP and isinstance(entry, list | tuple)
-                if is_list and len(entry) == len(old.groups) and None not in sources:
-                    result[key] = type(entry)([copy.deepcopy(entry[number]) for number in sources])
-                elif is_list and len(entry) == len(old.groups):
+                if not is_list or len(entry) != len(old.groups):
+                    result[key] = changed(entry)
+                    continue
+                if None in sources:
                     message = "has an entry for each param group, and it is not known from which the new ones come"
                     raise TransformError(message, key=f"{key}", hint=_WAYS_OUT)
-                else:
-                    result[key] = changed(entry)
+                result[key] = type(entry)([copy.deepcopy(entry[number]) for number in sources])
             return result
         if isinstance(value, list | tuple) and any(isinstance(entry, dict | list | tuple) for entry in value):
             return type(value)([changed(entry) for entry in value])

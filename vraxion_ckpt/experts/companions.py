@@ -52,7 +52,7 @@ class Companion:
         return ".".join(keys) + (f" ({self.prefix}*)" if self.prefix else "")
 
 
-def find(checkpoint: Checkpoint) -> list[Companion]:
+def find_companions(checkpoint: Checkpoint) -> list[Companion]:
     """Return everything in payload, optimizer and state dict that names the head's tensors, or lists parameters.
 
     What holds tensors with the shapes of the whole head, under whatever names or none, is taken for a copy of it that
@@ -71,9 +71,9 @@ def find(checkpoint: Checkpoint) -> list[Companion]:
     return found + list(finder.respelt(checkpoint.core, prefixes))
 
 
-def misfits(checkpoint: Checkpoint) -> Iterator[Companion]:
+def stale_companions(checkpoint: Checkpoint) -> Iterator[Companion]:
     """Yield what names the head's tensors and does not fit it: it has probably not followed an earlier change."""
-    yield from (each for each in find(checkpoint) if not each.fits)
+    yield from (each for each in find_companions(checkpoint) if not each.fits)
 
 
 def prefixes_of(head: Head) -> list[str]:

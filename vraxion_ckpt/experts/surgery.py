@@ -21,11 +21,13 @@ from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
-from vraxion_ckpt.checkpoint.plain_data import bytes_of
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_name, in_pieces
+from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
+from vraxion_ckpt.wording import listed
 
-OptimizerPolicy = Literal["copy", "reset"]
+StatePolicy = Literal["copy", "reset"]
 
 _V = TypeVar("_V")
 
@@ -48,7 +50,7 @@ def clone_expert(
     *,
     noise: float,
     seed: int,
-    optimizer: OptimizerPolicy,
+    optimizer: StatePolicy,
 ) -> None:
     """Add expert `child`, a copy of `parent`, after the last expert; it shares no storage with it.
 
@@ -137,14 +139,13 @@ def _head(checkpoint: Checkpoint) -> Head:
 
 
 def _ties(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield an expert's tensors that are one with another tensor, its own or not, each with that one's name."""
-    places: dict[int, str] = {}
-    for name, tensor in checkpoint.open_tensors().items():
-        other = places.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if other != name and name.startswith(prefix):
-            yield name, other
-        elif other != name and other.startswith(prefix):
-            yield other, name
+    """Yield an expert's tensors that share memory with another, its own or not, each with that one's name."""
+    for (first, _), *others in sharing(checkpoint.open_tensors().items()):
+        for name, _ in others:
+            if name.startswith(prefix):
+                yield name, first
+            elif first.startswith(prefix):
+                yield first, name
 
 
 def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
@@ -260,24 +261,24 @@ def _say_where_noise_is_lost(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: 
         if copy.dtype == torch.bool:  # a mask, which no noise was meant for
             continue
         if numbers and not copy.is_floating_point():
-            lost.append(f"{leaf} is {copy.dtype}".replace("torch.", ""))
+            lost.append(f"{leaf} is {dtype_name(copy.dtype)}")
         elif numbers:
             changed = _count_changed(old, copy)
             if 2 * changed < numbers:
-                lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed".replace("torch.", ""))
+                lost.append(f"{leaf} ({dtype_name(copy.dtype)}) has {changed} of {numbers} elements changed")
     if lost:
         message = (
-            f"noise of {noise:g} changes little or nothing in {new.removesuffix('.')}: {'; '.join(lost[:3])}"
-            f"{f'; and {len(lost) - 3} more' if lost[3:] else ''}; there the clone is a copy of its parent"
+            f"noise of {noise:g} changes little or nothing in {new.removesuffix('.')}: {listed(lost, 3, '; ')}"
+            "; there the clone is a copy of its parent"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
 
 
 def _count_changed(old: Tensor, new: Tensor) -> int:
     """Count the elements whose bits differ, a piece at a time: temporaries stay small however large the tensors are."""
-    a, b, size = bytes_of(old), bytes_of(new), old.itemsize
-    pieces = (slice(start, start + _PIECE * size) for start in range(0, len(a), _PIECE * size))
-    return sum(int((a[piece].view(-1, size) != b[piece].view(-1, size)).any(1).sum()) for piece in pieces)
+    size = old.itemsize
+    pieces = in_pieces(bytes_of(old), bytes_of(new), size=_PIECE * size)
+    return sum(int((a.view(-1, size) != b.view(-1, size)).any(1).sum()) for a, b in pieces)
 
 
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
@@ -285,8 +286,7 @@ def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
     # Narrow types cannot be drawn or added in directly; in at least single precision the sum rounds once.
     wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    for start in range(0, len(flat), _PIECE):
-        piece = flat[start : start + _PIECE]
+    for (piece,) in in_pieces(flat, size=_PIECE):
         drawn = torch.randn(piece.shape, generator=generator, dtype=wide)
         piece.copy_((piece.to(wide) + noise * drawn).to(flat.dtype))
 
@@ -310,7 +310,7 @@ def _clone_in_optimizer(
     old: str,
     new: str,
     clones: Mapping[str, tuple[Tensor, Tensor]],
-    policy: OptimizerPolicy,
+    policy: StatePolicy,
 ) -> None:
     """Give the clone's parameters a place in the param groups, and their state.
 

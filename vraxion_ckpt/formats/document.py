@@ -1,8 +1,8 @@
 """A checkpoint as named tensors and one JSON document: all that a format needs which holds tensors and text.
 
 The model's tensors keep their state-dict names. Every other tensor (the optimizer's, the payload's) gets a name that
-begins with `PREFIX`; so does one of the model whose name or dtype the format cannot hold, and such a dtype is stored
-as bytes. Tensors that are one have one name. The document says which tensor stands where, and holds the rest:
+begins with `OUR_PREFIX`; so does one of the model whose name or dtype the format cannot hold, and such a dtype is
+stored as bytes. Tensors that are one have one name. The document says which tensor stands where, and holds the rest:
 training state, groups, lifecycle rows, history, dialects.
 
 In the document a value stands for itself, but for what JSON cannot tell: ``{"$tensor": name}``, ``{"$tuple": […]}``,
@@ -27,15 +27,22 @@ from torch import Tensor, nn
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
-from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, view_of
-from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError, raise_if_out_of_memory
-from vraxion_ckpt.formats.payload import OUR_KEY, Extras, origin_of_state_dict, parse_extras, split_head
+from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, dtype_name
+from vraxion_ckpt.checkpoint.shared_memory import view_of
+from vraxion_ckpt.errors import (
+    InconsistentError,
+    LimitError,
+    errors_at,
+    raise_if_out_of_memory,
+)
+from vraxion_ckpt.formats.payload import OUR_KEY, Extras, origin_of_state_dict, parse_extras, refuse_newer, split_head
+from vraxion_ckpt.support.model_errors import refusals
 
-PREFIX = f"{OUR_KEY}/"
+OUR_PREFIX = f"{OUR_KEY}/"
 _PLACE = 300  # characters of a place that are kept: a long key must not be copied for every entry below it
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_DTYPES = {dtype_name(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _QUANTISED = "q"  # how the names of dtypes begin that mean nothing without a scale
 
 
@@ -78,7 +85,7 @@ class _Document(BaseModel):
 # --- dump ---
 
 
-def dump(
+def dump_document(
     checkpoint: Checkpoint, dtypes: Collection[torch.dtype], is_name: Callable[[str], bool]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take a checkpoint apart.
@@ -95,8 +102,8 @@ def dump(
     model: list[Any] = []
     for name, tensor in checkpoint.state_dict().items():
         # Bytes under the name of a tensor would be taken for the tensor by whoever does not know the document.
-        as_it_is = is_name(name) and not name.startswith(PREFIX) and tensor.dtype in dtypes
-        found = tensors.put(tensor, name if as_it_is else f"{PREFIX}model/{len(model)}")
+        as_it_is = is_name(name) and not name.startswith(OUR_PREFIX) and tensor.dtype in dtypes
+        found = tensors.put(tensor, name if as_it_is else f"{OUR_PREFIX}model/{len(model)}")
         model.append(name if found == {"$tensor": name} else [name, found])
     extras = Extras(
         history=checkpoint.history,
@@ -136,7 +143,7 @@ def dump(
     return tensors.by_name, document
 
 
-def dumps(document: Mapping[str, Any]) -> str:
+def document_text(document: Mapping[str, Any]) -> str:
     """Return a document as JSON text, in ASCII and without spaces.
 
     Raises:
@@ -145,7 +152,7 @@ def dumps(document: Mapping[str, Any]) -> str:
     try:
         return json.dumps(document, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
-        raise LimitError(str(error)) from error
+        raise LimitError("holds a whole number of thousands of digits") from error
 
 
 class _Stored:
@@ -168,7 +175,7 @@ class _Stored:
             self.by_name[name] = tensor if native else bytes_of(tensor)
         found: dict[str, Any] = {"$tensor": name}
         if not native:
-            found |= {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            found |= {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         if isinstance(tensor, nn.Parameter):
             found["parameter"] = tensor.requires_grad
         elif tensor.requires_grad:
@@ -179,15 +186,15 @@ class _Stored:
         if self._is_name(wanted) and wanted not in self.by_name:
             return wanted
         number = len(self.by_name)
-        while f"{PREFIX}{number}" in self.by_name:
+        while f"{OUR_PREFIX}{number}" in self.by_name:
             number += 1
-        return f"{PREFIX}{number}"
+        return f"{OUR_PREFIX}{number}"
 
 
 def _encode(value: Any, place: str, tensors: _Stored) -> Any:
     """Return a plain value as JSON; `place` names the tensors in it."""
     if isinstance(value, Tensor):
-        return tensors.put(value, PREFIX + place)
+        return tensors.put(value, OUR_PREFIX + place)
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, list | tuple):
@@ -209,8 +216,8 @@ def _encode(value: Any, place: str, tensors: _Stored) -> Any:
 # --- load ---
 
 
-def load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
-    """Put a checkpoint together again; the inverse of `dump`.
+def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
+    """Put a checkpoint together again; the inverse of `dump_document`.
 
     Args:
         tensors: by the names they are stored under.
@@ -223,27 +230,22 @@ def load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: 
         UnsupportedError: a newer version wrote it.
         LimitError: it is nested too deeply, or holds too much.
     """
-    try:
+    with errors_at(path):
         checkpoint = _load(tensors, document, path, format_name)
         optimizer = checkpoint.optimizer
         trained = [optimizer.state, optimizer.extra, *(g.options for g in optimizer.groups)] if optimizer else []
         for value in (checkpoint.payload, checkpoint.metadata, *trained):
             check_plain(value)
-    except CkptError as error:
-        error.path = error.path or path
-        raise
     return checkpoint
 
 
 def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
-    if isinstance(document, dict) and isinstance(document.get("version"), int) and document["version"] > 1:
-        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {document['version']})", key=OUR_KEY)
+    refuse_newer(document)
     try:
         parsed = _Document.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, (OUR_KEY, *first["loc"])))
-        raise InconsistentError(f"does not parse: {first['msg']}", key=where[:200]) from None
+        first = refusals(error, _Document)[0]
+        raise InconsistentError(first.what, key=".".join(map(str, (OUR_KEY, *first.place)))[:200]) from None
     decoder = _Decoder(tensors)
     entries = [(entry, {"$tensor": entry}) if isinstance(entry, str) else entry for entry in parsed.model]
     core: dict[str, Tensor] = {}
@@ -385,7 +387,7 @@ def _is_shape(value: Any) -> bool:
     )
 
 
-def bare(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpoint:
+def from_state_dict(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpoint:
     """Make a checkpoint of a state dict that came without a document.
 
     Formats sort tensors as they like, so their order means nothing: the head's are put together, its experts by id,
@@ -394,7 +396,7 @@ def bare(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpo
     Raises:
         InconsistentError: a tensor has a name of ours, so its document was lost.
     """
-    if ours := [name for name in tensors if name.startswith(PREFIX)]:
+    if ours := [name for name in tensors if name.startswith(OUR_PREFIX)]:
         raise InconsistentError(
             "is training state, but the metadata that belongs to it was lost",
             path=path,

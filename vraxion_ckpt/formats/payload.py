@@ -34,8 +34,9 @@ from vraxion_ckpt.checkpoint.model import (
     UnboundOptimizer,
 )
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
-from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError
+from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.optimizer.binding import bind, names_in_payload
+from vraxion_ckpt.support.model_errors import refusals
 
 OUR_KEY = "vraxion_ckpt"
 _OPTIMIZER_KEYS = ("optim", "optimizer")
@@ -134,11 +135,8 @@ def parse_payload(payload: Any, path: Path) -> Parsed:
         InconsistentError: not a dict, no model in it, or entries of the wrong type.
         UnsupportedError: a state dict that holds something else than tensors, or extras of a newer version.
     """
-    try:
+    with errors_at(path):
         return _parse(payload)
-    except (InconsistentError, UnsupportedError) as error:
-        error.path = error.path or path
-        raise
 
 
 def _parse(payload: Any) -> Parsed:
@@ -218,6 +216,12 @@ def _metadata_and_extras(
     return metadata, Extras() if raw is None else parse_extras(raw)
 
 
+def refuse_newer(raw: Any) -> None:
+    """Raise `UnsupportedError` for what a newer version wrote."""
+    if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
+        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
+
+
 def parse_extras(raw: Any) -> Extras:
     """Check what stands under our key.
 
@@ -225,17 +229,15 @@ def parse_extras(raw: Any) -> Extras:
         InconsistentError: it is not what we write.
         UnsupportedError: a newer version wrote it.
     """
-    if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
-        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
+    refuse_newer(raw)
     try:
         json.dumps(raw, allow_nan=False)
         return Extras.model_validate(raw)  # not from the JSON text: half a surrogate pair is a key like any other
     except (TypeError, ValueError, OverflowError) as error:
         if not isinstance(error, ValidationError):
             raise InconsistentError("holds something else than plain JSON", key=OUR_KEY) from error
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, (OUR_KEY, *first["loc"])))
-        raise InconsistentError(f"{first['msg']}", key=where) from None
+        first = refusals(error, Extras)[0]
+        raise InconsistentError(first.what, key=".".join(map(str, (OUR_KEY, *first.place)))) from None
 
 
 _EXPERT = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)")

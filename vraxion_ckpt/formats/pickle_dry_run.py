@@ -53,7 +53,7 @@ class _Named(_Inert):
     """A class or function, by its full name."""
 
     name: str
-    rehearsal: Rehearsal
+    rehearsal: DryRun
 
     def __call__(self, *args: Any) -> Any:
         return self.rehearsal.call(self.name, args)
@@ -63,7 +63,7 @@ class _Named(_Inert):
 class _Dict(dict[Any, Any]):
     """A dict or OrderedDict of the pickle."""
 
-    rehearsal: Rehearsal
+    rehearsal: DryRun
 
     def __setitem__(self, key: Any, value: Any) -> None:
         _refuse_to_hash(key)
@@ -131,7 +131,7 @@ _OPCODES = {
 }
 
 
-class Rehearsal(pickle._Unpickler):  # the pure-Python one: C's allocates whatever a memo index asks for
+class DryRun(pickle._Unpickler):  # the pure-Python one: C's allocates whatever a memo index asks for
     """Run a pickle with every name replaced by something inert, to see what it asks for.
 
     `load` raises a `CkptError` for what must not reach torch, and anything at all for a damaged pickle.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, size_of
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, in_pieces, size_of
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.errors import (
     CorruptError,
@@ -28,6 +28,7 @@ from vraxion_ckpt.errors import (
     LimitError,
     StorageError,
     UnsupportedError,
+    errors_at,
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.support import json_files, progress
@@ -53,10 +54,10 @@ _CODES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
-DTYPES = frozenset(_CODES)
+NATIVE_DTYPES = frozenset(_CODES)
 _BITS = {code: 8 * dtype.itemsize for dtype, code in _CODES.items()} | {"F4": 4}
 
-LARGEST_HEADER = 100_000_000  # the library's own bound
+LARGEST_SAFETENSORS_HEADER = 100_000_000  # the library's own bound
 _MOST_TENSORS = 200_000
 _MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
 _PIECE = 2**24
@@ -77,7 +78,7 @@ class Header:
     fingerprint: Fingerprint
 
 
-def starts_like_one(path: Path) -> bool:
+def starts_like_safetensors(path: Path) -> bool:
     """Tell whether a file's first bytes could be a header's; never raises for a file that can be read."""
     with path.open("rb") as file:
         start = file.read(9)
@@ -85,7 +86,7 @@ def starts_like_one(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and length <= path.stat().st_size - 8
 
 
-def is_name(name: str) -> bool:
+def is_tensor_name(name: str) -> bool:
     """Tell whether a tensor may be called so: every reader finds it again."""
     try:
         name.encode()
@@ -94,7 +95,7 @@ def is_name(name: str) -> bool:
     return name not in ("", _METADATA) and "\0" not in name
 
 
-def check(path: Path) -> Header:
+def check_safetensors(path: Path) -> Header:
     """Read a file's header and refuse whatever does not describe exactly the bytes that follow it.
 
     Raises:
@@ -119,8 +120,10 @@ def check(path: Path) -> Header:
                     f"its header would take {length} of {fingerprint.size} bytes",
                     path=path,
                 )
-            if length > LARGEST_HEADER:
-                raise LimitError(f"has a header of {length} bytes; {LARGEST_HEADER} is the format's bound", path=path)
+            if length > LARGEST_SAFETENSORS_HEADER:
+                raise LimitError(
+                    f"has a header of {length} bytes; {LARGEST_SAFETENSORS_HEADER} is the format's bound", path=path
+                )
             raw = file.read(length)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
@@ -145,23 +148,9 @@ def check(path: Path) -> Header:
     return Header({name: stop - start for start, stop, name in places}, metadata, fingerprint)
 
 
-def parse_json(raw: bytes, path: Path) -> Any:
-    """Parse JSON as `json_files.loads` does, from bytes.
-
-    Raises:
-        CorruptError: not JSON, or not UTF-8.
-        InconsistentError: a duplicate key, or a number that is not finite.
-        LimitError: nested too deeply, or more than five million values.
-    """
-    try:
-        return json_files.loads(raw.decode(), path)
-    except UnicodeDecodeError as error:
-        raise CorruptError("is not UTF-8 text", path=path) from error
-
-
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = parse_json(raw, path)
+        header = json_files.parse_json(raw, path)
     except (CorruptError, InconsistentError) as error:  # in a header it is damage: no writer makes such JSON
         raise CorruptError(f"its header is damaged: {error.message}", path=path, key=error.key) from error
     if not isinstance(header, dict):
@@ -171,7 +160,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
 
 def _place(name: str, entry: Any, path: Path) -> tuple[int, int]:
     """Return where a tensor's bytes start and stop, counted from the header's end."""
-    if not is_name(name):
+    if not is_tensor_name(name):
         raise InconsistentError(f"a tensor cannot be called {name!r}", path=path)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CorruptError("must have dtype, shape and data_offsets", path=path, key=name)
@@ -195,7 +184,7 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def load(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
+def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
     """Open the tensors of a file that was checked, mapped, in the order of their places.
 
     Each has a storage of its own. The file is registered in `sources`; the format has no checksum to verify.
@@ -224,8 +213,8 @@ def load(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
     }
 
 
-def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write tensors of `DTYPES` and text to a new file; one that is not contiguous is copied while it is written.
+def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Write tensors of `NATIVE_DTYPES` and text to a new file; what is not contiguous is copied meanwhile.
 
     Wide elements come first, so that all are aligned; otherwise the order is kept.
 
@@ -234,23 +223,20 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         StorageError: the file cannot be written; the message has the reason.
     """
     ordered = _in_order(tensors)
-    try:
+    with errors_at(path):
         raw = _header(ordered, metadata)
-    except (InconsistentError, LimitError) as error:
-        error.path = path
-        raise
     try:
-        with path.open("xb") as file, progress.bar("writing", size_of(dict(tensors))) as count:
+        with path.open("xb") as file, progress.progress_bar("writing", size_of(dict(tensors))) as count:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
-                for piece in pieces(tensor):
-                    count(file.write(piece))
+                for (piece,) in in_pieces(bytes_of(tensor), size=_PIECE):
+                    count(file.write(piece.numpy().data))
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
 
 
-def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Return how many bytes `save` would write."""
+def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Return how many bytes `save_safetensors` would write."""
     return 8 + len(_header(_in_order(tensors), metadata)) + size_of(dict(tensors))
 
 
@@ -262,7 +248,7 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     end = 0
     for name, tensor in ordered:
-        if not is_name(name):
+        if not is_tensor_name(name):
             raise InconsistentError(f"a tensor cannot be called {name!r}")
         start, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -271,13 +257,6 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     except UnicodeEncodeError as error:
         raise InconsistentError("holds text that is not Unicode", key=_METADATA) from error
     raw += b" " * (-len(raw) % 8)
-    if len(raw) > LARGEST_HEADER:
-        raise LimitError(f"its header would take {len(raw)} bytes; {LARGEST_HEADER} is the format's bound")
+    if len(raw) > LARGEST_SAFETENSORS_HEADER:
+        raise LimitError(f"its header would take {len(raw)} bytes; {LARGEST_SAFETENSORS_HEADER} is the format's bound")
     return raw
-
-
-def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor's elements as they are stored, a piece at a time."""
-    flat = bytes_of(tensor).numpy()
-    for start in range(0, len(flat), _PIECE):
-        yield flat[start : start + _PIECE].data

@@ -30,6 +30,7 @@ from vraxion_ckpt.errors import (
     StorageError,
     UnsupportedError,
 )
+from vraxion_ckpt.wording import count
 
 _MOST_MEMBERS = 200_000
 _CRC_CHUNK = 16 * 2**20
@@ -99,7 +100,7 @@ class Container:
             others = f"; nor do those of {', '.join(damaged[1:])}" if damaged[1:] else ""
             raise CorruptError(f"its checksum does not match its bytes{others}", path=self.path, key=damaged[0])
         if unchecked:
-            message = f"{self.path}: {unchecked} members carry no checksum; damage to them cannot be seen"
+            message = f"{self.path}: {count(unchecked, 'member')} without a checksum; damage there cannot be seen"
             warnings.warn(message, CkptWarning, stacklevel=2)
 
 
@@ -130,7 +131,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 
 
-def check(path: Path) -> Container:
+def check_archive(path: Path) -> Container:
     """Look strictly at the container of a ``.pt`` file, before torch does; verify everything but the storages.
 
     Raises:

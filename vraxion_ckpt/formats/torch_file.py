@@ -22,7 +22,7 @@ import numpy
 import torch
 
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain, named_tensors, size_of
-from vraxion_ckpt.checkpoint.source_files import Part, Place, Sources
+from vraxion_ckpt.checkpoint.source_files import Extent, MappedPart, Sources
 from vraxion_ckpt.errors import (
     CkptError,
     CorruptError,
@@ -30,10 +30,11 @@ from vraxion_ckpt.errors import (
     StorageError,
     UnsafeError,
     UsageError,
+    errors_at,
     raise_if_out_of_memory,
 )
-from vraxion_ckpt.formats.pickle_dry_run import Rehearsal
-from vraxion_ckpt.formats.torch_archive import Container, check, fill_in_checksums, mapped
+from vraxion_ckpt.formats.pickle_dry_run import DryRun
+from vraxion_ckpt.formats.torch_archive import Container, check_archive, fill_in_checksums, mapped
 from vraxion_ckpt.support import progress, signals
 
 # Modules that torch never lets a pickle call into, whatever is allowed.
@@ -41,7 +42,7 @@ _NEVER_ALLOWED = frozenset({"builtins", "nt", "os", "posix", "subprocess", "sys"
 _LARGE = 2**17  # what is worth being handed to another thread
 
 
-def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
+def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
     """Load a file of ``torch.save``: safely, mapped, on the CPU, and only if it holds plain data.
 
     Args:
@@ -54,19 +55,19 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
         dicts, lists, tuples, text, numbers, None and tensors; tensors are views of the mapped file.
 
     Raises:
-        SourceError: see `check`; also `UnsafeError` naming what the pickle would have called.
+        SourceError: see `check_archive`; also `UnsafeError` naming what the pickle would have called.
         ChangedError: the file was replaced meanwhile.
     """
     _require_torch()
     allowed = _find_globals(allow_globals)
-    container = check(path)
+    container = check_archive(path)
     with mapped(path) as data:
         member = container.members[f"{container.prefix}/data.pkl"]
         pickled = bytes(data[member.start : member.start + member.size])
     try:
-        Rehearsal(pickled, container).load()
-    except CkptError as error:
-        error.path = error.path or path
+        with errors_at(path):
+            DryRun(pickled, container).load()
+    except CkptError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise_if_out_of_memory(error, path)
@@ -91,7 +92,7 @@ def load(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any
     return value
 
 
-def _parts(value: Any, container: Container) -> Iterator[tuple[Place, Part]]:
+def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPart]]:
     """Find out which storage is which member: torch maps the whole file, so they lie in memory as in the file.
 
     Where that is not so, less is found, and the checksums of the others are compared in a pass of their own.
@@ -104,7 +105,7 @@ def _parts(value: Any, container: Container) -> Iterator[tuple[Place, Part]]:
         for address, storage in storages.items():
             member = members.get(address - begin)
             if member and member.size == storage.nbytes():
-                yield (address, member.size), Part(partial(container.note, member.name), storage)
+                yield (address, member.size), MappedPart(partial(container.note, member.name), storage)
 
 
 def _require_torch() -> None:
@@ -179,7 +180,7 @@ def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
     return new
 
 
-def save(value: Any, path: Path) -> None:
+def save_torch_file(value: Any, path: Path) -> None:
     """Write plain data as ``torch.save`` does, to a new file; tensors are streamed, not copied.
 
     The archive's inner name does not depend on `path`, so the same data gives the same bytes. The checksums are
@@ -198,7 +199,7 @@ def save(value: Any, path: Path) -> None:
         with (
             path.open("xb") as file,
             ThreadPoolExecutor(1) as pool,
-            progress.bar("writing", size_of(value)) as count,
+            progress.progress_bar("writing", size_of(value)) as count,
             _as_a_whole(),
         ):
             writer = _Writer(file, pool, count)
@@ -220,8 +221,8 @@ def save(value: Any, path: Path) -> None:
         raise writer.error from None
 
 
-def size(value: Any) -> int:
-    """Return how many bytes `save` would write, without writing any."""
+def torch_file_size(value: Any) -> int:
+    """Return how many bytes `save_torch_file` would write, without writing any."""
     check_plain(value)
     counted = _Counter()
     with _as_a_whole():
@@ -248,7 +249,7 @@ def _as_a_whole() -> Iterator[None]:
 
     An exception from anywhere else in torch makes it end the archive, and what that then says is all that is known.
     """
-    with signals.put_off():
+    with signals.deferred():
         before = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
@@ -281,7 +282,7 @@ class _Writer:
         if self._ended:
             return len(data)
         try:
-            signals.let_through()
+            signals.deliver_pending()
             if len(data) < _LARGE:
                 self._file.write(data)
             else:

@@ -13,6 +13,7 @@ from itertools import islice
 
 from vraxion_ckpt.checkpoint.torch_optimizer import Shape
 from vraxion_ckpt.errors import BindingError
+from vraxion_ckpt.wording import count
 
 # The shapes of the ids of each param group; None where the state of an id does not tell.
 GroupShapes = Sequence[Sequence[tuple[int, Shape | None]]]
@@ -143,7 +144,8 @@ def _moves(groups: GroupShapes, state: _State, shape: Shape | None) -> Iterable[
 def _refuse_too_few(total: int, names: Candidates) -> None:
     if total > len(names):
         raise BindingError(
-            f"the optimizer has {total} parameters, the model only {len(names)} tensors that can be one",
+            f"the optimizer has {count(total, 'parameter')}, "
+            f"the model only {count(len(names), 'tensor')} that can be one",
             hint=WAYS_OUT,
         )
 

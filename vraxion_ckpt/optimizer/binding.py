@@ -30,11 +30,13 @@ from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint, Head, Optimizer, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.shared_memory import without_tied
 from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape, digest, known_shapes, shape_conflicts
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT, Assignment, Candidates, GroupShapes, by_shape, in_order
 from vraxion_ckpt.optimizer.parameter_order import lists_of, model_order, order_of
 from vraxion_ckpt.optimizer.trainers import known_trainer
+from vraxion_ckpt.wording import count
 
 OptimizerOrder = Literal["model", "sorted", "reversed"]
 
@@ -239,8 +241,7 @@ def _all_same(found: Mapping[OrderKind, Assignment]) -> bool:
 
 
 def _in_words(found: Assignment) -> str:
-    count = len(found.undecided)
-    return f"; {count} name{'s' * (count != 1)} could belong to other ids" if count else ""
+    return f"; {count(len(found.undecided), 'name')} could belong to other ids" if found.undecided else ""
 
 
 def _fits(wanted: Shape | None, shape: Shape | None) -> bool:
@@ -299,7 +300,8 @@ def _check_names_in_groups(raw: RawOptimizer, given: Sequence[str] | None) -> No
 def _check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
     if len(names) != len(raw.ids):
         raise BindingError(
-            f"{len(names)} names are in {whose}, {len(raw.ids)} parameters in the optimizer", hint=WAYS_OUT
+            f"{count(len(names), 'name')} in {whose}, {count(len(raw.ids), 'parameter')} in the optimizer",
+            hint=WAYS_OUT,
         )
     seen: set[str] = set()
     for name in names:
@@ -322,18 +324,12 @@ def _candidates(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]
     one, as in ``named_parameters()``.
     """
     buffers = torch_buffers(tensors.keys())
-    seen: set[tuple[int, int, Shape]] = set()
-    found: list[tuple[str, Shape | None]] = []
-    for name, tensor in tensors.items():
-        if name in buffers or not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        shape = tuple(tensor.shape)
-        place = (tensor.data_ptr(), tensor.numel(), shape)
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        found.append((name, shape))
-    return found
+    trainable = [
+        (name, tensor)
+        for name, tensor in tensors.items()
+        if name not in buffers and (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    return [(name, tuple(tensor.shape)) for name, tensor in without_tied(trainable)]
 
 
 def names_in_payload(value: Any) -> tuple[str, ...] | None:

@@ -14,15 +14,12 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
 from vraxion_ckpt.errors import BindingError, UsageError
+from vraxion_ckpt.optimizer.assignment import WAYS_OUT
 from vraxion_ckpt.optimizer.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
-
-_WAYS_OUT = (
-    "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
-    "(--optimizer-order model|sorted|reversed), or leave it behind (--optimizer drop)"
-)
+from vraxion_ckpt.wording import count
 
 
-def place(before: Checkpoint, after: Checkpoint) -> Checkpoint:
+def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     """Return `after` with its optimizer's parameters in the order in which its trainer will build them.
 
     Args:
@@ -120,7 +117,7 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
             f"{optimizer.bound_by}",
             path=before.origin.path,
             key=name,
-            hint=_WAYS_OUT,
+            hint=WAYS_OUT,
         )
 
 
@@ -217,7 +214,7 @@ def _arranged(
 # --- an optimizer that lacks parameters ---
 
 
-def lacking(checkpoint: Checkpoint) -> Iterator[str]:
+def missing_parameters(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the parameters of experts that the optimizer does not list although it lists the same leaf of others.
 
     An expert whose file is not open is taken to have the leaves that the others have.
@@ -241,7 +238,7 @@ def is_undecided_in_head(checkpoint: Checkpoint) -> bool:
     return head is not None and any(split_name(name, head.names) for name in undecided)
 
 
-def completed(checkpoint: Checkpoint) -> Checkpoint:
+def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose optimizer lists the parameters that it lacks, without state, where they belong.
 
     Each joins the param group of the first expert that has the same leaf in one.
@@ -249,13 +246,13 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         BindingError: it is not known which it lacks, or where they belong.
     """
-    missing = list(lacking(checkpoint))
+    missing = list(missing_parameters(checkpoint))
     head, optimizer = checkpoint.head, checkpoint.optimizer
     if head is None or optimizer is None or not missing:
         return checkpoint
     if is_undecided_in_head(checkpoint):
         raise BindingError(
-            f"the optimizer lacks {len(missing)} parameters of experts, and it cannot be told which",
+            f"the optimizer lacks {count(len(missing), 'parameter')} of experts, and it cannot be told which",
             key="optimizer",
             hint="give the names of those that it has, in its order, one a line: --param-names FILE",
         )
@@ -279,7 +276,7 @@ def completed(checkpoint: Checkpoint) -> Checkpoint:
         run = run_of_groups(optimizer, checkpoint)
         at = run[1] if run else len(new.groups)
         new.groups[at:at] = added.values()
-    whole = place(checkpoint, replace(checkpoint, optimizer=new))
+    whole = place_in_order(checkpoint, replace(checkpoint, optimizer=new))
     if whole.param_names is not None and not set(missing) <= set(whole.param_names):
         order = order_of(checkpoint)
         whole.param_names = tuple(sorted({*whole.param_names, *missing}, key=order.rank))

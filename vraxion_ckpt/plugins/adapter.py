@@ -13,7 +13,7 @@ from vraxion_ckpt.errors import CkptError, OutOfMemoryError, PluginError
 from vraxion_ckpt.plugins.options import Plugin
 from vraxion_ckpt.plugins.read_context import ReadContext
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Faults:
     def __init__(self) -> None:
         self.errors: list[CkptError] = []
 
-    def attempt(self, step: Callable[[], T]) -> T | None:
+    def attempt(self, step: Callable[[], _T]) -> _T | None:
         """Return what a step returns; note what it raises, once, and return None."""
         try:
             return step()

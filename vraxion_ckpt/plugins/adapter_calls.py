@@ -23,7 +23,7 @@ from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAd
 from vraxion_ckpt.plugins.options import calling, defect_of
 from vraxion_ckpt.plugins.read_context import ReadContext
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
 
 _ANY_CHECKPOINT = Checkpoint | UnboundCheckpoint
@@ -43,7 +43,7 @@ def is_directory(adapter: Adapter) -> bool:
     return _checked(adapter, "is_directory", found, bool)
 
 
-def read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
+def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint. Later calls that open an expert or verify a file are guarded in the same way."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
@@ -58,7 +58,7 @@ def read_overlay(
     removed: Collection[str],
     allow_globals: Sequence[str] = (),
 ) -> Checkpoint:
-    """Read a directory with staged files in place of its own, as `read` does."""
+    """Read a directory with staged files in place of its own, as `call_read` does."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.read_overlay(path, staged, removed, context)
@@ -146,7 +146,7 @@ def is_ignored(
     return _checked(adapter, "is_ignored", told, bool)
 
 
-def _checked(adapter: Adapter | type[Adapter], method: str, value: T, expected: Any) -> T:
+def _checked(adapter: Adapter | type[Adapter], method: str, value: _T, expected: Any) -> _T:
     if wrong := wrong_type(value, expected):
         raise defect_of(adapter, f"{method} returned what it must not: {wrong}")
     return value

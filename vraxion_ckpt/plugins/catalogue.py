@@ -96,7 +96,7 @@ def list_plugins() -> PluginList:
     return PluginList(plugins=tuple(entries), broken=tuple(found.broken))
 
 
-def describe(name: str) -> Description:
+def describe_plugin(name: str) -> Description:
     """Return the options of one format or transform.
 
     Raises:
@@ -104,7 +104,7 @@ def describe(name: str) -> Description:
     """
     found = discovery.registry()
     names: dict[str, list[Registered[Any]]] = {**found.adapters, **found.transforms}
-    registered = discovery.find(names, name, "plugin")
+    registered = discovery.find_plugin(names, name, "plugin")
     plugin = registered.plugin
     with calling(plugin):
         schemas = plugin.model_json_schema().get("properties", {}).values()

@@ -6,7 +6,6 @@ for whoever asks for that name, and for nobody else.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageErro
 from vraxion_ckpt.plugins import hookspecs
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
 from vraxion_ckpt.plugins.lent_tensors import WriteCounts, wrote_into
-from vraxion_ckpt.plugins.options import Plugin, configure, parse
+from vraxion_ckpt.plugins.options import Plugin, configure, parse_call
 from vraxion_ckpt.plugins.plugin_calls import (
     defect,
     distribution_of,
@@ -34,18 +33,19 @@ from vraxion_ckpt.plugins.plugin_calls import (
     plugin_call,
 )
 from vraxion_ckpt.plugins.transform import Step, Transform
+from vraxion_ckpt.wording import did_you_mean
 
-P = TypeVar("P", bound=Plugin)
+_P = TypeVar("_P", bound=Plugin)
 
 TransformLike = str | tuple[str, Mapping[str, Any]] | Transform
 AdapterLike = str | tuple[str, Mapping[str, Any]] | Adapter
 
 
 @dataclass(frozen=True)
-class Registered(Generic[P]):
+class Registered(Generic[_P]):
     """One adapter or transform and where it comes from."""
 
-    plugin: type[P]
+    plugin: type[_P]
     entry_point: str
     distribution: str
     version: str
@@ -184,7 +184,7 @@ def _check_incremental(offer: type[Adapter]) -> None:
         )
 
 
-def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> Registered[P]:
+def find_plugin(names: Mapping[str, Sequence[Registered[_P]]], name: str, kind: str) -> Registered[_P]:
     """Return the plugin called `name`.
 
     Raises:
@@ -193,9 +193,8 @@ def find(names: Mapping[str, Sequence[Registered[P]]], name: str, kind: str) -> 
     """
     offers = names.get(name, ())
     if not offers:
-        near = difflib.get_close_matches(name, names, n=1)
         known = f"there are: {', '.join(sorted(names))}" if names else "none is installed; install the package with pip"
-        raise UsageError(f"unknown {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else known)
+        raise UsageError(f"unknown {kind} {name!r}", hint=did_you_mean(name, names) or known)
     if len(offers) > 1:
         both = " and ".join(f"{offer.distribution} ({offer.entry_point})" for offer in offers)
         raise PluginError(f"{kind} {name!r} is offered by {both}", hint="uninstall one of them")
@@ -235,8 +234,8 @@ def _resolve_step(item: TransformLike) -> Step:
             return Step(item, distribution, metadata.version(distribution))
         except metadata.PackageNotFoundError:  # it is a module that belongs to none
             return Step(item, distribution, "")
-    name, options = parse(item) if isinstance(item, str) else item
-    registered = find(registry().transforms, name, "transform")
+    name, options = parse_call(item) if isinstance(item, str) else item
+    registered = find_plugin(registry().transforms, name, "transform")
     return Step(configure(registered.plugin, options), registered.distribution, registered.version)
 
 
@@ -245,8 +244,8 @@ def resolve_adapter(item: AdapterLike) -> Adapter:
     if isinstance(item, Adapter):
         check_offer(type(item), Adapter, "a format")
         return item
-    name, options = parse(item) if isinstance(item, str) else item
-    return configure(find(registry().adapters, name, "format").plugin, options)
+    name, options = parse_call(item) if isinstance(item, str) else item
+    return configure(find_plugin(registry().adapters, name, "format").plugin, options)
 
 
 def adapters() -> dict[str, type[Adapter]]:
@@ -254,7 +253,7 @@ def adapters() -> dict[str, type[Adapter]]:
     return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
 
 
-def probe_visits(checkpoint: Checkpoint) -> Visits | None:
+def run_probes(checkpoint: Checkpoint) -> Visits | None:
     """Ask the installed probes, the first that answers, how often each address is visited.
 
     Raises:

@@ -14,7 +14,6 @@ of the chain has made with a checksum taken when it returned.
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -22,8 +21,10 @@ from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import different, in_threads
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tensor_state, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, named_tensors
+from vraxion_ckpt.checkpoint.plain_data import checksum, named_tensors
+from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
+from vraxion_ckpt.wording import listed
 
 _SMALL = 2**20  # bytes; of more, a checksum takes longer than to open the file again and compare
 
@@ -180,9 +181,7 @@ def _proven(checkpoint: Checkpoint) -> set[int]:
     stated = [
         (tensor, part)
         for _, tensor in named(checkpoint)
-        if tensor.is_contiguous()
-        and tensor.numel() * tensor.itemsize <= _SMALL
-        and (part := parts.get((tensor.data_ptr(), tensor.numel() * tensor.itemsize)))
+        if tensor.is_contiguous() and tensor.numel() * tensor.itemsize <= _SMALL and (part := parts.get(extent(tensor)))
     ]
     found = checksums([tensor for tensor, _ in stated])
     return {id(tensor) for tensor, part in stated if part.note(found[id(tensor)])}
@@ -197,13 +196,8 @@ def named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def checksums(tensors: Sequence[Tensor]) -> dict[int, int]:
     """Return the CRC-32 of each tensor's elements as they are stored, by the tensor's id."""
-    contiguous = [tensor for tensor in tensors if tensor.is_contiguous()]
-    found = dict(zip(map(id, contiguous), in_threads(_checksum, contiguous), strict=True))
-    return found | {id(t): _checksum(t) for t in tensors if not t.is_contiguous()}  # copied, so one at a time
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(bytes_of(tensor).numpy().data)
+    found = in_threads(checksum, [(tensor,) for tensor in tensors])
+    return {id(tensor): crc for tensor, crc in zip(tensors, found, strict=True)}
 
 
 def _outside_experts(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -224,4 +218,4 @@ def _open_experts(checkpoint: Checkpoint) -> Iterable[tuple[int, Expert]]:
 
 def wrote_into(names: Sequence[str]) -> str:
     """Say in words that a plugin wrote into tensors."""
-    return f"wrote into a tensor of its input: {', '.join(names[:3])}{', …' * (len(names) > 3)}"
+    return f"wrote into a tensor of its input: {listed(names, 3)}"

@@ -6,7 +6,6 @@ JSON schema. In text, a list is ``[1,3,8-15]`` and a value that holds a comma or
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from vraxion_ckpt.errors import OptionError, PluginError, StorageError, UsageError
 from vraxion_ckpt.plugins.plugin_calls import defect, distribution_of, plugin_call
+from vraxion_ckpt.support.model_errors import Refusal, refusals
 
 _MOST_LISTED = 10_000_000  # a range in a list is expanded: [0-99999999999] must not be
 
@@ -38,7 +38,7 @@ class Plugin(BaseModel):
         return (cls.__doc__ or "").strip().split("\n", 1)[0]
 
 
-P = TypeVar("P", bound=Plugin)
+_P = TypeVar("_P", bound=Plugin)
 
 
 def calling(plugin: Plugin | type[Plugin]) -> AbstractContextManager[None]:
@@ -86,7 +86,7 @@ def expand_ranges(value: Any) -> Any:
 IntList = Annotated[tuple[int, ...], BeforeValidator(expand_ranges)]
 
 
-def parse(text: str) -> tuple[str, dict[str, str]]:
+def parse_call(text: str) -> tuple[str, dict[str, str]]:
     """Split ``NAME:key=value,key=value`` into the name and its options, still as text.
 
     Raises:
@@ -127,7 +127,7 @@ def _split_at_commas(text: str, whole: str) -> list[str]:
     return [item for item in [*items, current] if item.strip()]
 
 
-def configure(plugin: type[P], options: Mapping[str, Any]) -> P:
+def configure(plugin: type[_P], options: Mapping[str, Any]) -> _P:
     """Validate options and return the configured plugin.
 
     Raises:
@@ -146,11 +146,11 @@ def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tupl
     try:
         _validated(plugin, options)
     except ValidationError as error:
-        return [_explain(plugin, problem) for problem in error.errors(include_url=False)]
+        return [_explain(refusal) for refusal in refusals(error, plugin, "option")]
     return []
 
 
-def _validated(plugin: type[P], options: Mapping[str, Any]) -> P:
+def _validated(plugin: type[_P], options: Mapping[str, Any]) -> _P:
     """Run a plugin's validators; what pydantic collects passes as it is."""
     refused = None
     try:
@@ -164,19 +164,14 @@ def _validated(plugin: type[P], options: Mapping[str, Any]) -> P:
     raise refused
 
 
-def _explain(plugin: type[Plugin], problem: Any) -> tuple[str, str]:
-    key = ".".join(str(part) for part in problem["loc"])
-    option = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, plugin.model_fields, n=1)
-        known = ", ".join(plugin.model_fields) or "none"
-        what = f"unknown option {key!r}" + (f", did you mean {near[0]!r}?" if near else f" (options: {known})")
-        return option, what
-    if problem["type"] == "missing":
-        return option, f"option {key!r} is required"
-    given = problem.get("input")
-    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
-    return option, f"option {key!r}: {reason[:1].lower()}{reason[1:]}, not {given!r}" if key else reason
+def _explain(refusal: Refusal) -> tuple[str, str]:
+    option = str(refusal.place[0]) if refusal.place else ""
+    if refusal.kind == "extra_forbidden" or not refusal.place:
+        return option, refusal.what
+    if refusal.kind == "missing":
+        return option, f"option {refusal.key!r} is required"
+    given = "" if refusal.kind == "value_error" else f", not {refusal.given!r}"  # a validator's text has what it needs
+    return option, f"option {refusal.key!r}: {refusal.what}{given}"
 
 
 def resolved(plugin: Plugin) -> dict[str, Any]:

@@ -122,11 +122,11 @@ def output_to_stderr() -> Iterator[None]:
     if getattr(_thread, "redirected", False):
         yield
         return
-    with signals.put_off():  # a signal must not come between the two halves of a redirection
+    with signals.deferred():  # a signal must not come between the two halves of a redirection
         _begin()
         _thread.redirected = True
         try:
-            with signals.stoppable():
+            with signals.interruptible():
                 yield
         finally:
             _thread.redirected = False

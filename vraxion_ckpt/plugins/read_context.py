@@ -42,7 +42,7 @@ class ReadContext:
         Raises:
             SourceError: the file is damaged, unsafe or not supported.
         """
-        return torch_file.load(path, self.sources, self.allow_globals)
+        return torch_file.load_torch_file(path, self.sources, self.allow_globals)
 
     def load_safetensors(
         self, path: Path, header: safetensors_file.Header | None = None
@@ -59,8 +59,8 @@ class ReadContext:
         Raises:
             SourceError: the file is damaged or not supported.
         """
-        found = header if header is not None else safetensors_file.check(path)
-        return safetensors_file.load(path, found, self.sources), dict(found.metadata)
+        found = header if header is not None else safetensors_file.check_safetensors(path)
+        return safetensors_file.load_safetensors(path, found, self.sources), dict(found.metadata)
 
     def load_json(self, path: Path) -> Any:
         """Read a JSON file strictly.
@@ -69,7 +69,7 @@ class ReadContext:
             SourceError: it is not a regular file, too large, or not JSON.
         """
         self.register(path)
-        return json_files.load(path)
+        return json_files.load_json(path)
 
     def open(self, path: Path) -> BinaryIO:
         """Open a regular file for reading, in binary mode.

@@ -33,6 +33,7 @@ from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapter
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
+from vraxion_ckpt.wording import listed
 
 PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
@@ -70,7 +71,7 @@ def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy =
         return checkpoint.with_optimizer(None)
     try:
         bound = binding.bind(checkpoint, options.param_names, options.optimizer_order)
-        return placement.completed(bound) if optimizer == "complete" else bound
+        return placement.with_missing_parameters(bound) if optimizer == "complete" else bound
     except (BindingError, SourceError) as error:
         error.path = error.path or checkpoint.origin.path
         raise
@@ -83,11 +84,12 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
         with os_errors_named(path):
             adapter = detect_source(place, options.from_)
             check_allowed(adapter, options.allow_globals)
-            checkpoint = adapter_calls.read(adapter, place, options.allow_globals)
-        refuse(InconsistentError, invariants.findings(checkpoint), place)
+            checkpoint = adapter_calls.call_read(adapter, place, options.allow_globals)
+        refuse(InconsistentError, invariants.invariant_findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
-            error.hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
+            hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
+            raise error.with_facts(hint=hint) from error.__cause__
         raise
     if was_interrupted(Path(os.path.realpath(place))):
         message = f"{place}: an edit of it was interrupted; {_how_to_settle(place)}"
@@ -192,6 +194,6 @@ def os_errors_named(*paths: PathLike) -> Iterator[None]:
 
 def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:
     """Raise `error` with the first few findings, if there is any."""
-    listed = list(islice(findings, 20))
-    if listed:
-        raise error("; ".join(listed[:3]) + (f"; and {len(listed) - 3} more" if listed[3:] else ""), path=path)
+    found = list(islice(findings, 20))
+    if found:
+        raise error(listed(found, 3, "; "), path=path)

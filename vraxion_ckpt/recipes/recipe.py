@@ -19,30 +19,23 @@ from vraxion_ckpt.checkpoint.model import Record
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import LossPolicy, chain_policy
-from vraxion_ckpt.errors import CkptError, UsageError
+from vraxion_ckpt.errors import CkptError, OptionError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
 from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike
 from vraxion_ckpt.reading.read_options import ReadOptions
-from vraxion_ckpt.recipes.variables import Filling, nearest
+from vraxion_ckpt.recipes.variables import Filling
 from vraxion_ckpt.support.json_models import Facts
+from vraxion_ckpt.support.model_errors import Refusal, refusals
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, load
+from vraxion_ckpt.wording import count, listed
 
 _T = TypeVar("_T")
 
-SCHEMA = "vraxion-ckpt/recipe/1"
+RECIPE_SCHEMA = "vraxion-ckpt/recipe/1"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-# What pydantic says, for people who write recipes.
-_WORDS = {
-    "string_type": "must be a text",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-}
 _MOST_TOLD = 100  # of what is wrong with a recipe
 _MOST_NUMBERS = 10_000_000  # in the lists of all steps: a range of ten letters may stand for as many
 
@@ -166,7 +159,7 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
         )
         for output in outputs
     )
-    summary = f"recipe {place.name}: {len(chain)} steps, {len(targets)} target{'s' * (len(targets) != 1)}"
+    summary = f"recipe {place.name}: {count(len(chain), 'step')}, {count(len(targets), 'target')}"
     options = {"recipe": place.name, **{key: filled[key] for key in filled if key != "schema"}}
     record = Record("run", options, "vraxion-ckpt", __version__, Path(source.path).name, summary)
     return Ready(place, source, chain, targets, record, recipe.result_order, recipe.companions)
@@ -219,30 +212,24 @@ def _validated(yaml: Yaml, filled: dict[str, Any], problems: list[Problem]) -> R
     try:
         return Recipe.model_validate(filled)
     except ValidationError as error:
-        found = (_from_pydantic(yaml, problem) for problem in error.errors(include_url=False))
+        found = (_from_refusal(yaml, refusal) for refusal in refusals(error, Recipe))
         problems += [problem for problem in found if problem is not None]
         return None
 
 
-def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
+def _from_refusal(yaml: Yaml, refusal: Refusal) -> Problem | None:
     # Where a text or a mapping may stand, pydantic names which it took it for; that is no place in the file.
-    place = tuple(part for part in found["loc"] if part not in ("text", "entry"))
-    kind = found["type"]
-    message = _WORDS.get(kind, found["msg"].removeprefix("Value error, ").removeprefix("Input "))
-    if kind == "extra_forbidden":
-        entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output}
-        fields = entries.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
-        names = {field.alias or name: None for name, field in fields.model_fields.items()}
-        message = f"is not known{nearest(str(place[-1]), names)}"
-    elif kind == "string_type" and place in (("source",), ("targets", place[-1])):
-        message += ", or a mapping with `path`"
-    elif kind == "missing":
-        message = "is required" + ("; to change a checkpoint in place, use `edit`" if place == ("targets",) else "")
-    elif kind == "too_short":
+    place = tuple(part for part in refusal.place if part not in ("text", "entry"))
+    what = refusal.what
+    if refusal.kind == "string_type" and place in (("source",), ("targets", place[-1])):
+        what = "must be a text, or a mapping with `path`"
+    elif refusal.kind == "missing" and place == ("targets",):
+        what = "is required; to change a checkpoint in place, use `edit`"
+    elif refusal.kind == "too_short":
         if yaml.value.get("targets"):
             return None  # there are some, and what is wrong with them is told
-        message = "must name at least one; to change a checkpoint in place, use `edit`"
-    return Problem(place, message, yaml.line(place))
+        what = "must name at least one; to change a checkpoint in place, use `edit`"
+    return Problem(place, what, yaml.line(place))
 
 
 def _checked_chain(yaml: Yaml, chain: Any, problems: list[Problem]) -> tuple[TransformLike, ...]:
@@ -301,7 +288,7 @@ def _attempt(resolve: Callable[[], _T], place: Place, yaml: Yaml, problems: list
     try:
         return resolve()
     except CkptError as error:
-        hint = f" ({error.hint})" if error.hint and "describe" not in error.hint else ""
+        hint = f" ({error.hint})" if error.hint and not isinstance(error, OptionError) else ""
         problems.append(Problem(place, f"{error.message}{hint}", yaml.line(place)))
     return None
 
@@ -320,10 +307,8 @@ def _check_formats(yaml: Yaml, filled: Mapping[str, Any], problems: list[Problem
 def _listed(path: Path, problems: Sequence[Problem]) -> str:
     unique = list(dict.fromkeys(problems))
     ordered = sorted(unique, key=lambda problem: problem.line or 0)
-    number = "1 thing is" if len(ordered) == 1 else f"{len(ordered)} things are"
-    told = [f"  {problem}" for problem in ordered[:_MOST_TOLD]]
-    more = [f"  and {len(ordered) - _MOST_TOLD} more"] if ordered[_MOST_TOLD:] else []
-    return "\n".join([f"{path}: {number} wrong with it", *told, *more])
+    told = listed(ordered, _MOST_TOLD, "\n  ")
+    return f"{path}: {count(len(ordered), 'problem')}\n  {told}"
 
 
 # --- the schema ---
@@ -348,7 +333,7 @@ def json_schema() -> dict[str, Any]:
                 {"type": "object", "properties": {name: options}, "required": [name], "additionalProperties": False}
             )
     schema["properties"]["chain"]["items"] = {"anyOf": steps}
-    return {"$schema": _DIALECT, "$id": SCHEMA, **schema}
+    return {"$schema": _DIALECT, "$id": RECIPE_SCHEMA, **schema}
 
 
 _VARIABLE_SCHEMA = {"type": "string", "pattern": r"\$\{", "description": "a variable"}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vraxion_ckpt.errors import UsageError
-from vraxion_ckpt.plugins.options import parse
+from vraxion_ckpt.plugins.options import parse_call
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, scalar
+from vraxion_ckpt.wording import did_you_mean
 
 _VARIABLE = re.compile(r"\$\$(?=\{)|\$\{([^}]*)(\})?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -63,7 +63,8 @@ class Filling:
         self._yaml.problems.append(Problem(place, what, line))
 
     def _nearest(self, name: str, names: Mapping[str, Any]) -> str:
-        return nearest(name, names) if len(self._yaml.problems) < _MOST_PROBLEMS else ""
+        near = did_you_mean(name, names) if len(self._yaml.problems) < _MOST_PROBLEMS else ""
+        return f", {near}" if near else ""
 
     def _fits(self, name: str, text: str | None, place: Place) -> bool:
         """Count the text of a variable where it is used; note the first that is too much."""
@@ -155,7 +156,7 @@ class Filling:
     def _fill_step(self, text: str, place: Place) -> Any:
         """Fill in each option by itself: a comma in a variable begins no further one."""
         try:
-            name, options = parse(text)
+            name, options = parse_call(text)
         except UsageError as error:
             self._note(place, error.message)
             return text
@@ -187,9 +188,3 @@ def _is_utf8_without_nul(text: str) -> bool:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
         return False
-
-
-def nearest(name: str, names: Mapping[str, Any]) -> str:
-    """Return what name was probably meant, as the end of a message; empty if none is near."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

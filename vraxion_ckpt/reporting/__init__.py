@@ -17,13 +17,13 @@ from typing import ClassVar, Unpack
 
 from vraxion_ckpt.analysis.changes import Difference
 from vraxion_ckpt.analysis.difference import diff_checkpoints
-from vraxion_ckpt.analysis.expert_load import signs_of_life
+from vraxion_ckpt.analysis.expert_load import expert_loads
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Weights
-from vraxion_ckpt.checkpoint.visits import load as load_visits
+from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.commit.staging import check_target
 from vraxion_ckpt.conversion.stage_results import Staging, stage_side_files
-from vraxion_ckpt.conversion.targets import Beside, check_apart, check_inputs, check_several, formats_named
+from vraxion_ckpt.conversion.targets import SideTarget, check_apart, check_inputs, check_several, formats_named
 from vraxion_ckpt.errors import CkptWarning, UsageError, memory_errors
 from vraxion_ckpt.reading.opening import PathLike, os_errors_named, read_unbound
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
@@ -83,8 +83,8 @@ def report(
             _say_if_denied(Path(place), kind, own)
     _require("plotly", "report", page)
     _require("matplotlib", "png", picture)
-    with signals.put_off(), os_errors_named(path, *given), ExitStack() as stack:
-        with signals.stoppable():
+    with signals.deferred(), os_errors_named(path, *given), ExitStack() as stack:
+        with signals.interruptible():
             places = [Path(os.path.realpath(place)) for place in given]
             check_several(places)
             counted = [Path(os.path.realpath(file)) for file in (visits, visits_after) if file is not None]
@@ -107,8 +107,8 @@ def report(
                 one.sources.verify()
                 one.sources.check_unchanged()
             contents = {Path(place): content for place, content in drawn.items()}
-            besides = [Beside(place, replace) for place, replace in zip(places, there, strict=True)]
-            staging = Staging(sides=stage_side_files(stack, contents, besides))
+            side_targets = [SideTarget(place, replace) for place, replace in zip(places, there, strict=True)]
+            staging = Staging(sides=stage_side_files(stack, contents, side_targets))
         with staging.as_one():
             for stage in staging.sides:
                 stage.publish()
@@ -144,7 +144,7 @@ def _gathered(
     visits_after: PathLike | None,
     difference: Difference | None,
 ) -> Subject:
-    signs = signs_of_life(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
+    signs = expert_loads(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
     counted: list[Weights | None] = [None, None]
     if signs is not None and checkpoint.router_map is not None:
         length = len(checkpoint.router_map)

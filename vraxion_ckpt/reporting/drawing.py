@@ -10,7 +10,7 @@ import numpy as np
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.ring import Ints, Weights
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
-from vraxion_ckpt.reporting.words import addresses, experts
+from vraxion_ckpt.wording import count
 
 # Colours that people with any kind of colour vision can tell apart, on white and on near-black (after Okabe and Ito).
 _STRONG = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c7a00", "#7a5bb5", "#4d9221", "#999999")
@@ -182,7 +182,9 @@ def hover(part: Sector, ring_len: int) -> str:
     """Tell whose a part of a ring is, and which part."""
     if part.owners == 1:
         return f"expert {part.owner}<br>{span(part.start, part.length, ring_len)}"
-    among = f"expert {part.owner}, of {part.owners:,} experts here, owns {part.owned:,} of {addresses(part.length)}"
+    among = (
+        f"expert {part.owner}, of {part.owners:,} experts here, owns {part.owned:,} of {count(part.length, 'address')}"
+    )
     return f"{among}<br>{span(part.start, part.length, ring_len)}"
 
 
@@ -202,10 +204,10 @@ def span(start: int, length: int, ring_len: int) -> str:
 def caption(one: Ring, hot: Hot | None) -> str:
     """Tell a ring's main facts."""
     number = number_of_arcs(one.owners)
-    told = [f"{addresses(len(one.owners))} in {number:,} arc{'s' * (number != 1)} of one owner"]
+    told = [f"{count(len(one.owners), 'address')} in {count(number, 'arc')} of one owner"]
     if number > _MOST_SECTORS:
         told[0] += f", drawn as {_MOST_SECTORS:,} equal parts, whose colours are as frequent as what their owners own"
-    told.append(experts(one.num_experts))
+    told.append(count(one.num_experts, "expert"))
     if hot is not None and hot.arc.ring_len == len(one.owners):
         longer = ", marked longer than it is" if hot.arc.length * 360 < _SHORTEST_MARK * hot.arc.ring_len else ""
         told.append(f"{given_away(hot)}{longer}")

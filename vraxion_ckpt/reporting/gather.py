@@ -13,12 +13,13 @@ from torch import Tensor
 from vraxion_ckpt.analysis.changes import Difference, Flow
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.load_balance import Signs
+from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Record
-from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces
 from vraxion_ckpt.checkpoint.ring import Arc, Ints, Weights
-from vraxion_ckpt.reporting.words import addresses, experts, percent
+from vraxion_ckpt.reporting.words import percent
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.wording import count
 
 # A matrix of more is no picture any more.
 MOST_COMPARED = 64
@@ -83,7 +84,7 @@ class Subject:
     headline: str
     rings: Sequence[Ring]
     hot: Hot | None
-    signs: Signs | None
+    signs: ExpertLoads | None
     shares: Mapping[str, Sequence[float]]
     shares_of: str
     alike: Alike | None
@@ -96,7 +97,7 @@ class Subject:
 def gather(
     checkpoint: Checkpoint,
     before: Checkpoint | None,
-    signs: Signs | None,
+    signs: ExpertLoads | None,
     visits: Weights | None,
     visits_after: Weights | None,
     difference: Difference | None,
@@ -166,7 +167,7 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
     return Hot(parent, child, tuple(addresses), ring.covering_arc(addresses, len(owners)))
 
 
-def _shares(rings: Sequence[Ring], signs: Signs | None) -> tuple[dict[str, Sequence[float]], str]:
+def _shares(rings: Sequence[Ring], signs: ExpertLoads | None) -> tuple[dict[str, Sequence[float]], str]:
     """Return each expert's share of the visits, or of the addresses where nothing was counted."""
     if signs is not None:
         # Where nothing was or is to be split, the load is simply that of now.
@@ -195,14 +196,14 @@ def _experts(checkpoint: Checkpoint) -> str:
     if checkpoint.head.kind is HeadKind.SINGLE:
         return "a single head"
     deleted = f", {len(checkpoint.head.deleted):,} of them deleted" if checkpoint.head.deleted else ""
-    return experts(checkpoint.num_experts) + deleted
+    return count(checkpoint.num_experts, "expert") + deleted
 
 
 def _headline(
     checkpoint: Checkpoint,
     before: Checkpoint | None,
     hot: Hot | None,
-    signs: Signs | None,
+    signs: ExpertLoads | None,
     difference: Difference | None,
 ) -> str:
     told = []
@@ -212,13 +213,13 @@ def _headline(
         if before.head is not checkpoint.head:
             told.append(f"{_experts(before)} → {_experts(checkpoint)}")
     elif before.num_experts != checkpoint.num_experts:
-        told.append(f"{before.num_experts:,} → {experts(checkpoint.num_experts)}")
+        told.append(f"{before.num_experts:,} → {count(checkpoint.num_experts, 'expert')}")
     if difference is not None and difference.ring is not None:
         told.append(_moved(difference.ring.flows))
     elif hot is not None and hot.child is not None:
-        told.append(f"{addresses(len(hot.addresses))} went from expert {hot.parent} to expert {hot.child}")
+        told.append(f"{count(len(hot.addresses), 'address')} went from expert {hot.parent} to expert {hot.child}")
     if hot is not None and hot.child is None:
-        told.append(f"a split is planned: expert {hot.parent} gives up {addresses(len(hot.addresses))}")
+        told.append(f"a split is planned: expert {hot.parent} gives up {count(len(hot.addresses), 'address')}")
     if before is not None and difference is not None and difference.ring is None:
         told.append(_unmoved(before, checkpoint))
     if signs is not None and signs.before is not None:
@@ -232,9 +233,9 @@ def _headline(
 def _moved(flows: Sequence[Flow]) -> str:
     """Tell which addresses have gone from where to where; of many such flows, only how many addresses."""
     if len(flows) > _MOST_FLOWS:
-        return f"{addresses(sum(flow.addresses for flow in flows))} have another owner"
+        return f"{count(sum(flow.addresses for flow in flows), 'address')} have another owner"
     first, *others = flows
-    told = [f"{addresses(first.addresses)} went from expert {first.before} to expert {first.after}"]
+    told = [f"{count(first.addresses, 'address')} went from expert {first.before} to expert {first.after}"]
     return ", ".join(told + [f"{one.addresses:,} from expert {one.before} to expert {one.after}" for one in others])
 
 
@@ -242,7 +243,7 @@ def _unmoved(before: Checkpoint, checkpoint: Checkpoint) -> str:
     lengths = [len(one.router_map) if one.router_map is not None and one.head else 0 for one in (before, checkpoint)]
     if lengths[0] == lengths[1]:
         return "no address has another owner" if lengths[0] else "there is no ring"
-    return " → ".join(addresses(length) if length else "no ring" for length in lengths)
+    return " → ".join(count(length, "address") if length else "no ring" for length in lengths)
 
 
 # --- experts ---
@@ -263,7 +264,7 @@ def _alike(checkpoint: Checkpoint, hot: Hot | None, shares: Mapping[str, Sequenc
     for place, i in enumerate(ids):
         kind = sorted((leaf, tuple(tensor.shape), tensor.is_complex()) for leaf, tensor in present[i].items())
         kinds.setdefault(tuple(kind), []).append(place)
-    with progress.bar("comparing experts", len(ids), "experts") as count:
+    with progress.progress_bar("comparing experts", len(ids), "experts") as count:
         for places in kinds.values():
             products = _products([present[ids[place]] for place in places])
             found = np.sqrt(products.diagonal())
@@ -278,9 +279,8 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
     """Return the scalar products of experts of one shape, each taken as one vector; a piece at a time, in float64."""
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for leaf in experts[0]:
-        flat = [expert[leaf].detach().reshape(-1) for expert in experts]
-        for start in range(0, len(flat[0]), _PIECE):
-            rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
+        for pieces in in_pieces(*(expert[leaf] for expert in experts), size=_PIECE):
+            rows = torch.stack([_as_reals(piece) for piece in pieces])
             total += rows @ rows.T
     found: NDArray[np.float64] = total.numpy()
     return np.where(np.isfinite(found), found, np.nan)

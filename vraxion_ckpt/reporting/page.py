@@ -16,11 +16,11 @@ from vraxion_ckpt.printable import printable
 from vraxion_ckpt.reporting.drawing import caption, largest, named_colours, palette
 from vraxion_ckpt.reporting.figures import Figure, norm_figure, ring_figure, share_figure, similarity_figure
 from vraxion_ckpt.reporting.gather import Alike, Subject
-from vraxion_ckpt.reporting.words import experts, percent
+from vraxion_ckpt.reporting.words import percent
+from vraxion_ckpt.wording import count, listed, numbered
 
 _MOST_ROWS = 12
 _MOST_CHANGES = 40
-_MOST_NAMED = 8
 # Nothing may be fetched, whatever a checkpoint holds.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -124,8 +124,8 @@ def _shares(subject: Subject, figures: dict[str, Figure]) -> list[str]:
     if not subject.shares:
         return []
     latest_name, latest = list(subject.shares.items())[-1]
-    top = ", ".join(f"expert {i} {percent(latest[i])}" for i in largest(latest, 3))
-    told = f"{latest_name}: {top}{', …' if len(latest) > 3 else ''}"
+    top = listed([f"expert {i} {percent(latest[i])}" for i in largest(latest, len(latest))], 3)
+    told = f"{latest_name}: {top}"
     figure = share_figure(subject.shares, subject.shares_of, subject.hot)
     parts = [_figure(figures, "shares", figure, "", told)]
     if subject.signs is not None:
@@ -150,7 +150,7 @@ def _alike(subject: Subject, figures: dict[str, Figure]) -> list[str]:
     if len(alike.ids) > 1:
         told = _told_of_cosines(subject, alike)
         drawn.insert(0, _figure(figures, "similarity", similarity_figure(alike), "similarity", told))
-    gone = f"Deleted, and without tensors: {_named(sorted(subject.deleted))}." if subject.deleted else ""
+    gone = f"Deleted, and without tensors: {numbered('expert', sorted(subject.deleted))}." if subject.deleted else ""
     return _section("Experts", f'<div class="pair">{"".join(drawn)}</div>', _note(gone) if gone else "")
 
 
@@ -164,7 +164,9 @@ def _told_of_norms(subject: Subject, alike: Alike) -> str:
         told.append(f"from {low:.4g} of expert {least} to {high:.4g} of expert {most}")
     odd = [i for i, norm in zip(alike.ids, alike.norms.tolist(), strict=True) if not isfinite(norm)]
     if odd:
-        told.append(f"not a number: {_named(odd)}, of which an entry is not finite, or cannot be calculated with")
+        told.append(
+            f"not a number: {numbered('expert', odd)}, of which an entry is not finite, or cannot be calculated with"
+        )
     return "; ".join(told)
 
 
@@ -194,13 +196,7 @@ def _scope(subject: Subject, alike: Alike) -> str:
     present = subject.num_experts - len(subject.deleted)
     if len(alike.ids) < present:
         return f"{len(alike.ids)} of {present:,} experts, those of the split and of the largest shares"
-    return experts(present)
-
-
-def _named(ids: Sequence[int]) -> str:
-    """Name experts, of many only the first ones."""
-    more = f" and {len(ids) - _MOST_NAMED:,} more" if len(ids) > _MOST_NAMED else ""
-    return f"expert{'s' * (len(ids) != 1)} {', '.join(map(str, ids[:_MOST_NAMED]))}{more}"
+    return count(present, "expert")
 
 
 def _lifecycle(subject: Subject) -> list[str]:

@@ -17,7 +17,7 @@ _LARGEST = 2**26  # bytes: rows of a hundred thousand experts, or the digests of
 _MOST_VALUES = 5_000_000  # an empty list of two letters takes sixty bytes of memory
 
 
-def load(path: Path, *, most: int = _LARGEST) -> Any:
+def load_json(path: Path, *, most: int = _LARGEST) -> Any:
     """Read a JSON file of at most `most` bytes.
 
     Raises:
@@ -28,17 +28,22 @@ def load(path: Path, *, most: int = _LARGEST) -> Any:
         StorageError: the file cannot be read.
     """
     try:
-        return loads(text_files.read_text(path, most=most), path)
+        return parse_json(text_files.read_text(path, most=most), path)
     except UnicodeDecodeError as error:
         raise CorruptError("is not UTF-8 text", path=path) from error
 
 
-def loads(text: str, path: Path | None = None) -> Any:
-    """Parse JSON text; `path` is named in errors.
+def parse_json(text: str | bytes, path: Path | None = None) -> Any:
+    """Parse JSON text, or its bytes; `path` is named in errors.
 
     Raises:
-        CkptError: as for `load`; LimitError also for more than five million values.
+        CkptError: as for `load_json`; LimitError also for more than five million values.
     """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptError("is not UTF-8 text", path=path) from error
     if sum(map(text.count, "[{,")) > _MOST_VALUES:
         raise LimitError(f"holds more than {_MOST_VALUES} values", path=path)
 
@@ -62,13 +67,14 @@ def loads(text: str, path: Path | None = None) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except json.JSONDecodeError as error:
-        raise CorruptError(f"is not JSON: {error}", path=path) from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CorruptError(f"is not JSON: {where}: {error.msg}", path=path) from error
     except ValueError as error:  # an integer of thousands of digits
-        raise InconsistentError(str(error), path=path) from error
+        raise InconsistentError("holds a whole number of thousands of digits", path=path) from error
     except RecursionError as error:
         raise LimitError("is nested too deeply", path=path) from error
 
 
-def dumps(value: Any) -> bytes:
+def dump_json(value: Any) -> bytes:
     """Write JSON as VRAXION's tools do: indented by two, keys in the order given."""
     return json.dumps(value, indent=2, allow_nan=False).encode()

@@ -11,7 +11,7 @@ _shown: list[str] = []
 
 
 @contextmanager
-def bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
+def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
     """Show how many of `total` bytes, or other units, are done; the function that is given counts them.
 
     Nothing is shown off a terminal, or before a second has passed, or within another bar; nothing stays afterwards.

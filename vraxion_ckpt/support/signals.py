@@ -2,8 +2,8 @@
 
 An exception that may come between any two instructions is no use to code that has to leave things tidy: it can come
 after a ``with`` block has ended and before what that has to do begins. So an operation that changes files is a
-`put_off` from its beginning to its end, and what takes long in it, and can be given up, is `stoppable`. Imports nothing
-of torch.
+`deferred` block from its beginning to its end, and what takes long in it, and can be given up, is `interruptible`.
+Imports nothing of torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _received: list[int] = []
 
 @dataclass(eq=False)
 class _Block:
-    """A `put_off` that is under way: what handled the signals before, and which have come."""
+    """A `deferred` block that is under way: what handled the signals before, and which have come."""
 
     usual: dict[int, Any] = field(default_factory=dict)
     caught: list[int] = field(default_factory=list)
@@ -61,14 +61,14 @@ def _raise(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def check() -> None:
+def raise_pending() -> None:
     """Raise again what was lost: Python prints and drops an exception that is raised while it cleans up an object."""
     if _received:
         raise Interrupted(_received[0])
 
 
 @contextmanager
-def put_off() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Put off signals to the end of a ``with`` block: what is in it is done, or fails, as a whole."""
     if not _signals_come():
         yield
@@ -89,8 +89,8 @@ def put_off() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Let signals through again, in a stretch of the innermost `put_off`; first of all what has come before it."""
+def interruptible() -> Iterator[None]:
+    """Let signals through again, in a stretch of the innermost `deferred`; first of all what has come before it."""
     if not _signals_come() or not _blocks:
         yield
         return
@@ -106,10 +106,10 @@ def stoppable() -> Iterator[None]:
             _handle(outside)
 
 
-def let_through() -> None:
-    """Be `stoppable` for a moment, if anything has come."""
+def deliver_pending() -> None:
+    """Let the signals through that have come, in a `deferred` block."""
     if _signals_come() and _blocks and _blocks[-1].caught:
-        with stoppable():
+        with interruptible():
             pass
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.conversion.convert import convert
 from vraxion_ckpt.conversion.edit import edit
 from vraxion_ckpt.errors import ChangedError, CkptError, CkptWarning, LossError, OptionError
@@ -88,10 +89,10 @@ class AdapterTests:
 
     def read_all(self, path: Path) -> Checkpoint:
         """Read a checkpoint as a conversion does: bound, all experts open, every checksum verified."""
-        found = binding.bind(adapter_calls.read(self.adapter, path))
+        found = binding.bind(adapter_calls.call_read(self.adapter, path))
         found.open_experts()
         found.sources.verify()
-        listed = list(invariants.findings(found))
+        listed = list(invariants.invariant_findings(found))
         assert not listed, f"reading accepts what is inconsistent: {listed}"
         return found
 
@@ -314,9 +315,5 @@ class AdapterTests:
 
 
 def _ties(checkpoint: Checkpoint) -> list[set[str]]:
-    """List the names of each model tensor that has more than one."""
-    places: dict[int, set[str]] = {}
-    for name, tensor in checkpoint.state_dict().items():
-        if tensor.numel():
-            places.setdefault(tensor.data_ptr(), set()).add(name)
-    return [names for names in places.values() if len(names) > 1]
+    """List the names of model tensors that share memory."""
+    return [{name for name, _ in group} for group in sharing(checkpoint.state_dict().items())]

@@ -22,6 +22,7 @@ from vraxion_ckpt.checkpoint.model import (
     ParamGroup,
     SplitPlan,
 )
+from vraxion_ckpt.checkpoint.shared_memory import without_tied
 from vraxion_ckpt.experts.surgery import rename_head
 
 RING = 12
@@ -310,12 +311,8 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
 
 @st.composite
 def _optimizers(draw: st.DrawFn, checkpoint: Checkpoint) -> Optimizer:
-    seen: set[int] = set()
-    params: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.state_dict().items():
-        if tensor.is_floating_point() and tensor.data_ptr() not in seen:  # of tied tensors, one is a parameter
-            params[name] = tensor
-            seen |= {tensor.data_ptr()} if tensor.numel() else set()
+    floating = ((name, tensor) for name, tensor in checkpoint.state_dict().items() if tensor.is_floating_point())
+    params = dict(without_tied(floating))  # of tied tensors, one is a parameter
     cut = draw(st.integers(0, len(params)))
     parts = [list(params)[:cut], list(params)[cut:]] if draw(st.booleans()) else [list(params)]
     named = draw(st.booleans())

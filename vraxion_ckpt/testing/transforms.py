@@ -18,7 +18,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.conversion.chain import apply_chain, effect_of
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, OptionError
 from vraxion_ckpt.optimizer import binding
-from vraxion_ckpt.optimizer.placement import lacking
+from vraxion_ckpt.optimizer.placement import missing_parameters
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import adapters
@@ -72,9 +72,9 @@ class TransformTests:
 
     def assert_sound(self, options: Mapping[str, Any], before: Checkpoint, after: Checkpoint) -> None:
         """Hold a result to what must be true after every chain."""
-        listed = [*invariants.findings(after), *invariants.sharing_findings(before, after)]
-        if not any(lacking(before)):
-            listed += lacking(after)
+        listed = [*invariants.invariant_findings(after), *invariants.sharing_findings(before, after)]
+        if not any(missing_parameters(before)):
+            listed += missing_parameters(after)
         assert not listed, "; ".join(listed)
         noise = effect_of(Step(configure(self.transform, options), "tests", "0")).noise
         preservation = invariants.preservation(before, after, noise)
@@ -103,7 +103,7 @@ class TransformTests:
             for name, adapter in _formats().items():
                 path = written(adapter, samples()[sample], tmp_path / f"{number}_{name}")
                 before = contents(path)
-                mapped = binding.bind(adapter_calls.read(adapter, path))
+                mapped = binding.bind(adapter_calls.call_read(adapter, path))
                 mapped.open_experts()
                 self.run(options, mapped)
                 mapped.sources.check_unchanged()
@@ -146,7 +146,7 @@ class TransformTests:
             after = self.run(options, samples()[sample])
             for name, adapter in _formats().items():
                 path = written(adapter, after, tmp_path / f"{number}_{name}")
-                found = binding.bind(adapter_calls.read(adapter, path))
+                found = binding.bind(adapter_calls.call_read(adapter, path))
                 assert not list(checkpoint_differences(adapter_calls.held(adapter, after), found)), f"as {name}"
 
     # --- calls that do not ---

@@ -39,12 +39,13 @@ from vraxion_ckpt.plugin_api import (
     ReadContext,
     StorageError,
     build_payload,
+    dump_json,
     hookimpl,
-    json_files,
+    listed,
     make_extras,
     origin_of,
     parse_payload,
-    progress,
+    progress_bar,
     recorded_dialect,
     router_dialect,
     split_head,
@@ -222,9 +223,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         tied = sorted(tied_across_files(checkpoint))
         lost = []
         if tied:
-            lost.append(
-                Loss(f"tied tensors {', '.join(tied[:3])}", "each shard is a file of its own, with its own copy")
-            )
+            lost.append(Loss(f"tied tensors {listed(tied, 3)}", "each shard is a file of its own, with its own copy"))
         if checkpoint.head and list(checkpoint.head.experts) != sorted(checkpoint.head.experts):
             lost.append(Loss("the experts' order in the state dict", "shards have none but that of their ids"))
         return lost
@@ -244,7 +243,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         except OSError as error:
             raise StorageError.from_os_error(error, path) from error
         files = self.output_files(checkpoint)
-        with progress.bar("writing", len(files), "files") if len(files) > _MANY else nullcontext(_uncounted) as count:
+        with progress_bar("writing", len(files), "files") if len(files) > _MANY else nullcontext(_uncounted) as count:
             for name, file in files.items():
                 file.write(path / name)
                 count(1)
@@ -259,9 +258,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         if head is not None and head.kind is HeadKind.EXPERTS:
             for i, expert in head.experts.items():
                 files[f"experts/{shard_name(i)}"] = torch_output(expert, partial(content_of, expert))
-        files[META] = OutputFile(
-            meta, lambda path: write_new(path, json_files.dumps(meta)), lambda: len(json_files.dumps(meta))
-        )
+        files[META] = OutputFile(meta, lambda path: write_new(path, dump_json(meta)), lambda: len(dump_json(meta)))
         return files
 
     def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from vraxion_ckpt.plugin_api import (
     Origin,
     Parsed,
     ReadContext,
-    json_files,
+    count,
+    load_json,
+    numbered,
 )
 
 META = "experts/meta.json"
@@ -60,7 +62,7 @@ def read_meta(path: Path, context: ReadContext, parsed: Parsed) -> dict[str, Any
 
 def parse_meta(path: Path) -> dict[str, Any]:
     """Read meta.json, whatever it says."""
-    meta = json_files.load(path)
+    meta = load_json(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
         raise InconsistentError("must be an object with a list `experts`", path=path)
     return meta
@@ -106,7 +108,9 @@ def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, 
             raise InconsistentError(f"is a second row for expert {row['id']}", path=path, key=key)
         rows[row["id"]] = _row_from_json(row, path, key)
     if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
-        raise InconsistentError(f"has {len(rows)} rows for {num_experts} experts", path=path, key="experts")
+        raise InconsistentError(
+            f"has {count(len(rows), 'row')} for {count(num_experts, 'expert')}", path=path, key="experts"
+        )
     return dict(sorted(rows.items()))
 
 
@@ -182,17 +186,11 @@ def rows_of(
     collected = sorted(listed & head.experts.keys())
     if collected:
         message = (
-            f"{root / META}: lists {_numbered(collected)} as deleted, but the weights are there: "
+            f"{root / META}: lists {numbered('expert', collected)} as deleted, but the weights are there: "
             "read as live, as trainers do"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
     return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
-
-
-def _numbered(ids: Sequence[int]) -> str:
-    """Name experts by their ids; of many, only the first ones."""
-    more = f", … ({len(ids)} in all)" if len(ids) > _MOST_NAMED else ""
-    return f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:_MOST_NAMED]))}{more}"
 
 
 def is_without_rows(checkpoint: Checkpoint, dialect: MetaDialect) -> bool:

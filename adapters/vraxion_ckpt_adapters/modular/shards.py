@@ -22,11 +22,15 @@ from vraxion_ckpt.plugin_api import (
     OutputFile,
     ReadContext,
     StorageError,
+    fills_storage,
+    listed,
     named_tensors,
-    torch_file,
+    save_torch_file,
+    sharing,
+    torch_file_size,
+    unfit,
 )
 
-_MOST_NAMED = 8
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
 
 
@@ -70,7 +74,7 @@ def leftovers(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
 
 def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
     """Say which shards are not looked at, and why."""
-    names = ", ".join(map(shard_name, ids[:_MOST_NAMED])) + ", …" * (len(ids) > _MOST_NAMED)
+    names = listed([shard_name(expert) for expert in ids])
     message = (
         f"{root / 'experts'}: {names} {'are' if len(ids) > 1 else 'is'} left from an earlier save and ignored, "
         f"as trainers do, since {why}; edit keeps such files, convert leaves them out"
@@ -104,7 +108,7 @@ def content_of(expert: Expert) -> dict[str, Tensor]:
 
 def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
     """Return a file of torch.save whose value is made when it is needed."""
-    return OutputFile(content, lambda path: torch_file.save(value(), path), lambda: torch_file.size(value()))
+    return OutputFile(content, lambda path: save_torch_file(value(), path), lambda: torch_file_size(value()))
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
@@ -147,40 +151,32 @@ def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, P
 
 def check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
     """Refuse a shard that a loader would skip because it does not fit in where another one does."""
-    if odd := tensors.keys() ^ model.keys():
-        message = f"the shards of experts {other} and {expert} do not hold the same tensors: {', '.join(sorted(odd))}"
-        raise InconsistentError(message, path=path)
-    for leaf, tensor in tensors.items():
-        # Hidden widths differ between experts with inner layers; plain linear experts are all alike.
-        alike = tensor.ndim == model[leaf].ndim if "." in leaf else tensor.shape == model[leaf].shape
-        if not alike or tensor.dtype != model[leaf].dtype:
-            raise InconsistentError(
-                f"in the shard of expert {expert} it is {list(tensor.shape)} of {tensor.dtype}, "
-                f"in that of expert {other} {list(model[leaf].shape)} of {model[leaf].dtype}",
-                path=path,
-                key=leaf,
-            )
+    for leaf, what in unfit(tensors, model, (f"the shard of expert {expert}", f"that of expert {other}")):
+        raise InconsistentError(what, path=path, key=leaf)
 
 
 def tied_across_files(checkpoint: Checkpoint) -> set[str]:
-    """Name the experts' tensors that are the same memory as a tensor of another file."""
+    """Name the experts' tensors that share memory with a tensor of another file."""
     if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
         return set()
     slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    in_router = (tensor for _, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots]))
+    router: list[tuple[tuple[int | None, str], Tensor]] = [
+        ((None, name), tensor) for name, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots])
+    ]
     # Experts that were not opened come from files of their own.
-    owner: dict[int, int | None] = {tensor.data_ptr(): None for tensor in in_router if tensor.numel()}
-    tied: set[str] = set()
-    for i, expert in checkpoint.head.experts.items():
-        for leaf, tensor in expert.items() if expert.is_open else ():
-            if tensor.numel() and owner.setdefault(tensor.data_ptr(), i) != i:
-                tied.add(checkpoint.head.prefix(i) + leaf)
-    return tied
+    opened = [(i, expert) for i, expert in checkpoint.head.experts.items() if expert.is_open]
+    experts = [((i, checkpoint.head.prefix(i) + leaf), t) for i, expert in opened for leaf, t in expert.items()]
+    return {
+        name
+        for (((first, _), _), *others) in sharing([*router, *experts])
+        for (owner, name), _ in others
+        if owner != first
+    }
 
 
 def _compact(tensor: Tensor) -> Tensor:
     """Return a tensor whose storage holds nothing else: torch.save writes whole storages."""
-    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+    if fills_storage(tensor):
         return tensor
     copy = tensor.detach().clone()
     return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy

@@ -21,9 +21,10 @@ from vraxion_ckpt.plugin_api import (
     InconsistentError,
     ReadContext,
     StorageError,
-    document,
+    dump_document,
+    dump_json,
     hookimpl,
-    json_files,
+    load_document,
     write_new,
 )
 
@@ -56,14 +57,14 @@ class NpyAdapter(Adapter):
     def read(self, path: Path, context: ReadContext) -> Checkpoint:
         manifest = _read_manifest(path / MANIFEST, context)
         tensors = {name: _read_tensor(path / file, context) for name, file in manifest["files"].items()}
-        return document.load(tensors, manifest["document"], path, self.name)
+        return load_document(tensors, manifest["document"], path, self.name)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        tensors, facts = document.dump(checkpoint, DTYPES, is_name=_is_name)
+        tensors, facts = dump_document(checkpoint, DTYPES, is_name=_is_name)
         files = {name: f"{number:05d}.npy" for number, name in enumerate(tensors)}
         for name, tensor in tensors.items():
             _write_tensor(tensor, path / files[name])
-        write_new(path / MANIFEST, json_files.dumps({"format": "npy", "version": 1, "files": files, "document": facts}))
+        write_new(path / MANIFEST, dump_json({"format": "npy", "version": 1, "files": files, "document": facts}))
 
     def foreign_files(self, path: Path) -> list[Path]:
         known = {MANIFEST}

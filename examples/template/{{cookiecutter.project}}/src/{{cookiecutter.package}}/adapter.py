@@ -17,9 +17,11 @@ from vraxion_ckpt.plugin_api import (
     InconsistentError,
     ReadContext,
     StorageError,
-    document,
+    document_text,
+    dump_document,
     hookimpl,
-    json_files,
+    load_document,
+    parse_json,
 )
 
 DOCUMENT = "document"
@@ -54,17 +56,17 @@ class FormatAdapter(Adapter):
         if DOCUMENT not in arrays:
             raise InconsistentError("has no document", path=path)
         text = arrays.pop(DOCUMENT).tobytes().decode(errors="replace")
-        facts = json_files.loads(text, path)
+        facts = parse_json(text, path)
         if not isinstance(facts, dict) or facts.keys() != {"names", "document"} or not isinstance(facts["names"], list):
             raise InconsistentError("its document is none of ours", path=path)
         if list(arrays) != [str(number) for number in range(len(facts["names"]))]:
             raise InconsistentError("does not hold the arrays that its document names", path=path)
         tensors = dict(zip(map(str, facts["names"]), map(torch.from_numpy, arrays.values()), strict=True))
-        return document.load(tensors, facts["document"], path, self.name)
+        return load_document(tensors, facts["document"], path, self.name)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        tensors, facts = document.dump(checkpoint, DTYPES, is_name=str.isprintable)
-        text = document.dumps({"names": list(tensors), "document": facts})
+        tensors, facts = dump_document(checkpoint, DTYPES, is_name=str.isprintable)
+        text = document_text({"names": list(tensors), "document": facts})
         arrays = {
             str(number): tensor.detach().resolve_neg().contiguous().numpy()
             for number, tensor in enumerate(tensors.values())
