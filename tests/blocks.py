@@ -93,7 +93,7 @@ class Clone:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder / "vraxion-ckpt"
+        self.root = folder / "clone"
         shutil.copytree(ROOT, self.root, ignore=_NO_CLONE)
         environment = folder / "environment"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
