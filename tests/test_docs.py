@@ -70,14 +70,13 @@ def test_no_two_pages_write_into_the_same_folder_or_file():
 
 
 def test_the_suite_beside_the_transform_notices_a_careless_one():
-    page = (DOCS / "howto" / "write_a_transform.md").read_text()
+    page = (DOCS / "reference" / "hooks.md").read_text()
     files = {block.file: block for block in blocks(page) if block.file}
-    (suite,) = [block for block in blocks(page) if block.is_run and "test_forget.py" in block.text]
-    kept = "optimizer.state.pop(head.prefix(self.expert) + leaf, None)"
+    (suite,) = [block for block in blocks(page) if block.is_run and "test_scale.py" in block.text]
     with clone() as fresh:
         for name, block in files.items():
-            careless = block.text.replace(kept, "head.experts[self.expert][leaf].mul_(2)")
-            assert (careless != block.text) == (name == "my_package/forget.py")
+            careless = block.text.replace("{leaf: t * self.factor", "{leaf: t.mul_(self.factor)")
+            assert (careless != block.text) == (name == "my_package/scale.py")
             (fresh.root / name).parent.mkdir(exist_ok=True)
             (fresh.root / name).write_text(careless)
         code, printed = fresh.run(suite)
