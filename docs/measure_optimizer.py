@@ -1,4 +1,4 @@
-"""Measure what goes wrong when a model grows and its optimizer's state does not grow with it.
+"""Measure what goes wrong if a model grows and its optimizer's state does not.
 
 Prints the two tables of docs/explanation/optimizer.md.
 """
@@ -21,7 +21,7 @@ State = dict[str, torch.Tensor]
 
 
 def train(model: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Fit labels that are right four times out of five, so that the gradient stays noisy."""
+    """Fit labels of which a fifth are random, so that the gradient stays noisy."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(32, 16, generator=generator, dtype=torch.float64)
@@ -33,7 +33,7 @@ def train(model: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def first_update(parent: nn.Linear, state: State) -> float:
-    """Return how far a clone's weights move in its first step, on average, in learning rates."""
+    """Return how far a clone's weights move in its first step: the mean, in learning rates."""
     moved = []
     for batch in range(STEPS, STEPS + 50):
         clone = copy.deepcopy(parent)
@@ -46,7 +46,7 @@ def first_update(parent: nn.Linear, state: State) -> float:
 
 
 def print_first_updates() -> None:
-    """Train a parent, clone it in each way, and print what the clone's first step is."""
+    """Train a parent, clone it in each way, and print the clone's first step."""
     torch.manual_seed(0)
     parent = nn.Linear(16, 4, dtype=torch.float64)
     optimizer = torch.optim.Adam(parent.parameters(), lr=LEARNING_RATE)
@@ -66,7 +66,7 @@ def print_first_updates() -> None:
         print(f"| {way} | {first_update(parent, state):.2f} |")
 
 
-# --- what torch says about a state that does not fit ---
+# --- what torch does with mismatched state ---
 
 
 def trained(*shapes: tuple[int, ...]) -> tuple[list[nn.Parameter], torch.optim.Adam]:
@@ -85,7 +85,7 @@ def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> No
 
 
 def outcome(attempt: Callable[[], object], otherwise: str) -> str:
-    """Return the error that an attempt ends with, or how it goes otherwise."""
+    """Return the error that an attempt raises, or a text if it raises none."""
     try:
         attempt()
     except (ValueError, RuntimeError) as error:
@@ -104,9 +104,9 @@ def other_order() -> tuple[str, str]:
     """Load the state of two parameters, a and b, into an optimizer of b and a."""
     (a, b), old = trained((3,), (3,))
     new = torch.optim.Adam([b, a])
-    loaded = outcome(lambda: new.load_state_dict(old.state_dict()), "loads without a word")
+    loaded = outcome(lambda: new.load_state_dict(old.state_dict()), "loads without an error")
     whose = "the other's" if torch.equal(new.state[b]["exp_avg"], old.state[a]["exp_avg"]) else "its own"
-    stepped = outcome(lambda: step([b, a], new), "steps without a word")
+    stepped = outcome(lambda: step([b, a], new), "steps without an error")
     return loaded, f"{stepped}, each parameter with {whose} moments"
 
 
@@ -114,12 +114,12 @@ def wrong_shape() -> tuple[str, str]:
     """Load the state of a parameter into an optimizer of one of another shape."""
     _, old = trained((3,))
     parameters, new = trained((4,))
-    loaded = outcome(lambda: new.load_state_dict(old.state_dict()), "loads without a word")
+    loaded = outcome(lambda: new.load_state_dict(old.state_dict()), "loads without an error")
     return loaded, outcome(lambda: step(parameters, new), "steps")
 
 
 def shared() -> tuple[str, str]:
-    """Let a clone's state be its parent's tensors, save, load, and take a step."""
+    """Share the parent's tensors with a clone's state, save, load, and take a step."""
     _, old = trained((3,))
     saved: dict[str, Any] = old.state_dict()
     saved["state"][1] = dict(saved["state"][0])
@@ -128,30 +128,30 @@ def shared() -> tuple[str, str]:
     torch.save(saved, file)
     file.seek(0)
     parameters, new = trained((3,), (3,))
-    loaded = outcome(lambda: new.load_state_dict(torch.load(file)), "loads without a word")
+    loaded = outcome(lambda: new.load_state_dict(torch.load(file)), "loads without an error")
     step(parameters, new)
     parent, child = (new.state[parameter] for parameter in parameters)
     one = parent["exp_avg"].data_ptr() == child["exp_avg"].data_ptr()
     counted = int(parent["step"]) - 1
-    return loaded, f"counts {counted} steps for one; {'both have the same' if one else 'each has its own'} `exp_avg`"
+    return loaded, f"counts {counted} steps instead of 1; {'both share one' if one else 'each has its own'} `exp_avg`"
 
 
 def print_what_torch_does() -> None:
-    """Print how loading and the first step go."""
+    """Print the outcome of loading and of the first step."""
     cases = {
-        "a parameter more in the model than in the state": added,
+        "one parameter fewer than the model": added,
         "as many parameters, in another order": other_order,
         "a parameter of another shape": wrong_shape,
         "a clone whose state shares storage with its parent's": shared,
     }
-    print("| the state is of | `load_state_dict` | the first `step` |")
+    print("| the state belongs to | `load_state_dict` | the first `step` |")
     print("|---|---|---|")
     for case, measure in cases.items():
         print(f"| {case} | {' | '.join(measure())} |")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # it is all small
+    torch.set_num_threads(1)  # the models are small
     print_first_updates()
     print()
     print_what_torch_does()

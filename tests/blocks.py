@@ -1,19 +1,20 @@
-"""The blocks of the README and of the manual, run as a reader runs them: copied in order into a fresh clone.
+"""Run the blocks of the README and of the manual as a reader would: copied in order into a fresh clone.
 
-What a page may say, and what it means:
+What a page may contain:
 
-* A ``sh`` block is run by bash and a ``python`` block by Python, each by itself, in the order of the page, in the root
-  of a clone, with the package installed and its environment active. A command that fails, fails the page, unless the
-  block says so: ``COMMAND || echo "exit code $?"``.
-* A ``text`` block right after one shows all that it prints, to stdout and stderr; a block without one prints nothing.
-  ``…`` stands for what differs from run to run (a time, a folder): within a line for any text, as a whole line (there,
-  ``...`` too) for any lines.
-* A block whose first line is a comment with a file's name, ``# my_package/scale.py``, is that file. It is not run by
-  itself: a later block has to use it.
+* A ``sh`` block is run by bash and a ``python`` block by Python, each in its own process, in the order of the page, in
+  the root of a clone. The package is installed and its environment is active. If a command fails, the page fails,
+  unless the block expects it: ``COMMAND || echo "exit code $?"``.
+* A ``text`` block right after such a block shows all of its output, stdout and stderr. A block without one prints
+  nothing. ``…`` stands for output that varies (a time, a folder): any text within a line, or any number of lines if it
+  stands alone on a line (``...`` then means the same).
+* A block whose first line is a comment with a file name, ``# my_package/scale.py``, is that file. It is not run by
+  itself; a later block must use it.
 * ``<!-- not run: REASON -->`` above a block says why it is not run.
+* A page writes only into its own folder below ``build``, so that all pages can be followed in one clone.
 
-After a change of what is printed, ``python tests/blocks.py docs/tutorial.md`` puts what is printed now into the page,
-and leaves the lines alone that still match; read the difference before you believe it.
+``python tests/blocks.py docs/tutorial.md`` replaces the shown output of a page by the current output. Lines that still
+match stay as they are. Read the difference before you commit it.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class Block:
     """A block of a page.
 
     Attributes:
-        output: what the page says that it prints.
-        span: where in the page that stands; empty, and after the block, if the page says nothing.
-        file: the name of the file that it is.
-        not_run: why it is not run.
+        output: the output that the page shows.
+        span: where the page shows it; empty, and after the block, if the page shows none.
+        file: the name of the file, if the block is one.
+        not_run: why the block is not run.
     """
 
     line: int
@@ -67,7 +68,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """Find the blocks of a page that are run, are files, or might have been."""
+    """Return a page's ``sh`` and ``python`` blocks, and its blocks that are files."""
     found = []
     for match in _BLOCK.finditer(page):
         named = _FILE.match(match["text"])
@@ -87,13 +88,13 @@ def blocks(page: str) -> list[Block]:
 
 
 class Clone:
-    """A copy of what a clone has, in a folder with a short name, and an environment in which it is installed.
+    """A copy of a clone in a folder with a short name, and an environment in which the package is installed.
 
-    Torch and the rest are lent to the environment, which takes what is installed into it.
+    The environment borrows torch and the other dependencies. Packages that a block installs go into the environment.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder / "vraxion-ckpt"
+        self.root = folder / "clone"
         shutil.copytree(ROOT, self.root, ignore=_NO_CLONE)
         environment = folder / "environment"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
@@ -114,8 +115,8 @@ class Clone:
             "LANG": "C.UTF-8",
             "COLUMNS": "80",
             "NO_COLOR": "1",
-            "OMP_NUM_THREADS": "1",  # small models, and tests beside this one
-            # No network: what is installed is at hand.
+            "OMP_NUM_THREADS": "1",  # small models, and other tests run at the same time
+            # No network: everything that a block installs is local.
             "PIP_NO_INDEX": "1",
             "PIP_NO_DEPS": "1",
             "PIP_NO_BUILD_ISOLATION": "0",
@@ -123,7 +124,7 @@ class Clone:
         }
 
     def run(self, block: Block) -> tuple[int, str]:
-        """Run a block; return its exit code and what it wrote to stdout and stderr, as it comes on a terminal."""
+        """Run a block. Return its exit code, and its stdout and stderr interleaved as on a terminal."""
         command = ["bash", "-eu", "-c", block.text] if block.language == "sh" else ["python", "-"]
         done = subprocess.run(
             command,
@@ -138,7 +139,7 @@ class Clone:
         return done.returncode, "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
 
     def follow(self, page: str) -> Iterator[tuple[Block, int, str]]:
-        """Run a page's blocks in order and write its files; yield what each block that is run did."""
+        """Write a page's files and run its blocks in order. Yield each block that is run, its exit code and output."""
         for block in blocks(page):
             if block.file is not None:
                 path = self.root / block.file
@@ -149,7 +150,7 @@ class Clone:
 
 
 def hold(page: Path, fresh: Clone) -> None:
-    """Follow a page in a fresh clone, and hold it to what it says.
+    """Follow a page in a clone, and compare the output of each block with the page.
 
     Raises:
         AssertionError: a block fails, or prints something else.
@@ -164,13 +165,13 @@ def hold(page: Path, fresh: Clone) -> None:
 
 @contextmanager
 def clone() -> Iterator[Clone]:
-    """Lend a fresh clone. Its path is printed, and must not be so long that lines break there."""
+    """Make a fresh clone. Its path is short, because it appears in output that is wrapped at 80 columns."""
     with tempfile.TemporaryDirectory(prefix="c") as folder:
         yield Clone(Path(folder))
 
 
 def fits(shown: str, printed: str) -> bool:
-    """Tell whether a page shows what was printed."""
+    """Return whether the shown output matches the printed one."""
     pattern = "".join(_pattern(line) for line in shown.splitlines())
     return re.fullmatch(pattern, printed) is not None
 
@@ -182,7 +183,7 @@ def _pattern(line: str) -> str:
 
 
 def with_what_is_printed(page: str) -> str:
-    """Return a page with what its blocks print now."""
+    """Return a page with the current output of its blocks."""
     with clone() as fresh:
         for block, code, printed in reversed(list(fresh.follow(page))):
             if code:
@@ -192,7 +193,8 @@ def with_what_is_printed(page: str) -> str:
                 lines = [next((k for k in known if fits(k, f"{line}\n")), line) for line in printed.splitlines()]
                 shown = "".join(f"{line}\n" for line in lines).replace(str(fresh.root), "…")
                 start, end = block.span
-                page = page[:start] + (shown if block.output else f"\n```text\n{shown}```\n") + page[end:]
+                is_shown = page[:start].endswith("```text\n")
+                page = page[:start] + (shown if is_shown else f"\n```text\n{shown}```\n") + page[end:]
     return page
 
 

@@ -25,7 +25,8 @@ from vraxion_ckpt.recipes import recipe
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-ALL = [ROOT / "README.md", *PAGES]
+README = ROOT / "README.md"
+ALL = [README, *PAGES]
 
 
 def name_of(page: Path) -> str:
@@ -41,6 +42,47 @@ every_page = pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_a_page_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows(page):
     with clone() as fresh:
         hold(page, fresh)
+
+
+def in_order() -> list[Path]:
+    """Return the README and all pages of the manual, as a reader meets them: in the order of the index."""
+    index = (DOCS / "index.md").read_text()
+    trees = re.findall(r"^```\{toctree\}\n(?::[^\n]*\n)*(.*?)^```", index, re.MULTILINE | re.DOTALL)
+    return [README, *(DOCS / f"{name}.md" for tree in trees for name in tree.split())]
+
+
+def test_all_pages_can_be_followed_in_one_clone_in_the_order_of_the_index():
+    pages = in_order()
+    assert sorted(pages) == sorted({*ALL} - {DOCS / "index.md"})
+    with clone() as fresh:
+        for page in pages:
+            hold(page, fresh)
+
+
+def test_no_two_pages_write_into_the_same_folder_or_file():
+    users: dict[str, set[str]] = {}
+    for page in ALL:
+        for block in blocks(page.read_text()):
+            written = {f"build/{folder}" for folder in re.findall(r"\bbuild/([\w.-]+)", block.text)}
+            for name in written | ({block.file} if block.file else set()):
+                users.setdefault(name, set()).add(name_of(page))
+    assert len(users) > 10
+    assert {name: pages for name, pages in users.items() if len(pages) > 1} == {}
+
+
+def test_the_suite_beside_the_transform_notices_a_careless_one():
+    page = (DOCS / "reference" / "hooks.md").read_text()
+    files = {block.file: block for block in blocks(page) if block.file}
+    (suite,) = [block for block in blocks(page) if block.is_run and "test_scale.py" in block.text]
+    with clone() as fresh:
+        for name, block in files.items():
+            careless = block.text.replace("{leaf: t * self.factor", "{leaf: t.mul_(self.factor)")
+            assert (careless != block.text) == (name == "my_package/scale.py")
+            (fresh.root / name).parent.mkdir(exist_ok=True)
+            (fresh.root / name).write_text(careless)
+        code, printed = fresh.run(suite)
+    assert code == 1
+    assert "wrote into a tensor" in printed
 
 
 # --- what a page may say ---
@@ -176,6 +218,8 @@ def test_every_error_is_in_the_reference_with_its_exit_code(manual):
     assert {kind.exit_code for kind in raised} == set(range(2, 17)), "the page says 2 to 16"
     for kind in raised:
         assert re.search(rf"\b{kind.exit_code}\s+{kind.__name__}\b", page), kind
+    for code in (0, 1, 70):
+        assert re.search(rf"^\s*{code}\s*$", page, re.MULTILINE), code
 
 
 def test_every_schema_is_in_the_reference_and_can_be_had(manual):

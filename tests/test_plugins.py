@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import DATA, load
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-(SCALE,) = re.findall(r"^```python\n(# my_package/scale.py\nfrom pydantic.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "hooks.md").read_text()
+(SCALE,) = re.findall(r"^```python\n(# my_package/scale.py\nfrom pydantic.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 MISSPELT = """
 from vraxion_ckpt import hookimpl

@@ -1,4 +1,4 @@
-"""The reference part of the manual, generated from the code: a directive for each page."""
+"""Generate the reference part of the manual from the code, with one directive for each page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCHEMA_FOLDER = "schemas"
 
 
 class Generated(SphinxDirective):
-    """Put reStructuredText in its place that a function writes."""
+    """Insert reStructuredText that a function writes."""
 
     source: ClassVar[Callable[[], Iterable[str]]]
 
@@ -67,7 +67,7 @@ def options(entries: Sequence[OptionEntry]) -> Iterator[str]:
 
 
 def hooks() -> Iterator[str]:
-    """Write every hook: its signature, its text, and what becomes of what it returns."""
+    """Write every hook: its signature, its docstring, and how its results are used."""
     for name, function in vars(hookspecs).items():
         spec = getattr(function, f"{hookspecs.GROUP}_spec", None)
         if spec is None:
@@ -76,9 +76,9 @@ def hooks() -> Iterator[str]:
         yield from (f".. py:function:: {name}{signature}", "")
         yield from indented(inspect.cleandoc(function.__doc__ or "").splitlines())
         called = (
-            "Implementations are asked one after the other until one returns something other than None."
+            "Implementations are called one after the other until one returns something other than None."
             if spec["firstresult"]
-            else "What all implementations return is taken together."
+            else "The results of all implementations are combined."
         )
         yield from indented(("", called, ""))
 
@@ -97,7 +97,7 @@ def error_table() -> Iterator[str]:
 
 
 def tree(base: type[errors.CkptError]) -> Iterator[tuple[type[errors.CkptError], type[errors.CkptError]]]:
-    """Yield every class below a class of error, and what it derives from."""
+    """Yield every subclass of an error class, with its base class."""
     for kind in base.__subclasses__():
         yield kind, base
         yield from tree(kind)
@@ -112,7 +112,7 @@ def all_schemas() -> dict[str, dict[str, Any]]:
 
 
 def schema_sections() -> Iterator[str]:
-    """Write what every JSON document holds, and a link to its schema."""
+    """Write the entries of every JSON document, and a link to its schema."""
     for name, schema in all_schemas().items():
         yield from heading(name, "=")
         yield from (about(schema), "")
@@ -125,23 +125,23 @@ def schema_sections() -> Iterator[str]:
 
 
 def about(schema: dict[str, Any]) -> str:
-    """Return what a schema says of the whole object."""
+    """Return a schema's description of the whole object."""
     return plain(schema.get("description", "").partition("\n\nAttributes:")[0])
 
 
 def properties(schema: dict[str, Any]) -> Iterator[str]:
-    """Write a table of an object's entries; what they mean stands with each, or in the docstring of the object."""
+    """Write a table of an object's entries. Meanings come from the entries, or from the object's docstring."""
     _, _, attributes = schema.get("description", "").partition("\n\nAttributes:")
-    told = dict(re.findall(r"^    (\w+): (.+(?:\n     .+)*)", attributes, re.MULTILINE))
+    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n     .+)*)", attributes, re.MULTILINE))
     rows = [
-        (code(name), plain(type_in_words(entry)), plain(entry.get("description", told.get(name, ""))))
+        (code(name), plain(type_in_words(entry)), plain(entry.get("description", meanings.get(name, ""))))
         for name, entry in schema.get("properties", {}).items()
     ]
     yield from table(("entry", "type", "meaning"), rows, widths=(25, 30, 45))
 
 
 def type_in_words(schema: dict[str, Any]) -> str:
-    """Say what a value may be."""
+    """Describe the type of a value."""
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     for several in ("anyOf", "oneOf"):
@@ -161,7 +161,7 @@ def type_in_words(schema: dict[str, Any]) -> str:
 
 
 def write_schemas(app: Sphinx, problem: Exception | None) -> None:
-    """Put the schemas beside the pages that link to them."""
+    """Write the schemas next to the pages that link to them."""
     if problem is None and app.builder.format == "html":
         folder = Path(app.outdir) / "reference" / SCHEMA_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,23 +185,23 @@ def api() -> Iterator[str]:
             yield from (f".. autoclass:: vraxion_ckpt.{name}", "   :members:", "")
 
 
-# --- what other extensions need help with ---
+# --- corrections to other extensions ---
 
 
 def close_brackets(_app: Sphinx, _context: click.Context, lines: list[str]) -> None:
-    """Put back what sphinx-click cuts off the end of ``F[:k=v]``."""
+    """Restore the bracket that sphinx-click cuts off the end of ``F[:k=v]``."""
     lines[:] = [re.sub(r"<([^>]*\[[^\]>]*)>", r"<\1]>", line) for line in lines]
 
 
 def keep_underscores(_app: Sphinx, _what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
-    """Escape the end of ``from_``, which would be a link to ``from``."""
+    """Escape the underscore of ``from_``, which reStructuredText would read as a link."""
     lines[:] = [re.sub(r"^(:param \w+)_:", r"\1\\_:", line) for line in lines]
 
 
 def close_factories(
     _app: Sphinx, _what: str, _name: str, _obj: object, _options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Make a signature Python again that holds ``<factory>``, the default of a dataclass's dict."""
+    """Replace ``<factory>``, the default of a dataclass's dict, because it is not valid Python."""
     return signature and signature.replace("<factory>", "..."), returns
 
 
@@ -219,7 +219,7 @@ def code(value: object) -> str:
 
 
 def plain(words: str) -> str:
-    """Write plain words in one line; single backticks in them are code, as in our docstrings."""
+    """Escape text and put it on one line; single backticks mark code, as in docstrings."""
     return " ".join(words.split()).replace("*", r"\*").replace("|", r"\|")
 
 
