@@ -18,11 +18,10 @@ from pathlib import Path, PurePath, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
-from support import DATA, files_below
+from support import DATA, ROOT, files_below
 
 from vraxion_ckpt import __version__
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = (ROOT / "vraxion_ckpt", ROOT / "adapters/vraxion_ckpt_adapters", ROOT / "transforms/vraxion_ckpt_transforms")
 NAME = f"vraxion_ckpt-{__version__}"

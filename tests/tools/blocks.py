@@ -12,8 +12,8 @@ What a page may say, and what it means:
   itself: a later block has to use it.
 * ``<!-- not run: REASON -->`` above a block says why it is not run.
 
-After a change of what is printed, ``python tests/blocks.py docs/tutorial.md`` puts what is printed now into the page,
-and leaves the lines alone that still match; read the difference before you believe it.
+After a change of what is printed, ``python tests/tools/blocks.py docs/tutorial.md`` puts what is printed now into the
+page, and leaves the lines alone that still match; read the difference before you believe it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import forked
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 _MARKED = r"(?:^<!-- not run:(?P<reason>(?:(?!-->).)*)-->\n\n?)?"
 _SHOWN = r"(?:\n*^```text\n(?P<output>.*?)^```$)?"
 _BLOCK = re.compile(rf"{_MARKED}^```(?P<language>[a-z]+)\n(?P<text>.*?)^```$\n?{_SHOWN}", re.MULTILINE | re.DOTALL)

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from blocks import ROOT, blocks, clone, hold
+from blocks import blocks, clone, hold
+from support import ROOT
 
 import vraxion_ckpt as vc
 from vraxion_ckpt import errors, recipe, schemas

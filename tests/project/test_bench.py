@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parents[1] / "benchmarks" / "bench.py"
+from support import ROOT
+
+BENCH = ROOT / "benchmarks" / "bench.py"
 CONVERSIONS = [".pt → .pt, a split", ".pt → modular", ".pt → safetensors", "modular → .pt", "safetensors → .pt"]
 ROWS = [
     f"{CONVERSIONS[0]} / by hand",

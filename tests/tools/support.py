@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
 EXPECTED = DATA / "expected"
 MONOLITHS = sorted(DATA.glob("*.pt"))
 DIRECTORIES = [*sorted(DATA.glob("modular_*")), EXPECTED / "named_experts3.modular"]

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import DATA, load
+from support import DATA, ROOT, load
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 (SCALE,) = re.findall(r"^```python\n(# my_package/scale.py\nfrom pydantic.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 MISSPELT = """

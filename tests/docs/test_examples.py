@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from cookiecutter.main import cookiecutter
-from support import DATA, assert_same, load
+from support import DATA, ROOT, assert_same, load
 
-ROOT = Path(__file__).parents[1]
 NPY, TEMPLATE = ROOT / "examples" / "npy", ROOT / "examples" / "template"
 
 

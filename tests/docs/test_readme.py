@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from blocks import ROOT, blocks, clone, hold
+from blocks import blocks, clone, hold
+from support import ROOT
 
 README = ROOT / "README.md"
 TEXT = README.read_text()

@@ -12,13 +12,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from support import DATA, EXPECTED, files_below
+from support import DATA, EXPECTED, ROOT, files_below
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import CkptError, LossError, StorageError, UsageError
 from vraxion_ckpt.recipe import json_schema
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "refinement"
+EXAMPLE = ROOT / "examples" / "refinement"
 NAMED = DATA / "named_experts3.pt"
 
 
