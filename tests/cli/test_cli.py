@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, load
@@ -17,7 +18,7 @@ SPLIT = ["-t", "mitosis_split:parent=0,addresses=[0,3],noise=0"]
 
 
 def vraxion(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vraxion_ckpt.cli", *map(str, arguments)]
+    command = [forked.python(), *forked.COMMAND, *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80", **environment}, check=False
     )
@@ -139,7 +140,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
         "from vraxion_ckpt.cli import main; main(sys.argv[1:])"
     )
     arguments = ["convert", str(DATA / "wallclock_single.pt"), str(tmp_path / "old.pt"), "--overwrite"]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([forked.python(), "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 14, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr

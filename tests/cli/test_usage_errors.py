@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from support import DATA
 
@@ -179,7 +179,7 @@ def test_a_folder_without_write_permission_is_refused(target):
         folder = Path(name)
         shutil.copy(EXPERTS3, folder / "a.pt")
         folder.chmod(0o555)
-        command = [sys.executable, "-c", script, "convert", f"{name}/a.pt", f"{name}/{target}"]
+        command = [forked.python(), "-c", script, "convert", f"{name}/a.pt", f"{name}/{target}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         folder.chmod(0o755)
         assert (done.returncode, list(folder.iterdir())) == (2, [folder / "a.pt"]), done.stderr

@@ -35,6 +35,7 @@ def name_of(page: Path) -> str:
 every_page = pytest.mark.parametrize("page", ALL, ids=name_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(b.is_run for b in blocks(page.read_text()))], ids=name_of
 )
@@ -95,6 +96,7 @@ def test_links_lead_somewhere_on_disk_too(page):
 # --- what else is said ---
 
 
+@pytest.mark.slow
 def test_the_tables_about_optimizers_are_what_is_measured():
     measured = subprocess.run(
         [sys.executable, DOCS / "measure_optimizer.py"], capture_output=True, text=True, check=True
@@ -136,11 +138,13 @@ def words(page: Path) -> str:
     return html.unescape(re.sub(r"<[^>]+>", "", body[0]))
 
 
+@pytest.mark.slow
 def test_every_page_is_in_the_manual(manual):
     built = {path.relative_to(manual).with_suffix(".md") for path in manual.rglob("*.html")}
     assert {page.relative_to(DOCS) for page in PAGES} <= built
 
 
+@pytest.mark.slow
 def test_every_command_and_option_is_in_the_reference(manual):
     page = words(manual / "reference" / "commands.html")
     assert len(cli.commands) > 8
@@ -151,6 +155,7 @@ def test_every_command_and_option_is_in_the_reference(manual):
                 assert option in page or option.upper() in page, f"{name} {option}"
 
 
+@pytest.mark.slow
 def test_every_plugin_and_option_is_in_the_reference(manual):
     page = words(manual / "reference" / "plugins.html")
     ours = [entry for entry in list_plugins().plugins if entry.distribution == "vraxion-ckpt"]
@@ -162,6 +167,7 @@ def test_every_plugin_and_option_is_in_the_reference(manual):
             assert option.description in page
 
 
+@pytest.mark.slow
 def test_every_hook_is_in_the_reference(manual):
     page = words(manual / "reference" / "hooks.html")
     for hook in ("register_adapters() → list[type[Adapter]]", "register_transforms()", "probe_visits(checkpoint"):
@@ -169,6 +175,7 @@ def test_every_hook_is_in_the_reference(manual):
     assert "until one returns something other than None" in page
 
 
+@pytest.mark.slow
 def test_every_error_is_in_the_reference_with_its_exit_code(manual):
     page = words(manual / "reference" / "errors.html")
     classes = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.CkptError)]
@@ -178,6 +185,7 @@ def test_every_error_is_in_the_reference_with_its_exit_code(manual):
         assert re.search(rf"\b{kind.exit_code}\s+{kind.__name__}\b", page), kind
 
 
+@pytest.mark.slow
 def test_every_schema_is_in_the_reference_and_can_be_had(manual):
     page, folder = words(manual / "reference" / "schemas.html"), manual / "reference" / "schemas"
     wanted = {**{name: schemas.schema(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
@@ -188,6 +196,7 @@ def test_every_schema_is_in_the_reference_and_can_be_had(manual):
             assert entry in page
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_reference(manual):
     page = words(manual / "reference" / "python.html")
     for name in set(vc.__all__) - {"__version__", "hookimpl"}:

@@ -11,6 +11,8 @@ import pytest
 from cookiecutter.main import cookiecutter
 from support import DATA, ROOT, assert_same, load
 
+pytestmark = pytest.mark.slow
+
 NPY, TEMPLATE = ROOT / "examples" / "npy", ROOT / "examples" / "template"
 
 

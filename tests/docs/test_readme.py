@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from blocks import blocks, clone, hold
 from support import ROOT
 
@@ -11,6 +12,7 @@ README = ROOT / "README.md"
 TEXT = README.read_text()
 
 
+@pytest.mark.slow
 def test_it_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows():
     with clone() as fresh:
         hold(README, fresh)
@@ -30,6 +32,7 @@ def test_it_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows():
         }
 
 
+@pytest.mark.slow
 def test_the_suite_beside_the_transform_would_notice_a_careless_one():
     files = {block.file: block for block in blocks(TEXT) if block.file}
     (suite,) = [block for block in blocks(TEXT) if block.is_run and "test_scale.py" in block.text]

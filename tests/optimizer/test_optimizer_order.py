@@ -277,6 +277,7 @@ def for_every_trainer(test: Callable) -> Callable:
     return test
 
 
+@pytest.mark.one_in(5)
 @for_every_trainer
 def test_every_order_with_names_in_every_place_is_resumed_rightly_or_refused(order, grouping, counts, tmp_path):
     assert table_row(order, grouping, counts, layered=False, vehicles=["pt"], folder=tmp_path)

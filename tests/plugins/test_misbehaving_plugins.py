@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import forked
 import numpy as np
 import pluggy
 import pytest
@@ -643,7 +644,8 @@ def site(tmp_path_factory):
 
 
 def run(site: Path, *arguments: object, shell: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vraxion_ckpt.cli", *map(str, arguments)]
+    # What a shell closes cannot be passed on to a fork.
+    command = [sys.executable if shell else forked.python(), *forked.COMMAND, *map(str, arguments)]
     if shell:
         command = ["sh", "-c", f'"$@" {shell}', "sh", *command]
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from support import DATA, ROOT, load
 
@@ -80,7 +81,7 @@ def site(tmp_path_factory):
 
 
 def vraxion(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vraxion_ckpt.cli", *map(str, arguments)]
+    command = [forked.python(), *forked.COMMAND, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import ROOT
+
+pytestmark = pytest.mark.slow
 
 BENCH = ROOT / "benchmarks" / "bench.py"
 CONVERSIONS = [".pt → .pt, a split", ".pt → modular", ".pt → safetensors", "modular → .pt", "safetensors → .pt"]

@@ -37,6 +37,8 @@ import sys
 from importlib import import_module
 from pkgutil import walk_packages
 
+pytestmark = pytest.mark.slow
+
 packages, extras = (text.split(",") for text in sys.argv[1:])
 for package in map(import_module, packages):
     for module in walk_packages(package.__path__, package.__name__ + "."):

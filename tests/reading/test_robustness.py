@@ -10,12 +10,12 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -435,7 +435,7 @@ def test_a_run_with_too_little_memory_leaves_everything_as_it_was(free, tmp_path
     ):
         before = hashlib.sha256(source.read_bytes()).digest()
         done = subprocess.run(
-            [sys.executable, "-c", LIMITED, str(free), *command],
+            [forked.python(), "-c", LIMITED, str(free), *command],
             cwd=tmp_path,
             capture_output=True,
             text=True,

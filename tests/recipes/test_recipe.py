@@ -6,9 +6,9 @@ import errno
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import jsonschema
 import pytest
 import yaml
@@ -392,7 +392,7 @@ def test_a_signal_between_two_targets_comes_too_late(here):
         "pipeline.publish = also\nmain(sys.argv[1:])"
     )
     write("source: in.pt\ntargets: [a.pt, b/]\n")
-    command = [sys.executable, "-c", script, "run", "recipe.yaml"]
+    command = [forked.python(), "-c", script, "run", "recipe.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
     assert done.returncode == 0, done.stderr
     assert "the signal came too late: a.pt, b/ was written" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import forked
 import pytest
 from support import DATA, on_a_terminal
 
@@ -46,6 +47,6 @@ def test_the_commands_want_it_unless_they_are_told_not_to(options):
         "import sys; from vraxion_ckpt import progress; from vraxion_ckpt.cli import main\n"
         "try: main(sys.argv[1:])\nfinally: print(progress.wanted, file=sys.stderr)"
     )
-    command = [sys.executable, "-c", script, *options, "diff", DATA / "named_experts3.pt", DATA / "named_experts3.pt"]
+    command = [forked.python(), "-c", script, *options, "diff", DATA / "named_experts3.pt", DATA / "named_experts3.pt"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == f"{not options}\n"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import termios
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def files_below(folder: Path) -> list[Path]:
 
 def on_a_terminal(*arguments: object, columns: int = 80, **environment: str) -> str:
     """Run Python with a pseudo-terminal of some width for its input and output; return what it wrote there."""
-    command = [sys.executable, *map(str, arguments)]
+    command = [forked.python(), *map(str, arguments)]
     surroundings = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     surroundings |= {"COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
     reader, writer = os.openpty()
