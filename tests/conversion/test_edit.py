@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -87,7 +86,7 @@ def in_child(work: Callable[[], Any]) -> tuple[int, Any]:
     child = os.fork()
     if not child:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(8)  # what hangs is killed
+        signal.alarm(120)  # what hangs is killed
         try:
             os.write(send, json.dumps(work()).encode())
         except BaseException as error:
@@ -640,17 +639,15 @@ def test_a_second_run_is_busy_until_the_first_is_dead(tmp_path, command):
         try:
             with exclusive(target):
                 os.write(send, b"!")
-                time.sleep(60)
+                signal.pause()  # until it is killed: whoever waits for it, waits for ever
         finally:
             os._exit(0)
     try:
         assert os.read(receive, 1) == b"!"
-        started = time.monotonic()
         code, _, complained = command("edit", target, "-t", SPLIT)
         assert (code, "another run is at work on it" in complained) == (16, True)
         with pytest.raises(BusyError):
             vc.convert(DATA / "modular_gc", f"{target}/", overwrite=True)
-        assert time.monotonic() - started < 5
         assert vc.edit(target, transforms=[SPLIT], dry_run=True).kind == "grow"  # only looks
     finally:
         os.kill(child, signal.SIGKILL)

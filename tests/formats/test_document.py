@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import struct
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from support import DATA, assert_same, load
 from torch import nn
 from vraxion_ckpt_adapters.safetensors_file import SafetensorsAdapter
+from work import bounded
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import (
@@ -236,14 +236,13 @@ def test_a_contribution_beyond_any_float_is_carried_exactly(tmp_path):
 
 
 def test_long_keys_are_not_copied_for_every_value_below_them(tmp_path):
-    """A megabyte for each of a hundred thousand values, twice, takes ten seconds."""
+    """A megabyte for each of a hundred thousand values, twice, would be 200 gigabytes."""
     long = "k" * 1_000_000
     torch.save({"model": {"w": torch.ones(1)}, long: {long: list(range(100_000))}}, tmp_path / "a.pt")
     checkpoint = vc.open(tmp_path / "a.pt")
-    started = time.process_time()
-    SafetensorsAdapter().write(checkpoint, tmp_path / "a.safetensors")
-    assert vc.open(tmp_path / "a.safetensors").payload == checkpoint.payload
-    assert time.process_time() - started < 3
+    with bounded():
+        SafetensorsAdapter().write(checkpoint, tmp_path / "a.safetensors")
+        assert vc.open(tmp_path / "a.safetensors").payload == checkpoint.payload
 
 
 # --- names ---
@@ -898,12 +897,11 @@ def test_no_change_of_a_real_document_is_met_with_anything_but_an_error_of_ours(
     folder = tmp_path_factory.mktemp("mutated")
     source = copied(sound / "file", folder)
     rewrite(source, mutate)
-    started = time.perf_counter()
-    try:
-        vc.convert(source, folder / "out.pt")
-    except PluginError:  # which is how what a reader did not expect is wrapped
-        raise
-    except CkptError:
-        pass
-    assert time.perf_counter() - started < 5
+    with bounded():
+        try:
+            vc.convert(source, folder / "out.pt")
+        except PluginError:  # which is how what a reader did not expect is wrapped
+            raise
+        except CkptError:
+            pass
     shutil.rmtree(folder)

@@ -56,9 +56,9 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def on_a_terminal(*arguments: object, columns: int = 80, **environment: str) -> str:
-    """Run Python with a pseudo-terminal of some width for its input and output; return what it wrote there."""
-    command = [forked.python(), *map(str, arguments)]
+def on_a_terminal(*arguments: object, python: str = "", columns: int = 80, **environment: str) -> str:
+    """Run Python at a pseudo-terminal of some width; return what it wrote there. Without `python`, it is a fork."""
+    command = [python or forked.python(), *map(str, arguments)]
     surroundings = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     surroundings |= {"COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
     reader, writer = os.openpty()
