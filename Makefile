@@ -20,6 +20,7 @@ test-all: .venv/ready
 
 # The fast tests, and a table of the lines that they do not reach: six minutes.
 coverage: .venv/ready
+	rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m 'not slow' --ignore tests/reliability --cov --cov-report term-missing:skip-covered
 
 # The fast tests, with the lowest versions of the dependencies: three minutes, and two to install them.
@@ -47,7 +48,7 @@ dist: .venv/ready
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -222,7 +222,8 @@ def test_the_summary_says_within_the_noise_where_noise_was_asked_for(tmp_path):
 
 def test_a_summary_that_cannot_be_printed_says_that_the_target_was_written(tmp_path):
     command = f"{sys.executable} -m vraxion_ckpt.cli convert {DATA}/named_experts3.pt {tmp_path}/a.pt"
-    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    fork = command.replace(sys.executable, forked.python())
+    full = subprocess.run(f"{fork} > /dev/full", shell=True, capture_output=True, text=True, check=False)
     assert full.returncode == 14
     assert "a.pt was written, but not this summary: No space left on device" in full.stderr
     closed = subprocess.run(f"{command} --overwrite >&-", shell=True, capture_output=True, text=True, check=False)

@@ -285,6 +285,7 @@ IN_BASH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", START, indirect=True)
 def test_lines_are_completed(terminal):
     for typed, expected in EVERYWHERE:
@@ -292,6 +293,7 @@ def test_lines_are_completed(terminal):
         terminal.line_after("\x05\x15")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", ["bash"], indirect=True)
 def test_bash_keeps_colons_commas_brackets_and_quotes_as_they_were_typed(terminal):
     for typed, expected in IN_BASH:

@@ -165,6 +165,7 @@ def state_by_name(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, dic
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("target", ["split.pt", "split/", "split.safetensors"])
 @pytest.mark.parametrize("names", [True, False], ids=["names", "no_names"])
 @pytest.mark.parametrize("head_last", [True, False], ids=["head_last", "head_first"])

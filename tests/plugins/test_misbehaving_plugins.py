@@ -172,6 +172,7 @@ def test_a_write_is_found_however_it_is_done(how, source, tmp_path):
     assert not (tmp_path / "o.pt").exists()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", ["pt", "modular", "safetensors"])
 @pytest.mark.parametrize("where", PLACES)
 def test_a_write_is_found_wherever_it_is_done(where, kind, source, tmp_path):
@@ -670,6 +671,7 @@ def test_what_a_plugin_prints_goes_to_stderr(site, tmp_path):
         assert text in done.stderr, text
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&-", "<&- >&- 2>&-"])
 def test_it_runs_where_standard_streams_are_closed(closed, site, tmp_path):
     done = run(site, "convert", EXPERTS3, tmp_path / "o.pt", "-t", "loud", shell=closed)

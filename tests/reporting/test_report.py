@@ -433,6 +433,7 @@ def visit(browser):
         context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_renders_offline_asks_for_nothing_and_complains_of_nothing(scheme, visit, tmp_path):
     vc.report(split(tmp_path), tmp_path / "out.html", against=SOURCE, visits=VISITS)
@@ -447,6 +448,7 @@ def test_it_renders_offline_asks_for_nothing_and_complains_of_nothing(scheme, vi
     assert requests == [(tmp_path / "out.html").as_uri()]
 
 
+@pytest.mark.slow
 def test_hovering_over_the_ring_names_the_owner(visit, tmp_path):
     vc.report(split(tmp_path), tmp_path / "out.html", against=SOURCE, visits=VISITS)
     page, _, _ = visit(tmp_path / "out.html")
@@ -463,6 +465,7 @@ def test_hovering_over_the_ring_names_the_owner(visit, tmp_path):
     assert int(told[2]) in (62, 63, 0, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [480, 1200])
 def test_nothing_overlaps_or_hangs_out(width, visit, tmp_path):
     vc.report(split(tmp_path), tmp_path / "out.html", against=SOURCE, visits=VISITS)
@@ -475,6 +478,7 @@ def test_nothing_overlaps_or_hangs_out(width, visit, tmp_path):
             assert apart or a["y"] >= b["y"] + b["height"] or b["y"] >= a["y"] + a["height"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [480, 1200])
 def test_the_numbers_beside_a_long_ring_are_not_cut_off(width, visit, tmp_path):
     path = ringed(tmp_path / "a.pt", 3, torch.arange(10**6) * 3 // 10**6)
@@ -488,6 +492,7 @@ def test_the_numbers_beside_a_long_ring_are_not_cut_off(width, visit, tmp_path):
         assert box["x"] + box["width"] <= around["x"] + around["width"]
 
 
+@pytest.mark.slow
 def test_a_hostile_checkpoint_runs_no_script(hostile, visit):
     page, complaints, requests = visit(hostile)
     assert page.title() == "a&<b>.pt"
