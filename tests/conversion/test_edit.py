@@ -174,6 +174,7 @@ EQUAL: list[tuple[str, str, list[str], dict[str, Any]]] = [
 
 
 @pytest.mark.filterwarnings("ignore:.*is loaded by no runtime")
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "form", "chain", "options"), EQUAL)
 def test_an_edit_in_place_ends_in_what_a_conversion_to_a_new_target_does(name, form, chain, options, tmp_path):
     for folder in ("here", "there", "converted"):

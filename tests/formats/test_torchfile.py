@@ -252,6 +252,7 @@ def test_a_list_that_holds_itself_is_beyond_the_limit(path: Path, allow_globals:
     refused(path, LimitError, "nested deeper", allow_globals)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "operations",
     [
@@ -268,6 +269,7 @@ def test_deep_nesting_is_beyond_the_limit(path: Path, operations: bytes, allow_g
     refused(path, LimitError, "nested deeper", allow_globals)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("depth", [1, 1_000_000])
 @pytest.mark.parametrize("holder", ["dict", "OrderedDict", "attribute", "set", "Counter", "empty Counter"])
 def test_a_key_that_is_a_tuple_is_inconsistent_and_never_hashed(path: Path, holder: str, depth: int) -> None:
