@@ -42,6 +42,7 @@ def with_more(payload):
 # --- the same ---
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", [*MONOLITHS, *DIRECTORIES], ids=lambda path: path.name)
 def test_a_checkpoint_and_its_conversion_to_each_format_are_identical(source, target, tmp_path, run_cli):

@@ -271,6 +271,7 @@ def _validator(error: BaseException) -> Transform:
     return configure(Validates, {"option": 1})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("error", EXITS)
 @pytest.mark.parametrize("method", ["body", "noise", "beside", "validator"])
 def test_whatever_a_transform_raises_names_it(method, error, tmp_path):
@@ -363,6 +364,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("result", RESULTS)
 def test_a_wrong_type_from_apply_names_the_transform(result, tmp_path):
     refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(body=RESULTS[result])]))
@@ -407,6 +409,7 @@ def adapter(**methods: Any) -> Adapter:
 ADAPTER_METHODS = ["read", "losses", "held", "write"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("error", EXITS)
 @pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_whatever_an_adapter_raises_names_it(method, error, tmp_path):

@@ -352,6 +352,7 @@ RAN_OUT = [
 ]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("error", RAN_OUT, ids=lambda error: repr(error)[:40])
 @pytest.mark.parametrize(
     ("where", "command"),
