@@ -1,0 +1,223 @@
+"""Calls that are wrong in themselves: options, names and places. Nothing is read into a result, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from support import DATA
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.errors import (
+    CorruptError,
+    InconsistentError,
+    OptionError,
+    StorageError,
+    TransformError,
+    UnknownFormatError,
+    UsageError,
+)
+
+EXPERTS3 = DATA / "wallclock_experts3.pt"
+
+
+def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain: Any, **options: Any) -> str:
+    """Convert, which must fail with exactly `error`; return what it says."""
+    with pytest.raises(vc.CkptError) as refused:
+        vc.convert(source, target, transforms=chain, **options)
+    assert type(refused.value) is error, refused.value
+    return str(refused.value)
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Note everything in a folder: names, kinds, contents and times."""
+    return {
+        str(path): (path.lstat().st_mode, path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns))
+        for path in folder.rglob("*")
+    }
+
+
+# --- Options ---
+
+
+@pytest.mark.parametrize(
+    ("chain", "says"),
+    [
+        (["mitosis_split:nose=0"], ["mitosis_split", "unknown option 'nose', did you mean 'noise'?"]),
+        (["arc_meta:zzz=1"], ["unknown option 'zzz'", "options: visits, policy"]),
+        (
+            ["mitosis_split:parent=many,noise=-1,foreign_addresses=maybe"],
+            ["'parent'", "'noise'", "'foreign_addresses'"],
+        ),
+        (
+            [
+                "single_to_experts:experts=0",
+                "arc_meta:top_k=x,polcy=y",
+                ("mitosis_split", {"noise": float("nan"), "seed": None}),
+            ],
+            ["single_to_experts: option 'experts'", "'top_k'", "did you mean 'policy'?", "'noise'", "'seed'"],
+        ),
+        (["mitosis_split:addresses=[1-x]"], ["'1-x' is neither a number nor a range"]),
+        (["mitosis_split:addresses=[9-3]"], ["range 9-3 runs backwards"]),
+        (["mitosis_split:addresses=[0-99999999999]"], ["too long"]),
+        (["mitosis_split:addresses=3"], ["a list is written [1,3,8-15]"]),
+        (["mitosis_split:allow_empty_parent=perhaps"], ["'allow_empty_parent'"]),
+    ],
+)
+def test_every_wrong_option_of_the_whole_chain_is_told_at_once_and_first_of_all(chain, says, tmp_path):
+    # The source does not even exist: options are judged before anything is read.
+    message = refusal(OptionError, Path("nowhere.pt"), tmp_path / "new.pt", *chain)
+    assert [part for part in says if part not in message] == [], message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("chain", "options", "says"),
+    [
+        (["mitosis_splt"], {}, "unknown transform 'mitosis_splt'\n  → did you mean 'mitosis_split'?"),
+        (
+            ["zzz"],
+            {},
+            "there are: arc_meta, experts_to_single, mitosis_split, prune_merge, restore_hibernated, single_to_experts",
+        ),
+        ([], {"to": "modulr"}, "unknown format 'modulr'\n  → did you mean 'modular'?"),
+        ([], {"from_": "ptt"}, "unknown format 'ptt'"),
+        ([], {"losses": "maybe"}, "none of raise, warn, ignore"),
+        (["mitosis_split:noise"], {}, "'noise' in 'mitosis_split:noise' is not key=value"),
+        (["mitosis_split:noise=0,noise=1"], {}, "given twice"),
+        (["mitosis_split:addresses=[1,2"], {}, "left open"),
+        (["mitosis_split:addresses=1]"], {}, "brackets do not match"),
+        ([":noise=0"], {}, "no name in"),
+    ],
+)
+def test_a_call_that_means_nothing_is_refused(chain, options, says, tmp_path):
+    assert says in refusal(UsageError, EXPERTS3, tmp_path / "new.pt", *chain, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Places ---
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder with a monolith `a.pt` and a directory `a/`; nothing in it may change, come or go."""
+    folder = tmp_path / "place"
+    shutil.copytree(DATA / "modular_experts3", folder / "a")
+    shutil.copy(EXPERTS3, folder / "a.pt")
+    (folder / "link.pt").symlink_to("a.pt")
+    (folder / "twin.pt").hardlink_to(folder / "a.pt")
+    (folder / "linked").symlink_to("a")
+    shutil.copytree(DATA / "modular_single", folder / "keeps")
+    (folder / "keeps/experts/notes.txt").write_text("mine")
+    before = snapshot(folder)
+    yield folder
+    assert snapshot(folder) == before
+
+
+PLACES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "exists": ("a", "a.pt", {}, r"exists already\n.*--overwrite"),
+    "directory exists": ("a.pt", "a", {}, r"exists already"),
+    "same": ("a.pt", "a.pt", {"overwrite": True}, r"source and target are the same"),
+    "same by another way": ("a.pt", "a/../a.pt", {"overwrite": True}, r"the same"),
+    "same by a link": ("a.pt", "link.pt", {"overwrite": True}, r"the same"),
+    "same behind a link": ("link.pt", "a.pt", {"overwrite": True}, r"the same"),
+    "same by a hard link": ("a.pt", "twin.pt", {"overwrite": True}, r"the same"),
+    "same directory": ("a", "a/", {"overwrite": True}, r"the same"),
+    "same directory by a link": ("a", "linked", {"overwrite": True}, r"the same"),
+    "inside": ("a", "a/new.pt", {}, r"the target lies inside the source"),
+    "inside by a link": ("a", "linked/experts/new.pt", {}, r"the target lies inside the source"),
+    "around": ("a/system/router.state", "a/", {"overwrite": True}, r"the source lies inside the target"),
+    "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"files that are no part.*notes.txt"),
+    "no folder": ("a.pt", "none/new.pt", {}, r"no such folder.*\n.*mkdir -p"),
+    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"no such folder"),
+    "no suffix": ("a.pt", "new", {}, r"does not tell the format\n.*\.pt → pt"),
+    "unknown suffix": ("a.pt", "new.onnx", {}, r"does not tell the format"),
+    "file, not a directory": ("a", "a.pt", {"to": "modular", "overwrite": True}, r"modular is a directory"),
+    "directory, not a file": ("a.pt", "a", {"to": "pt", "overwrite": True}, r"pt is a file"),
+    "a file with a slash": ("a", "new/", {"to": "pt"}, r"the name ends in /"),
+    "no source": ("none.pt", "new.pt", {}, r"no such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("source", "target", "options", "says"), PLACES.values(), ids=PLACES)
+def test_a_place_that_must_not_be_written_is_refused(source, target, options, says, place):
+    message = refusal(UsageError, place / source, f"{place}/{target}", **options)
+    assert re.search(says, message), message
+
+
+@pytest.mark.parametrize("output", ["a.pt", "new.pt", "new.pt/plan.json", "keeps", "none/plan.json", "twin.pt"])
+def test_a_plan_is_not_written_over_anything(output, place, tmp_path):
+    (tmp_path / "ones.json").write_text(json.dumps([1] * 64))
+    step = ("arc_meta", {"visits": tmp_path / "ones.json", "output": place / output})
+    assert f"{place}/" in refusal(UsageError, place / "a.pt", place / "new.pt", step)
+
+
+def test_overwrite_does_not_replace_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")  # or /dev/null, or a disk
+    assert "pipe.pt" in refusal(UsageError, EXPERTS3, tmp_path / "pipe.pt", overwrite=True)
+    assert (tmp_path / "pipe.pt").is_fifo()
+
+
+@pytest.mark.parametrize("target", ["new.pt", "new/"])
+def test_a_folder_without_write_permission_is_refused(target):
+    """The command gives its rights up where it has root's, which no folder stops."""
+    script = (
+        "import os, sys; from vraxion_ckpt import convert; from vraxion_ckpt.cli import main, show_changes\n"
+        "from vraxion_ckpt.plugins.discovery import registry; registry()\n"
+        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "main(sys.argv[1:])"
+    )
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder cannot be entered without rights
+        folder = Path(name)
+        shutil.copy(EXPERTS3, folder / "a.pt")
+        folder.chmod(0o555)
+        command = [forked.python(), "-c", script, "convert", f"{name}/a.pt", f"{name}/{target}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        folder.chmod(0o755)
+        assert (done.returncode, list(folder.iterdir())) == (2, [folder / "a.pt"]), done.stderr
+        assert f"error: {name}: the folder is not writable" in done.stderr
+
+
+# --- Exit codes ---
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "arguments", "says"),
+    [
+        (2, UsageError, ["a.pt", "a.pt", "--overwrite"], "the same"),
+        (2, UsageError, ["a.pt", "new.pt", "-t", "mitosis_splt"], "did you mean 'mitosis_split'?"),
+        (2, OptionError, ["a.pt", "new.pt", "-t", "mitosis_split:nose=0"], "did you mean 'noise'?"),
+        (3, UnknownFormatError, ["keeps/experts", "new.pt"], "no known format"),
+        (4, CorruptError, ["a.pt", "new.pt", "-t", "arc_meta:visits=a.pt"], "UTF-8"),
+        (8, InconsistentError, ["a.pt", "new.pt", "-t", "arc_meta:visits=a/experts/meta.json"], "object with `visits`"),
+        (10, TransformError, ["a.pt", "new.pt", "-t", "mitosis_split"], "there is no plan"),
+        (14, StorageError, ["a.pt", f"{'x' * 250}.pt"], "File name too long"),
+    ],
+)
+def test_each_class_of_error_has_its_exit_code_and_shows_no_traceback(
+    code, error, arguments, says, place, cli, monkeypatch
+):
+    monkeypatch.chdir(place)
+    exit_code, said = cli("convert", *arguments)
+    assert (exit_code, error.exit_code) == (code, code)
+    assert "error: " in said
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_of_shards_is_not_given_the_name_of_a_file(cli, tmp_path):
+    target = tmp_path / "x.safetensors"
+    shards = "safetensors:max_shard_size=20KB"
+    code, said = cli("convert", DATA / "named_experts3.pt", target, "--to", shards)
+    assert code == 2
+    assert "is a directory, and the name is that of a file" in said
+    assert not target.exists()

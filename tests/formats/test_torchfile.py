@@ -1,0 +1,665 @@
+"""Pickles that must not be believed: each is refused with the class that says why, soon, and runs nothing."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import re
+import signal
+import struct
+import sys
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import count, pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hostile import archive, read, refused, zip_bytes
+from support import DATA
+from torch import nn
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint import comparison, plain_data
+from vraxion_ckpt.checkpoint.comparison import (
+    checkpoint_differences,
+    checksum_if_same,
+    differences,
+    differences_and_checksums,
+    same_bits,
+)
+from vraxion_ckpt.checkpoint.model import Checkpoint, Record
+from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.errors import (
+    ChangedError,
+    CkptError,
+    CorruptError,
+    InconsistentError,
+    InvariantError,
+    LimitError,
+    StorageError,
+    UnsafeError,
+    UnsupportedError,
+)
+from vraxion_ckpt.formats import torch_archive, torch_file
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "x.pt"
+
+
+def write_pickle(path: Path, operations: bytes, storages: dict[str, bytes] | None = None) -> None:
+    """Write a file of torch.save whose pickle is given operation by operation."""
+    path.write_bytes(zip_bytes(archive(b"\x80\x02" + operations + b".", storages)))
+
+
+def call(name: str, *arguments: bytes) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def tensor(size: tuple[int, ...], stride: tuple[int, ...], held: int = 4) -> bytes:
+    """Rebuild a float tensor from storage 0 of `held` elements."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(held) + b"tQ"
+    shape, steps = (b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride))
+    hooks = call("collections.OrderedDict")
+    return call("torch._utils._rebuild_tensor_v2", storage, number(0), shape, steps, b"\x89", hooks)
+
+
+FOUR = {"0": torch.arange(4.0).numpy().tobytes()}
+
+
+def test_a_pickle_made_by_these_tests_is_read_where_nothing_is_wrong_with_it(path: Path) -> None:
+    write_pickle(path, b"}" + text("w") + tensor((2, 2), (1, 2)) + b"s", FOUR)
+    assert not list(differences({"w": torch.tensor([[0.0, 2.0], [1.0, 3.0]])}, read(path)))
+
+
+# --- Unsafe ---
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, (self._command,)
+
+
+def test_a_call_of_os_system_is_unsafe_and_never_runs(path: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    torch.save({"model": {"w": torch.zeros(2)}, "losses": [Evil(f"touch {proof}")]}, path)
+    error = refused(path, UnsafeError, r"would call posix\.system")
+    assert "do not load it with anything" in str(error.hint)
+    refused(path, UnsafeError, "module posix is blocked", allow_globals=["posix.system"])
+    assert not proof.exists()
+    torch.load(path, weights_only=False)
+    assert proof.exists()  # so the payload was a live one
+
+
+def test_a_pickled_module_is_unsafe(path: Path) -> None:
+    torch.save(nn.Linear(2, 2), path)
+    error = refused(path, UnsafeError, r"torch\.nn\.modules\.linear\.Linear")
+    assert "--allow-global torch.nn.modules.linear.Linear" in str(error.hint)
+
+
+class Config:
+    """What a trainer may have put beside the model."""
+
+
+def test_every_global_that_is_not_allowed_is_named(path: Path) -> None:
+    torch.save({"model": {}, "config": Config(), "at": Path("x")}, path)
+    error = refused(path, UnsafeError, re.escape(f"{__name__}.Config"))
+    assert "pathlib.PosixPath" in error.message
+    assert f"--allow-global {__name__}.Config" in str(error.hint)
+
+
+def test_numpy_scalars_are_read_as_python_numbers_once_their_names_are_allowed(path: Path) -> None:
+    losses = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.bool_(True)]
+    torch.save({"model": {"w": torch.ones(2)}, "losses": losses, "nested": OrderedDict(best=(losses[0],))}, path)
+    error = refused(path, UnsafeError, r"numpy\.dtype")
+    names = re.findall(r"--allow-global (\S+)", str(error.hint))
+    assert all(name.startswith("numpy.") for name in names)
+    value = read(path, names)
+    plain = {"model": {"w": torch.ones(2)}, "losses": [0.1, 0.5, -3, True], "nested": OrderedDict(best=(0.1,))}
+    assert not list(differences(plain, value))
+
+
+def test_a_name_that_was_allowed_for_one_file_is_not_allowed_for_the_next(path: Path) -> None:
+    torch.save({"losses": [np.float64(0.1)]}, path)
+    names = re.findall(r"--allow-global (\S+)", str(refused(path, UnsafeError).hint))
+    read(path, names)
+    refused(path, UnsafeError)
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.Tensor", "torch.FloatTensor", "torch.storage.UntypedStorage", "torch.cuda.FloatStorage"]
+)
+def test_memory_that_is_not_in_the_file_is_never_read(path: Path, name: str) -> None:
+    """torch allows these by default: called with a number, they return whatever the memory held before."""
+    write_pickle(path, b"}" + text("w") + call(name, number(1000)) + b"s")
+    refused(path, UnsafeError, "memory that is not in the file")
+
+
+def test_a_text_encoding_that_takes_hours_is_unsafe(path: Path) -> None:
+    write_pickle(path, call("_codecs.encode", text("\u00e4" * 10**6), text("punycode")))
+    refused(path, UnsafeError, r"_codecs\.encode")
+
+
+# --- Unsupported ---
+
+
+class Marked(torch.Tensor):
+    """A subclass of tensors."""
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.tag = "head"  # type: ignore[attr-defined]
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: torch.eye(3).to_sparse(), r"\[model\.w\]: is a sparse tensor"),
+        (lambda: torch.eye(3).to_sparse_csr(), r"\[model\.w\]: is a sparse tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), r"\[model\.w\]: is a quantised"),
+        (lambda: torch.ones(2, device="meta"), r"\[model\.w\]: is a tensor without data"),
+        (lambda: torch.ones(2).as_subclass(Marked), "a tensor subclass"),
+        (lambda: nn.Buffer(torch.ones(2)), "a tensor subclass"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
+        (lambda: with_attribute(torch.ones(2)), "attributes"),
+        (lambda: with_attribute(nn.Parameter(torch.ones(2))), "attributes"),
+        (lambda: {1, 2}, r"\[model\.w\]: is a builtins\.set"),
+        (lambda: bytearray(b"12"), r"\[model\.w\]: is a builtins\.bytearray"),
+        (lambda: Counter("aab"), r"\[model\.w\]: is a collections\.Counter"),
+        (lambda: b"12", r"\[model\.w\]: is a builtins\.bytes"),
+        (lambda: 1j, r"\[model\.w\]: is a builtins\.complex"),
+        (lambda: torch.Size([1]), r"\[model\.w\]: is a torch\.Size"),
+        (lambda: torch.float32, r"\[model\.w\]: is a torch\.dtype"),
+    ],
+    ids=range(16),
+)
+def test_what_a_converter_cannot_vouch_for_is_unsupported(path: Path, make: Callable[[], Any], match: str) -> None:
+    torch.save({"model": {"w": make()}}, path)
+    refused(path, UnsupportedError, match)
+
+
+def test_another_pickle_protocol_is_unsupported(path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}}, path, pickle_protocol=4)
+    refused(path, UnsupportedError, "not what torch.save writes")
+
+
+# --- Limit ---
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((10**12,), (0,)), ((10**6, 10**6), (0, 0)), ((2, 3), (1, 1)), ((3, 2), (1, 2)), ((0, 2**60), (1, 1))],
+)
+def test_a_tensor_that_repeats_its_storage_is_beyond_the_limit(
+    path: Path, size: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    write_pickle(path, b"}" + text("w") + tensor(size, stride, 8) + b"s", {"0": bytes(32)})
+    assert refused(path, LimitError, "repeats its storage|absurd shape").key == "w"
+
+
+def test_torchs_own_expanded_and_overlapping_views_are_beyond_the_limit(path: Path) -> None:
+    for view in (torch.ones(1).expand(10**12), torch.arange(6.0).as_strided((2, 3), (1, 1))):
+        torch.save({"model": {"w": view}}, path)
+        assert refused(path, LimitError, "repeats its storage").key == "model.w"
+
+
+def bomb(levels: int) -> bytes:
+    """Lists that hold the list before them twice."""
+    memo = [struct.pack("<I", level) for level in range(levels)]
+    return b"]r" + memo[0] + b"".join(b"](j" + below + b"j" + below + b"er" + own for below, own in pairwise(memo))
+
+
+@pytest.mark.parametrize("allow_globals", [[], ["numpy.dtype"]], ids=["plain", "numpy allowed"])
+@pytest.mark.parametrize("levels", [24, 90])
+def test_lists_that_share_lists_are_beyond_the_limit(path: Path, levels: int, allow_globals: list[str]) -> None:
+    write_pickle(path, bomb(levels))
+    refused(path, LimitError, "more than 5000000 values", allow_globals)
+
+
+def test_lists_that_share_a_list_are_read_where_that_is_harmless(path: Path) -> None:
+    write_pickle(path, bomb(4))
+    assert read(path) == [[[[], []], [[], []]], [[[], []], [[], []]]]
+
+
+@pytest.mark.parametrize("allow_globals", [[], ["numpy.dtype"]], ids=["plain", "numpy allowed"])
+def test_a_list_that_holds_itself_is_beyond_the_limit(path: Path, allow_globals: list[str]) -> None:
+    write_pickle(path, b"]q\0h\0a")
+    refused(path, LimitError, "nested deeper", allow_globals)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"]" * 200_000 + b"a" * 199_999,
+        b"N" + b"\x85" * 200_000,
+        (b"}" + text("a")) * 200_000 + b"}" + b"s" * 200_000,
+        bomb(90).replace(b"er", b"e\x85r"),
+    ],
+    ids=["lists", "tuples", "dicts", "shared"],
+)
+@pytest.mark.parametrize("allow_globals", [[], ["numpy.dtype"]], ids=["plain", "numpy allowed"])
+def test_deep_nesting_is_beyond_the_limit(path: Path, operations: bytes, allow_globals: list[str]) -> None:
+    write_pickle(path, operations)
+    refused(path, LimitError, "nested deeper", allow_globals)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("depth", [1, 1_000_000])
+@pytest.mark.parametrize("holder", ["dict", "OrderedDict", "attribute", "set", "Counter", "empty Counter"])
+def test_a_key_that_is_a_tuple_is_inconsistent_and_never_hashed(path: Path, holder: str, depth: int) -> None:
+    """C would hash the deep one until its stack overflows, which ends the process."""
+    key = b"N" + b"\x85" * depth
+    made = {
+        "dict": b"}" + key + b"Ns",
+        "set": call("builtins.set", b"](" + key + b"e"),
+        "Counter": call("collections.Counter", b"](" + key + b"e"),
+        "empty Counter": call("collections.Counter") + key + b"Ns",
+        "OrderedDict": call("collections.OrderedDict") + key + b"Ns",
+        "attribute": call("collections.OrderedDict") + b"](](" + key + b"Neeb",
+    }
+    write_pickle(path, made[holder])
+    refused(path, InconsistentError, "key of type tuple")
+
+
+def test_many_calls_that_copy_one_long_text_are_beyond_the_limit(path: Path) -> None:
+    encode = call("_codecs.encode", b"h\0", text("latin1"))
+    write_pickle(path, b"(" + text("a" * 10**6) + b"q\0" + encode * 20_000 + b"t")
+    refused(path, LimitError, "copies far more than it holds")
+
+
+def test_many_attributes_copied_to_many_dicts_are_beyond_the_limit(path: Path) -> None:
+    state = b"}q\0(" + b"".join(text(f"{i}") + b"N" for i in range(5000)) + b"u"
+    write_pickle(path, b"(" + state + (call("collections.OrderedDict") + b"h\0b") * 5000 + b"t")
+    refused(path, LimitError, "copies far more than it holds")
+
+
+def test_a_bytearray_is_refused_before_it_takes_its_memory(path: Path) -> None:
+    for name in ("builtins.bytearray", "__builtin__.bytearray"):  # as Python 3 and 2 call it
+        write_pickle(path, call(name, number(10**11)))
+        refused(path, UnsafeError, r"builtins\.bytearray")
+    write_pickle(path, b"\x96" + struct.pack("<Q", 10**11))
+    refused(path, UnsupportedError, "not what torch.save writes")
+
+
+# --- Corrupt ---
+
+
+@pytest.mark.parametrize(
+    ("operations", "match"),
+    [
+        (b"", "pickle is damaged"),
+        (b"h\7", "pickle is damaged"),
+        (b"\xff", "pickle is damaged"),
+        (b"}" + text("a")[:-1], "pickle is damaged"),
+        (text("x") + b"Q", "no storage"),
+        (call("collections.OrderedDict", b"](](N\x85Nee"), "OrderedDict made of something"),
+        (tensor((5,), (1,)), "torch cannot read it"),
+        (tensor((2, 2), (1, 3)), "torch cannot read it"),
+        (tensor((-1,), (1,)), "torch cannot read it"),
+        (tensor((4,), (-1,)), "torch cannot read it"),
+        (tensor((5,), (1,), held=5), "asks for 20 bytes, the storage has 16"),
+        (tensor((3,), (1,), held=3), "asks for 12 bytes, the storage has 16"),
+        (tensor((4,), (1,)).replace(b"FloatS", b"QuadS"), "unknown storage type"),
+        (tensor((4,), (1,)).replace(text("0"), text("1")), "storage is missing"),
+    ],
+)
+def test_a_pickle_that_does_not_fit_its_storages_is_corrupt(path: Path, operations: bytes, match: str) -> None:
+    write_pickle(path, operations, FOUR)
+    refused(path, CorruptError, match)
+
+
+# --- Inconsistent: what the pipeline makes of a sound file ---
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ([torch.ones(2)], "holds a list, not a dict"),
+        (torch.ones(2), "holds a Tensor, not a dict"),
+        ({"losses": [1.0]}, "has no dict `model`"),
+        ({"model": {0: torch.ones(2)}}, "keys must be text"),
+        ({0: torch.ones(2)}, "keys must be text"),
+        ({"model": {1.5: torch.ones(2)}}, "key of type float"),
+        ({"model": {"head.single.w": torch.ones(2), "head.experts.0.w": torch.ones(2)}}, "holds both"),
+    ],
+)
+def test_a_payload_whose_parts_contradict_each_other_is_inconsistent(path: Path, value: Any, match: str) -> None:
+    torch.save(value, path)
+    with pytest.raises(InconsistentError, match=match) as caught:
+        vc.open(path)
+    assert caught.value.path == path
+
+
+def test_every_way_to_pickle_a_call_of_a_function_is_seen(path: Path, tmp_path: Path) -> None:
+    """Protocol 2 has three, and older ones more; none of them runs."""
+    proof = tmp_path / "proof"
+    argument = text(f"touch {proof}")
+    ways = {
+        "reduce": b"cos\nsystem\n" + argument + b"\x85R",
+        "new object": b"cos\nsystem\n" + argument + b"\x85\x81",
+        "build": b"cos\nsystem\n" + argument + b"b",
+        "inst": b"(" + argument + b"ios\nsystem\n",
+        "object": b"(cos\nsystem\n" + argument + b"o",
+        "stack global": text("os") + text("system") + b"\x93" + argument + b"\x85R",
+    }
+    for operations in ways.values():
+        write_pickle(path, operations)
+        with pytest.raises((UnsafeError, UnsupportedError)):
+            read(path)
+        assert not proof.exists()
+    pickle.loads(b"\x80\x02" + ways["reduce"] + b".")
+    assert proof.exists()
+
+
+# --- Changed ---
+
+
+def test_a_file_that_is_replaced_while_it_is_being_opened_has_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"w": torch.ones(2)}, path)
+    original = torch.load
+
+    def load_slowly(*args: Any, **options: Any) -> Any:
+        torch.save({"w": torch.zeros(2)}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch, "load", load_slowly)
+    refused(path, ChangedError, "changed while it was being read")
+
+
+# --- Written ---
+
+MANY = {
+    "large": torch.arange(200_000.0).reshape(400, 500),
+    "odd": torch.arange(2**17 + 3, dtype=torch.uint8),
+    "small": torch.ones(3, dtype=torch.bfloat16),
+    "none": torch.zeros(0),
+    "scalar": torch.tensor(2.5),
+    "flags": torch.tensor([True, False]),
+}
+MANY["view"] = MANY["large"][3:5].t()
+
+
+def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
+    """Wherever it stands: a reader may take it from the directory, from beside the bytes, or from before them."""
+    torch_file.save_torch_file(MANY, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as zipped:
+        assert zipped.testzip() is None
+        for entry in zipped.infolist():
+            assert zlib.crc32(zipped.read(entry)) == entry.CRC
+            crc, _, _, n_name, n_extra = struct.unpack_from("<14xIII2H", whole, entry.header_offset)
+            if entry.flag_bits & 8:
+                end = entry.header_offset + 30 + n_name + n_extra + entry.file_size
+                signature, crc = struct.unpack_from("<4sI", whole, end)
+                assert signature == b"PK\7\x08"
+            assert crc == entry.CRC
+    assert not list(differences(MANY, torch.load(path, weights_only=True, mmap=True)))
+    assert not list(differences(MANY, read(path)))
+
+
+def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
+    torch_file.save_torch_file(MANY, path)
+    torch_file.save_torch_file(torch.load(path, weights_only=True), path.with_name("another.pt"))
+    assert path.read_bytes() == path.with_name("another.pt").read_bytes()
+
+
+def test_checksums_of_large_tensors_are_taken_while_they_are_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a release of torch writes a storage in other pieces, its checksum is still right, but costs a second look."""
+    known: dict[tuple[int, int], int] = {}
+    fill_in = torch_file.fill_in_checksums
+    monkeypatch.setattr(torch_file, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
+    torch_file.save_torch_file(MANY, path)
+    members = torch_archive.check_archive(path).members.values()
+    assert known == {(m.start, m.size): m.crc for m in members if m.size >= 2**17}
+    assert len(known) == 2
+
+
+def test_torch_computes_checksums_again_after_a_file_was_written_or_could_not_be(path: Path) -> None:
+    torch_file.save_torch_file(MANY, path)
+    with pytest.raises(StorageError, match="exists"):
+        torch_file.save_torch_file(MANY, path)
+    assert torch.serialization.get_crc32_options()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("size", [100, 10**6], ids=["small", "large"])
+def test_why_a_write_failed_is_said(
+    path: Path, error: BaseException, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if len(data) >= size:
+                raise error
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda *_: Failing())
+    with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
+        torch_file.save_torch_file({"w": torch.zeros(size)}, path)
+    assert caught.value is error or "No space left" in str(caught.value)
+    assert torch.serialization.get_crc32_options()
+
+
+class _Signalled(BaseException):
+    """What a handler raises, as Python's own does for SIGINT."""
+
+
+def signalled_at(line: int, work: Callable[[], object]) -> bool:
+    """Do `work` with a signal before the line of that number that runs in our module or in torch's; False: past it."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in (torch_file.__file__, torch.serialization.__file__):
+            return None
+        left -= event == "line"
+        if event == "line" and not left:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+
+@pytest.mark.parametrize(
+    "work", [torch_file.save_torch_file, lambda value, _: torch_file.torch_file_size(value)], ids=["save", "size"]
+)
+def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
+    path: Path, work: Callable[[Any, Path], object]
+) -> None:
+    def stop(*_: object) -> None:
+        raise _Signalled
+
+    usual = signal.signal(signal.SIGTERM, stop)
+    try:
+        for line in count(1):
+            path.unlink(missing_ok=True)
+            try:
+                if not signalled_at(line, lambda: work({"w": torch.arange(100), "large": MANY["large"]}, path)):
+                    break
+                pytest.fail(f"the signal at line {line} was lost")
+            except _Signalled:
+                pass
+            assert signal.getsignal(signal.SIGTERM) is stop
+            assert torch.serialization.get_crc32_options()
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert line > 100
+
+
+# --- Checksums that were noted by someone who read the bytes anyway ---
+
+
+def test_every_storage_of_a_file_is_found_in_memory(path: Path) -> None:
+    """If a release of torch maps files otherwise, checksums are still verified, but by a pass of their own."""
+    for save in (torch.save, torch_file.save_torch_file):
+        save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
+        sources = Sources()
+        torch_file.load_torch_file(path.with_name(save.__module__), sources)
+        sizes = sorted(size for _, size in sources.parts())
+        assert sizes == [2, 4, 6, 8, 2**17 + 3, 800_000]
+
+
+def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) -> None:
+    torch_file.save_torch_file(MANY, path)
+    sources = Sources()
+    value = torch_file.load_torch_file(path, sources)
+    value["large"] += 1  # only in memory
+    for part in sources.parts().values():
+        part.note(1)
+    sources.verify()
+
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(MANY["large"].numpy().tobytes()) + 100_000] ^= 1
+    path.write_bytes(whole)
+    sources = Sources()
+    value = torch_file.load_torch_file(path, sources)
+    for address, size in (parts := sources.parts()):
+        held = next(t for t in value.values() if (t.data_ptr(), t.numel() * t.itemsize) == (address, size))
+        parts[address, size].note(zlib.crc32(plain_data.bytes_of(held).numpy()))
+    with pytest.raises(CorruptError, match="checksum") as caught:
+        sources.verify()
+    assert caught.value.key == "archive/data/0"
+
+
+@pytest.mark.parametrize("target", ["new.pt", "new/"])
+@pytest.mark.parametrize("optimizer", ["keep", "drop"])
+@pytest.mark.parametrize("part", ["model", "optim"])
+def test_a_damaged_source_is_blamed_whether_or_not_the_damage_would_have_been_carried(
+    tmp_path: Path, target: str, optimizer: str, part: str
+) -> None:
+    whole = bytearray((DATA / "named_experts3.pt").read_bytes())
+    payload = torch.load(io.BytesIO(whole), weights_only=True)
+    slots = next(slots for slots in payload["optim"]["state"].values() if slots["exp_avg"].numel() > 8)
+    hurt = slots["exp_avg"] if part == "optim" else next(w for w in payload["model"].values() if w.numel() > 99)
+    whole[whole.index(hurt.numpy().tobytes()) + 1] ^= 1
+    (tmp_path / "old.pt").write_bytes(whole)
+    with pytest.raises(CorruptError, match="checksum") as caught:
+        vc.convert(tmp_path / "old.pt", f"{tmp_path}/{target}", optimizer=optimizer)
+    assert caught.value.path == tmp_path / "old.pt"
+    assert [p.name for p in tmp_path.iterdir()] == ["old.pt"]
+
+
+@pytest.mark.parametrize(("damage", "error"), [("bytes", InvariantError), ("checksum", CorruptError)])
+def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
+    tmp_path: Path, damage: str, error: type[CkptError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch_file.save_torch_file
+
+    def save_badly(value: Any, path: Path) -> None:
+        save(value, path)
+        member = next(m for m in torch_archive.check_archive(path).storages() if m.size > 100)
+        whole = bytearray(path.read_bytes())
+        in_the_directory = whole.rindex(struct.pack("<I", member.crc))
+        whole[member.start + 1 if damage == "bytes" else in_the_directory] ^= 1
+        path.write_bytes(whole)
+
+    monkeypatch.setattr(torch_file, "save_torch_file", save_badly)
+    with pytest.raises(error):
+        vc.convert(DATA / "named_experts3.pt", tmp_path / "new.pt")
+    assert not list(tmp_path.iterdir())
+
+
+# --- Compared ---
+
+
+def test_tensors_are_the_same_if_all_their_bits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "_PIECE", 8)
+    for size in (0, 1, 7, 8, 9, 16, 31):
+        a = torch.arange(size, dtype=torch.uint8)
+        assert same_bits(a, a.clone())
+        assert checksum_if_same(a, a.clone()) == zlib.crc32(a.numpy())
+        for place in range(size):
+            b = a.clone()
+            b[place] ^= 128
+            assert not same_bits(a, b)
+            assert checksum_if_same(a, b) is None
+
+
+def test_what_only_equals_a_tensor_is_not_the_same() -> None:
+    w = torch.tensor([[0.0, float("nan")], [1.0, 2.0]])
+    other_nan = torch.frombuffer(bytearray(struct.pack("<fIff", 0, 0x7FC00001, 1, 2)), dtype=torch.float32).view(2, 2)
+    for a, b, same in [
+        (w, w.clone(), True),
+        (w, w.t().clone().t(), True),
+        (w, other_nan, False),
+        (torch.zeros(2), -torch.zeros(2), False),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), False),
+        (torch.ones(2), torch.ones(2, 1), False),
+        (torch.ones(2), nn.Parameter(torch.ones(2)), False),
+        (torch.ones(2), torch.ones(2, requires_grad=True), False),
+    ]:
+        assert same_bits(a, b) is same
+        assert (checksum_if_same(a, b) is not None) is same
+
+
+@pytest.mark.parametrize("where", ["nowhere", "core", "transposed", "payload", "history"])
+def test_comparing_in_threads_finds_what_comparing_in_turn_does(where: str) -> None:
+    def checkpoint(changed: str) -> Checkpoint:
+        flip = {name: float(changed == name) for name in ("core", "transposed", "payload")}
+        tensors = {f"w{i}": torch.full((100,), float(i)) for i in range(20)}
+        tensors["w7"][99] += flip["core"]
+        tensors["t"] = torch.arange(6.0).reshape(2, 3).t() + 0
+        tensors["t"][2, 1] += flip["transposed"]
+        assert not tensors["t"].is_contiguous()
+        made = Checkpoint(tensors, payload={"losses": [1.0, 2.0 + flip["payload"]], "ema": {"w": torch.ones(3)}})
+        return made if changed != "history" else replace(made, history=(Record("x", {}, "", "", "", ""),))
+
+    a, b = checkpoint("nowhere"), checkpoint(where)
+    found = list(differences_and_checksums(a, b))
+    assert found == list(checkpoint_differences(a, b))
+    assert len(found) == (where != "nowhere")
+
+
+def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_again: list[str] = []
+
+    def verify_members(_: Any, __: memoryview, members: Iterable[torch_archive.Member]) -> None:
+        read_again.extend(member.name for member in members if member.size > 1000)
+
+    torch.save(
+        {"model": {"a": torch.rand(1000), "b": torch.rand(10, 100)}, "ema": [torch.rand(500)]}, tmp_path / "a.pt"
+    )
+    monkeypatch.setattr(torch_archive.Container, "verify_members", verify_members)
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert not read_again
+    vc.convert(tmp_path / "a.pt", tmp_path / "c.pt", dry_run=True)
+    assert len(read_again) == 3  # there nobody else reads them
