@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import isfinite
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from vraxion_ckpt._version import __version__
@@ -51,7 +50,7 @@ def render(subject: Subject) -> str:
         most_changes=_MOST_CHANGES,
         history=_history(subject),
         figures={drawn.name: drawn.figure for drawn in (*rings, *shares, *alike)},
-        plotly_js=Markup(get_plotlyjs()),
+        plotly_js=get_plotlyjs(),
         version=__version__,
     )
 
@@ -60,7 +59,7 @@ def _page() -> Template:
     environment = Environment(
         loader=PackageLoader("vraxion_ckpt.reporting", ""),
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
