@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.search(r"^\.PHONY: (.*)", MAKEFILE, re.MULTILINE)[1].split())
 
 
@@ -62,3 +66,51 @@ def test_the_python_that_runs_the_tests_is_suitable(tmp_path):
     done = make(tmp_path, "demo", f"PYTHON={interpreter}")
     assert f"{interpreter} -m venv .venv" in done.stdout
     assert done.returncode == 2  # it cannot make one
+
+
+# --- what services read ---
+
+
+def parsed(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def steps() -> list[dict[str, Any]]:
+    return [step for job in parsed(".github/workflows/ci.yml")["jobs"].values() for step in job["steps"]]
+
+
+def test_the_workflow_runs_every_check_and_only_targets_that_exist():
+    called = {target for step in steps() for target in re.findall(r"make ([\w-]+)", step.get("run", ""))}
+    assert called <= TARGETS
+    assert {"demo", "docs", "lint", "reliability", "test"} <= called
+
+
+def test_the_workflow_tries_the_oldest_python_and_newer_ones():
+    pythons = parsed(".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert f">={pythons[0]}" == PROJECT["requires-python"]
+    assert pythons == ["3.11", "3.12", "3.13", "3.14"]  # as text: the number 3.10 would be 3.1
+
+
+def test_the_hooks_run_what_lint_runs_without_downloading_anything():
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    (repo,) = parsed(".pre-commit-config.yaml")["repos"]
+    assert repo["repo"] == "local"
+    assert {hook["language"] for hook in repo["hooks"]} == {"system"}
+    commands = [hook["entry"].removeprefix(".venv/bin/") for hook in repo["hooks"]]
+    assert len(commands) == len(lint.splitlines())
+    assert all(f"$(BIN)/{command}" in lint for command in commands)
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_form_has_the_fields_that_a_form_needs(name):
+    form = parsed(f".github/ISSUE_TEMPLATE/{name}.yml")
+    assert {"name", "description", "body"} <= form.keys()
+    asked = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in asked}) == len(asked) > 0
+    assert all(field["attributes"]["label"] for field in asked)
+
+
+def test_the_make_targets_of_the_pull_request_template_exist():
+    named = set(re.findall(r"`make ([\w-]+)`", (ROOT / ".github/pull_request_template.md").read_text()))
+    assert named
+    assert named <= TARGETS
