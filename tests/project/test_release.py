@@ -126,6 +126,7 @@ def test_the_source_archive_holds_what_is_built_tested_and_read_and_no_leftovers
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
+        "SECURITY.md",
         "Makefile",
         "constraints.txt",
         "pyproject.toml",

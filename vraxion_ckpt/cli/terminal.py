@@ -8,6 +8,7 @@ from itertools import groupby
 
 import click
 import numpy as np
+from pydantic import ByteSize
 from rich.console import Console, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -30,12 +31,7 @@ def console() -> Console:
 
 def byte_size(number: int) -> str:
     """Return a number of bytes for people."""
-    value, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    return ByteSize(number).human_readable(separator=" ")
 
 
 def band(owners: Ints, width: int) -> Text:
