@@ -365,7 +365,10 @@ def test_outputs_are_refused_where_they_must_not_be(tmp_path, run_cli):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "there.html"]
 
 
-@pytest.mark.parametrize(("module", "option", "extra"), [("plotly", "-o", "report"), ("matplotlib", "--png", "png")])
+@pytest.mark.parametrize(
+    ("module", "option", "extra"),
+    [("jinja2", "-o", "report"), ("plotly", "-o", "report"), ("matplotlib", "--png", "png")],
+)
 def test_a_missing_extra_is_named(module, option, extra, tmp_path):
     script = (
         "import sys, importlib.util as u; find = u.find_spec\n"

@@ -87,6 +87,7 @@ def report(
     for place, kind, own in ((page, "HTML", "text/html"), (picture, "PNG", "image/png")):
         if place is not None:
             _say_if_denied(Path(place), kind, own)
+    _require("jinja2", "report", page)
     _require("plotly", "report", page)
     _require("matplotlib", "png", picture)
     with signals.put_off(), os_errors_named(path, *given), ExitStack() as stack:
