@@ -133,6 +133,8 @@ def _type_in_words(schema: dict[str, Any]) -> str:
         return " or ".join(_type_in_words(s) for s in schema["anyOf"] if s.get("type") != "null")
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
     if schema.get("type") == "array":
         return f"list of {_type_in_words(schema.get('items', {}))}"
     words = {"integer": "whole number", "number": "number", "boolean": "true | false"}

@@ -79,13 +79,15 @@ class Label:
     """An expert's id on a sector of the ring.
 
     Attributes:
-        middle: its angle in turns.
+        middle: the angle of its middle, in turns.
+        width: that of its sector, in turns.
         radius: its distance from the centre.
         colour: of its text.
     """
 
     expert: int
     middle: float
+    width: float
     radius: float
     colour: str
 
@@ -156,6 +158,7 @@ def ring_labels(one: Ring) -> list[Label]:
         Label(
             part.owner,
             (part.start + part.length / 2) / length,
+            part.length / length,
             (_INNER + _OUTER) / 2,
             text_colour(expert_colour(part.owner)),
         )

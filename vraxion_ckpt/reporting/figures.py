@@ -109,6 +109,7 @@ def _label_trace(labels: Sequence[Label]) -> dict[str, Any]:
         "r": [label.radius for label in labels],
         "theta": [label.middle * 360 for label in labels],
         "text": [str(label.expert) for label in labels],
+        "customdata": [label.width for label in labels],
         "textfont": {"color": [label.colour for label in labels], "size": 12},
         "hoverinfo": "skip",
     }

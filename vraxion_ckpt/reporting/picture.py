@@ -34,7 +34,7 @@ from vraxion_ckpt.reporting.gather import Ring, Subject
 _STYLES = {"solid": "-", "dash": "--", "dot": ":"}
 # More experts have a part of the key of their own, with so many columns for each ring.
 _FEW_EXPERTS = 4
-_KEY_COLUMNS = 14
+_KEY_COLUMNS = 10
 
 
 def draw(subject: Subject) -> bytes:
