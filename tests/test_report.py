@@ -498,11 +498,11 @@ def test_outputs_are_refused_where_they_must_not_be(tmp_path, run_cli):
     shutil.copy(SOURCE, tmp_path / "a.pt")
     (tmp_path / "there.html").write_text("mine")
     for arguments, says in (
-        ([], "nothing is to be written"),
+        ([], "no output is given"),
         (["-o", tmp_path / "there.html"], "--overwrite"),
         (["-o", tmp_path / "a.pt", "--overwrite"], "inside the source"),
         (["-o", tmp_path / "x", "--png", tmp_path / "x"], "twice"),
-        (["-o", tmp_path / "x.png"], "--png makes one"),
+        (["-o", tmp_path / "x.png"], "--png makes a picture"),
         (["-o", tmp_path / "nowhere/x.html"], "nowhere"),
         (["-o", tmp_path], "--overwrite"),
     ):

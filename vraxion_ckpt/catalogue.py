@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic.fields import FieldInfo
+
 from vraxion_ckpt import plugins
 from vraxion_ckpt.facts import Fact, Facts, Plain
 from vraxion_ckpt.options import calling
@@ -113,7 +115,7 @@ def describe(name: str) -> Description:
             name=key,
             type=_type_in_words(schema),
             required=field.is_required(),
-            default=None if field.is_required() else field.default,
+            default=None if field.is_required() else _default(field, schema),
             description=field.description or "",
         )
         for (key, field), schema in zip(plugin.model_fields.items(), schemas, strict=True)
@@ -126,6 +128,11 @@ def describe(name: str) -> Description:
         options=options,
         json_schema=plugin.model_json_schema(),
     )
+
+
+def _default(field: FieldInfo, schema: dict[str, Any]) -> Any:
+    """Return a default; where it is None, the schema may state the value that stands for it, like ``auto``."""
+    return schema.get("default") if field.default is None else field.default
 
 
 def _type_in_words(schema: dict[str, Any]) -> str:

@@ -43,8 +43,8 @@ def _about_runtime() -> str:
     )
 
 
-def _none_is_auto(value: Any) -> Any:
-    return "auto" if value is None else value
+def _auto_is_none(value: Any) -> Any:
+    return None if value == "auto" else value
 
 
 class ArcMeta(Transform):
@@ -57,8 +57,10 @@ class ArcMeta(Transform):
         "ptr_hist_arc", description="weigh addresses by visits, or by summed loss and then keep the top_k"
     )
     parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
-    arc_len: Annotated[int | Literal["auto"], BeforeValidator(_none_is_auto)] = Field(
-        "auto", description="addresses in the arc; auto: max(16, ring // (2 * experts))"
+    arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
+        None,
+        description="addresses in the arc; auto: max(16, ring // (2 * experts))",
+        json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "null"}, {"const": "auto"}], "default": "auto"},
     )
     top_k: int = Field(256, ge=1, description="for topk_loss: how many addresses to take at most")
     allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent no address")
@@ -131,7 +133,7 @@ class ArcMeta(Transform):
             self.parent if self.parent is not None else int(max(range(experts), key=lambda e: (totals[e], -e))),
             checkpoint,
         )
-        length = ring.auto_arc_length(len(owners), experts) if self.arc_len == "auto" else self.arc_len
+        length = ring.auto_arc_length(len(owners), experts) if self.arc_len is None else self.arc_len
         owned = owners == parent
         arc, score = ring.hottest_arc(np.where(owned, weights, 0), max(1, min(len(owners), length)))
         in_arc = arc.addresses[owned[arc.addresses]]

@@ -1,4 +1,4 @@
-"""Plugins and their options, as tables."""
+"""Print plugins and their options."""
 
 from __future__ import annotations
 
