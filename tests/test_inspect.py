@@ -190,7 +190,7 @@ def test_on_a_terminal_experts_have_the_colours_of_the_report_and_no_line_is_too
     key = re.findall(r'<i style="background:(#\w+);color:#\w+">(\d+)</i>', (tmp_path / "out.html").read_text())
     expected = {expert: entry_of_256(colour) for colour, expert in key}
     cells = re.findall(r"\x1b\[38;5;\d+;48;5;(\d+)m(\d)+\x1b", shown)
-    assert len(cells) == 64 - 1 + 3  # arcs of the ring, of which one has two addresses; and the table of experts
+    assert len(cells) == 64 + 3  # the addresses of the ring, and the experts of the table
     assert {(expert, int(entry)) for entry, expert in cells} == set(expected.items())
     assert max(len(line) for line in ESCAPE.sub("", shown).splitlines()) <= 80
     plain = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", path, NO_COLOR="1")
