@@ -108,7 +108,7 @@ def _about_copies(subject: Subject, similarity: Similarity) -> list[str]:
         return []
     all_ = "Both" if number == 2 else f"All {number:,}"
     which = f"{all_} experts" if number == _present(subject) else f"The {number} experts that were compared"
-    return [f"{which} are bit-identical; they differ in nothing but the addresses they own."]
+    return [f"{which} are bit-identical: no parameter differs."]
 
 
 def _copy_rows(similarity: Similarity) -> Iterator[tuple[str, str, str]]:
