@@ -176,10 +176,104 @@ def test_a_signal_of_a_closed_pipe_is_not_an_answer():
 # --- on a terminal ---
 
 
-def test_on_a_terminal_the_ring_is_a_band_of_colours_and_no_line_is_too_long():
-    shown = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", DATA / "named_experts3.pt", "--tensors")
-    assert shown.count("\x1b[30;48;5;") == 64
+def entry_of_256(colour: str) -> int:
+    """Return the entry of the 256-colour palette that is exactly a colour of a report."""
+    levels = (0, 95, 135, 175, 215, 255)
+    red, green, blue = (levels.index(int(colour[place : place + 2], 16)) for place in (1, 3, 5))
+    return 16 + 36 * red + 6 * green + blue
+
+
+def test_on_a_terminal_experts_have_the_colours_of_the_report_and_no_line_is_too_long(tmp_path):
+    path = DATA / "named_experts3.pt"
+    shown = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", path, "--tensors")
+    vc.report(path, tmp_path / "out.html")
+    key = re.findall(r'<i style="background:(#\w+);color:#\w+">(\d+)</i>', (tmp_path / "out.html").read_text())
+    expected = {expert: entry_of_256(colour) for colour, expert in key}
+    cells = re.findall(r"\x1b\[38;5;\d+;48;5;(\d+)m(\d)+\x1b", shown)
+    assert len(cells) == 64 + 3  # the addresses of the ring, and the experts of the table
+    assert {(expert, int(entry)) for entry, expert in cells} == set(expected.items())
     assert max(len(line) for line in ESCAPE.sub("", shown).splitlines()) <= 80
-    plain = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", DATA / "named_experts3.pt", NO_COLOR="1")
+    plain = on_a_terminal("-m", "vraxion_ckpt.cli", "inspect", path, NO_COLOR="1")
     assert "48;5;" not in plain
     assert "0120120" in plain
+
+
+# The commands that print tables, and words that a table of 40 columns would break.
+NARROW = [
+    (("inspect", EXPERTS3, "--visits", VISITS), "ptr_expert_max_share"),
+    (("describe", "arc_meta"), "allow_empty_parent"),
+    (("plugins",), "restore_hibernated"),
+]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(("arguments", "word"), NARROW, ids=lambda part: part[0] if isinstance(part, tuple) else "")
+def test_no_word_of_a_table_is_broken(arguments, word, columns):
+    shown = ESCAPE.sub("", on_a_terminal("-m", "vraxion_ckpt.cli", *arguments, columns=columns))
+    assert max(map(len, shown.splitlines())) <= columns
+    assert word in shown
+
+
+# --- what is printed ---
+
+
+def sections(said: str) -> list[list[str]]:
+    """Return what stands between empty lines."""
+    return [section.splitlines() for section in said.split("\n\n")]
+
+
+def test_tables_stand_apart_under_headings(run_cli):
+    said = run_cli("inspect", DATA / "wallclock_experts3.pt", "--visits", VISITS)[1]
+    _, experts, visits = sections(said)
+    assert experts[0] == "experts"
+    assert experts[1].split()[:3] == ["expert", "owns", "share"]
+    assert [line.split()[0] for line in experts[2:] if line[0] != " "] == ["0", "1", "2"]
+    assert visits[0] == "visits"
+    assert [line.split()[0] for line in visits[2:]] == ["before", "predicted", "measured"]
+
+
+def test_what_formats_would_lose_is_said_once(run_cli):
+    said = run_cli("inspect", EXPERTS3)[1]
+    assert re.search(r"^would lose +nothing as modular, pt or safetensors$", said, re.MULTILINE)
+    assert said.count("lose") == 1
+    facts = vc.inspect(DATA / "raw_state_dict.pt")
+    lossy = [name for name, losses in facts.losses.items() if losses]
+    said = run_cli("inspect", DATA / "raw_state_dict.pt")[1]
+    for name in facts.losses:
+        assert (f" as {name}: " in said) == (name in lossy)
+
+
+# --- experts in layouts of others ---
+
+UNKNOWN = {
+    "mixtral": "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    "deepseek": "model.layers.1.mlp.shared_experts.gate_proj.weight",
+    "qwen": "model.layers.0.mlp.shared_expert.up_proj.weight",
+    "fused": "model.layers.0.mlp.experts.gate_up_proj",
+    "switch": "encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight",
+    "megatron": "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN.values(), ids=UNKNOWN)
+def test_experts_in_an_unknown_layout_are_said_to_be_unknown(name, tmp_path, run_cli):
+    rest = {"embed.weight": torch.ones(4, 2), "model.layers.0.block_sparse_moe.gate.weight": torch.ones(2, 2)}
+    torch.save({**rest, name: torch.ones(2, 2)}, tmp_path / "a.pt")
+    facts = vc.inspect(tmp_path / "a.pt")
+    assert facts.unknown_experts.model_dump() == {"tensors": 1, "example": name}
+    assert (facts.head, facts.num_experts, facts.experts) == (None, 0, ())
+    code, said, _ = run_cli("inspect", tmp_path / "a.pt")
+    assert code == 0
+    assert "not in a layout known here: 1 tensor" in said
+    assert name in said.replace("\n" + 12 * " ", "")
+    assert json.loads(run_cli("inspect", tmp_path / "a.pt", "--json")[1])["unknown_experts"]["tensors"] == 1
+
+
+@pytest.mark.parametrize("source", [*MONOLITHS, *DIRECTORIES], ids=lambda path: path.name)
+def test_our_own_experts_are_known(source):
+    assert vc.inspect(source).unknown_experts is None
+
+
+def test_a_name_that_only_mentions_experts_is_no_expert(tmp_path):
+    torch.save({"router.expert_bias": torch.ones(2), "expertise.weight": torch.ones(2)}, tmp_path / "a.pt")
+    assert vc.inspect(tmp_path / "a.pt").unknown_experts is None

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from support import DATA, DIRECTORIES, MONOLITHS, bits, load
-from vraxion_ckpt.invariants import (
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.invariants import (
     Preservation,
     findings,
     preservation,
@@ -15,9 +17,7 @@ from vraxion_ckpt.invariants import (
     shared_memory,
     sharing_findings,
 )
-from vraxion_ckpt.model import Checkpoint, Expert, HeadKind, Lifecycle
-
-import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle
 
 SOUND = "wallclock_experts3.pt"
 E0, E1 = "head.experts.0.weight", "head.experts.1.weight"

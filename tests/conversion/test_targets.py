@@ -9,8 +9,10 @@ from typing import ClassVar
 
 import pytest
 from support import DATA, files_below
-from vraxion_ckpt.model import Checkpoint
-from vraxion_ckpt.targets import (
+
+import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.conversion.targets import (
     check_apart,
     check_inputs,
     check_manifest,
@@ -22,11 +24,9 @@ from vraxion_ckpt.targets import (
     formats_named,
     say_what_names_deny,
 )
-from vraxion_ckpt.transform import Step
-
-import vraxion_ckpt as vc
 from vraxion_ckpt.errors import CkptWarning, UsageError
-from vraxion_ckpt.plugins import resolve_adapter, resolve_chain
+from vraxion_ckpt.plugins.discovery import resolve_adapter, resolve_chain
+from vraxion_ckpt.plugins.transform import Step
 
 FILE, FOLDER = "named_experts3.pt", "modular_experts3"
 

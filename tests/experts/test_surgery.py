@@ -7,11 +7,11 @@ import hashlib
 import pytest
 import torch
 from support import DATA, assert_same, bits, load
-from vraxion_ckpt.model import Checkpoint, Expert, HeadKind, Lifecycle, Optimizer, ParamGroup, SplitPlan
-from vraxion_ckpt.surgery import buffers_of, clone_expert, copy_of, is_master_copy, remove_expert, rename_head
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Optimizer, ParamGroup, SplitPlan
 from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.experts.surgery import buffers_of, clone_expert, copy_of, is_master_copy, remove_expert, rename_head
 
 EXPERTS = ["wallclock_experts3.pt", "wallclock_adapter_experts.pt", "named_experts3.pt", "modular_experts3"]
 

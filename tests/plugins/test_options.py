@@ -8,9 +8,18 @@ from typing import ClassVar
 
 import pytest
 from pydantic import field_validator
-from vraxion_ckpt.options import IntList, NameList, Plugin, configure, expand_ranges, parse, problems_with, resolved
 
 from vraxion_ckpt.errors import OptionError, PluginError, StorageError, UsageError
+from vraxion_ckpt.plugins.options import (
+    IntList,
+    NameList,
+    Plugin,
+    configure,
+    expand_ranges,
+    parse,
+    problems_with,
+    resolved,
+)
 
 
 class Example(Plugin):

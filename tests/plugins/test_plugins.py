@@ -174,3 +174,15 @@ def test_describe_shows_options_types_and_defaults(site):
     text = vraxion(site, "describe", "scale").stdout
     assert "which expert" in text
     assert "required" in text
+
+
+def test_describe_shows_what_an_option_is_if_it_is_not_given(run_cli):
+    facts = json.loads(run_cli("describe", "arc_meta", "--json")[1])
+    options = {option["name"]: (option["type"], option["default"]) for option in facts["options"]}
+    assert options["arc_len"] == ("whole number or auto", "auto")
+    assert options["top_k"] == ("whole number", 256)
+    assert options["parent"] == ("whole number", None)
+    said = {line.split()[0]: line for line in run_cli("describe", "arc_meta")[1].splitlines() if line[:1].strip()}
+    assert re.search("auto +addresses in the arc", said["arc_len"])
+    assert re.search("not set +expert to split", said["parent"])
+    assert re.search("false +allow", said["allow_empty_parent"])

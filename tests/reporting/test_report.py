@@ -45,9 +45,37 @@ def figures(page: Path) -> dict:
     return json.loads(found[1])
 
 
+def traces(figure: dict) -> dict:
+    """Return the traces of a figure by their names."""
+    return {trace["name"]: trace for trace in figure["data"]}
+
+
+def norms(page: Path) -> dict:
+    """Return the norms in the page's table, by expert."""
+    rows = re.findall(r"<i style=[^>]*>(\d+)</i>\s*</td><td class=\"n\">([^<]*)</td>", page.read_text())
+    return {int(expert): norm if norm == "not a number" else float(norm) for expert, norm in rows}
+
+
+def colours(page: Path) -> dict:
+    """Return the colours of the experts in a page: those of the key, held against those of the rings and the norms."""
+    shown = re.findall(r"<i style=\"background:(#\w+);color:#\w+\">(\d+)</i>", page.read_text())
+    pairs = [(int(expert), colour) for colour, expert in shown]
+    drawn = figures(page)
+    for name, figure in drawn.items():
+        if name.startswith("ring-"):
+            owners = traces(figure)["owners"]
+            experts = [int(re.match(r"expert (\d+)", text)[1]) for text in owners["text"]]
+            pairs += zip(experts, owners["marker"]["color"], strict=True)
+    for bars in drawn.get("norms", {}).get("data", []):
+        pairs += zip(map(int, bars["x"]), bars["marker"]["color"], strict=True)
+    found = dict(pairs)
+    assert set(pairs) == set(found.items())
+    return found
+
+
 def body(page: Path) -> str:
     """Return what a reader reads, without scripts and tags."""
-    text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<script.*?</script>|<style.*?</style>|<wbr>", "", page.read_text(), flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
 
@@ -61,7 +89,7 @@ def test_it_shows_the_ring_before_and_after_with_owners_visits_and_the_hot_arc(t
     record = load(after)["mitosis"]
     visits = json.loads(VISITS.read_text())["visits"]
     for number, path in enumerate((SOURCE, after)):
-        owners, counted, hot = drawn[f"ring-{number}"]["data"]
+        owners, counted, hot, labels = drawn[f"ring-{number}"]["data"]
         router = load(path)["model"]["router_map"].tolist()
         shown = [None] * 64
         for theta, width, text in zip(owners["theta"], owners["width"], owners["text"], strict=True):
@@ -69,6 +97,8 @@ def test_it_shows_the_ring_before_and_after_with_owners_visits_and_the_hot_arc(t
             for address in range(first, first + size):
                 shown[address % 64] = int(re.match(r"expert (\d+)", text)[1])
         assert shown == router
+        for theta, expert in zip(labels["theta"], labels["text"], strict=True):
+            assert router[int(theta * 64 / 360) % 64] == int(expert)
         heights = np.array(counted["r"])
         np.testing.assert_allclose(heights / heights.sum(), np.array(visits) / sum(visits))
         covered = range(min(record["addresses"]), max(record["addresses"]) + 1)
@@ -99,10 +129,68 @@ def test_it_shows_cosines_and_norms_as_torch_measures_them(tmp_path):
         torch.cat([model[f"head.experts.{i}.{leaf}"].flatten() for leaf in ("weight", "bias")]).double()
         for i in range(4)
     ]
-    drawn = figures(tmp_path / "out.html")
+    (matrix,) = figures(tmp_path / "out.html")["similarity"]["data"]
+    assert matrix["x"] == matrix["y"] == ["0", "1", "2", "3"]
     expected = [[float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for b in vectors] for a in vectors]
-    np.testing.assert_allclose(drawn["similarity"]["data"][0]["z"], expected, atol=1e-6)
-    np.testing.assert_allclose(drawn["norms"]["data"][0]["y"], [float(v.norm()) for v in vectors])
+    np.testing.assert_allclose(matrix["z"], expected, atol=1e-6)
+    assert norms(tmp_path / "out.html") == {i: pytest.approx(float(v.norm()), rel=1e-5) for i, v in enumerate(vectors)}
+
+
+def test_the_norms_of_many_experts_are_bars_as_torch_measures_them(tmp_path):
+    path = ringed(tmp_path / "a.pt", 9, torch.arange(64) % 9)
+    vc.report(path, tmp_path / "out.html")
+    model = load(path)["model"]
+    expected = [float(model[f"head.experts.{i}.weight"].double().norm()) for i in range(9)]
+    (bars,) = figures(tmp_path / "out.html")["norms"]["data"]
+    assert bars["x"] == list("012345678")
+    np.testing.assert_allclose(bars["y"], expected)
+
+
+def test_a_clone_shows_by_what_it_differs(tmp_path):
+    after = tmp_path / "after.pt"
+    vc.convert(SOURCE, after, transforms=[("mitosis_split", {"parent": 2, "addresses": [2, 5], "noise": 1e-5})])
+    vc.report(after, tmp_path / "out.html")
+    (matrix,) = figures(tmp_path / "out.html")["similarity"]["data"]
+    assert matrix["x"] == ["0", "1", "2, 3"]
+    assert max(value for row in (0, 1, 2) for value in matrix["z"][row][:row] + matrix["z"][row][row + 1 :]) < 0.9
+    (row,) = re.findall(
+        r"compared with expert what differs 3 2 (weight, bias: .*?) Similarity", body(tmp_path / "out.html")
+    )
+    model = load(after)["model"]
+    pairs = [[model[f"head.experts.{i}.{leaf}"].double().flatten() for leaf in ("weight", "bias")] for i in (2, 3)]
+    parent, child = map(torch.cat, pairs)
+    gap = re.fullmatch(r"weight, bias: (\d+) of (\d+) elements, max-abs ([\d.e-]+), relative L2 ([\d.e-]+), .*", row)
+    assert (int(gap[1]), int(gap[2])) == (int((parent != child).sum()), len(parent))
+    assert float(gap[3]) == pytest.approx(float((parent - child).abs().max()), rel=1e-2)
+    assert float(gap[4]) == pytest.approx(float((parent - child).norm() / parent.norm()), rel=1e-2)
+
+
+@pytest.mark.parametrize("number", [2, 40])
+def test_clones_that_differ_in_nothing_are_a_sentence(number, tmp_path):
+    chain = [f"single_to_experts:experts={number},route=modulo"]
+    vc.convert(DATA / "wallclock_single.pt", tmp_path / "a.pt", transforms=chain)
+    vc.report(tmp_path / "a.pt", tmp_path / "out.html")
+    assert figures(tmp_path / "out.html").keys() == {"ring-0", "shares"}
+    text = body(tmp_path / "out.html")
+    assert ("Both experts are" if number == 2 else "All 40 experts are") + " bit-identical" in text
+    assert f"The norms of {number} experts are equal: " in text
+    assert "compared with" not in text
+
+
+def test_identical_experts_are_found_also_if_they_are_not_numbers(tmp_path):
+    payload = load(SOURCE)
+    for leaf in ("weight", "bias"):
+        payload["model"][f"head.experts.0.{leaf}"].fill_(float("nan"))
+        payload["model"][f"head.experts.2.{leaf}"].fill_(float("nan"))
+    torch.save(payload, tmp_path / "a.pt")
+    vc.report(tmp_path / "a.pt", tmp_path / "out.html")
+    text = body(tmp_path / "out.html")
+    assert "what differs 2 0 nothing: bit-identical" in text
+    assert "The cosine between experts 0, 2 and expert 1 is not defined." in text
+    payload["model"]["head.experts.2.bias"][0] = 0
+    torch.save(payload, tmp_path / "b.pt")
+    vc.report(tmp_path / "b.pt", tmp_path / "other.html")
+    assert "bit-identical" not in body(tmp_path / "other.html")
 
 
 def test_it_tells_what_changed_the_lifecycle_and_the_history(tmp_path):
@@ -120,7 +208,7 @@ def test_a_planned_split_is_shown_with_what_it_predicts(tmp_path):
     done = vc.report(tmp_path / "planned.pt", tmp_path / "out.html", visits=VISITS)
     assert "a split is planned: expert 2 gives up 6 addresses" in done.headline
     assert "predicted" in done.headline
-    assert [trace["name"] for trace in figures(tmp_path / "out.html")["ring-0"]["data"]][-1] == "hot arc"
+    assert "hot arc" in traces(figures(tmp_path / "out.html")["ring-0"])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +234,7 @@ def test_what_is_not_finite_leaves_gaps_and_is_told(tmp_path):
     torch.save(payload, tmp_path / "a.pt")
     vc.report(tmp_path / "a.pt", tmp_path / "out.html")
     drawn = figures(tmp_path / "out.html")
-    assert drawn["norms"]["data"][0]["y"][1] is None
+    assert norms(tmp_path / "out.html")[1] == "not a number"
     assert drawn["similarity"]["data"][0]["z"][0][1] is None
     assert "not a number: expert 1," in body(tmp_path / "out.html")
 
@@ -162,7 +250,8 @@ def test_experts_of_unusual_dtypes_have_norms_and_cosines(dtype, tmp_path):
     vc.report(tmp_path / "a.pt", tmp_path / "out.html")
     drawn = figures(tmp_path / "out.html")
     plain = [weight.to(torch.complex128).real.flatten() for weight in weights]
-    np.testing.assert_allclose(drawn["norms"]["data"][0]["y"], [float(one.norm()) for one in plain])
+    expected = {i: pytest.approx(float(one.norm()), rel=1e-5) for i, one in enumerate(plain)}
+    assert norms(tmp_path / "out.html") == expected
     cosine = float(torch.nn.functional.cosine_similarity(plain[0], plain[1], dim=0))
     assert drawn["similarity"]["data"][0]["z"][0][1] == pytest.approx(cosine, abs=1e-6)
 
@@ -186,8 +275,8 @@ def test_addresses_that_moved_between_experts_are_told_though_there_is_no_new_on
     assert vc.report(changed, tmp_path / "one.html", against=SOURCE).headline == (
         "5 addresses went from expert 2 to expert 0"
     )
-    assert figures(tmp_path / "one.html")["ring-1"]["data"][-1]["name"] == "hot arc"
-    assert vc.report(SOURCE, tmp_path / "two.html", against=SOURCE).headline == "no address has another owner"
+    assert "hot arc" in traces(figures(tmp_path / "one.html")["ring-1"])
+    assert vc.report(SOURCE, tmp_path / "two.html", against=SOURCE).headline == "no address moved"
 
 
 def test_every_split_since_the_old_checkpoint_is_told(tmp_path):
@@ -220,7 +309,7 @@ def test_a_single_expert_is_told_as_one(tmp_path):
     one = ringed(tmp_path / "a.pt", 1, torch.zeros(64, dtype=torch.int64))
     assert vc.report(one, tmp_path / "out.html").headline == "1 expert"
     assert vc.report(DATA / "modular_gc", tmp_path / "gc.html").headline == "3 experts, 1 of them deleted"
-    assert "Deleted, and without tensors: expert 1." in body(tmp_path / "gc.html")
+    assert "Deleted, without tensors: expert 1." in body(tmp_path / "gc.html")
 
 
 # --- scale ---
@@ -238,7 +327,7 @@ def test_a_page_stays_small_and_readable_whatever_the_scale(experts, length, mod
     assert len(owned["theta"]) == (experts if not modulo or length == 64 else 1440)
     assert len(counted["r"]) <= 720
     assert sum(owned["width"]) == pytest.approx(360)
-    assert len(drawn["norms"]["data"][0]["x"]) == min(experts, 64)
+    assert len(drawn["norms"]["data"][0]["x"]) == 64
     assert ("equal parts" in body(tmp_path / "out.html")) == (modulo and length > 64)
 
 
@@ -249,15 +338,75 @@ def test_experts_that_own_the_same_are_drawn_as_often(tmp_path):
     assert {colours.count(colour) for colour in set(colours)} == {480}
 
 
-def test_an_expert_has_the_same_colour_before_and_after(tmp_path):
+def test_an_expert_has_the_same_colour_before_and_after_and_in_every_report(tmp_path):
     router = torch.arange(64) % 10
     before = ringed(tmp_path / "a.pt", 10, router)
     after = ringed(tmp_path / "b.pt", 11, torch.where(torch.arange(64) == 9, 10, router))
-    vc.report(after, tmp_path / "out.html", against=before)
+    vc.report(before, tmp_path / "before.html")
+    vc.report(after, tmp_path / "split.html", against=before)
+    vc.report(ringed(tmp_path / "c.pt", 40, torch.arange(640) % 40), tmp_path / "forty.html")
+    vc.report(split(tmp_path), tmp_path / "real.html", against=SOURCE, visits=VISITS)
+    forty = colours(tmp_path / "forty.html")
+    assert forty.keys() == set(range(40))
+    assert len(set(forty.values())) == 40
+    for name, number in (("before", 10), ("split", 11), ("real", 4)):
+        assert colours(tmp_path / f"{name}.html") == {i: forty[i] for i in range(number)}
+
+
+def test_no_load_and_no_hot_arc_has_the_colour_of_an_expert(tmp_path):
+    (tmp_path / "later.json").write_text(json.dumps([5 + i % 7 for i in range(64)]))
+    options = {"against": SOURCE, "visits": VISITS, "visits_after": tmp_path / "later.json"}
+    vc.report(split(tmp_path), tmp_path / "out.html", **options)
+    vc.report(ringed(tmp_path / "c.pt", 40, torch.arange(640) % 40), tmp_path / "forty.html")
     drawn = figures(tmp_path / "out.html")
-    first, second = ({t[:8]: c for t, c in zip(one["text"], one["marker"]["color"], strict=True)} for one in
-                     (drawn[f"ring-{number}"]["data"][0] for number in (0, 1)))  # fmt: skip
-    assert {name: second[name] for name in first} == first
+    loads = {trace["name"]: trace["marker"]["color"] for trace in drawn["shares"]["data"]}
+    assert len(set(loads.values())) == len(loads) == 3
+    ring = traces(drawn["ring-1"])
+    others = {*loads.values(), *ring["hot arc"]["marker"]["color"], *ring["visits"]["marker"]["color"]}
+    assert not others & set(colours(tmp_path / "forty.html").values())
+
+
+def as_seen_without(missing: str, colour: str) -> np.ndarray:
+    """Return a colour in Oklab, as someone without one kind of cones sees it (Machado, Oliveira and Fernandes 2009)."""
+    simulated = {
+        "none": np.eye(3),
+        "L": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "M": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "S": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+    lms = [
+        [0.41222147, 0.53633254, 0.05144599],
+        [0.21190350, 0.68069955, 0.10739696],
+        [0.08830246, 0.28171884, 0.62997870],
+    ]
+    lab = [
+        [0.21045426, 0.79361779, -0.00407205],
+        [1.97799850, -2.42859221, 0.45059371],
+        [0.02590404, 0.78277177, -0.80867577],
+    ]
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return np.array(lab) @ np.cbrt(np.array(lms) @ np.clip(np.array(simulated[missing]) @ linear, 0, 1))
+
+
+@pytest.mark.parametrize("missing", ["none", "L", "M", "S"])
+def test_the_first_experts_can_be_told_apart_with_any_colour_vision(missing, tmp_path):
+    vc.report(ringed(tmp_path / "a.pt", 8, torch.arange(64) % 8), tmp_path / "out.html")
+    seen = [as_seen_without(missing, colour) for colour in colours(tmp_path / "out.html").values()]
+    nearest = min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i])
+    assert nearest > 0.06  # 0.02 is the least difference that is seen at all
+
+
+def test_the_key_lists_forty_experts_and_of_thousands_those_of_the_split(tmp_path):
+    (tmp_path / "visits.json").write_text(json.dumps([1] * 8192))
+    forty = ringed(tmp_path / "a.pt", 40, torch.arange(640) % 40)
+    vc.report(forty, tmp_path / "forty.html")
+    assert f"experts: {' '.join(map(str, range(40)))} Now" in body(tmp_path / "forty.html")
+    many = ringed(tmp_path / "b.pt", 4096, torch.arange(8192) % 4096)
+    vc.convert(many, tmp_path / "c.pt", transforms=[("mitosis_split", {"parent": 7, "addresses": [7], "noise": 0})])
+    vc.report(tmp_path / "c.pt", tmp_path / "many.html", against=many)
+    listed = "experts: 7 gave up addresses 4096 got them hot arc (colours repeat every 40 experts) Before"
+    assert listed in body(tmp_path / "many.html")
 
 
 def test_what_would_fill_pages_is_cut_and_told(tmp_path):
@@ -331,7 +480,7 @@ def test_a_name_is_only_a_name(name, tmp_path, recwarn):
 def test_a_router_map_without_a_head_is_no_ring(router, tmp_path):
     torch.save({"model": {"router_map": router, "w": torch.zeros(2)}, "step": 1}, tmp_path / "a.pt")
     vc.report(tmp_path / "a.pt", tmp_path / "out.html", picture=tmp_path / "out.png")
-    assert "no head whose experts it could name" in body(tmp_path / "out.html")
+    assert "no head whose experts own its addresses" in body(tmp_path / "out.html")
 
 
 @pytest.mark.parametrize("option", ["--visits", "--visits-after"])
@@ -349,11 +498,11 @@ def test_outputs_are_refused_where_they_must_not_be(tmp_path, run_cli):
     shutil.copy(SOURCE, tmp_path / "a.pt")
     (tmp_path / "there.html").write_text("mine")
     for arguments, says in (
-        ([], "nothing is to be written"),
+        ([], "no output is given"),
         (["-o", tmp_path / "there.html"], "--overwrite"),
         (["-o", tmp_path / "a.pt", "--overwrite"], "inside the source"),
         (["-o", tmp_path / "x", "--png", tmp_path / "x"], "twice"),
-        (["-o", tmp_path / "x.png"], "--png makes one"),
+        (["-o", tmp_path / "x.png"], "--png makes a picture"),
         (["-o", tmp_path / "nowhere/x.html"], "nowhere"),
         (["-o", tmp_path], "--overwrite"),
     ):
@@ -428,7 +577,8 @@ def visit(browser):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("#norms .bars path")
+        drawn = len(figures(path))
+        page.wait_for_function(f"document.querySelectorAll('div.js-plotly-plot .main-svg').length >= {drawn}")
         return page, complaints, requests
 
     yield visit
@@ -468,12 +618,42 @@ def test_hovering_over_the_ring_names_the_owner(visit, tmp_path):
     assert int(told[2]) in (62, 63, 0, 1, 2)
 
 
+def forty_with_long_names(folder: Path) -> Path:
+    """Report a split of one of 40 experts, with long names of files and tensors."""
+    before, after = folder / "before", folder / f"{'a_long_name_of_a_checkpoint_' * 3}.pt"
+    payload = load(ringed(before, 40, torch.arange(640) % 40))
+    torch.save(payload, before)
+    payload["model"]["decoder." + "layer_with_a_long_name." * 8 + "weight"] = torch.zeros(2)
+    payload["an_entry_with_a_long_name_" * 6] = 1
+    torch.save(payload, folder / "longer")
+    chain = [("mitosis_split", {"parent": 7, "addresses": [7, 47], "noise": 0.01})]
+    vc.convert(folder / "longer", after, transforms=chain, from_="pt")
+    vc.report(after, folder / "out.html", against=before)
+    return folder / "out.html"
+
+
+def split_with_visits(folder: Path) -> Path:
+    """Report a split of real experts."""
+    vc.report(split(folder), folder / "out.html", against=SOURCE, visits=VISITS)
+    return folder / "out.html"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [480, 1200])
-def test_nothing_overlaps_or_hangs_out(width, visit, tmp_path):
-    vc.report(split(tmp_path), tmp_path / "out.html", against=SOURCE, visits=VISITS)
-    page, _, _ = visit(tmp_path / "out.html", viewport={"width": width, "height": 900})
+@pytest.mark.parametrize("width", [375, 480, 1200])
+@pytest.mark.parametrize("drawn", [split_with_visits, forty_with_long_names])
+def test_nothing_overlaps_or_hangs_out(drawn, width, visit, tmp_path):
+    page, _, _ = visit(drawn(tmp_path), viewport={"width": width, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    text = page.locator("h1, p, figcaption, .key, .scroll, td, h3")
+    wider = "all => all.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.outerHTML)"
+    assert text.evaluate_all(wider) == []
+    for figure in page.locator("figure").all():
+        caption = figure.locator("figcaption").bounding_box()
+        titles = figure.locator(".xtitle, .ytitle, .xtick text, .angularaxistick text").all()
+        lowest = max(title.bounding_box()["y"] + title.bounding_box()["height"] for title in titles)
+        assert lowest + 4 <= caption["y"]
+    keys = [entry.bounding_box() for entry in page.locator(".key span").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in keys)
     boxes = [figure.bounding_box() for figure in page.locator("figure").all()]
     for i, a in enumerate(boxes):
         for b in boxes[:i]:

@@ -79,7 +79,9 @@ class ArcMeta(Transform):
     )
     parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
     arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
-        None, description="addresses in the arc, or auto, the default: max(16, ring // (2 * experts))"
+        None,
+        description="addresses in the arc; auto: max(16, ring // (2 * experts))",
+        json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "null"}, {"const": "auto"}], "default": "auto"},
     )
     top_k: int = Field(256, ge=1, description="for topk_loss: how many addresses to take at most")
     allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent no address")

@@ -5,6 +5,7 @@ Of a tensor's data, it reads no more than it takes to see that an expert is not 
 
 from __future__ import annotations
 
+import re
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,9 @@ from vraxion_ckpt.wording import numbered
 # An expert may have a file of its own, which takes a while to open; no more are opened unless tensors are asked for.
 MOST_OPENED = 16
 _MOST_OWNERS = 4096
+# A module that is called after experts, as in `mlp.experts.0.w1.weight`, `mlp.shared_expert.up_proj.weight`,
+# `ffn.local_experts.3.weight`, `experts.expert_7.wi.weight`.
+_EXPERT_MODULE = re.compile(r"(?:^|\.)(?:\w+_)?experts?(?:_?\d+)?\.", re.IGNORECASE)
 
 
 class ValueFacts(Fact):
@@ -159,6 +163,14 @@ class CoreFacts(Fact):
     bytes: int
 
 
+class UnknownExperts(Fact):
+    """Tensors that look like experts, in a layout that is not known here; they are treated as ordinary tensors."""
+
+    tensors: int
+    example: str
+    """The name of the first of them."""
+
+
 class Inspection(Facts):
     """What a checkpoint is and holds."""
 
@@ -178,6 +190,8 @@ class Inspection(Facts):
     head: HeadKind | None
     num_experts: int
     experts: tuple[ExpertFacts, ...]
+    unknown_experts: UnknownExperts | None
+    """Null if the head's experts are the only ones."""
     ring: RingFacts | None
     signs: ExpertLoads | None
     """How visits fall on the experts; null unless visits were given."""
@@ -247,6 +261,7 @@ def inspect(
         head=checkpoint.head.kind if checkpoint.head else None,
         num_experts=checkpoint.num_experts,
         experts=_expert_facts(checkpoint, opening=None if tensors or values else MOST_OPENED),
+        unknown_experts=_unknown_experts(checkpoint),
         ring=_ring_facts(checkpoint),
         signs=expert_loads(checkpoint, against=against, visits_file=visits, visits_after=visits_after),
         optimizer=_optimizer_facts(checkpoint, why),
@@ -294,6 +309,11 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
 
 def _lifecycle_facts(row: Lifecycle) -> LifecycleFacts:
     return LifecycleFacts.model_validate({name: getattr(row, name) for name in LifecycleFacts.model_fields})
+
+
+def _unknown_experts(checkpoint: Checkpoint) -> UnknownExperts | None:
+    names = [name for name in checkpoint.core if _EXPERT_MODULE.search(name)]
+    return UnknownExperts(tensors=len(names), example=names[0]) if names else None
 
 
 def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:

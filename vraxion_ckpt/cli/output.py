@@ -1,4 +1,4 @@
-"""Where messages go: standard error, whole lines in a log, broken at words on a terminal."""
+"""Print messages to standard error: whole lines to a log, wrapped at words on a terminal."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def say(label: str, message: str, colour: str) -> None:
     from rich.text import Text
 
     text = Text(f"{label}: ", style=f"bold {colour}") if label else Text()
-    # Whether a message can be printed must not decide what is done, nor the exit code; rich exits on a closed pipe.
+    # A message that cannot be printed must not change the result or the exit code; rich exits on a closed pipe.
     with suppress(OSError, SystemExit):
         console = Console(stderr=True)
-        # A terminal would break lines within words; a log keeps them whole.
+        # A terminal would break lines within words; a log keeps lines whole.
         console.print(text + Text(printable(message)), soft_wrap=not console.is_terminal)
 
 
@@ -36,16 +36,16 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def drop_output() -> None:
-    """Point standard output nowhere, so that the interpreter does not fail on what is left of it at exit."""
+    """Point standard output to the null device, so that the interpreter can flush it at exit without an error."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def unless_too_late(*targets: str) -> Iterator[None]:
-    """End with 0, and say so, where a signal comes when the targets are already in their new state.
+    """Exit with 0, with a warning, if a signal arrives when all targets are already in their new state.
 
-    The last thing in the block is to ignore signals: after it nothing asks any more which state that is.
+    The block must end with `signals.ignore_signals`, since after it nothing looks at the state of the targets.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What convert and edit did, in words."""
+"""Print what `convert`, `run` and `edit` did."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOW = {
 
 
 def print_conversion(done: Summary, *, verbose: bool = False) -> None:
-    """Print a conversion's summary, a fact a line."""
+    """Print the summary of a conversion."""
     lines: list[Line] = [
         ("would write" if done.dry_run else "wrote", f"{done.target} ({done.target_format})"),
         ("from", f"{done.source} ({done.source_format})"),
@@ -32,7 +32,7 @@ def print_conversion(done: Summary, *, verbose: bool = False) -> None:
 
 
 def print_run(done: Ran, *, verbose: bool = False) -> None:
-    """Print a summary for each target of a recipe."""
+    """Print the summary of each target of a recipe."""
     for number, summary in enumerate(done.results):
         if number:
             put("")
@@ -40,7 +40,7 @@ def print_run(done: Ran, *, verbose: bool = False) -> None:
 
 
 def print_edit(done: Edited, *, verbose: bool = False) -> None:
-    """Print an edit's summary, a fact a line."""
+    """Print the summary of an edit."""
     where = f"{done.target} ({done.target_format})"
     if done.kind is EditKind.NOTHING:
         lines: list[Line] = [("unchanged", where), ("how", _HOW[done.kind])]

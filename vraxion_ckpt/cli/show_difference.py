@@ -1,4 +1,4 @@
-"""What is different in a second checkpoint, for people."""
+"""Print what `diff` finds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed":
 
 
 def print_difference(facts: Difference) -> None:
-    """Print what differs: a summary, then the entries, cut short where they are many."""
+    """Print a summary of what differs, then the first entries of each section."""
     lines: list[Line] = [("a", _side(facts.before)), ("b", _side(facts.after))]
     if facts.not_bound:
         lines.append(("note", f"optimizer compared by position, not by name: {facts.not_bound}"))

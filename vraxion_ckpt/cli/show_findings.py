@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, for people."""
+"""Print what `check` finds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOT
 
 
 def print_findings(facts: Checked) -> None:
-    """Print every finding, the worst first, and whether the checkpoint is sound."""
+    """Print the findings, the worst first, and whether the checkpoint is sound."""
     if facts.findings:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(no_wrap=True)

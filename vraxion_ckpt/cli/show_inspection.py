@@ -1,26 +1,45 @@
-"""What a checkpoint is and holds, for people."""
+"""Print what `inspect` finds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from vraxion_ckpt.analysis.inspection import ExpertFacts, Inspection, OptimizerFacts, RingFacts, TensorFacts, TensorTree
+from vraxion_ckpt.analysis.inspection import (
+    ExpertFacts,
+    Inspection,
+    OptimizerFacts,
+    RingFacts,
+    TensorFacts,
+    TensorTree,
+    UnknownExperts,
+)
 from vraxion_ckpt.checkpoint.load_balance import Balance, ExpertLoads
 from vraxion_ckpt.checkpoint.model import HeadKind
-from vraxion_ckpt.cli.terminal import MOST_ROWS, Line, band, byte_size, console, print_lines, put, table_of
+from vraxion_ckpt.cli.terminal import (
+    MOST_ROWS,
+    Line,
+    band,
+    byte_size,
+    console,
+    print_lines,
+    put,
+    put_section,
+    put_table,
+    style_of,
+)
+from vraxion_ckpt.plugins.adapter import Loss
 from vraxion_ckpt.wording import count, listed
 
 _MOST_BRANCHES = 24
 
 
 def print_inspection(facts: Inspection) -> None:
-    """Print what is known of a checkpoint."""
+    """Print the facts about a checkpoint: labelled lines, then a section for each table."""
     files = f" in {facts.files} files" if facts.files > 1 else ""
     lines: list[Line] = [
         ("path", str(facts.path)),
@@ -30,6 +49,7 @@ def print_inspection(facts: Inspection) -> None:
         ("core", f"{count(facts.core.tensors, 'tensor')}, {byte_size(facts.core.bytes)}"),
         ("payload", listed(facts.payload) or "nothing else"),
         ("head", _head_in_words(facts)),
+        *_unknown_lines(facts.unknown_experts),
         *_ring_lines(facts.ring, max(1, console().width - 13)),
         *optimizer_lines(facts.optimizer),
     ]
@@ -38,25 +58,46 @@ def print_inspection(facts: Inspection) -> None:
         given = count(len(facts.plan.addresses), "address")
         lines.append(("plan", f"expert {facts.plan.parent} gives up {given}{note}"))
     lines += [("history", f"{record.name} on {record.source or '?'}: {record.summary}") for record in facts.history]
-    for name, losses in facts.losses.items():
-        lines.append((f"as {name}", f"would lose {'; '.join(map(str, losses)) or 'nothing'}"))
-    print_lines(lines)
+    print_lines([*lines, *_loss_lines(facts.losses)])
     if facts.experts:
-        put(_expert_table(facts.experts))
+        _print_experts(facts.experts)
     if facts.signs:
-        put(_signs_table(facts.signs))
+        _print_loads(facts.signs)
     if facts.tensors:
         _print_tree(facts.tensors)
 
 
 def _head_in_words(facts: Inspection) -> str:
     if facts.head is None:
-        return "none"
+        return "none that is known here" if facts.unknown_experts else "none"
     if facts.head is HeadKind.SINGLE:
         return "single (head.single.*): put single_to_experts before a first split"
     deleted = [expert.id for expert in facts.experts if expert.deleted]
     gone = f", deleted: {listed(deleted)}" if deleted else ""
     return f"{count(facts.num_experts, 'expert')} (head.experts.*){gone}"
+
+
+def _unknown_lines(unknown: UnknownExperts | None) -> list[Line]:
+    if unknown is None:
+        return []
+    held = f"{count(unknown.tensors, 'tensor')} with names like {unknown.example}"
+    handled = "treated as ordinary tensors; transforms cannot split or merge them"
+    return [("experts", Text(f"not in a layout known here: {held}; {handled}", style="yellow"))]
+
+
+def _loss_lines(losses: Mapping[str, Sequence[Loss]]) -> list[Line]:
+    """Return what each format would lose; the formats that would lose nothing are one line."""
+    lossless = [name for name, lost in losses.items() if not lost]
+    lines: list[Line] = [("would lose", f"nothing as {_alternatives(lossless)}")] if lossless else []
+    for name, lost in losses.items():
+        if lost:
+            lines.append(("" if lines else "would lose", f"as {name}: {'; '.join(map(str, lost))}"))
+    return lines
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _ring_lines(ring: RingFacts | None, width: int) -> list[Line]:
@@ -71,7 +112,7 @@ def _ring_lines(ring: RingFacts | None, width: int) -> list[Line]:
 
 
 def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
-    """Return what is known of an optimizer: what it holds, its groups, and how it is bound."""
+    """Return lines on an optimizer: its state, its groups, and how it is bound to parameter names."""
     if optimizer is None:
         return [("optimizer", "none")]
     slots = ", ".join(optimizer.slots) or "no slots"
@@ -95,46 +136,46 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
 
 
 def _options_in_words(options: Mapping[str, Any]) -> str:
-    """Name a group's options that are set; the flags that are off say nothing."""
+    """Return a group's options, without those that are off or not set."""
     told = [f"{key} {value}" for key, value in options.items() if value is not None and value is not False]
     return ", ".join(told) or "no options"
 
 
-def _expert_table(experts: tuple[ExpertFacts, ...]) -> Table:
-    table = table_of("expert", "owns", "share", "bytes", "contrib", "created", "used", "tensors")
-    for column in table.columns[1:-1]:
-        column.justify, column.no_wrap = "right", True
-    table.columns[0].no_wrap = True
+def _print_experts(experts: tuple[ExpertFacts, ...]) -> None:
+    rows = []
     for expert in experts[:MOST_ROWS]:
         row = expert.lifecycle
         shapes = [f"{leaf} {list(t.shape)}" for leaf, t in (expert.tensors or {}).items()]
         marks = " tenured" * bool(row and row.tenured) + " deleted" * expert.deleted + " zero" * bool(expert.zero)
         marks += " collected" * bool(row and row.collected)
-        table.add_row(
-            f"{expert.id}{marks}",
-            "–" if expert.addresses is None else str(expert.addresses),
-            "–" if expert.share is None else f"{expert.share:.1%}",
-            "–" if expert.bytes is None else byte_size(expert.bytes),
-            _short(row.contrib) if row else "–",
-            str(row.created_step) if row else "–",
-            str(row.last_used_step) if row else "–",
-            Text(listed(shapes, 4)),
+        rows.append(
+            (
+                Text.assemble((str(expert.id), style_of(expert.id)), marks),
+                "–" if expert.addresses is None else str(expert.addresses),
+                "–" if expert.share is None else f"{expert.share:.1%}",
+                "–" if expert.bytes is None else byte_size(expert.bytes),
+                _short(row.contrib) if row else "–",
+                str(row.created_step) if row else "–",
+                str(row.last_used_step) if row else "–",
+                Text(listed(shapes, 4)),
+            )
         )
+    headings = ("expert", "owns", "share", "bytes", "contrib", "created", "used", "tensors")
+    put_section("experts")
+    put_table(headings, rows, numbers=range(1, 7))
     if len(experts) > MOST_ROWS:
-        table.add_row("…", f"{len(experts) - MOST_ROWS} more", *[""] * 6)
-    return table
+        put(f"… {len(experts) - MOST_ROWS} more, see --json")
 
 
 def _short(number: float) -> str:
     return f"{number:g}" if abs(number) < 10**15 else "huge"
 
 
-def _signs_table(signs: ExpertLoads) -> Table:
-    table = table_of("visits", "ptr_expert_max_share", "entropy", "active", "of expert")
-    rows = (("before", signs.before), ("predicted", signs.predicted), ("measured", signs.measured))
-    for name, load in rows:
-        table.add_row(name, *(_load_cells(load) if load else ("–", "–", "–", "not known")))
-    return table
+def _print_loads(signs: ExpertLoads) -> None:
+    loads = (("before", signs.before), ("predicted", signs.predicted), ("measured", signs.measured))
+    rows = [(name, *(_load_cells(load) if load else ("–", "–", "–", "not known"))) for name, load in loads]
+    put_section("visits")
+    put_table(("load", "ptr_expert_max_share", "entropy", "active", "busiest expert"), rows)
 
 
 def _load_cells(load: Balance) -> tuple[str, str, str, str]:
@@ -152,11 +193,11 @@ def _print_tree(tensors: TensorTree) -> None:
             heading = f"{title}: {count(len(named), 'tensor')}, {byte_size(total)}"
             tree = Tree(Text(heading, style="bold"), guide_style="dim")
             _grow(tree, _nested(named))
-            put(tree)
+            put("", tree)
 
 
 def _nested(named: Mapping[str, TensorFacts]) -> dict[str, Any]:
-    """Return tensors by the parts of their names; a name may also be the beginning of another."""
+    """Return tensors by the parts of their names; one name may be the beginning of another."""
     root: dict[str, Any] = {}
     for name, tensor in named.items():
         module = root
@@ -176,7 +217,7 @@ def _grow(tree: Tree, module: dict[str, Any]) -> None:
         if isinstance(entry, TensorFacts):
             tree.add(_leaf(name, entry))
             continue
-        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # a chain of names is one line
+        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # a chain of single modules is one line
             (more, entry) = next(iter(entry.items()))
             name += more
         _grow(tree.add(Text(name.removesuffix("."))), entry)

@@ -1,42 +1,42 @@
-"""Plugins and their options, as tables."""
+"""Print plugins and their options."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.text import Text
 
-from vraxion_ckpt.cli.terminal import put, table_of
-from vraxion_ckpt.plugins.catalogue import Description, PluginList
+from vraxion_ckpt.cli.terminal import put, put_table
+from vraxion_ckpt.plugins.catalogue import Description, OptionEntry, PluginList
 
 
 def print_plugins(facts: PluginList) -> None:
-    """Print what is installed."""
-    table = table_of("name", "kind", "from", "what it does")
+    """Print every format, transform and probe, and what is broken."""
+    rows: list[tuple[str | Text, ...]] = []
     for entry in facts.plugins:
-        note = "CLASHES, cannot be used: " if entry.clash else ""
+        note = "NAME USED TWICE, cannot be used: " if entry.clash else ""
         origin = f"{entry.distribution} {entry.version}".rstrip()
-        table.add_row(entry.name, entry.kind, origin, Text(note + entry.summary))
+        rows.append((entry.name, entry.kind, origin, Text(note + entry.summary)))
     for broken in facts.broken:
-        table.add_row(broken.entry_point, "BROKEN", broken.distribution, Text(broken.reason))
-    put(table)
+        rows.append((broken.entry_point, "BROKEN", broken.distribution, Text(broken.reason)))
+    put_table(("name", "kind", "from", "what it does"), rows)
 
 
 def print_description(facts: Description) -> None:
-    """Print the options of one plugin."""
+    """Print what a plugin does, and its options."""
     put(Text(f"{facts.name}  ({facts.distribution} {facts.version})", style="bold"))
     put(Text(facts.summary))
     if not facts.options:
-        put(Text("no options"))
+        put(Text("\nno options"))
         return
-    table = table_of("option", "type", "default", "meaning")
-    for option in facts.options:
-        default = "required" if option.required else _default_in_words(option.default)
-        table.add_row(option.name, Text(option.type), Text(default), Text(option.description))
-    put(table)
+    rows = [
+        (option.name, Text(option.type), Text(_default(option)), Text(option.description)) for option in facts.options
+    ]
+    put("")
+    put_table(("option", "type", "default", "meaning"), rows)
 
 
-def _default_in_words(value: Any) -> str:
-    if value is None or value == ():
-        return "–"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _default(option: OptionEntry) -> str:
+    if option.required:
+        return "required"
+    if option.default is None or option.default == ():
+        return "not set"
+    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)

@@ -1,4 +1,4 @@
-"""Where a report is, for people."""
+"""Print where a report was written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vraxion_ckpt.reporting import Reported
 
 
 def print_report(facts: Reported) -> None:
-    """Print what was drawn, and what it says in a sentence."""
+    """Print the files of a report, and its headline."""
     lines: list[Line] = []
     if facts.page:
         lines.append(("page", f"{facts.page}, {byte_size(facts.page_bytes)}"))

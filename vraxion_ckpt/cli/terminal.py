@@ -1,51 +1,68 @@
-"""How facts look on a terminal: labelled lines, sizes, the ring as a band of colours."""
+"""Print facts on a terminal: labelled lines, tables, sizes, and the ring as a band of colours."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 
 import click
 import numpy as np
-from pydantic import ByteSize
 from rich.console import Console, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from vraxion_ckpt.checkpoint.ring import Ints
+from vraxion_ckpt.reporting.colours import expert_colour, text_colour
 
 Line = tuple[str, str | Text]
 
 MOST_ROWS = 16
+# Between columns, and what is not broken within them.
+_GAP = 2
+_LONGEST_WORD = 18
 _OWNER_SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"
-# Colours of the 256-colour palette that black text can be read on.
-_OWNER_COLOURS = (75, 215, 114, 211, 180, 147, 80, 221, 174, 151, 117, 218)
 
 
 def console() -> Console:
-    """Return the console for data; no colours off a terminal, or with NO_COLOR."""
+    """Return the console for data; it has no colours off a terminal, or if NO_COLOR is set."""
     return Console(highlight=False)
 
 
 def byte_size(number: int) -> str:
-    """Return a number of bytes for people."""
-    return ByteSize(number).human_readable(separator=" ")
+    """Return a number of bytes with a unit, like ``1.5 MiB``."""
+    value, unit = float(number), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def band(owners: Ints, width: int) -> Text:
-    """Draw a ring as one line: a cell for each address, or for each equal share of them, the commonest owner's sign."""
+    """Draw a ring as one line of cells with their owners' colours.
+
+    Args:
+        owners: the expert of each address, shape ``[L]``.
+        width: how many cells there may be; with more addresses, a cell is a part of the ring and shows the expert that
+            owns most of it.
+    """
     shown = [Counter(cell.tolist()).most_common(1)[0][0] for cell in np.array_split(owners, min(width, len(owners)))]
     text = Text()
     for owner, cells in groupby(shown):
-        colour = Style(color="black", bgcolor=f"color({_OWNER_COLOURS[owner % len(_OWNER_COLOURS)]})")
-        text.append(_OWNER_SIGNS[owner % len(_OWNER_SIGNS)] * len(list(cells)), colour)
+        text.append(_OWNER_SIGNS[owner % len(_OWNER_SIGNS)] * len(list(cells)), style_of(owner))
     return text
 
 
+def style_of(expert: int) -> Style:
+    """Return an expert's colour, the same as in a report, as a background with readable text."""
+    colour = expert_colour(expert)
+    return Style(color=text_colour(colour), bgcolor=colour)
+
+
 def put(*renderables: RenderableType) -> None:
-    """Print to standard output; off a terminal, without the blanks that fill a table's lines."""
+    """Print to standard output; off a terminal, without trailing blanks."""
     out = console()
     if out.is_terminal:
         out.print(*renderables, sep="\n")
@@ -57,7 +74,7 @@ def put(*renderables: RenderableType) -> None:
 
 
 def print_lines(lines: Iterable[Line]) -> None:
-    """Print labelled lines, the labels in a column of their own."""
+    """Print labelled lines; the labels are a column."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -66,9 +83,42 @@ def print_lines(lines: Iterable[Line]) -> None:
     put(table)
 
 
-def table_of(*headings: str) -> Table:
-    """Return an empty table in our style."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+def put_section(title: str, *renderables: RenderableType) -> None:
+    """Print below an empty line and a heading."""
+    put(Text(f"\n{title}", style="bold"), *renderables)
+
+
+def put_table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]], numbers: Collection[int] = ()) -> None:
+    """Print a table, or, on a terminal that is too narrow for its words, each row as labelled lines.
+
+    Args:
+        headings: of the columns.
+        rows: of cells.
+        numbers: the columns that are aligned to the right and not broken.
+    """
+    columns = [[heading, *map(str, cells)] for heading, *cells in zip(headings, *rows, strict=True)]
+    widths = [max(len(cell) if place in numbers else _widest(cell) for cell in column)
+              for place, column in enumerate(columns)]  # fmt: skip
+    if sum(widths) + _GAP * len(widths) <= console().width + _GAP:
+        table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
+        for place, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+            numeric = place in numbers
+            table.add_column(
+                heading,
+                overflow="fold",
+                min_width=width,
+                justify="right" if numeric else "left",
+                no_wrap=numeric,
+            )
+        for row in rows:
+            table.add_row(*row)
+        put(table)
+        return
+    for name, *cells in rows:
+        put(name)
+        print_lines([(f"  {heading}", cell) for heading, cell in zip(headings[1:], cells, strict=True) if str(cell)])
+
+
+def _widest(cell: str) -> int:
+    """Return the width of the longest word; long names may be broken."""
+    return min(_LONGEST_WORD, max(map(len, cell.split()), default=0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic.fields import FieldInfo
+
 from vraxion_ckpt.plugins import discovery
 from vraxion_ckpt.plugins.discovery import Broken, Registered
 from vraxion_ckpt.plugins.options import calling
@@ -113,7 +115,7 @@ def describe_plugin(name: str) -> Description:
             name=key,
             type=_type_in_words(schema),
             required=field.is_required(),
-            default=None if field.is_required() else field.default,
+            default=None if field.is_required() else _default(field, schema),
             description=field.description or "",
         )
         for (key, field), schema in zip(plugin.model_fields.items(), schemas, strict=True)
@@ -128,11 +130,18 @@ def describe_plugin(name: str) -> Description:
     )
 
 
+def _default(field: FieldInfo, schema: dict[str, Any]) -> Any:
+    """Return a default; where it is None, the schema may state the value that stands for it, like ``auto``."""
+    return schema.get("default") if field.default is None else field.default
+
+
 def _type_in_words(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_type_in_words(s) for s in schema["anyOf"] if s.get("type") != "null")
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
     if schema.get("type") == "array":
         return f"list of {_type_in_words(schema.get('items', {}))}"
     words = {"integer": "whole number", "number": "number", "boolean": "true | false"}

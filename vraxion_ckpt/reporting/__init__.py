@@ -1,13 +1,15 @@
-"""Reports: a checkpoint as one HTML page that works offline, or as a picture.
+"""Reports: a checkpoint as one HTML page that works offline, or as a PNG picture.
 
-`gather` finds out what is to be shown, `drawing` turns rings into shapes and colours, `figures` and `page` are the page
-(by plotly), `picture` is the picture (by matplotlib), `words` are the numbers in all of them.
+`gather` collects what is shown, with `similarity` for the experts. `drawing`, `colours` and `words` turn it into
+shapes, colours and texts. `page`, `figures` and `experts_section` make the page (with Jinja2 and plotly), and `picture`
+makes the PNG (with matplotlib).
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
@@ -33,7 +35,7 @@ from vraxion_ckpt.support.json_models import Facts
 
 
 class Reported(Facts):
-    """Where a report is, and what it says in a sentence."""
+    """Where a report was written, and its headline."""
 
     kind_of_facts: ClassVar[str] = "report"
 
@@ -56,81 +58,96 @@ def report(
     overwrite: bool = False,
     **reading: Unpack[ReadKeywords],
 ) -> Reported:
-    """Draw a checkpoint: its ring, its experts and what has changed, as a page, a picture, or both.
+    """Draw a checkpoint: its ring, its experts and what changed, as a page, a picture, or both.
 
     Args:
         path: a checkpoint, usually after a split.
-        page: where the HTML page goes; it needs the extra ``report``.
-        picture: where the PNG goes; it needs the extra ``png``.
+        page: where to write the HTML page; this needs the extra ``report``.
+        picture: where to write the PNG; this needs the extra ``png``.
         against: the checkpoint before the split.
-        visits: visits counted before it, see `vraxion_ckpt.checkpoint.visits`.
+        visits: visits counted before the split, see `vraxion_ckpt.checkpoint.visits`.
         visits_after: visits counted after training was resumed.
         overwrite: replace files that exist.
         reading: what the files do not tell, see `ReadOptions`.
 
+    Returns:
+        Where the report was written, and its headline.
+
     Raises:
-        UsageError: nothing is to be written, an extra is missing, a file exists, or is one of those that are read.
-        SourceError: what is wrong with a checkpoint, and where.
+        UsageError: no output is given, an extra is missing, or an output exists or is one of the inputs.
+        SourceError: a checkpoint cannot be read; the message says what is wrong, and where.
     """
     options = ReadOptions(**reading)
     given = [Path(place) for place in (page, picture) if place is not None]
-    if not given:
-        raise UsageError("nothing is to be written", hint="name a page, a picture, or both")
-    if page is not None and Path(page).suffix.lower() == ".png":
-        raise UsageError("the page is HTML, and this is the name of a picture", path=page, hint="--png makes one")
-    for place, kind, own in ((page, "HTML", "text/html"), (picture, "PNG", "image/png")):
-        if place is not None:
-            _say_if_denied(Path(place), kind, own)
-    _require("jinja2", "report", page)
-    _require("plotly", "report", page)
-    _require("matplotlib", "png", picture)
+    _check_arguments(page, picture)
     with signals.deferred(), os_errors_named(path, *given), ExitStack() as stack:
         with signals.interruptible():
             places = [Path(os.path.realpath(place)) for place in given]
-            check_several(places)
-            counted = [Path(os.path.realpath(file)) for file in (visits, visits_after) if file is not None]
-            check_inputs(places, (), {}, set(counted))
-            for place in places:
-                check_target(place, overwrite=overwrite)
+            _check_places(places, [file for file in (visits, visits_after) if file is not None], overwrite=overwrite)
             there = [place.exists() for place in places]
             checkpoint = read_unbound(path, options)
             before = read_unbound(against, replace(options, from_=None)) if against is not None else None
             read = [one for one in (checkpoint, before) if one is not None]
-            for place in places:
-                if place.is_dir():
-                    raise UsageError("is a directory, not a file to write", path=place)
-                for one in read:
-                    check_apart(place, one)
+            _check_against_sources(places, read)
             difference = diff_checkpoints(before, checkpoint, options) if before else None
             subject = _gathered(checkpoint, before, visits, visits_after, difference)
-            drawn = {place: make(subject) for place, make in ((page, _page), (picture, _picture)) if place is not None}
+            contents = {Path(place): make(subject) for place, make in ((page, _page), (picture, _picture)) if place}
             for one in read:
                 one.sources.verify()
                 one.sources.check_unchanged()
-            contents = {Path(place): content for place, content in drawn.items()}
             side_targets = [SideTarget(place, replace) for place, replace in zip(places, there, strict=True)]
             staging = Staging(sides=stage_side_files(stack, contents, side_targets))
         with staging.as_one():
             for stage in staging.sides:
                 stage.publish()
-        sizes = {Path(place): len(content) for place, content in contents.items()}
-        return Reported(
-            headline=subject.headline,
-            page=Path(page) if page is not None else None,
-            page_bytes=sizes[Path(page)] if page is not None else 0,
-            picture=Path(picture) if picture is not None else None,
-            picture_bytes=sizes[Path(picture)] if picture is not None else 0,
-        )
+    return Reported(
+        headline=subject.headline,
+        page=Path(page) if page else None,
+        page_bytes=len(contents[Path(page)]) if page else 0,
+        picture=Path(picture) if picture else None,
+        picture_bytes=len(contents[Path(picture)]) if picture else 0,
+    )
 
 
-def _say_if_denied(place: Path, kind: str, own: str) -> None:
-    """Warn of a file whose name has the ending of another kind of file; an unknown ending denies nothing."""
+def _check_arguments(page: PathLike | None, picture: PathLike | None) -> None:
+    """Refuse a report without outputs, or without what makes them; warn of misleading file names."""
+    if page is None and picture is None:
+        raise UsageError("no output is given", hint="name a page, a picture, or both")
+    if page is not None and Path(page).suffix.lower() == ".png":
+        raise UsageError("the page is HTML, but its name is that of a picture", path=page, hint="--png makes a picture")
+    for place, kind, own in ((page, "HTML", "text/html"), (picture, "PNG", "image/png")):
+        if place is not None:
+            _warn_of_other_suffix(Path(place), kind, own)
+    _require("jinja2", "report", page)
+    _require("plotly", "report", page)
+    _require("matplotlib", "png", picture)
+
+
+def _check_places(places: Sequence[Path], counted: Sequence[PathLike], *, overwrite: bool) -> None:
+    """Refuse outputs that are the same, exist, or are files of visits."""
+    check_several(places)
+    check_inputs(places, (), {}, {Path(os.path.realpath(file)) for file in counted})
+    for place in places:
+        check_target(place, overwrite=overwrite)
+
+
+def _check_against_sources(places: Sequence[Path], read: Sequence[Checkpoint]) -> None:
+    """Refuse outputs that are directories or belong to a checkpoint that is read."""
+    for place in places:
+        if place.is_dir():
+            raise UsageError("is a directory, not a file to write", path=place)
+        for one in read:
+            check_apart(place, one)
+
+
+def _warn_of_other_suffix(place: Path, kind: str, own: str) -> None:
+    """Warn of a file whose suffix is that of another kind of file; an unknown suffix is no problem."""
     named, packed = guess_type(place.name)
     formats = formats_named(place.name)
     if formats or packed or named not in (None, own, "application/xhtml+xml"):
         other = " or ".join(formats) or packed or named
-        message = f"{place} is written as {kind}, and its name is that of {other}"
-        warnings.warn(message, CkptWarning, stacklevel=3)
+        message = f"{place} is written as {kind}, although its name is that of {other}"
+        warnings.warn(message, CkptWarning, stacklevel=4)
 
 
 def _require(module: str, extra: str, wanted: PathLike | None) -> None:

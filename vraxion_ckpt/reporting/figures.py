@@ -1,61 +1,68 @@
-"""The figures of a report, as plotly.js takes them: plain data; colours of text and lines are the page's."""
+"""The figures of a report, as data for plotly.js; the page sets the colours of text and lines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vraxion_ckpt.reporting.colours import LOADS, expert_colour
 from vraxion_ckpt.reporting.drawing import (
-    CHILD,
     DASHES,
-    LOADS,
     MOST_BARS,
-    PARENT,
-    colour,
+    Bars,
+    Label,
     curve,
     largest,
     ring_bars,
+    ring_labels,
     ring_radius,
     ring_ticks,
 )
-from vraxion_ckpt.reporting.gather import Alike, Hot, Ring
+from vraxion_ckpt.reporting.gather import Hot, Ring
+from vraxion_ckpt.reporting.similarity import Group, Similarity
 
 Figure = dict[str, Any]
 
 
-def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> Figure:
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as the page shows it.
+
+    Attributes:
+        name: the id of its element.
+        title: a heading above it, or empty.
+    """
+
+    name: str
+    figure: Figure
+    title: str
+    caption: str
+
+
+# Values are written into the cells of a smaller matrix.
+_MOST_WRITTEN = 12
+# There is a gap between the cells of a smaller matrix.
+_MOST_APART = 24
+# The ids of more copies do not fit at an axis.
+_MOST_LISTED = 3
+
+
+def ring_figure(one: Ring, hot: Hot | None, *, room: bool) -> Figure:
     """Draw a ring: owners as sectors, visits as bars outside, the hot arc as a line inside.
 
     Args:
         one: the ring.
         hot: the hot arc.
-        num_colours: for how many experts.
-        room: whether there must be room for visits, here or on the ring beside it.
+        room: whether to leave room for visits, so that two rings have the same scale.
     """
     length = len(one.owners)
-    traces = [
-        {
-            "type": "barpolar",
-            "name": bars.name,
-            "base": bars.base,
-            "r": bars.heights,
-            "theta": [middle * 360 for middle in bars.middles],
-            "width": [width * 360 for width in bars.widths],
-            "marker": {
-                "color": bars.colours,
-                "line": {"width": 0.5 if bars.outlined else 0, "color": "rgba(127,127,127,0.6)"},
-            },
-            "text": bars.texts,
-            "hovertemplate": "%{text}<extra></extra>",
-        }
-        for bars in ring_bars(one, hot, num_colours)
-    ]
     ticks = ring_ticks(length)
     side = 20 + 8 * len(f"{length:,}")  # the numbers beside the ring
     return {
-        "data": traces,
+        "data": [*map(_bar_trace, ring_bars(one, hot)), _label_trace(ring_labels(one))],
         "layout": {
             "showlegend": False,
             "height": 440,
@@ -77,43 +84,44 @@ def ring_figure(one: Ring, hot: Hot | None, num_colours: int, *, room: bool) -> 
     }
 
 
+def _bar_trace(bars: Bars) -> dict[str, Any]:
+    return {
+        "type": "barpolar",
+        "name": bars.name,
+        "base": bars.base,
+        "r": bars.heights,
+        "theta": [middle * 360 for middle in bars.middles],
+        "width": [width * 360 for width in bars.widths],
+        "marker": {
+            "color": bars.colours,
+            "line": {"width": 0.5 if bars.outlined else 0, "color": "rgba(127,127,127,0.6)"},
+        },
+        "text": bars.texts,
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _label_trace(labels: Sequence[Label]) -> dict[str, Any]:
+    return {
+        "type": "scatterpolar",
+        "mode": "text",
+        "name": "labels",
+        "r": [label.radius for label in labels],
+        "theta": [label.middle * 360 for label in labels],
+        "text": [str(label.expert) for label in labels],
+        "customdata": [label.width for label in labels],
+        "textfont": {"color": [label.colour for label in labels], "size": 12},
+        "hoverinfo": "skip",
+    }
+
+
 def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None) -> Figure:
-    """Draw the experts' shares: a bar each, or of many experts a curve, the largest first, with those of the split."""
+    """Draw the experts' shares: a bar each, or of many experts a curve on which those of the split are marked."""
     number = max(map(len, shares.values()), default=0)
-    traces: list[dict[str, Any]] = []
-    for name, values in shares.items():
-        if number <= MOST_BARS:
-            traces.append(
-                {
-                    "type": "bar",
-                    "name": name,
-                    "x": [str(i) for i in range(len(values))],
-                    "y": list(values),
-                    "marker": {"color": LOADS[name]},
-                    "hovertemplate": f"expert %{{x}}, {name}: %{{y:.3~p}}<extra></extra>",
-                }
-            )
-        else:
-            points = curve(values)
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": name,
-                    "x": [rank for rank, _ in points],
-                    "y": [values[i] for _, i in points],
-                    "text": [str(i) for _, i in points],
-                    "line": {"color": LOADS[name], "width": 2, "dash": DASHES[name]},
-                    "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3~p}}<extra></extra>",
-                }
-            )
-    if number > MOST_BARS and hot is not None:
-        traces += [
-            _marks(expert, tone, shares)
-            for expert, tone in ((hot.parent, PARENT), (hot.child, CHILD))
-            if expert is not None
-        ]
     many = number > MOST_BARS
+    traces = [(_curve if many else _bars)(name, values) for name, values in shares.items()]
+    if many and hot is not None:
+        traces += [_marks(expert, shares) for expert in (hot.parent, hot.child) if expert is not None]
     return {
         "data": traces,
         "layout": {
@@ -124,11 +132,13 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             "showlegend": True,
             "xaxis": {
-                "title": {"text": "rank" if many else "expert"},
+                "title": {"text": "rank (1: the largest share)" if many else "expert", "standoff": 10},
+                "automargin": True,
                 **({"type": "log", "dtick": 1} if many else {"type": "category", "showgrid": False}),
             },
             "yaxis": {
-                "title": {"text": f"share of {of}"},
+                "title": {"text": f"share of {of}", "standoff": 12},
+                "automargin": True,
                 "tickformat": ".2~p",
                 "rangemode": "tozero",
             },
@@ -136,26 +146,52 @@ def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None
     }
 
 
-def _marks(expert: int, tone: str, shares: Mapping[str, Sequence[float]]) -> Figure:
-    """Mark where an expert is on each of the curves."""
-    places = [(name, values) for name, values in shares.items() if expert < len(values)]
+def _bars(name: str, values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "name": name,
+        "x": [str(i) for i in range(len(values))],
+        "y": list(values),
+        "marker": {"color": LOADS[name]},
+        "hovertemplate": f"expert %{{x}}, {name}: %{{y:.3~p}}<extra></extra>",
+    }
+
+
+def _curve(name: str, values: Sequence[float]) -> dict[str, Any]:
+    points = curve(values)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [rank for rank, _ in points],
+        "y": [values[i] for _, i in points],
+        "text": [str(i) for _, i in points],
+        "line": {"color": LOADS[name], "width": 2, "dash": DASHES[name]},
+        "hovertemplate": f"expert %{{text}}, {name}: %{{y:.3~p}}<extra></extra>",
+    }
+
+
+def _marks(expert: int, shares: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Mark an expert on each curve."""
+    marked = {name: values for name, values in shares.items() if expert < len(values)}
     return {
         "type": "scatter",
         "mode": "markers",
         "name": f"expert {expert}",
-        "x": [1 + largest(values, len(values)).index(expert) for _, values in places],
-        "y": [values[expert] for _, values in places],
-        "text": [name for name, _ in places],
-        "marker": {"color": tone, "size": 11, "line": {"color": "#ffffff", "width": 1.5}},
+        "x": [1 + largest(values, len(values)).index(expert) for values in marked.values()],
+        "y": [values[expert] for values in marked.values()],
+        "text": list(marked),
+        "marker": {"color": expert_colour(expert), "size": 11, "line": {"color": "#ffffff", "width": 1.5}},
         "hovertemplate": f"expert {expert}, %{{text}}: %{{y:.3~p}}<extra></extra>",
     }
 
 
-def similarity_figure(alike: Alike) -> Figure:
-    """Draw the cosines between experts as a matrix."""
-    names = [str(i) for i in alike.ids]
-    cells = [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in alike.cosines]
-    few = len(names) <= 12
+def similarity_figure(similarity: Similarity) -> Figure:
+    """Draw the cosines between experts as a matrix; copies share a row and a column."""
+    names = [_name(group) for group in similarity.groups]
+    cells = [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in similarity.cosines]
+    gap = 1 if len(names) <= _MOST_APART else 0
+    axis = {"type": "category", "automargin": True, "title": {"text": "expert", "standoff": 12}}
     return {
         "data": [
             {
@@ -166,37 +202,38 @@ def similarity_figure(alike: Alike) -> Figure:
                 "zmin": -1,
                 "zmax": 1,
                 "colorscale": [[0, "#b35806"], [0.5, "#f2f2f2"], [1, "#2166ac"]],
-                "xgap": 1,
-                "ygap": 1,
+                "xgap": gap,
+                "ygap": gap,
                 "hoverongaps": True,
                 "hovertemplate": "experts %{y} and %{x}: cosine %{z}<extra></extra>",
                 "colorbar": {"thickness": 12, "outlinewidth": 0},
-                **({"texttemplate": "%{z:.3f}", "textfont": {"size": 11}} if few else {}),
+                **({"texttemplate": "%{z:.3f}", "textfont": {"size": 11}} if len(names) <= _MOST_WRITTEN else {}),
             }
         ],
         "layout": {
             "height": 420,
             "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
-            "xaxis": {"type": "category", "automargin": True, "title": {"text": "expert", "standoff": 12}},
-            "yaxis": {
-                "type": "category",
-                "automargin": True,
-                "autorange": "reversed",
-                "title": {"text": "expert", "standoff": 12},
-            },
+            "xaxis": axis,
+            "yaxis": {**axis, "autorange": "reversed"},
         },
     }
 
 
-def norm_figure(alike: Alike, num_experts: int, hot: Hot | None) -> Figure:
+def _name(group: Group) -> str:
+    """Return the ids of a group's experts; of many, the first and how many more."""
+    ids = group.ids
+    return ", ".join(map(str, ids)) if len(ids) <= _MOST_LISTED else f"{ids[0]} (+{len(ids) - 1})"
+
+
+def norm_figure(similarity: Similarity) -> Figure:
     """Draw the norms of experts as bars."""
     return {
         "data": [
             {
                 "type": "bar",
-                "x": [str(i) for i in alike.ids],
-                "y": [None if np.isnan(norm) else float(norm) for norm in alike.norms],
-                "marker": {"color": [colour(i, num_experts, hot) for i in alike.ids]},
+                "x": [str(i) for i in similarity.ids],
+                "y": [None if np.isnan(norm) else float(norm) for norm in similarity.norms],
+                "marker": {"color": [expert_colour(i) for i in similarity.ids]},
                 "hovertemplate": "expert %{x}: norm %{y:.6g}<extra></extra>",
             }
         ],
@@ -204,13 +241,17 @@ def norm_figure(alike: Alike, num_experts: int, hot: Hot | None) -> Figure:
             "height": 420,
             "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
             "showlegend": False,
-            "bargap": 0.2 if len(alike.ids) > 2 else 0.7,
+            "bargap": 0.2,
             "xaxis": {
                 "type": "category",
                 "automargin": True,
                 "showgrid": False,
                 "title": {"text": "expert", "standoff": 12},
             },
-            "yaxis": {"title": {"text": "norm of its parameters"}, "rangemode": "tozero"},
+            "yaxis": {
+                "automargin": True,
+                "title": {"text": "norm of the parameters", "standoff": 12},
+                "rangemode": "tozero",
+            },
         },
     }

@@ -1,5 +1,7 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const narrow = matchMedia("(max-width: 600px)");
+const widestUnlabelled = 1 / 24;  // of the ring, where it is narrow
 
 function inColours(layout) {
   const ink = dark.matches ? "#e6e8eb" : "#1b1f24";
@@ -19,11 +21,17 @@ function inColours(layout) {
   return themed;
 }
 
+function labelled(trace) {
+  if (trace.name !== "labels" || !narrow.matches) return trace;
+  return { ...trace, text: trace.text.map((id, i) => (trace.customdata[i] < widestUnlabelled ? "" : id)) };
+}
+
 function draw() {
   for (const [id, figure] of Object.entries(figures)) {
-    Plotly.react(id, figure.data, inColours(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
+    Plotly.react(id, figure.data.map(labelled), inColours(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
   }
 }
 
 draw();
 dark.addEventListener("change", draw);
+narrow.addEventListener("change", draw);

@@ -1,8 +1,8 @@
-"""Numbers as a report tells them."""
+"""Numbers as texts of a report."""
 
 from __future__ import annotations
 
 
 def percent(share: float) -> str:
-    """Return a share for people: three significant digits."""
+    """Return a share in percent, with three significant digits."""
     return f"{share:.1%}" if share >= 0.1 or not share else f"{100 * share:#.3g}%"

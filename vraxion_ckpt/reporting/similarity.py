@@ -1,0 +1,141 @@
+"""How similar experts are: cosines, norms, and which of them are copies of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vraxion_ckpt.analysis.measurement import Measure, measure
+from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.model import Expert
+from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.support import progress
+
+# A cosine that is rounded to 1.000 does not show how two experts differ.
+_COPY = 0.9995
+_PIECE = 2**16
+
+
+@dataclass(frozen=True)
+class Copy:
+    """An expert that equals another one, or nearly does.
+
+    Attributes:
+        expert: its id.
+        leaves: the names of the tensors that differ; empty if all are bit-identical.
+        measure: how those tensors differ; None if none does.
+    """
+
+    expert: int
+    leaves: tuple[str, ...]
+    measure: Measure | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that are copies of each other; most groups have one member.
+
+    Attributes:
+        first: the id of the expert with which the others were compared.
+        copies: the others.
+    """
+
+    first: int
+    copies: tuple[Copy, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Return the ids of all members."""
+        return (self.first, *(copy.expert for copy in self.copies))
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How similar some experts are.
+
+    Attributes:
+        ids: the experts that were compared, in ascending order.
+        norms: the Euclidean norm of all parameters of each expert, shape ``[len(ids)]``; NaN where an entry is not
+            finite, has no numeric value, or is too large to be squared.
+        groups: the experts, copies together.
+        cosines: the cosine between the first experts of the groups, shape ``[len(groups), len(groups)]``; NaN where
+            shapes differ, or a norm is NaN or zero.
+    """
+
+    ids: tuple[int, ...]
+    norms: NDArray[np.float64]
+    groups: tuple[Group, ...]
+    cosines: NDArray[np.float64]
+
+
+def compare_experts(experts: Mapping[int, Expert], ids: Sequence[int]) -> Similarity:
+    """Compare experts with each other, each taken as one vector of all its parameters."""
+    ids = tuple(sorted(ids))
+    cosines = np.full((len(ids), len(ids)), np.nan)
+    norms = np.full(len(ids), np.nan)
+    groups: list[Group] = []
+    by_shape: dict[object, list[int]] = {}
+    for place, i in enumerate(ids):
+        shapes = sorted((leaf, tuple(tensor.shape), tensor.is_complex()) for leaf, tensor in experts[i].items())
+        by_shape.setdefault(tuple(shapes), []).append(place)
+    with progress.progress_bar("comparing experts", len(ids), "experts") as count:
+        for places in by_shape.values():
+            products = _products([experts[ids[place]] for place in places])
+            found = np.sqrt(products.diagonal())
+            norms[places] = found
+            with np.errstate(divide="ignore", invalid="ignore"):
+                cosines[np.ix_(places, places)] = np.clip(products / np.outer(found, found), -1, 1)
+            groups += _groups({ids[place]: experts[ids[place]] for place in places}, cosines[np.ix_(places, places)])
+            count(len(places))
+    groups.sort(key=lambda group: group.first)
+    firsts = [ids.index(group.first) for group in groups]
+    return Similarity(ids, norms, tuple(groups), cosines[np.ix_(firsts, firsts)])
+
+
+def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list[Group]:
+    """Put copies together; experts have the same shapes, and `cosines` is in their order."""
+    found: list[tuple[int, list[Copy]]] = []  # of each group, the place of its first expert
+    ids = list(experts)
+    for place, i in enumerate(ids):
+        for first, copies in found:
+            cosine = cosines[first, place]
+            if cosine < _COPY:
+                continue
+            copy = _copy(experts[ids[first]], i, experts[i], measured=cosine >= _COPY)
+            if cosine >= _COPY or not copy.leaves:  # a cosine may be NaN; then only an identical expert is a copy
+                copies.append(copy)
+                break
+        else:
+            found.append((place, []))
+    return [Group(ids[first], tuple(copies)) for first, copies in found]
+
+
+def _copy(original: Expert, expert: int, copy: Expert, *, measured: bool) -> Copy:
+    differing = [leaf for leaf, tensor in copy.items() if not same_bits(original[leaf].detach(), tensor.detach())]
+    pairs = [(original[leaf], copy[leaf]) for leaf in differing]
+    return Copy(expert, tuple(differing), measure(pairs) if measured and pairs else None)
+
+
+def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
+    """Return the scalar products of experts of the same shapes, shape ``[n, n]``; summed piece by piece in float64."""
+    total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+    for leaf in experts[0]:
+        flat = [expert[leaf].detach().reshape(-1) for expert in experts]
+        for start in range(0, len(flat[0]), _PIECE):
+            rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
+            total += rows @ rows.T
+    found: NDArray[np.float64] = total.numpy()
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _as_reals(tensor: Tensor) -> Tensor:
+    """Return a flat tensor as float64, a complex number as two of them; NaN where its dtype has no numeric values."""
+    numbers = as_numbers(tensor)
+    if numbers is None:
+        return torch.full((len(tensor),), torch.nan, dtype=torch.float64)
+    return torch.view_as_real(numbers).reshape(-1) if numbers.is_complex() else numbers
