@@ -109,17 +109,16 @@ class RestoreHibernated(Transform):
         return path
 
     def _warn(self, restored: Mapping[int, Expert]) -> None:
-        several = len(restored) > 1
-        message = (
-            f"the weights of {numbered('expert', restored)} were replaced by "
-            f"{'snapshots' if several else 'a snapshot'} from {self.snapshots}. A snapshot carries no step and is "
-            "overwritten by each later hibernation, so it is not known which step it is of. "
-            "The optimizer's state is the checkpoint's"
-        )
         odd = [i for i, expert in restored.items() if has_nonfinite(expert)]
-        if odd:
-            message += f". In the snapshot of {numbered('expert', odd)}, weights are NaN or infinite"
-        warnings.warn(message, CkptWarning, stacklevel=3)
+        told = [
+            f"the weights of {numbered('expert', restored)} were replaced by "
+            f"{'snapshots' if len(restored) > 1 else 'a snapshot'} from {self.snapshots}",
+            "A snapshot carries no step and is overwritten by each later hibernation, so it is not known which step it "
+            "is of",
+            "The optimizer's state is the checkpoint's",
+            *([f"In the snapshot of {numbered('expert', odd)}, weights are NaN or infinite"] if odd else []),
+        ]
+        warnings.warn(". ".join(told), CkptWarning, stacklevel=3)
 
 
 def _alone(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:

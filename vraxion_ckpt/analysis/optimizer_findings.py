@@ -163,8 +163,8 @@ def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
     for (slot, _), names in found.items():
         usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
         for dtype in others:
-            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but "
-            what += f"{dtype} for {listed(names[dtype], 4)}"
+            others_told = f"{dtype} for {listed(names[dtype], 4)}"
+            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but {others_told}"
             yield Finding.warning("dtype", what, where="optimizer")
 
 
