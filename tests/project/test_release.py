@@ -22,6 +22,8 @@ from support import DATA, ROOT, files_below
 
 from vraxion_ckpt import __version__
 
+pytestmark = pytest.mark.slow
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = (ROOT / "vraxion_ckpt", ROOT / "adapters/vraxion_ckpt_adapters", ROOT / "transforms/vraxion_ckpt_transforms")
 NAME = f"vraxion_ckpt-{__version__}"
@@ -36,8 +38,6 @@ IMPORT_ALL = """
 import sys
 from importlib import import_module
 from pkgutil import walk_packages
-
-pytestmark = pytest.mark.slow
 
 packages, extras = (text.split(",") for text in sys.argv[1:])
 for package in map(import_module, packages):

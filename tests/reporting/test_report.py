@@ -6,10 +6,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 
-import forked
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -524,7 +524,7 @@ def test_a_missing_extra_is_named(module, option, extra, tmp_path):
         f"u.find_spec = lambda name, *rest: None if name == {module!r} else find(name, *rest)\n"
         "from vraxion_ckpt.cli import main; main(sys.argv[1:])"
     )
-    command = [forked.python(), "-c", script, "report", SOURCE, option, tmp_path / "out"]
+    command = [sys.executable, "-c", script, "report", SOURCE, option, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"pip install 'vraxion-ckpt[{extra}]'" in done.stderr
