@@ -68,7 +68,7 @@ class MitosisSplit(Transform):
         router = checkpoint.core[head.names.router_map]
         moved = router.to(torch.int64, copy=True)  # not every integer type can be indexed
         moved[torch.tensor(addresses)] = child
-        checkpoint.core[head.names.router_map] = moved.to(router.dtype)
+        checkpoint.router_map = moved.to(router.dtype)
         checkpoint.plan = None
         checkpoint.payload["mitosis"] = {
             "parent": parent,

@@ -54,7 +54,7 @@ class SingleToExperts(Transform):
         if checkpoint.router_map is None:
             if self.ring_len is None:
                 raise TransformError("the model has no router_map", hint="give its length: ring_len=N")
-            checkpoint.core[head.names.router_map] = torch.zeros(self.ring_len, dtype=torch.int64)
+            checkpoint.router_map = torch.zeros(self.ring_len, dtype=torch.int64)
         elif self.ring_len not in (None, len(checkpoint.router_map)):
             raise TransformError(
                 f"ring_len is {self.ring_len}, but the router_map has {count(len(checkpoint.router_map), 'address')}"
@@ -70,7 +70,7 @@ class SingleToExperts(Transform):
             if self.experts - 1 > torch.iinfo(router.dtype).max:
                 raise TransformError(f"the router_map is of {router.dtype}, too narrow")
             owners = torch.arange(len(router), dtype=torch.int64) % self.experts
-            checkpoint.core[head.names.router_map] = owners.to(router.dtype)
+            checkpoint.router_map = owners.to(router.dtype)
         return checkpoint
 
 

@@ -368,8 +368,29 @@ class Checkpoint:
 
     @property
     def router_map(self) -> Tensor | None:
-        """The owner of every ring address, shape ``[L]``, or None if the model has no ring."""
-        return self.core.get((self.head.names if self.head else VRAXION).router_map)
+        """The owner of every ring address, shape ``[L]``, or None if the model has no ring.
+
+        Assigning a tensor replaces the entry of `core`; the old tensor is not written into. A new entry is the last
+        of `core`.
+
+        Raises:
+            ValueError: what is assigned is not a tensor of whole numbers of shape ``[L]``, L ≥ 1.
+        """
+        return self.core.get(self._router_name)
+
+    @router_map.setter
+    def router_map(self, owners: Tensor) -> None:
+        if not isinstance(owners, Tensor):
+            raise ValueError(f"router_map must be a tensor, not a {type(owners).__name__}")
+        if owners.ndim != 1 or not len(owners):
+            raise ValueError(f"router_map must have the shape [L], L ≥ 1, not {list(owners.shape)}")
+        if owners.dtype is torch.bool or owners.is_floating_point() or owners.is_complex():
+            raise ValueError(f"router_map must hold whole numbers, not {owners.dtype}")
+        self.core[self._router_name] = owners
+
+    @property
+    def _router_name(self) -> str:
+        return (self.head.names if self.head else VRAXION).router_map
 
     @property
     def step(self) -> int:

@@ -18,9 +18,10 @@ import click
 
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.cli import about, change, completion, look
+from vraxion_ckpt.cli.command import Group, exit_at_closed_pipe, follow_global_options, global_options
 from vraxion_ckpt.cli.output import drop_output, say, show_warning
 from vraxion_ckpt.errors import CkptError, CkptWarning, OutOfMemoryError, StorageError, UsageError, is_out_of_memory
-from vraxion_ckpt.support import progress, signals
+from vraxion_ckpt.support import signals
 
 _INTERNAL_ERROR = 70
 
@@ -52,8 +53,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         result = cli.main(
             args=None if arguments is None else list(arguments), prog_name="vraxion-ckpt", standalone_mode=False
         )
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with exit_at_closed_pipe():
+            if sys.stdout is not None:
+                sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -67,9 +69,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         return error.exit_code
     except click.Abort:
         return _stopped(signal.SIGINT)
-    except BrokenPipeError:
-        drop_output()  # whoever read it has enough
-        return 0
     except OSError as error:
         _debug()
         drop_output()
@@ -96,18 +95,19 @@ def _debug() -> None:
         traceback.print_exc()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"})
 @click.version_option(__version__, prog_name="vraxion-ckpt")
-@click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings.")
-@click.option("--no-progress", is_flag=True, help="Show no progress; off a terminal, none is shown anyway.")
-@click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did.")
-def cli(quiet: bool, verbose: bool, no_progress: bool) -> None:  # noqa: ARG001 - commands ask the context for it
+@global_options
+@click.pass_context
+def cli(context: click.Context, /, **_: bool) -> None:
     """Offline surgery on the checkpoints of mixture-of-experts models.
 
-    Convert between formats, turn a single head into experts, plan and carry out splits: the optimizer state goes along,
-    and what cannot be done right is refused.
+    Convert between formats, turn a single head into experts, plan and carry out splits. The optimizer state goes
+    along. What cannot be done right is refused.
+
+    The options -q, -v, --no-progress and --json may stand before or after the command.
     """
-    progress.wanted = not (quiet or no_progress)
+    follow_global_options(context)
 
 
 for _command in (*change.CHANGE_COMMANDS, *look.LOOK_COMMANDS, *about.ABOUT_COMMANDS, *completion.COMPLETION_COMMANDS):

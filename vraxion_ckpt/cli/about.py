@@ -8,21 +8,22 @@ from pathlib import Path
 import click
 
 from vraxion_ckpt.cli import arguments
+from vraxion_ckpt.cli.command import command
 from vraxion_ckpt.cli.completion import complete_plugin
 from vraxion_ckpt.errors import UsageError
 
 
-@click.command(short_help="List formats, transforms and probes.")
+@command(short_help="List formats, transforms and probes.")
 @arguments.as_json
 def plugins(as_json: bool) -> None:
-    """List formats and transforms, and the package each comes from."""
+    """List all formats, transforms and probes, and the package of each."""
     from vraxion_ckpt.cli import show_plugins
     from vraxion_ckpt.plugins.catalogue import list_plugins
 
     arguments.tell(list_plugins(), show_plugins.print_plugins, as_json=as_json)
 
 
-@click.command(short_help="Show a plugin's options.")
+@command(short_help="Show a plugin's options.")
 @click.argument("name", shell_complete=complete_plugin)
 @arguments.as_json
 def describe(name: str, as_json: bool) -> None:
@@ -33,26 +34,26 @@ def describe(name: str, as_json: bool) -> None:
     arguments.tell(catalogue.describe_plugin(name), show_plugins.print_description, as_json=as_json)
 
 
-@click.command(short_help="Run the whole loop on a real checkpoint.")
+@command(short_help="Inspect, convert and split a bundled checkpoint.")
 @click.argument("directory", type=click.Path(path_type=Path), required=False)
 def demo(directory: Path | None) -> None:
-    """Run the whole loop on a bundled real checkpoint, and prove what it says.
+    """Inspect, convert and split a bundled real checkpoint, and verify the results.
 
-    Results go to DIRECTORY, or to a new temporary one. Those of an earlier demo are replaced, and nothing else is.
+    Results are written to DIRECTORY, or to a new temporary one. Only results of an earlier demo are replaced.
     """
     if directory is not None and directory.exists() and not directory.is_dir():
-        raise UsageError("is no directory", path=directory)
+        raise UsageError("is not a directory", path=directory)
     from vraxion_ckpt.cli.demo import run_demo
 
     run_demo(directory)
 
 
-@click.command(short_help="Print the JSON Schema of what --json prints.")
+@command(short_help="Print the JSON Schema of a command's --json output.")
 @click.argument("name", required=False)
 def schema(name: str | None) -> None:
-    """Print the JSON Schema of the --json output of the command NAME, or of a manifest; without NAME, list them.
+    """Print the JSON Schema of the --json output of the command NAME, or of a manifest. Without NAME, list all schemas.
 
-    The schema of a recipe is printed by `run --print-schema`.
+    `run --print-schema` prints the schema of recipes.
     """
     from vraxion_ckpt.cli import schemas
 

@@ -24,8 +24,14 @@ _S = TypeVar("_S", bound="Facts")
 
 
 def as_json(option: _F) -> _F:
-    """Take ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")(option)
+    """Take ``--json``, here or before the command."""
+    return click.option(
+        "--json", "as_json", is_flag=True, callback=_here_or_before, help="Print the same facts as JSON."
+    )(option)
+
+
+def _here_or_before(context: click.Context, _: click.Parameter, given: bool) -> bool:
+    return given or bool(context.find_root().params.get("as_json"))
 
 
 def _taking(command: _F, *options: Callable[[_F], _F]) -> _F:
@@ -35,7 +41,7 @@ def _taking(command: _F, *options: Callable[[_F], _F]) -> _F:
 
 
 def read_options(command: _F) -> _F:
-    """Take what says how a source is to be read."""
+    """Take the options that say how to read a source."""
     return _taking(
         command,
         click.option(
@@ -43,32 +49,32 @@ def read_options(command: _F) -> _F:
             "from_",
             metavar="F[:k=v]",
             shell_complete=complete_format,
-            help="Format of the source; found from its content.",
+            help="Format of the source; without it, the format is detected from the content.",
         ),
         click.option(
             "--param-names",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Names of the optimizer's parameters in its order: one a line, or a JSON list.",
+            help="File with the names of the optimizer's parameters in optimizer order: one per line, or a JSON list.",
         ),
         click.option(
             "--optimizer-order",
             type=click.Choice(["model", "sorted", "reversed"]),
-            help="How its trainer orders the parameters of each group, or groups of one, where the file does not tell.",
+            help="Order of the parameters in each group of the optimizer, if the file does not record it.",
         ),
         click.option(
             "--allow-global",
             "allow_globals",
             multiple=True,
-            allow_from_autoenv=False,  # what may be loaded is said in the call, never by the surroundings
+            allow_from_autoenv=False,  # only the call itself may allow classes, never the environment
             metavar="NAME",
-            help="A class the source's pickle may use, by full name; repeatable.",
+            help="Full name of a class that the source's pickle may use; repeatable.",
         ),
     )
 
 
 def chain_options(command: _F) -> _F:
-    """Take a chain of transforms, and what may be lost on the way."""
+    """Take a chain of transforms, and the options that say what may be lost."""
     return _taking(
         command,
         click.option(
@@ -76,28 +82,29 @@ def chain_options(command: _F) -> _F:
             type=click.Choice(["raise", "warn", "ignore"]),
             default="raise",
             show_default=True,
-            help="What to do about what the target format cannot hold.",
+            help="What to do if the target format cannot hold everything.",
         ),
         click.option(
             "--optimizer",
             type=click.Choice(["keep", "drop", "complete", "partial"]),
             default="keep",
             show_default=True,
-            help="Carry the optimizer's state along, or leave it behind; add the experts that it lacks, without state, "
-            "or carry it without them.",
+            help="keep: carry the optimizer along; drop: leave it out; complete: add experts that it lacks, without "
+            "state; partial: carry it along although it lacks experts.",
         ),
         click.option(
             "--result-order",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Names of the result's optimizer in its order, where no rule tells it: as --param-names.",
+            help="Like --param-names, for the optimizer of the result, if no rule gives its order.",
         ),
         click.option(
             "--companions",
             type=click.Choice(["grow", "keep", "drop"]),
             default="grow",
             show_default=True,
-            help="What becomes of averages of the model and the like, if the head changes.",
+            help="If the head changes: grow: change averages of the model and other copies along with it; keep: leave "
+            "them unchanged; drop: leave them out.",
         ),
         click.option(
             "-t",
@@ -106,7 +113,7 @@ def chain_options(command: _F) -> _F:
             multiple=True,
             metavar="NAME[:k=v,…]",
             shell_complete=complete_transform,
-            help="A step of the chain; repeatable.",
+            help="Transform to run; repeatable, run from left to right.",
         ),
     )
 
@@ -119,16 +126,21 @@ def manifest(command: _F) -> _F:
 
 
 def visits_options(command: _F) -> _F:
-    """Take files of visits, before a split and after training was resumed, and the checkpoint before the split."""
+    """Take files of visits before a split and after training resumed, and the checkpoint before the split."""
     return _taking(
         command,
         click.option("--against", type=click.Path(), metavar="OLD", help="The checkpoint before the split."),
-        click.option("--visits-after", type=click.Path(), metavar="FILE", help="Visits counted after the resume."),
+        click.option(
+            "--visits-after",
+            type=click.Path(),
+            metavar="FILE",
+            help="Visits per address, counted after training resumed.",
+        ),
         click.option(
             "--visits",
             type=click.Path(),
             metavar="FILE",
-            help="Visits counted before the split, one number an address.",
+            help="Visits per address, counted before the split: a list of numbers.",
         ),
     )
 
@@ -143,10 +155,10 @@ _MOST_NAMES = 2**26  # bytes of them
 
 
 def load_names(path: Path | None, option: str = "--param-names") -> list[str] | None:
-    """Read the names in the file of an option: one a line, or a JSON list.
+    """Read a file of names that an option gives: one name per line, or a JSON list.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one of text.
+        UsageError: the file does not exist, or is not a regular text file.
     """
     if path is None:
         return None
@@ -169,13 +181,22 @@ def load_names(path: Path | None, option: str = "--param-names") -> list[str] | 
 
 
 def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
-    """Print facts to standard output: as JSON, or for people by `show`."""
+    """Print facts to standard output: as JSON, or for people by `show`.
+
+    Raises:
+        BrokenPipeError: whoever read standard output has closed it.
+    """
+    if as_json:
+        click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
+    else:
+        show(printable_facts(facts))
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def tell_result(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
+    """Do what `tell` does, for a command whose exit code says more than that its facts were printed."""
     try:
-        if as_json:
-            click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
-        else:
-            show(printable_facts(facts))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        tell(facts, show, as_json=as_json)
     except BrokenPipeError:
-        output.drop_output()  # whoever read it has enough; the exit code is still the answer
+        output.drop_output()

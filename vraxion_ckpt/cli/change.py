@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vraxion_ckpt.cli import arguments, output
+from vraxion_ckpt.cli.command import command
 from vraxion_ckpt.cli.completion import complete_format
 from vraxion_ckpt.errors import StorageError, UsageError
 from vraxion_ckpt.support import signals
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _S = TypeVar("_S", "Summary", "Edited", "Ran")
 
 
-@click.command(short_help="Convert between formats, through a chain of transforms.")
+@command(short_help="Convert between formats, through a chain of transforms.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @arguments.chain_options
@@ -33,7 +34,7 @@ _S = TypeVar("_S", "Summary", "Edited", "Ran")
     "--to",
     metavar="F[:k=v]",
     shell_complete=complete_format,
-    help="Format of the target; follows from its name: .pt, .safetensors, or / at the end.",
+    help="Format of the target; without it, DST decides: .pt, .safetensors, or a / at the end.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing target, in one step, at the end.")
 @arguments.manifest
@@ -55,7 +56,7 @@ def convert(
 
     \b
     vraxion-ckpt convert run.pt run_modular/
-    vraxion-ckpt convert run.pt split.pt -t single_to_experts
+    vraxion-ckpt convert run.pt split.pt -t single_to_experts \\
         -t arc_meta:visits=visits.json -t mitosis_split:noise=0
     """  # noqa: D301 - click reads the escape
     arguments.must_exist(src)
@@ -68,15 +69,18 @@ def convert(
         _tell(context, done, show_changes.print_conversion, as_json=as_json)
 
 
-@click.command(short_help="Change a checkpoint in place, through a chain of transforms.")
+@command(short_help="Change a checkpoint in place, through a chain of transforms.")
 @click.argument("path", type=click.Path())
 @arguments.chain_options
 @click.option(
-    "--to", metavar="F[:k=v]", shell_complete=complete_format, help="The same format, with options for writing."
+    "--to",
+    metavar="F[:k=v]",
+    shell_complete=complete_format,
+    help="The same format as PATH has, with options for writing.",
 )
-@click.option("--keep-old", is_flag=True, help="Leave the previous state beside it, as PATH.old.")
+@click.option("--keep-old", is_flag=True, help="Keep the previous state beside PATH, as PATH.old.")
 @arguments.manifest
-@click.option("--dry-run", is_flag=True, help="Say which files would be written and removed, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print which files would be written and removed, and write nothing.")
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
@@ -89,13 +93,13 @@ def edit(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a chain of transforms on PATH where it lies: it is in the old state or in the new one, at every moment.
+    """Run a chain of transforms on PATH in place. At every moment, PATH is in the old state or in the new one.
 
-    Of a modular directory, only the files that change are written. Without -t, it only cleans up what a killed run
-    has left.
+    In a modular directory, only the files that change are written. Without -t, the command only cleans up after a run
+    that was killed.
 
     \b
-    vraxion-ckpt edit run_modular/ -t arc_meta:visits=visits.json
+    vraxion-ckpt edit run_modular/ -t arc_meta:visits=visits.json \\
         -t mitosis_split:noise=0
     """  # noqa: D301 - click reads the escape
     arguments.must_exist(path)
@@ -116,10 +120,12 @@ def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: boo
         context.exit()
 
 
-@click.command(short_help="Do what a recipe says.")
+@command(short_help="Run a conversion that is written down in YAML.")
 @click.argument("recipe", type=click.Path())
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Give a variable a value; repeatable.")
-@click.option("--overwrite", is_flag=True, help="Replace targets that exist, each in one step, at the end.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a variable of the recipe; repeatable."
+)
+@click.option("--overwrite", is_flag=True, help="Replace existing targets, each in one step, at the end.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option(
     "--print-schema",
@@ -127,7 +133,7 @@ def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: boo
     is_eager=True,
     expose_value=False,
     callback=_print_recipe_schema,
-    help="Print the JSON Schema of a recipe, and do nothing else.",
+    help="Print the JSON Schema of recipes, and exit.",
 )
 @arguments.as_json
 @click.pass_context
@@ -136,17 +142,21 @@ def run(
 ) -> None:
     """Run RECIPE, a YAML file: read its source, run its chain, write its targets.
 
-    All targets are written and read back before the first is put in its place.
+    All targets are written and read back before the first one is put in place. Paths in a recipe are relative to the
+    current directory, as on the command line; ${recipe_dir} is the folder of the recipe.
 
-    Paths in it are relative to the current directory, as on the command line; ${recipe_dir} is its own folder.
+    A recipe, and a call that sets its variable:
 
     \b
-    source: ${run}/ckpt_pre_split.pt
     vars: {run: runs/r1}
+    source: ${run}/ckpt_pre_split.pt
     chain:
       - arc_meta: {visits: "${run}/visits.json"}
       - mitosis_split: {noise: 0}
     targets: ["${run}/ckpt_post_split.pt"]
+
+    \b
+    vraxion-ckpt run refine.yaml --set run=runs/r2
     """  # noqa: D301 - click reads the escape
     arguments.must_exist(recipe)
     given = _given(settings)
@@ -172,15 +182,13 @@ def _given(settings: Sequence[str]) -> dict[str, str]:
 
 
 def _tell(context: click.Context, done: _S, show: Callable[..., None], *, as_json: bool) -> None:
-    """Print a summary; if that fails, say that the work is done all the same."""
+    """Print a summary; if that fails, say that the target was written."""
     options = context.find_root().params
     try:
         if as_json or not options["quiet"]:
-            arguments.tell(done, partial(show, verbose=options["verbose"]), as_json=as_json)
+            arguments.tell_result(done, partial(show, verbose=options["verbose"]), as_json=as_json)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
         output.drop_output()
         targets = ", ".join(str(each.target) for each in _summaries(done))

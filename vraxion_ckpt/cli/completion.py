@@ -1,4 +1,4 @@
-"""Shell completion: the scripts to source, and what may stand where a plugin and its options are asked for.
+"""Shell completion: the scripts to source, and the completions for plugins and their options.
 
 A script runs this command at every press of the key. Nothing but the answer may be printed then, whatever goes wrong.
 """
@@ -20,6 +20,7 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from vraxion_ckpt.cli.command import command
 from vraxion_ckpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -242,16 +243,26 @@ complete --no-files --command %(prog_name)s --arguments '(%(complete_func)s)'
 _SHELLS: dict[str, type[_Completion]] = {kind.name: kind for kind in (_Bash, _Zsh, _Fish)}
 
 
-@click.command(short_help="Print the script for completion in a shell.")
+@command(short_help="Print the script for completion in a shell.")
 @click.argument("shell", type=click.Choice(list(_SHELLS)))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print the script that lets SHELL complete commands, options, files, and plugins with their options.
 
+    For bash, write this line into ~/.bashrc:
+
     \b
-    in ~/.bashrc:                    source <(vraxion-ckpt completion bash)
-    in ~/.zshrc, after compinit:     source <(vraxion-ckpt completion zsh)
-    in ~/.config/fish/config.fish:   vraxion-ckpt completion fish | source
+    source <(vraxion-ckpt completion bash)
+
+    For zsh, write this line into ~/.zshrc, after compinit:
+
+    \b
+    source <(vraxion-ckpt completion zsh)
+
+    For fish, write this line into ~/.config/fish/config.fish:
+
+    \b
+    vraxion-ckpt completion fish | source
     """  # noqa: D301 - click reads the escape
     script = _SHELLS[shell](context.find_root().command, {}, _COMMAND, _VARIABLE).source()
     click.echo(script, nl=False)

@@ -1,4 +1,4 @@
-"""The commands that only look: inspect, diff, check, report."""
+"""The commands that only read: inspect, diff, check, report."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 import click
 
 from vraxion_ckpt.cli import arguments, output
+from vraxion_ckpt.cli.command import command
 from vraxion_ckpt.cli.completion import complete_format
 from vraxion_ckpt.support import signals
 
 
-@click.command(short_help="Show what a checkpoint is and holds.")
+@command(short_help="Show what a checkpoint is and holds.")
 @click.argument("path", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor: dtype, shape, bytes.")
-@click.option("--values", is_flag=True, help="The same, and read them: minimum, maximum, NaN, infinite.")
+@click.option("--values", is_flag=True, help="Read all data, too: minimum, maximum, number of NaN and infinite values.")
 @arguments.visits_options
 @arguments.read_options
 @arguments.as_json
 def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
-    """Show what PATH is: experts, ring, optimizer and how it is bound, history.
+    """Show what PATH holds: experts, ring, optimizer and how it is bound, history.
 
-    No tensor's data is read unless --values asks for it.
+    The data of tensors is only read with --values.
     """
     arguments.must_exist(path)
     from vraxion_ckpt.analysis.inspection import inspect as run
@@ -32,10 +33,12 @@ def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) 
     arguments.tell(facts, show_inspection.print_inspection, as_json=as_json)
 
 
-@click.command(short_help="Show what is different in a second checkpoint.")
+@command(short_help="Compare two checkpoints.")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--from-b", metavar="F[:k=v]", shell_complete=complete_format, help="Format of B; --from is that of A.")
+@click.option(
+    "--from-b", metavar="F[:k=v]", shell_complete=complete_format, help="Format of B; --from gives that of A."
+)
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
@@ -51,18 +54,18 @@ def diff(context: click.Context, /, a: str, b: str, param_names: Path | None, as
 
     facts = run(a, b, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
-        arguments.tell(facts, show_difference.print_difference, as_json=as_json)
+        arguments.tell_result(facts, show_difference.print_difference, as_json=as_json)
     return 0 if facts.identical else 1
 
 
-@click.command(short_help="Tell whether a checkpoint is sound.")
+@command(short_help="Check a checkpoint for damage and contradictions.")
 @click.argument("path", type=click.Path())
-@click.option("--manifest", type=click.Path(), metavar="FILE", help="Compare the files with a manifest of digests.")
+@click.option("--manifest", type=click.Path(), metavar="FILE", help="Compare the files with the digests in a manifest.")
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
 def check(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> int:
-    """Read all of PATH, and tell every finding at once: files, checksums, invariants, values that are not finite.
+    """Read all of PATH and print every finding: files, checksums, invariants, values that are not finite.
 
     The exit code is 0 if no finding is an error, and 1 if one is.
     """
@@ -72,23 +75,23 @@ def check(context: click.Context, /, path: str, param_names: Path | None, as_jso
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
-        arguments.tell(facts, show_findings.print_findings, as_json=as_json)
+        arguments.tell_result(facts, show_findings.print_findings, as_json=as_json)
     return 0 if facts.sound else 1
 
 
-@click.command(short_help="Draw a checkpoint as a page or a picture.")
+@command(short_help="Draw a checkpoint as a page or a picture.")
 @click.argument("path", type=click.Path())
 @arguments.visits_options
-@click.option("-o", "--output", "page", type=click.Path(), metavar="OUT.html", help="Where the page goes.")
-@click.option("--png", "picture", type=click.Path(), metavar="OUT.png", help="Where the picture goes.")
-@click.option("--overwrite", is_flag=True, help="Replace them if they exist.")
+@click.option("-o", "--output", "page", type=click.Path(), metavar="OUT.html", help="Write the page to this file.")
+@click.option("--png", "picture", type=click.Path(), metavar="OUT.png", help="Write the picture to this file.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
 def report(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
-    """Draw PATH: the ring before and after, shares of the visits, how alike the experts are, what has changed.
+    """Draw PATH: the ring before and after, shares of the visits, how similar the experts are, what has changed.
 
-    The page is one file and works offline. It needs the extra vraxion-ckpt[report], the picture vraxion-ckpt[png].
+    The page is one file and works offline. It needs the extra [report]; the picture needs the extra [png].
     """
     arguments.must_exist(path)
     from vraxion_ckpt.cli import show_report
@@ -98,7 +101,7 @@ def report(context: click.Context, /, path: str, param_names: Path | None, as_js
     with output.unless_too_late(*filter(None, (options["page"], options["picture"]))):
         facts = run(path, param_names=names, **options)
         if as_json or not context.find_root().params["quiet"]:
-            arguments.tell(facts, show_report.print_report, as_json=as_json)
+            arguments.tell_result(facts, show_report.print_report, as_json=as_json)
         signals.ignore_signals()
 
 

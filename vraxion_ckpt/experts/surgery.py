@@ -129,7 +129,7 @@ def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
         owners = router.to(torch.int64, copy=True)  # not every integer type can be indexed
         owners[owners == expert] = into
         owners[owners > expert] -= 1
-        checkpoint.core[head.names.router_map] = owners.to(router.dtype)
+        checkpoint.router_map = owners.to(router.dtype)
 
 
 def _head(checkpoint: Checkpoint) -> Head:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.conversion.chain import apply_chain, effect_of
-from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, OptionError
+from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, OptionError, PluginError
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.optimizer.placement import missing_parameters
 from vraxion_ckpt.plugins import adapter_calls
@@ -24,8 +25,9 @@ from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import adapters
 from vraxion_ckpt.plugins.options import configure, resolved
 from vraxion_ckpt.plugins.transform import Step, Transform
+from vraxion_ckpt.testing.cases import assert_none, case
 from vraxion_ckpt.testing.samples import checkpoints, samples
-from vraxion_ckpt.testing.watch import contents, untouched, written
+from vraxion_ckpt.testing.watch import changed_files, contents, untouched, written
 
 Case = tuple[Mapping[str, Any], str]
 
@@ -70,44 +72,52 @@ class TransformTests:
             after, _ = apply_chain(checkpoint, [Step(transform, "tests", "0")])
         return after
 
+    def case(self, options: Mapping[str, Any], sample: str | None = None) -> AbstractContextManager[None]:
+        """Name these options and this sample in whatever fails in a ``with`` block."""
+        return case(self.transform.name, options, sample)
+
     def assert_sound(self, options: Mapping[str, Any], before: Checkpoint, after: Checkpoint) -> None:
         """Hold a result to what must be true after every chain."""
         listed = [*invariants.invariant_findings(after), *invariants.sharing_findings(before, after)]
         if not any(missing_parameters(before)):
             listed += missing_parameters(after)
-        assert not listed, "; ".join(listed)
+        assert_none(listed, "the result is inconsistent")
         noise = effect_of(Step(configure(self.transform, options), "tests", "0")).noise
         preservation = invariants.preservation(before, after, noise)
         assert preservation is None or preservation.as_asked, f"the function was to be preserved: {preservation}"
         for name, tensor in before.core.items() if noise is not None else ():
             kept = tensor is before.router_map or (name in after.core and same_bits(tensor, after.core[name]))
             assert kept, f"the function was to be preserved, and {name} has changed"
-        assert after.history[:-1] == before.history
-        assert after.history[-1].name == self.transform.name
+        names = [record.name for record in after.history]
+        told = after.history[:-1] == before.history and names[-1:] == [self.transform.name]
+        assert told, f"the history must be that of the input and one record of {self.transform.name}, and is {names}"
 
     # --- calls that work ---
 
     def test_what_is_to_work_works(self) -> None:
         assert self.accepted, "give at least one call that works"
         for options, sample in self.accepted:
-            before = samples()[sample]
-            self.assert_sound(options, before, self.run(options, before))
+            with self.case(options, sample):
+                before = samples()[sample]
+                self.assert_sound(options, before, self.run(options, before))
 
     def test_a_second_run_gives_the_same(self) -> None:
         for options, sample in self.accepted:
-            one, other = (self.run(options, samples()[sample]) for _ in range(2))
-            assert not list(checkpoint_differences(one, other))
+            with self.case(options, sample):
+                one, other = (self.run(options, samples()[sample]) for _ in range(2))
+                assert_none(checkpoint_differences(one, other), "a second run gave something else")
 
     def test_files_that_are_mapped_are_left_alone(self, tmp_path: Path) -> None:
         for number, (options, sample) in enumerate(self.accepted):
             for name, adapter in _formats().items():
-                path = written(adapter, samples()[sample], tmp_path / f"{number}_{name}")
-                before = contents(path)
-                mapped = binding.bind(adapter_calls.call_read(adapter, path))
-                mapped.open_experts()
-                self.run(options, mapped)
-                mapped.sources.check_unchanged()
-                assert contents(path) == before, f"as {name}"
+                with self.case(options, sample):
+                    path = written(adapter, samples()[sample], tmp_path / f"{number}_{name}")
+                    before = contents(path)
+                    mapped = binding.bind(adapter_calls.call_read(adapter, path))
+                    mapped.open_experts()
+                    self.run(options, mapped)
+                    mapped.sources.check_unchanged()
+                    assert_none(changed_files(before, contents(path)), f"wrote into files of the format {name}")
 
     def test_the_order_of_the_state_dict_does_not_matter(self) -> None:
         for options, sample in self.accepted:
@@ -118,8 +128,11 @@ class TransformTests:
             places = {name: place for place, name in enumerate(turned.state_dict())}
             for group in turned.optimizer.groups if turned.optimizer else ():
                 group.params.sort(key=places.__getitem__)  # a trainer's optimizer follows the model
-            one, other = self.run(options, usual), self.run(options, turned)
-            assert not list(differences(_by_name(one), _by_name(other)))
+            with self.case(options, sample):
+                one, other = self.run(options, usual), self.run(options, turned)
+                assert_none(
+                    differences(_by_name(one), _by_name(other)), "a state dict in another order gave something else"
+                )
 
     @pytest.mark.parametrize("order", list(_ORDERS))
     def test_the_optimizer_keeps_the_order_of_its_trainer(self, order: str) -> None:
@@ -131,44 +144,59 @@ class TransformTests:
                 continue
             for group in turned.optimizer.groups:
                 group.params = arrange(group.params)
-            after = self.run(options, usual).optimizer
-            try:
-                other = self.run(options, turned).optimizer
-            except BindingError:
-                continue  # refused: two rules explain the order
-            assert after is not None
-            assert other is not None
-            assert [group.params for group in other.groups] == [arrange(group.params) for group in after.groups]
-            assert not list(differences(dict(sorted(after.state.items())), dict(sorted(other.state.items()))))
+            with self.case(options, sample):
+                after = self.run(options, usual).optimizer
+                try:
+                    other = self.run(options, turned).optimizer
+                except BindingError:
+                    continue  # refused: two rules explain the order
+                assert after is not None, "the optimizer is gone"
+                assert other is not None, f"the optimizer, whose order was {order}, is gone"
+                found, expected = [g.params for g in other.groups], [arrange(g.params) for g in after.groups]
+                assert found == expected, f"the order was {order}; it is {found}, not {expected}"
+                state, turned_state = (dict(sorted(each.state.items())) for each in (after, other))
+                assert_none(differences(state, turned_state), f"the order was {order}; the optimizer's state differs")
 
     def test_the_result_survives_every_format(self, tmp_path: Path) -> None:
         for number, (options, sample) in enumerate(self.accepted):
-            after = self.run(options, samples()[sample])
             for name, adapter in _formats().items():
-                path = written(adapter, after, tmp_path / f"{number}_{name}")
-                found = binding.bind(adapter_calls.call_read(adapter, path))
-                assert not list(checkpoint_differences(adapter_calls.held(adapter, after), found)), f"as {name}"
+                with self.case(options, sample):
+                    after = self.run(options, samples()[sample])
+                    path = written(adapter, after, tmp_path / f"{number}_{name}")
+                    found = binding.bind(adapter_calls.call_read(adapter, path))
+                    expected = adapter_calls.held(adapter, after)
+                    assert_none(checkpoint_differences(expected, found), f"the format {name} changed the result")
 
     # --- calls that do not ---
 
     def test_what_is_to_be_refused_is_refused(self) -> None:
         for options, sample, message in self.refused:
             checkpoint = samples()[sample]
-            with untouched(checkpoint), pytest.raises(CkptError) as refusal:
-                self.run(options, checkpoint)
-            assert message in str(refusal.value)
+            with self.case(options, sample):
+                with untouched(checkpoint), pytest.raises(CkptError) as refusal:
+                    self.run(options, checkpoint)
+                said = str(refusal.value)
+                assert message in said, f"it was to be refused with {message!r}, and was with {said!r}"
 
     @pytest.mark.parametrize("sample", list(samples()))
     def test_any_checkpoint_is_transformed_soundly_or_refused(self, sample: str) -> None:
         for options, _ in self.accepted:
-            self._sound_or_refused(options, samples()[sample])
+            with self.case(options, sample):
+                self._sound_or_refused(options, samples()[sample])
 
     def test_generated_checkpoints_are_transformed_soundly_or_refused(self) -> None:
-        @settings(max_examples=self.examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=self.examples,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,  # pytest shows the notes of one failure, not those of a group
+        )
         @given(checkpoints())
         def sound_or_refused(checkpoint: Checkpoint) -> None:
             for options, _ in self.accepted:
-                self._sound_or_refused(options, checkpoint)
+                with self.case(options):
+                    self._sound_or_refused(options, checkpoint)
 
         sound_or_refused()
 
@@ -178,6 +206,8 @@ class TransformTests:
             warnings.simplefilter("ignore", CkptWarning)  # what is odd about it may be said
             try:
                 after = self.run(options, checkpoint)
+            except PluginError:
+                raise  # it did not refuse, it failed
             except CkptError:
                 return
         self.assert_sound(options, before, after)
@@ -185,7 +215,7 @@ class TransformTests:
     # --- options ---
 
     def test_options_are_described_and_wrong_ones_refused(self) -> None:
-        assert self.transform.name
+        assert self.transform.name, "the class needs a `name`"
         assert self.transform.summary(), "the class needs a docstring"
         for option, field in self.transform.model_fields.items():
             assert field.description, f"option {option} needs a description"
@@ -198,9 +228,11 @@ class TransformTests:
 
     def test_the_options_in_the_history_give_the_same_transform(self) -> None:
         for options, _ in self.accepted:
-            transform = configure(self.transform, options)
-            recorded = json.loads(json.dumps(resolved(transform), allow_nan=False))
-            assert configure(self.transform, recorded) == transform
+            with self.case(options):
+                transform = configure(self.transform, options)
+                recorded = json.loads(json.dumps(resolved(transform), allow_nan=False))
+                again = configure(self.transform, recorded)
+                assert again == transform, f"the recorded options {recorded} give {again!r}, not {transform!r}"
 
 
 def _formats() -> dict[str, Adapter]:

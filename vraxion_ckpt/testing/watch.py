@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,3 +60,11 @@ def contents(path: Path) -> dict[Path, bytes]:
     """Return what the files of a checkpoint hold, by their names in it."""
     files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
     return {file.relative_to(path): file.read_bytes() for file in files}
+
+
+def changed_files(before: Mapping[Path, bytes], after: Mapping[Path, bytes]) -> list[str]:
+    """List the files that are in only one of two `contents`, or differ."""
+    listed = [f"{name} is gone" for name in before.keys() - after.keys()]
+    listed += [f"{name} is new" for name in after.keys() - before.keys()]
+    listed += [f"{name} differs" for name in before.keys() & after.keys() if before[name] != after[name]]
+    return sorted(listed)

@@ -35,7 +35,7 @@ class HandOver(Transform):
             raise TransformError(f"addresses must be some of 0 to {len(router) - 1}", key=self.name)
         moved = router.to(torch.int64, copy=True)  # never into the tensor that was lent
         moved[torch.tensor(self.addresses)] = self.to
-        checkpoint.core[head.names.router_map] = moved.to(router.dtype)
+        checkpoint.router_map = moved.to(router.dtype)
         checkpoint.plan = None  # it was made for another map
         return checkpoint
 

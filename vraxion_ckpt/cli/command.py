@@ -1,0 +1,162 @@
+"""The class of all commands: global options after the command, and errors that say where an option belongs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+
+from vraxion_ckpt.cli import output
+from vraxion_ckpt.recipes.option_keys import RECIPE_KEYS
+from vraxion_ckpt.support import progress
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Without --json, which only some commands have.
+_AFTER_EVERY_COMMAND = ("quiet", "verbose", "no_progress")
+
+
+class _Command(click.Command):
+    """A command that takes the global options after its name, too."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        return params if ctx.parent is None else [*params, *map(_repeated, _global_options(ctx))]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(_where_it_belongs(error, ctx), ctx) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.parent is not None and ctx.find_root().params["as_json"] and not _has(self, "--json"):
+            raise click.UsageError(_other_commands("--json", ctx), ctx)
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        if ctx.parent is not None:
+            names = ", ".join(option.opts[0] for option in _global_options(ctx))
+            formatter.write_paragraph()
+            formatter.write_text(f"The global options {names} are taken here as well.")
+
+
+class Group(_Command, click.Group):
+    """The program: its commands, and the global options."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with exit_at_closed_pipe():  # --help and --version print here
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with exit_at_closed_pipe():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def exit_at_closed_pipe() -> Iterator[None]:
+    """Exit with the code of a program that SIGPIPE has ended, where standard output is a pipe that was closed.
+
+    click and rich would exit with 1, which is an answer of `check` and `diff`.
+    """
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):  # rich raises it so
+            raise
+        output.drop_output()
+        raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
+
+
+command = partial(click.command, cls=_Command)
+
+
+def global_options(group: _F) -> _F:
+    """Take the options that may stand before and after every command; ``--json``, where the command has it."""
+    for option in (
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            allow_from_autoenv=False,
+            help="Print facts as JSON; for commands that have --json.",
+        ),
+        click.option("--no-progress", is_flag=True, help="Show no progress; logs and pipes never get any."),
+        click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did."),
+        click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings."),
+    ):
+        group = option(group)
+    return group
+
+
+def follow_global_options(ctx: click.Context) -> None:
+    """Turn the progress bars off, or on again."""
+    given = ctx.find_root().params
+    progress.wanted = not (given["quiet"] or given["no_progress"])
+
+
+def _global_options(ctx: click.Context) -> list[click.Option]:
+    options = (option for option in ctx.find_root().command.params if isinstance(option, click.Option))
+    return [option for option in options if option.name in _AFTER_EVERY_COMMAND]
+
+
+def _repeated(option: click.Option) -> click.Option:
+    """Return a global option as a command takes it: it sets that of the program."""
+    return click.Option(
+        option.opts,
+        is_flag=True,
+        hidden=True,
+        expose_value=False,
+        allow_from_autoenv=False,
+        callback=_set_globally,
+        help=option.help,
+    )
+
+
+def _set_globally(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        ctx.find_root().params[str(option.name)] = True
+        follow_global_options(ctx)
+
+
+# --- options in the wrong place ---
+
+
+def _where_it_belongs(error: click.NoSuchOption, ctx: click.Context) -> str:
+    name, root = error.option_name, ctx.find_root()
+    owners = _owners(name, ctx)
+    if ctx is root and owners:
+        return f"{name} belongs after the command; {_listed(owners)} {'has' if len(owners) == 1 else 'have'} it"
+    if ctx is not root and ctx.command.name == "run" and name in RECIPE_KEYS:
+        return f"`run` has no option {name}: write it into the recipe, as `{RECIPE_KEYS[name]}`"
+    if owners:
+        return _other_commands(name, ctx)
+    if _has(root.command, name):
+        return f"{name} belongs before the command: `{root.info_name} {name}`"
+    more = f"; did you mean {' or '.join(error.possibilities)}?" if error.possibilities else ""
+    return f"no such option: {name}{more}"
+
+
+def _other_commands(option: str, ctx: click.Context) -> str:
+    owners = _owners(option, ctx)
+    return f"`{ctx.command.name}` has no option {option}; {_listed(owners)} {'has' if len(owners) == 1 else 'have'} it"
+
+
+def _owners(option: str, ctx: click.Context) -> list[str]:
+    """Return the commands that have an option."""
+    program = ctx.find_root().command
+    commands = program.commands if isinstance(program, click.Group) else {}
+    return [name for name, each in commands.items() if _has(each, option)]
+
+
+def _has(command: click.Command, option: str) -> bool:
+    return any(option in (*param.opts, *param.secondary_opts) for param in command.params)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
