@@ -44,6 +44,7 @@ def shrunk_in_memory(
     return shrunk, carried(model, optimizer, shrunk, ancestor, make)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("target", ["pruned.pt", "pruned/", "pruned.safetensors"])
 @pytest.mark.parametrize("head_last", [True, False], ids=["head_last", "head_first"])
 @pytest.mark.parametrize(("experts", "gone", "into"), SHRINK.values(), ids=SHRINK)
