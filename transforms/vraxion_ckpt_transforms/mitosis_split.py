@@ -138,7 +138,7 @@ class MitosisSplit(Transform):
         if len(foreign) and self.foreign_addresses == "refuse":
             raise TransformError(
                 f"address {foreign[0]} belongs to expert {owners[foreign[0]]}, not to {parent} "
-                f"({len(foreign)} such addresses)",
+                f"(listed addresses of other experts: {len(foreign)})",
                 key=self.name,
                 hint="leave them out, or pass foreign_addresses=allow",
             )

@@ -81,8 +81,8 @@ def check(
         UsageError: there is no such file, or no such manifest.
         UnknownFormatError: it is of no known format.
     """
-    root = Path(path)
     with os_errors_named(path):
+        root = Path(path)
         adapter = allowing(detect_source(root, from_), allow_globals)
         listed = manifests.load(Path(manifest)) if manifest is not None else None
         findings: list[Finding] = []
@@ -399,5 +399,5 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
         names = first_few([str(path.relative_to(root)) for path in others])
-        what = f"{len(others)} file{'s' * (len(others) > 1)} in it are no part of the checkpoint: {names}"
+        what = f"the directory holds other files than those of the checkpoint ({len(others)}): {names}"
         yield Finding(severity=Severity.NOTE, rule="foreign files", what=what)

@@ -88,8 +88,8 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
         wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
         if len(wrong):
             yield (
-                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but there are "
-                f"{checkpoint.num_experts} experts ({len(wrong)} such addresses)"
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but the number of experts is "
+                f"{checkpoint.num_experts} (addresses with this fault: {len(wrong)})"
             )
 
 

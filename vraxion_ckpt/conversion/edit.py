@@ -174,7 +174,7 @@ def edit(
         BusyError: another run is at work on it.
     """
     started = time.monotonic()
-    with signals.put_off(), os_errors_named(path), ExitStack() as stack:
+    with signals.put_off(), os_errors_named(path, *([] if manifest is None else [manifest])), ExitStack() as stack:
         with signals.stoppable():
             check_policy(losses)
             chain = resolve_chain(transforms)

@@ -300,7 +300,9 @@ def _check_names_in_groups(raw: RawOptimizer, given: Sequence[str] | None) -> No
 def _check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
     if len(names) != len(raw.ids):
         raise BindingError(
-            f"{len(names)} names are in {whose}, {len(raw.ids)} parameters in the optimizer", hint=WAYS_OUT
+            f"the number of names differs from that of parameters: {len(names)} in {whose}, "
+            f"{len(raw.ids)} in the optimizer",
+            hint=WAYS_OUT,
         )
     seen: set[str] = set()
     for name in names:

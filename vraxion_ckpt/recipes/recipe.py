@@ -24,7 +24,8 @@ from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
-from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike
+from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named
+from vraxion_ckpt.recipes.option_keys import keys_for
 from vraxion_ckpt.recipes.variables import Filling, nearest
 from vraxion_ckpt.support.json_models import Facts
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml, load
@@ -140,7 +141,8 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     Raises:
         UsageError: everything that is wrong with it, a line each.
     """
-    place = Path(path)
+    with os_errors_named(path):
+        place = Path(path)
     yaml = load(place)
     if not isinstance(yaml.value, dict):
         raise UsageError("must be a mapping with source, chain and targets", path=place)
@@ -193,21 +195,26 @@ def run(
 def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
     """Run a recipe that was prepared."""
     source = ready.source
-    results = convert_to_all(
-        source.path,
-        ready.targets,
-        transforms=ready.chain,
-        from_=source.from_,
-        dry_run=dry_run,
-        param_names=source.param_names,
-        optimizer_order=source.optimizer_order,
-        result_order=ready.result_order,
-        optimizer=source.optimizer,
-        companions=ready.companions,
-        allow_globals=source.allow_globals,
-        record=ready.record,
-        reads=[ready.path],
-    )
+    try:
+        results = convert_to_all(
+            source.path,
+            ready.targets,
+            transforms=ready.chain,
+            from_=source.from_,
+            dry_run=dry_run,
+            param_names=source.param_names,
+            optimizer_order=source.optimizer_order,
+            result_order=ready.result_order,
+            optimizer=source.optimizer,
+            companions=ready.companions,
+            allow_globals=source.allow_globals,
+            record=ready.record,
+            reads=[ready.path],
+        )
+    except CkptError as error:
+        for option, key in keys_for(f"{error.message} {error.hint or ''}"):
+            error.add_note(f"in a recipe, {option} is the key {key}")
+        raise
     return Ran(recipe=ready.path, dry_run=dry_run, results=results)
 
 
@@ -234,9 +241,12 @@ def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
     message = _WORDS.get(kind, found["msg"].removeprefix("Value error, ").removeprefix("Input "))
     if kind == "extra_forbidden":
         entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output}
+        key = str(place[-1])
         fields = entries.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
-        names = {field.alias or name: None for name, field in fields.model_fields.items()}
-        message = f"is not known{nearest(str(place[-1]), names)}"
+        others: dict[str, type[_Entry]] = {**entries, "the top level": Recipe}
+        elsewhere = [name for name, other in others.items() if key in _keys(other)]
+        near = nearest(key, _keys(fields))
+        message = "is not known" + (f" here; it is a key of {' and of '.join(elsewhere)}" if elsewhere else near)
     elif kind == "string_type" and place in (("source",), ("targets", place[-1])):
         message += ", or a mapping with `path`"
     elif kind == "missing":
@@ -246,6 +256,10 @@ def _from_pydantic(yaml: Yaml, found: Any) -> Problem | None:
             return None  # there are some, and what is wrong with them is told
         message = "must name at least one; to change a checkpoint in place, use `edit`"
     return Problem(place, message, yaml.line(place))
+
+
+def _keys(entry: type[_Entry]) -> dict[str, None]:
+    return {field.alias or name: None for name, field in entry.model_fields.items()}
 
 
 def _checked_chain(yaml: Yaml, chain: Any, problems: list[Problem]) -> tuple[TransformLike, ...]:
