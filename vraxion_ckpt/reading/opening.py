@@ -160,9 +160,11 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
 
 def _checkpoints_in(folder: Path) -> list[str]:
     """Return the names of the first checkpoints in a folder, those of directories with a slash at the end."""
-    found = []
+    found: list[str] = []
     with suppress(OSError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CkptWarning)
+        if any(detects(kind, folder.absolute().parent) for kind in adapters().values()):
+            return []  # its files are parts of a checkpoint
         for entry in islice(sorted(folder.iterdir()), _MOST_SEARCHED):
             # A pipe or a device could block.
             if (entry.is_file() or entry.is_dir()) and any(detects(kind, entry) for kind in adapters().values()):
