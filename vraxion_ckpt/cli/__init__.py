@@ -65,7 +65,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return UsageError.exit_code
     except CkptError as error:
         _debug()
-        say("error", str(error), "red")
+        notes = [f"  → {note}" for note in getattr(error, "__notes__", ())]
+        say("error", "\n".join([str(error), *notes]), "red")
         return error.exit_code
     except click.Abort:
         return _stopped(signal.SIGINT)
