@@ -22,7 +22,7 @@ from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageErro
 from vraxion_ckpt.plugins import hookspecs
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
 from vraxion_ckpt.plugins.lent_tensors import WriteCounts, wrote_into
-from vraxion_ckpt.plugins.options import Plugin, configure
+from vraxion_ckpt.plugins.options import Plugin, configure, parse_call
 from vraxion_ckpt.plugins.plugin_calls import (
     defect,
     distribution_of,

@@ -243,7 +243,7 @@ def _from_refusal(yaml: Yaml, refusal: Refusal) -> Problem | None:
 
 def _homes(key: str) -> list[str]:
     """Return the mappings of a recipe that have a key."""
-    entries = {"source": Source, "targets": Output, "the top level": Recipe}
+    entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output, "the top level": Recipe}
     fields = {name: entry.model_fields.items() for name, entry in entries.items()}
     return [name for name, found in fields.items() if key in {field.alias or each for each, field in found}]
 
