@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
 from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.checkpoint.shared_memory import sharing
@@ -97,7 +98,7 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer has state for {name}, which is in no param group"
     tensors = checkpoint.open_tensors()
     for name in params:
-        if name not in tensors and not (head and head.is_not_at_hand(name)):
+        if name not in tensors and not (head and head.is_not_loaded(name)):
             yield f"the optimizer lists {name}, which the model does not have"
     for conflict in shape_conflicts(optimizer, known_shapes(checkpoint)):
         yield f"{conflict.name}: {conflict.what}"

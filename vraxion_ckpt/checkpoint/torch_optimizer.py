@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import bytes_of
 from vraxion_ckpt.errors import InconsistentError
 

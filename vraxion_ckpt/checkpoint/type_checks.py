@@ -14,7 +14,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert
+from vraxion_ckpt.checkpoint.head import Expert
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import check_plain
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError

@@ -17,9 +17,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Head, Optimizer
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.provenance import Ancestor
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companions import Companion, find_companions, prefixes_of
 from vraxion_ckpt.experts.surgery import copy_of, is_master_copy

@@ -19,8 +19,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.plain_data import named_tensors
 from vraxion_ckpt.optimizer.parameter_order import model_order
@@ -203,7 +204,7 @@ class _Finder:
         if name in self._tensors:
             return True
         found = split_name(name, self.head.names)
-        return self.head.is_not_at_hand(name) and found is not None
+        return self.head.is_not_loaded(name) and found is not None
 
     def _is_whole_copy(self, named: set[str], prefix: str) -> bool:
         """Tell whether there is an entry for every parameter, as far as it is known which these are."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, HeadKind
+from vraxion_ckpt.checkpoint.head import Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.errors import TransformError
 
 

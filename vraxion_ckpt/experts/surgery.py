@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Ancestor, Checkpoint, Expert, Head, HeadKind, Lifecycle, Optimizer
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_name, in_pieces
+from vraxion_ckpt.checkpoint.provenance import Ancestor
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups

@@ -27,8 +27,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.buffers import torch_buffers
+from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head, Optimizer, UnboundCheckpoint
+from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.shared_memory import without_tied
 from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape, digest, known_shapes, shape_conflicts
@@ -250,7 +252,7 @@ def _fits(wanted: Shape | None, shape: Shape | None) -> bool:
 
 def _is_of(name: str, head: Head) -> bool:
     """Tell whether a name may be of the head: one of its tensors, or one that is not at hand."""
-    if head.is_not_at_hand(name):
+    if head.is_not_loaded(name):
         return True
     found = split_name(name, head.names)
     expert = head.experts.get(found[0]) if found else None
@@ -313,7 +315,7 @@ def _check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
 def _check_known(names: Sequence[str], head: Head | None, known: Mapping[str, Shape]) -> None:
     """Every name must be a tensor's, or of an expert that is not open or was deleted."""
     for name in names:
-        if name not in known and not (head and head.is_not_at_hand(name)):
+        if name not in known and not (head and head.is_not_loaded(name)):
             raise BindingError("the model has no such parameter", key=name, hint=WAYS_OUT)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames, split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.optimizer.trainers import known_trainer
 

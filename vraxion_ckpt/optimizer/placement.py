@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
 from vraxion_ckpt.errors import BindingError, UsageError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from vraxion_ckpt._version import __version__
-from vraxion_ckpt.checkpoint.model import Record
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import LossPolicy, chain_policy
