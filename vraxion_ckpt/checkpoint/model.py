@@ -117,7 +117,7 @@ class Checkpoint:
     lifecycle: dict[int, Lifecycle] = field(default_factory=dict)
     plan: SplitPlan | None = None
     history: tuple[Record, ...] = ()
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
     sources: Sources = field(default_factory=Sources)
     ancestors: dict[str, Ancestor] = field(default_factory=dict)
 
