@@ -76,9 +76,11 @@ def test_the_automatic_arc_length(ring_len, experts, length):
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=50))
-def test_runs_cover_the_ring_with_one_owner_each(owners):
-    rebuilt = [owner for _, length, owner in ring.runs(np.array(owners)) for _ in range(length)]
-    assert rebuilt == owners
+def test_arcs_cover_the_ring_with_one_owner_each(owners):
+    found = ring.arcs(np.array(owners))
+    rebuilt = {(start + i) % len(owners): owner for start, length, owner in found for i in range(length)}
+    assert sum(length for _, length, _ in found) == len(owners)
+    assert [rebuilt[address] for address in range(len(owners))] == owners
 
 
 @pytest.mark.parametrize(
@@ -88,9 +90,9 @@ def test_runs_cover_the_ring_with_one_owner_each(owners):
         ([0, 0.0], "all values are zero"),
         ([1, -1], "value 1 is negative"),
         ([1, float("nan")], "value 1 is not finite"),
-        ([[1, 2]], "one flat list"),
-        (["1"], "one flat list"),
-        ([True, False], "one flat list"),
+        ([[1, 2]], "a flat list"),
+        (["1"], "a flat list"),
+        ([True, False], "a flat list"),
     ],
 )
 def test_weights_that_are_none_are_refused(values, reason):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
+from vraxion_ckpt.wording import listed
 
 
 def unfit(
@@ -26,8 +27,10 @@ def unfit(
     Yields:
         the leaf and the difference as text. The leaf is None if the experts have different leaves.
     """
-    pairs = zip(whose, (expert.keys() - sibling.keys(), sibling.keys() - expert.keys()), strict=True)
-    only = [f"only {holder} has {', '.join(sorted(map(str, leaves)))}" for holder, leaves in pairs if leaves]
+    more = sorted(map(str, expert.keys() - sibling.keys()))
+    lacking = sorted(map(str, sibling.keys() - expert.keys()))
+    only = [f"{whose[0]} has {listed(more, 4)}, but {whose[1]} does not"] if more else []
+    only += [f"{whose[1]} has {listed(lacking, 4)}, but {whose[0]} does not"] if lacking else []
     if only:
         yield None, "; ".join(only)
         return

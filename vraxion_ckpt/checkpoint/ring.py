@@ -160,17 +160,10 @@ def in_arc_order(addresses: list[int], arc: Arc) -> list[int]:
     return sorted(addresses, key=lambda address: (address - arc.start) % arc.ring_len)
 
 
-def _runs(owners: Ints) -> list[tuple[int, int, int]]:
-    """Return the runs of addresses with one owner, from address 0 on, as (start, length, owner). None wraps."""
-    edges = np.flatnonzero(np.diff(owners)) + 1
-    starts = [0, *edges.tolist()]
-    ends = [*edges.tolist(), len(owners)]
-    return [(s, e - s, int(owners[s])) for s, e in zip(starts, ends, strict=True)]
-
-
 def arcs(owners: Ints) -> list[tuple[int, int, int]]:
     """Return the arcs of addresses with one owner as (start, length, owner). The last one may wrap."""
-    found = _runs(owners)
+    edges = (np.flatnonzero(np.diff(owners)) + 1).tolist()
+    found = [(start, end - start, int(owners[start])) for start, end in pairwise([0, *edges, len(owners)])]
     if len(found) > 1 and found[0][2] == found[-1][2]:
         (_, head, _), *middle, (start, tail, owner) = found
         return [*middle, (start, tail + head, owner)]
