@@ -27,7 +27,8 @@ from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin, Record
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
-from vraxion_ckpt.optimizer.binding import bind, names_in_payload
+from vraxion_ckpt.optimizer.binding import bind
+from vraxion_ckpt.optimizer.parameter_names import names_in_payload
 from vraxion_ckpt.support.model_errors import refusals
 
 OUR_KEY = "vraxion_ckpt"

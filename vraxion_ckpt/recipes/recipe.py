@@ -21,7 +21,7 @@ from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import LossPolicy, chain_policy
 from vraxion_ckpt.errors import CkptError, OptionError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
+from vraxion_ckpt.optimizer.inference import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
 from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike
