@@ -50,8 +50,9 @@ from vraxion_ckpt.errors import (
     UnsupportedError,
     UsageError,
 )
+from vraxion_ckpt.experts.optimizer_clones import StatePolicy
 from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_experts
-from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert, remove_expert, rename_head
+from vraxion_ckpt.experts.surgery import clone_expert, remove_expert, rename_head
 from vraxion_ckpt.formats.document import OUR_PREFIX, document_text, dump_document, from_state_dict, load_document
 from vraxion_ckpt.formats.payload import (
     MONOLITH,
