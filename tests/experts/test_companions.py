@@ -95,7 +95,7 @@ def shadow(model: nn.Module) -> dict:
 
 def test_a_list_with_an_entry_for_each_parameter_follows_the_models_order(tmp_path):
     model, optimizer, _ = trained(1)
-    with pytest.warns(vc.CkptWarning, match="ema.shadow_params: taken to have one tensor for each parameter"):
+    with pytest.warns(vc.CkptWarning, match="ema.shadow_params: assumed to have one tensor for each parameter"):
         result = converted(payload_of(model, optimizer, ema=shadow(model)), SPLIT, tmp_path)
     grown = Net(2, layered=False)
     old = {name: p.detach() * 2 for name, p in model.named_parameters()}
@@ -164,7 +164,7 @@ def test_what_cannot_follow_is_named_and_refused_unless_told_otherwise(kind, tmp
     with pytest.warns(vc.CkptWarning, match="unchanged, as asked"):
         kept = converted(payload, SPLIT, tmp_path, "kept.pt", companions="keep")
     assert_same(kept[top], payload[top])
-    with pytest.warns(vc.CkptWarning, match="left out, as asked"):
+    with pytest.warns(vc.CkptWarning, match="dropped, as requested"):
         assert top not in converted(payload, SPLIT, tmp_path, "dropped.pt", companions="drop")
     unchanged = converted(payload, [], tmp_path, "same.pt")
     assert_same(unchanged[top], payload[top])

@@ -207,7 +207,7 @@ class _Growth:
             former = self.after.former_name(name)
             if former not in entries:
                 raise TransformError(
-                    f"has one tensor for each parameter, but the source for {name} is unknown",
+                    "a list has one tensor for each parameter, but the source of this one is unknown",
                     key=name,
                     hint=COMPANION_HINT,
                 )

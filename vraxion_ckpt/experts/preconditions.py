@@ -27,11 +27,9 @@ def head_of_experts(checkpoint: Checkpoint) -> Head:
     """
     head = head_of(checkpoint)
     if head.kind is HeadKind.SINGLE:
-        raise TransformError(
-            "the head is a single module, not a list of experts", hint="put single_to_experts before this step"
-        )
+        raise TransformError("the head is single, not a list of experts", hint="put single_to_experts before this step")
     if checkpoint.router_map is None:
-        raise TransformError("the model has no router map")
+        raise TransformError("the model has no router_map")
     return head
 
 
@@ -48,8 +46,6 @@ def check_expert(head: Head, expert: int, *, deleted: bool = False, hint: str | 
         TransformError: there is no such expert, or it is garbage-collected and not accepted.
     """
     if not 0 <= expert < head.num_experts:
-        raise TransformError(
-            f"there is no expert {expert}; the head has {count(head.num_experts, 'expert')}, numbered from 0"
-        )
+        raise TransformError(f"there is no expert {expert}; there are {count(head.num_experts, 'expert')}")
     if expert in head.deleted and not deleted:
         raise TransformError(f"expert {expert} is garbage-collected and has no tensors", hint=hint)

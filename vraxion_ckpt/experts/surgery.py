@@ -192,7 +192,7 @@ def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
 
 
 def _with_list_of_experts(metadata: dict[str, Any], head: Head) -> dict[str, Any]:
-    """Return ``_metadata`` with an entry for the module list of experts, or without all its entries for a single head."""
+    """Return ``_metadata`` with an entry for the list of experts, or without its entries for a single head."""
     container = head.names.experts.removesuffix(".")
     listed: dict[str, Any] = {}
     for module, value in metadata.items():
