@@ -395,7 +395,7 @@ def test_an_optimizer_in_another_place_is_not_left_as_it_was(tmp_path):
 def test_a_router_map_that_is_tied_to_another_tensor_is_not_changed_under_one_name(tmp_path):
     state = state_of(0, 1, 2)
     torch.save({"model": {**state, "alias": state["router_map"]}}, tmp_path / "a.pt")
-    with pytest.raises(InvariantError, match="shared memory and do no longer"):
+    with pytest.raises(InvariantError, match="shared memory before and no longer do"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[prune()])
 
 

@@ -82,7 +82,7 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
         wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
         if len(wrong):
             yield (
-                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but there are "
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but the head has "
                 f"{count(checkpoint.num_experts, 'expert')}; {count(len(wrong), 'such address')} in all"
             )
 

@@ -51,7 +51,7 @@ def warn_of_lost_noise(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: float,
         elif numbers:
             changed = _count_changed(old, copy)
             if 2 * changed < numbers:
-                lost.append(f"in {leaf} ({dtype_name(copy.dtype)}), {changed} of {numbers} elements are changed")
+                lost.append(f"{leaf} ({dtype_name(copy.dtype)}) has {changed} of {numbers} elements changed")
     if lost:
         message = (
             f"noise of {noise:g} has little or no effect on {new.removesuffix('.')}: {listed(lost, 3, '; ')}; "
