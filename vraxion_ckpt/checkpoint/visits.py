@@ -53,10 +53,9 @@ def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
         message = f"has {count(number, 'value')}, but the ring has {count(ring_len, 'address')}"
         raise InconsistentError(message, path=path, key=key)
     try:
-        weights = as_weights(values)
+        return as_weights(values)
     except ValueError as error:
         raise InconsistentError(str(error), path=path, key=key) from None
-    return weights
 
 
 def _read_json(path: Path, ring_len: int) -> dict[str, Any]:

@@ -41,13 +41,15 @@ def grown(before: Checkpoint, after: Checkpoint, found: list[Companion], *, rout
     Raises:
         TransformError: a companion lists one tensor for each parameter, and its order or a new entry is unknown.
     """
-    return _Growth(before, after).changed(found, router_only=router_only)
+    assert before.head is not None
+    return _Growth(before, after, before.head).changed(found, router_only=router_only)
 
 
 @dataclass(frozen=True)
 class _Growth:
     before: Checkpoint
     after: Checkpoint
+    head: Head  # before the step
 
     def changed(self, found: list[Companion], *, router_only: bool) -> Checkpoint:
         for each in found:
@@ -90,22 +92,23 @@ class _Growth:
             after.head = replace(head, position=head.position + len(new) - len(core))
         after.core = new
         if after.metadata is not None:
-            modules = {f"{module}.": value for module, value in after.metadata.items()}
-            grown = self._names(prefix, modules, router=False)
-            after.metadata = {module.removesuffix("."): value for module, value in grown.items()}
+            after.metadata = self._modules(prefix, after.metadata)
+
+    def _modules(self, prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a changed ``_metadata``. Its keys are module paths, prefixes without the last dot."""
+        changed = self._names(prefix, {f"{module}.": value for module, value in metadata.items()}, router=False)
+        return {module.removesuffix("."): value for module, value in changed.items()}
 
     def _names(self, prefix: str, entries: Mapping[Any, Any], *, router: bool = True) -> dict[Any, Any]:
         """Rename, copy and remove entries under a prefix like the head's tensors. Keep the others in place."""
-        before, after = self.before.head, self.after.head
-        assert before is not None
-        assert after is not None
+        assert self.after.head is not None
         by_prefix: dict[str, dict[str, Any]] = {}
         for key in entries:
-            if owner := self._owner(key, prefix, before):
+            if owner := self._owner(key, prefix):
                 by_prefix.setdefault(owner, {})[key[len(prefix) + len(owner) :]] = entries[key]
         made: dict[str, Any] = {}
         used: set[str] = set()
-        for new in prefixes_of(after):
+        for new in prefixes_of(self.after.head):
             source = self.after.ancestors.get(new, Ancestor(new))
             for leaf, value in by_prefix.get(source.prefix, {}).items():
                 again = source.prefix in used or bool(source.noise)
@@ -114,7 +117,7 @@ class _Growth:
         result: dict[Any, Any] = {}
         done = False
         for key, value in entries.items():
-            if not self._owner(key, prefix, before):
+            if not self._owner(key, prefix):
                 result[key] = value
             elif not done:
                 result.update(made)
@@ -126,30 +129,24 @@ class _Growth:
 
     def _attributes(self, attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return the attributes of a state dict in the payload, with its ``_metadata`` updated."""
-        new = dict(attributes)
         metadata = attributes.get("_metadata")
-        if isinstance(metadata, dict):
-            modules = {f"{module}.": value for module, value in metadata.items()}
-            grown = self._names(prefix, modules, router=False)
-            new["_metadata"] = type(metadata)((m.removesuffix("."), value) for m, value in grown.items())
-        return new
+        if not isinstance(metadata, dict):
+            return dict(attributes)
+        return {**attributes, "_metadata": type(metadata)(self._modules(prefix, metadata))}
 
-    @staticmethod
-    def _owner(key: Any, prefix: str, head: Head) -> str:
+    def _owner(self, key: Any, prefix: str) -> str:
         """Return the prefix of the expert to whose tensor a key belongs, or an empty string."""
         if not isinstance(key, str) or not key.startswith(prefix):
             return ""
         name = key[len(prefix) :]
-        found = split_name(name, head.names) if not name.endswith(".") else split_name(f"{name}x", head.names)
-        if found is None or not name.startswith(head.prefix(found[0])):
-            return ""
-        return head.prefix(found[0])
+        found = split_name(f"{name}x" if name.endswith(".") else name, self.head.names)
+        owner = self.head.prefix(found[0]) if found else ""
+        return owner if name.startswith(owner) else ""
 
     def _with_router(self, prefix: str, entries: dict[Any, Any]) -> dict[Any, Any]:
         """Return the entries with the new router map, if theirs equalled the model's."""
-        assert self.before.head is not None
         entries = copy.copy(entries)
-        name = prefix + self.before.head.names.router_map
+        name = prefix + self.head.names.router_map
         old, new = self.before.router_map, self.after.router_map
         value = entries.get(name)
         if isinstance(value, Tensor) and old is not None and new is not None and same_bits(value, old):
@@ -160,8 +157,6 @@ class _Growth:
         """Return the value for a clone: a copy, with the noise that was added to the head's tensor."""
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
-        assert self.before.head is not None
-        assert self.after.head is not None
         tensors, clones = self._head_tensor(self.before, source.prefix, leaf), self._head_tensor(self.after, new, leaf)
         if tensors is None or clones is None or same_bits(tensors, clones):
             return copy_of(value, (), leaf)
@@ -212,7 +207,7 @@ class _Growth:
                     hint=COMPANION_HINT,
                 )
             entry = entries[former]
-            found = split_name(name, self.before.head.names) if self.before.head else None
+            found = split_name(name, self.head.names)
             prefix = name[: -len(found[1])] if found else ""
             source = self.after.ancestors.get(prefix, Ancestor(prefix))
             if former in used or source.noise:

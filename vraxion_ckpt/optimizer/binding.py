@@ -32,7 +32,6 @@ from vraxion_ckpt.optimizer.inference import OptimizerOrder, infer_names, traina
 from vraxion_ckpt.optimizer.parameter_names import (
     check_count,
     check_groups_named,
-    check_known,
     common_prefixes,
     in_model,
     names_in_groups,
@@ -57,7 +56,9 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
     raw = RawOptimizer.parse(checkpoint.unbound.state_dict)
     bound = _bound(checkpoint, raw, given, order)
     shapes = known_shapes(checkpoint)
-    check_known(bound.params, checkpoint.head, shapes)
+    for name in bound.params:
+        if name not in shapes and not (checkpoint.head and checkpoint.head.is_not_loaded(name)):
+            raise BindingError("the model has no such parameter", key=name, hint=WAYS_OUT)
     for conflict in shape_conflicts(bound, shapes):
         raise BindingError(conflict.what, key=conflict.name, hint=WAYS_OUT)
     param_names = checkpoint.param_names

@@ -7,7 +7,7 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape
+from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer
 from vraxion_ckpt.errors import BindingError, InconsistentError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT
 
@@ -102,10 +102,3 @@ def check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
         if name in seen:
             raise BindingError(f"{whose} contain {name!r} twice", hint=WAYS_OUT)
         seen.add(name)
-
-
-def check_known(names: Sequence[str], head: Head | None, known: Mapping[str, Shape]) -> None:
-    """Raise `BindingError` for a name that is not a model tensor and not in a closed or deleted expert."""
-    for name in names:
-        if name not in known and not (head and head.is_not_loaded(name)):
-            raise BindingError("the model has no such parameter", key=name, hint=WAYS_OUT)
