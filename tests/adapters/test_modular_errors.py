@@ -188,7 +188,7 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
     "meta step a float": (meta(lambda m: m.update(step=4.0)), r"meta.json \[step\]"),
     "owner too large": (owners(lambda o: o.index_fill(0, torch.tensor([5]), 7)), r"address 5 to expert 7"),
     "owner negative": (owners(lambda o: o.index_fill(0, torch.tensor([5]), -1)), r"address 5 to expert -1"),
-    "owners as floats": (owners(torch.Tensor.float), r"router_map must hold whole numbers"),
+    "owners as floats": (owners(torch.Tensor.float), r"router_map must hold integers"),
     "owners as a square": (owners(lambda o: o.view(8, 8)), r"router_map must have shape"),
     "no owners": (owners(lambda o: o[:0].clone()), r"router_map must have shape"),
     "expert inside": (router(lambda p: p["model"].update({"head.experts.0.weight": ZEROS})), r"router.state.*shards"),

@@ -53,7 +53,7 @@ def test_recorded_names_are_not_taken_for_an_optimizer_that_has_gone_on(tmp_path
     later = load(tmp_path / "b.pt")
     later["optim"] = optimizer(["theta", E0], [E1])
     torch.save(later, tmp_path / "c.pt")
-    with pytest.raises(BindingError, match="cannot tell"):
+    with pytest.raises(BindingError, match="not known for certain"):
         vc.convert(tmp_path / "c.pt", tmp_path / "d.pt", transforms=[SPLIT])
 
 
@@ -67,7 +67,7 @@ def test_names_in_some_groups_only_are_refused_and_not_overwritten(tmp_path):
 
 def test_a_given_list_that_contradicts_the_groups_is_refused(tmp_path):
     torch.save({"model": experts(2), "optim": optimizer(["theta", E1, E0], named=(0,))}, tmp_path / "a.pt")
-    with pytest.raises(BindingError, match="contradicts"):
+    with pytest.raises(BindingError, match="contradict"):
         vc.open(tmp_path / "a.pt", param_names=["theta", E0, E1])
 
 

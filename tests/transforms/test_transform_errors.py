@@ -192,8 +192,8 @@ def numbers(**at: Any) -> bytes:
 
 
 VISITS: dict[str, tuple[str, bytes, type[vc.CkptError], str]] = {
-    "short": ("v.json", b"[1, 2]", InconsistentError, r"2 values for 64 addresses"),
-    "long": ("v.json", json.dumps([1] * 65).encode(), InconsistentError, r"65 values for 64"),
+    "short": ("v.json", b"[1, 2]", InconsistentError, r"has 2 values, but the ring has 64"),
+    "long": ("v.json", json.dumps([1] * 65).encode(), InconsistentError, r"has 65 values, but the ring has 64"),
     "empty": ("v.json", b"[]", InconsistentError, r"\[visits\]"),
     "zero": ("v.json", json.dumps([0] * RING).encode(), InconsistentError, r"all values are zero"),
     "negative": ("v.json", numbers(a5=-1), InconsistentError, r"value 5 is negative"),
@@ -224,13 +224,13 @@ VISITS: dict[str, tuple[str, bytes, type[vc.CkptError], str]] = {
     "csv header": ("v.csv", table(header="address,count"), InconsistentError, r"must have the first line"),
     "csv empty": ("v.csv", b"", InconsistentError, r"must have the first line"),
     "csv gap": ("v.csv", table(skip=7), InconsistentError, r"no row for address 7"),
-    "csv twice": ("v.csv", table((5, "4,1")), InconsistentError, r"line 7\]: address 4 .* twice"),
-    "csv off": ("v.csv", table((5, "64,1")), InconsistentError, r"line 7\]: address 64 is off the ring"),
-    "csv text": ("v.csv", table((5, "5,many")), InconsistentError, r"line 7\]: .*numbers: 5,many"),
+    "csv twice": ("v.csv", table((5, "4,1")), InconsistentError, r"line 7\]: has address 4, .* twice"),
+    "csv off": ("v.csv", table((5, "64,1")), InconsistentError, r"line 7\]: has address 64, which is off the ring"),
+    "csv text": ("v.csv", table((5, "5,many")), InconsistentError, r"line 7\]: .*numbers, not 5,many"),
     "csv NaN": ("v.csv", table((5, "5,nan")), InconsistentError, r"value 5 is not finite"),
     "csv negative": ("v.csv", table((5, "5,-1")), InconsistentError, r"value 5 is negative"),
-    "csv fields": ("v.csv", table((5, "5,1,1")), InconsistentError, r"line 7\]: has 3 fields, not 2"),
-    "csv no text": ("v.csv", table() + b"\n\xff\xff", CorruptError, r"no CSV text"),
+    "csv fields": ("v.csv", table((5, "5,1,1")), InconsistentError, r"line 7\]: has 3 fields, the header has 2"),
+    "csv no text": ("v.csv", table() + b"\n\xff\xff", CorruptError, r"not CSV text"),
 }
 
 
@@ -243,8 +243,8 @@ def test_visits_that_cannot_be_right_are_refused(name, content, error, says, tmp
 
 
 PLANS: dict[str, tuple[Any, type[vc.CkptError], str]] = {
-    "other ring": ({"router_map_len": 32}, InconsistentError, r"\[router_map_len\]: was made for 32.*has 64"),
-    "other experts": ({"num_experts": 4}, InconsistentError, r"\[num_experts\]: was made for 4.*has 3"),
+    "other ring": ({"router_map_len": 32}, InconsistentError, r"\[router_map_len\]: is 32 in the plan, but 64"),
+    "other experts": ({"num_experts": 4}, InconsistentError, r"\[num_experts\]: is 4 in the plan, but 3"),
     "parent as text": ({"parent_expert": "0"}, InconsistentError, r"\[parent_expert\]"),
     "addresses as text": ({"hot_addresses": ["0"]}, InconsistentError, r"\[hot_addresses\]"),
     "parent below 0": ({"parent_expert": -1}, TransformError, r"no expert -1"),

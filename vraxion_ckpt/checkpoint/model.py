@@ -144,7 +144,7 @@ class Checkpoint:
         if owners.ndim != 1 or not len(owners):
             raise ValueError(f"router_map must have shape [L] with L ≥ 1, not {list(owners.shape)}")
         if owners.dtype is torch.bool or owners.is_floating_point() or owners.is_complex():
-            raise ValueError(f"router_map must hold whole numbers, not {owners.dtype}")
+            raise ValueError(f"router_map must hold integers, not {owners.dtype}")
         self.core[self._router_name] = owners
 
     @property

@@ -48,4 +48,4 @@ def check_expert(head: Head, expert: int, *, deleted: bool = False, hint: str | 
     if not 0 <= expert < head.num_experts:
         raise TransformError(f"there is no expert {expert}; there are {count(head.num_experts, 'expert')}")
     if expert in head.deleted and not deleted:
-        raise TransformError(f"expert {expert} was deleted and has no tensors", hint=hint)
+        raise TransformError(f"expert {expert} was deleted; it has no tensors", hint=hint)

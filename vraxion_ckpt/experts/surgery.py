@@ -24,7 +24,6 @@ from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.noise import copy_of, warn_of_lost_noise
 from vraxion_ckpt.experts.optimizer_clones import StatePolicy, clone_in_optimizer, refuse_flat_state
-from vraxion_ckpt.experts.preconditions import head_of
 from vraxion_ckpt.optimizer.parameter_order import owns_groups
 
 _V = TypeVar("_V")
@@ -36,8 +35,11 @@ def rename_head(checkpoint: Checkpoint, kind: HeadKind) -> None:
     Args:
         checkpoint: the checkpoint, which is changed.
         kind: the new kind.
+
+    Raises:
+        ValueError: the checkpoint has no head.
     """
-    head = head_of(checkpoint)
+    head = _head(checkpoint)
     checkpoint.head = replace(head, kind=kind)
     _rename(checkpoint, {head.prefix(0): checkpoint.head.prefix(0)})
     if checkpoint.metadata is not None:
@@ -69,8 +71,9 @@ def clone_expert(
     Raises:
         TransformError: a tensor of the parent is tied to another tensor, or the optimizer keeps one state for all
             parameters (L-BFGS).
+        ValueError: the checkpoint has no head.
     """
-    head = head_of(checkpoint)
+    head = _head(checkpoint)
     last = max((*head.experts, *head.deleted))
     old, new = head.prefix(parent), head.prefix(child)
     tensors = head.experts[parent].tensors
@@ -107,8 +110,9 @@ def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
     Raises:
         TransformError: a tensor of the expert is tied to a remaining tensor, or the optimizer keeps one state for all
             parameters (L-BFGS).
+        ValueError: the checkpoint has no head.
     """
-    head = head_of(checkpoint)
+    head = _head(checkpoint)
     gone = head.prefix(expert)
     for name, other in _ties(checkpoint, gone):
         if not other.startswith(gone):
@@ -131,6 +135,12 @@ def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
         owners[owners == expert] = into
         owners[owners > expert] -= 1
         checkpoint.router_map = owners.to(router.dtype)
+
+
+def _head(checkpoint: Checkpoint) -> Head:
+    if checkpoint.head is None:
+        raise ValueError("the checkpoint has no head")
+    return checkpoint.head
 
 
 def _ties(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, str]]:
@@ -217,9 +227,12 @@ def buffers_of(checkpoint: Checkpoint, expert: int) -> set[str]:
     """Return the leaf names of an expert's buffers.
 
     A leaf is a buffer if torch's own modules use its name for one (`torch_buffers`), or if the optimizer has other
-    leaves of experts, but this leaf of none.
+    leaves of experts, but not this one.
+
+    Raises:
+        ValueError: the checkpoint has no head.
     """
-    head = head_of(checkpoint)
+    head = _head(checkpoint)
     leaves = set(head.experts[expert])
     buffers = torch_buffers(leaves)
     listed = checkpoint.optimizer.params if checkpoint.optimizer else []
