@@ -140,7 +140,8 @@ def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
+    from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
+    from vraxion_ckpt.checkpoint.model import Checkpoint
     from vraxion_ckpt.plugins.discovery import resolve_chain
 
     size, path = int(ring), Path(folder) / "visits.npy"

@@ -18,16 +18,9 @@ if TYPE_CHECKING:
     from vraxion_ckpt.analysis.checking import Checked, check
     from vraxion_ckpt.analysis.difference import diff
     from vraxion_ckpt.analysis.inspection import Inspection, inspect
-    from vraxion_ckpt.checkpoint.model import (
-        Checkpoint,
-        Expert,
-        Head,
-        HeadKind,
-        Lifecycle,
-        Optimizer,
-        ParamGroup,
-        SplitPlan,
-    )
+    from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
+    from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
+    from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
     from vraxion_ckpt.checkpoint.ring import Visits
     from vraxion_ckpt.conversion.convert import convert
     from vraxion_ckpt.conversion.edit import Edited, edit
@@ -83,14 +76,14 @@ _HOME = {
     "CkptWarning": "errors",
     "Difference": "analysis.changes",
     "Edited": "conversion.edit",
-    "Expert": "checkpoint.model",
-    "Head": "checkpoint.model",
-    "HeadKind": "checkpoint.model",
+    "Expert": "checkpoint.head",
+    "Head": "checkpoint.head",
+    "HeadKind": "checkpoint.head",
     "Inspection": "analysis.inspection",
     "Lifecycle": "checkpoint.model",
     "Loss": "plugins.adapter",
-    "Optimizer": "checkpoint.model",
-    "ParamGroup": "checkpoint.model",
+    "Optimizer": "checkpoint.optimizer_state",
+    "ParamGroup": "checkpoint.optimizer_state",
     "ReadOptions": "reading.read_options",
     "SplitPlan": "checkpoint.model",
     "Summary": "conversion.summary",

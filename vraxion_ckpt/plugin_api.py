@@ -9,25 +9,13 @@ from __future__ import annotations
 from vraxion_ckpt.checkpoint.comparison import differences, same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse_unhealthy
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import (
-    Ancestor,
-    Checkpoint,
-    Expert,
-    Head,
-    HeadKind,
-    Lifecycle,
-    Optimizer,
-    Origin,
-    ParamGroup,
-    Record,
-    SplitPlan,
-    UnboundCheckpoint,
-    UnboundOptimizer,
-    unbound_state_dict,
-)
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint, unbound_state_dict
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, UnboundOptimizer
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_tensors
+from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
 from vraxion_ckpt.checkpoint.ring import (
     Ints,
     Visits,
@@ -62,8 +50,9 @@ from vraxion_ckpt.errors import (
     UnsupportedError,
     UsageError,
 )
+from vraxion_ckpt.experts.optimizer_clones import StatePolicy
 from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_experts
-from vraxion_ckpt.experts.surgery import StatePolicy, clone_expert, remove_expert, rename_head
+from vraxion_ckpt.experts.surgery import clone_expert, remove_expert, rename_head
 from vraxion_ckpt.formats.document import OUR_PREFIX, document_text, dump_document, from_state_dict, load_document
 from vraxion_ckpt.formats.payload import (
     MONOLITH,

@@ -414,7 +414,7 @@ def test_a_request_without_parent_or_addresses_says_why_and_what_to_do(step, ask
         vc.convert(tmp_path / "x.pt", tmp_path / "y.pt", transforms=[step])
     told = str(refused.value)
     assert refused.value.key == step
-    assert all(part in told for part in ("counts no visits", "arc_meta:visits=FILE", "parent= and addresses="))
+    assert all(part in told for part in ("does not count visits", "arc_meta:visits=FILE", "parent= and addresses="))
     lacking = [key for key in ("parent_expert", "hot_addresses") if asked.get(key) is None]
     assert all((key in told) is (key in lacking) for key in ("parent_expert", "hot_addresses"))
     assert not (tmp_path / "y.pt").exists()
@@ -425,7 +425,7 @@ def test_a_trainers_file_without_parent_or_addresses_says_the_same(asked, tmp_pa
     data = json.loads((TRAINERS / "mitosis_request_meta.json").read_text())
     data = {key: value for key, value in data.items() if key not in ("parent_expert", "hot_addresses")} | asked
     (tmp_path / "meta.json").write_text(json.dumps(data))
-    with pytest.raises(InconsistentError, match="counts no visits") as refused:
+    with pytest.raises(InconsistentError, match="does not count visits") as refused:
         vc.convert(REQUEST, tmp_path / "y.pt", transforms=[f"mitosis_split:meta={tmp_path}/meta.json"])
     assert refused.value.path == tmp_path / "meta.json"
     assert "arc_meta:visits=FILE" in str(refused.value)

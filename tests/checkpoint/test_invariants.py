@@ -9,6 +9,7 @@ import torch
 from support import DATA, DIRECTORIES, MONOLITHS, bits, load
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.head import Expert, HeadKind
 from vraxion_ckpt.checkpoint.invariants import (
     Preservation,
     invariant_findings,
@@ -17,7 +18,7 @@ from vraxion_ckpt.checkpoint.invariants import (
     shared_names,
     sharing_findings,
 )
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 
 SOUND = "wallclock_experts3.pt"
 E0, E1 = "head.experts.0.weight", "head.experts.1.weight"

@@ -92,9 +92,9 @@ def test_arcs_cover_the_ring_with_one_owner_each(owners):
         ([0, 0.0], "all values are zero"),
         ([1, -1], "value 1 is negative"),
         ([1, float("nan")], "value 1 is not finite"),
-        ([[1, 2]], "one flat list"),
-        (["1"], "one flat list"),
-        ([True, False], "one flat list"),
+        ([[1, 2]], "a flat list"),
+        (["1"], "a flat list"),
+        ([True, False], "a flat list"),
     ],
 )
 def test_weights_that_are_none_are_refused(values, reason):

@@ -62,7 +62,7 @@ def test_inspect_says_that_and_why_an_optimizer_is_not_bound(tmp_path):
     assert "NOT BOUND" in done.stdout
     facts = json.loads(vraxion("inspect", tmp_path / "x.pt", "--json").stdout)
     assert facts["optimizer"]["bound"] is False
-    assert "no tensor has the shape [2] of id 0" in facts["optimizer"]["how"]
+    assert "no tensor has shape [2], which optimizer id 0 needs" in facts["optimizer"]["how"]
     torch.save({"model": {"a": torch.zeros(2), "b": torch.zeros(2)}, "optim": optim}, tmp_path / "x.pt")
     (tmp_path / "names.txt").write_text("b\n")
     facts = json.loads(vraxion("inspect", tmp_path / "x.pt", "--json", "--param-names", tmp_path / "names.txt").stdout)

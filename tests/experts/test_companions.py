@@ -95,7 +95,7 @@ def shadow(model: nn.Module) -> dict:
 
 def test_a_list_with_an_entry_for_each_parameter_follows_the_models_order(tmp_path):
     model, optimizer, _ = trained(1)
-    with pytest.warns(vc.CkptWarning, match="ema.shadow_params: taken to have one tensor for each parameter"):
+    with pytest.warns(vc.CkptWarning, match="ema.shadow_params: assumed to have one tensor for each parameter"):
         result = converted(payload_of(model, optimizer, ema=shadow(model)), SPLIT, tmp_path)
     grown = Net(2, layered=False)
     old = {name: p.detach() * 2 for name, p in model.named_parameters()}
@@ -151,7 +151,7 @@ UNKNOWN |= {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_what_cannot_follow_is_named_and_refused_unless_told_otherwise(kind, tmp_path):
+def test_a_companion_that_cannot_be_updated_is_refused_unless_the_user_decides(kind, tmp_path):
     key, extra, make = UNKNOWN[kind]
     model, optimizer, _ = trained(1, make) if make else trained(1)
     top = key.split(".")[0]
@@ -161,10 +161,10 @@ def test_what_cannot_follow_is_named_and_refused_unless_told_otherwise(kind, tmp
     assert refusal.value.key.split(" ")[0] == key
     assert "--companions" in refusal.value.hint
     assert not (tmp_path / "out.pt").exists()
-    with pytest.warns(vc.CkptWarning, match="unchanged, as asked"):
+    with pytest.warns(vc.CkptWarning, match="kept unchanged"):
         kept = converted(payload, SPLIT, tmp_path, "kept.pt", companions="keep")
     assert_same(kept[top], payload[top])
-    with pytest.warns(vc.CkptWarning, match="left out, as asked"):
+    with pytest.warns(vc.CkptWarning, match="dropped"):
         assert top not in converted(payload, SPLIT, tmp_path, "dropped.pt", companions="drop")
     unchanged = converted(payload, [], tmp_path, "same.pt")
     assert_same(unchanged[top], payload[top])
@@ -227,7 +227,7 @@ def test_an_average_that_has_not_followed_is_a_finding(tmp_path):
 
 
 @pytest.mark.parametrize("spell", [lambda n: "ema." + n.replace(".", ""), lambda n: "ema_" + n])
-def test_a_copy_inside_the_model_that_is_spelt_otherwise_is_refused(spell, tmp_path):
+def test_a_copy_inside_the_model_with_other_punctuation_is_refused(spell, tmp_path):
     model, optimizer, _ = trained(1)
     copies = {spell(name): tensor.clone() for name, tensor in model.state_dict().items() if "head" in name}
     payload = payload_of(model, optimizer)
@@ -235,7 +235,7 @@ def test_a_copy_inside_the_model_that_is_spelt_otherwise_is_refused(spell, tmp_p
     with pytest.raises(TransformError) as refusal:
         converted(payload, SPLIT, tmp_path)
     assert refusal.value.key.startswith("model")
-    with pytest.warns(vc.CkptWarning, match="left out"):
+    with pytest.warns(vc.CkptWarning, match="dropped"):
         result = converted(payload, SPLIT, tmp_path, companions="drop")
     assert list(result["model"]) == list(Net(2, layered=False).state_dict())
 

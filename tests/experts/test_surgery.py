@@ -9,9 +9,13 @@ import torch
 from support import DATA, assert_same, bits, load
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle, Optimizer, ParamGroup, SplitPlan
+from vraxion_ckpt.checkpoint.head import Expert, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.errors import CkptWarning, TransformError
-from vraxion_ckpt.experts.surgery import buffers_of, clone_expert, copy_of, is_master_copy, remove_expert, rename_head
+from vraxion_ckpt.experts.noise import copy_of
+from vraxion_ckpt.experts.optimizer_clones import is_master_copy
+from vraxion_ckpt.experts.surgery import buffers_of, clone_expert, remove_expert, rename_head
 
 EXPERTS = ["wallclock_experts3.pt", "wallclock_adapter_experts.pt", "named_experts3.pt", "modular_experts3"]
 

@@ -36,7 +36,8 @@ from vraxion_ckpt.checkpoint.comparison import (
     differences_and_checksums,
     same_bits,
 )
-from vraxion_ckpt.checkpoint.model import Checkpoint, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import (
     ChangedError,

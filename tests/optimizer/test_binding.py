@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vraxion_ckpt.checkpoint.model import UnboundCheckpoint, UnboundOptimizer
+from vraxion_ckpt.checkpoint.model import UnboundCheckpoint
+from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.optimizer.binding import bind
 

@@ -303,7 +303,7 @@ def test_noise_that_changes_nothing_is_said(tensor, noise, tmp_path):
     }
     torch.save({"model": state}, tmp_path / "in.pt")
     chain = [("mitosis_split", {"parent": 0, "addresses": [0], "noise": noise})]
-    with pytest.warns(vc.CkptWarning, match="changes little or nothing in head.experts.2: weight"):
+    with pytest.warns(vc.CkptWarning, match="has little or no effect on head.experts.2: weight"):
         vc.convert(tmp_path / "in.pt", tmp_path / "out.pt", transforms=chain)
 
 

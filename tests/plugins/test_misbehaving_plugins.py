@@ -25,7 +25,9 @@ from torch import nn
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.checkpoint.comparison import differences
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Lifecycle, UnboundOptimizer
+from vraxion_ckpt.checkpoint.head import Expert
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
+from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.conversion.edit import Edited
 from vraxion_ckpt.errors import CkptWarning, OutOfMemoryError, PluginError, TransformError
 from vraxion_ckpt.plugins import discovery

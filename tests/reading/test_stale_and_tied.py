@@ -53,7 +53,7 @@ def test_recorded_names_are_not_taken_for_an_optimizer_that_has_gone_on(tmp_path
     later = load(tmp_path / "b.pt")
     later["optim"] = optimizer(["theta", E0], [E1])
     torch.save(later, tmp_path / "c.pt")
-    with pytest.raises(BindingError, match="cannot tell"):
+    with pytest.raises(BindingError, match="not known for certain"):
         vc.convert(tmp_path / "c.pt", tmp_path / "d.pt", transforms=[SPLIT])
 
 
@@ -67,7 +67,7 @@ def test_names_in_some_groups_only_are_refused_and_not_overwritten(tmp_path):
 
 def test_a_given_list_that_contradicts_the_groups_is_refused(tmp_path):
     torch.save({"model": experts(2), "optim": optimizer(["theta", E1, E0], named=(0,))}, tmp_path / "a.pt")
-    with pytest.raises(BindingError, match="contradicts"):
+    with pytest.raises(BindingError, match="contradict"):
         vc.open(tmp_path / "a.pt", param_names=["theta", E0, E1])
 
 
@@ -171,7 +171,7 @@ def test_nonsense_under_our_key_is_inconsistent(ours, tmp_path):
 def test_a_router_map_that_is_tied_to_another_tensor_is_not_changed_under_one_name(tmp_path):
     state = experts(2)
     torch.save({"model": {**state, "alias": state["router_map"]}}, tmp_path / "a.pt")
-    with pytest.raises(InvariantError, match="shared memory and do no longer"):
+    with pytest.raises(InvariantError, match="shared memory before and no longer do"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
 
 
@@ -205,7 +205,7 @@ def test_an_optimizer_in_another_place_is_carried_but_never_left_ungrown(where, 
     torch.save(payload, tmp_path / "a.pt")
     vc.convert(tmp_path / "a.pt", tmp_path / "same.pt")
     assert_same(load(tmp_path / "same.pt"), payload)
-    with pytest.raises(vc.TransformError, match="so it cannot follow the head"):
+    with pytest.raises(vc.TransformError, match="so it cannot be updated"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
 
 
@@ -221,7 +221,7 @@ def test_a_parent_with_nan_or_infinity_is_cloned_only_if_allowed_and_what_noise_
     assert preserved.as_asked
     assert (preserved.changed, preserved.nonfinite) == (2, 2)
     assert str(preserved).startswith("finite weights within the noise")
-    assert "at 2 of them, some weights are NaN or infinite as before" in str(preserved)
+    assert "NaN and infinite weights at 2 of them are as before" in str(preserved)
     clone = load(tmp_path / "b.pt")["model"]["head.experts.2.weight"]
     assert clone.isfinite().tolist() == [[True, False], [False, True]]
 

@@ -20,9 +20,11 @@ from vraxion_ckpt.analysis.inspection import value_facts
 from vraxion_ckpt.analysis.optimizer_findings import about_optimizer, count_negative, is_never_negative
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_finite, is_zero
+from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Origin, unbound_state_dict
+from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import named_tensors, size_of
+from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.commit import manifest as manifests
 from vraxion_ckpt.commit.staging import was_interrupted
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, SourceError, memory_errors
@@ -243,7 +245,7 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     known = set(checkpoint.open_tensors())
     lists = _name_lists(checkpoint)
     for where, names in lists:
-        lacking = [n for n in names if n not in known and not (head is not None and head.is_not_at_hand(n))]
+        lacking = [n for n in names if n not in known and not (head is not None and head.is_not_loaded(n))]
         if lacking:
             what = f"the model lacks {listed(lacking, 4)}"
             yield Finding.error("names", what, where=where)

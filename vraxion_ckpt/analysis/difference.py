@@ -29,8 +29,10 @@ from vraxion_ckpt.analysis.match_experts import Matching, match_experts
 from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
+from vraxion_ckpt.checkpoint.head import Expert, Head
 from vraxion_ckpt.checkpoint.invariants import router_owners, shared_names
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, ParamGroup, unbound_state_dict
+from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
+from vraxion_ckpt.checkpoint.optimizer_state import ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape, size_of
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.errors import memory_errors

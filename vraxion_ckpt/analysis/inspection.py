@@ -17,10 +17,13 @@ from torch import Tensor
 from vraxion_ckpt.analysis.expert_load import expert_loads
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
+from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Optimizer, Record, unbound_state_dict
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, unbound_state_dict
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, dtype_name, in_pieces, named_tensors, size_of
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.optimizer.parameter_order import explain

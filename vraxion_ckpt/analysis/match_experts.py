@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
-from vraxion_ckpt.checkpoint.model import Expert, Head
+from vraxion_ckpt.checkpoint.head import Expert, Head
 from vraxion_ckpt.checkpoint.plain_data import bytes_of
 
 _GLANCE = 64  # bytes of a tensor: enough to tell most experts apart without reading them

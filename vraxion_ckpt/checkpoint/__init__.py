@@ -1,6 +1,5 @@
-"""The canonical checkpoint and what can be computed from it alone.
+"""The canonical checkpoint, and functions that need nothing else.
 
-The model and its plain data, the files it was read from, the ring of addresses, visits and the split plan,
-comparison and invariants.
+Model, head, optimizer state, plain data, source files, ring, visits, split plan, comparison, invariants.
 May import: `support`.
 """

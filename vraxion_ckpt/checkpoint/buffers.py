@@ -1,16 +1,16 @@
-"""Which tensors of a state dict are buffers of torch's own modules, told by the names that torch gives them.
+"""Recognise buffers of torch's own modules in a state dict by their names.
 
-A state dict does not say which of its tensors are parameters. torch's own modules name their buffers in a fixed way
-and always save them together with others of the same module, which tells them from a parameter that happens to have
-the same name.
+A state dict does not mark parameters and buffers. torch's modules use fixed buffer names and save several of them
+together. A tensor counts as a buffer only if another tensor of the same module confirms it, because a parameter may
+have the same name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-# Leaf name of a buffer → leaf names of which one must stand in the same module.
-_BESIDE = {
+# Leaf name of a buffer → leaf names. At least one of them must be in the same module.
+_COMPANION_LEAVES = {
     # torch.nn.modules.batchnorm: BatchNorm and InstanceNorm that track running statistics
     "running_mean": ("num_batches_tracked",),
     "running_var": ("num_batches_tracked",),
@@ -28,25 +28,25 @@ _BESIDE = {
 
 
 def torch_buffers(names: Collection[str]) -> set[str]:
-    """Return those of the names that torch's own modules give to buffers.
+    """Return the names that are buffers of torch's own modules.
 
     Args:
-        names: all tensors of a state dict, or of a module, by their dotted names.
+        names: the dotted names of all tensors of a state dict or of a module.
     """
     known = names if isinstance(names, set | frozenset | dict) else set(names)
-    return {name for name in known if any(other in known for other in _witnesses(name))}
+    return {name for name in known if any(other in known for other in _confirming_names(name))}
 
 
-def _witnesses(name: str) -> Iterator[str]:
-    """Yield the names of which one must be there too for `name` to be a buffer of torch's."""
+def _confirming_names(name: str) -> Iterator[str]:
+    """Yield names. If the module has at least one of them, `name` is a buffer."""
     module, dot, leaf = name.rpartition(".")
-    for other in _BESIDE.get(leaf, ()):
+    for other in _COMPANION_LEAVES.get(leaf, ()):
         yield module + dot + other
     # torch.nn.utils.spectral_norm and torch.nn.utils.prune, which rename the parameter to <name>_orig
     for suffix in ("_u", "_v", "_mask"):
         if leaf.endswith(suffix):
             yield f"{module}{dot}{leaf.removesuffix(suffix)}_orig"
-    # torch.nn.utils.parametrizations: `parametrizations.<name>.<i>.<buffer>` beside `parametrizations.<name>.original`
+    # torch.nn.utils.parametrizations: `parametrizations.<name>.<i>.<buffer>` and `parametrizations.<name>.original`
     listed, _, number = module.rpartition(".")
     if number.isdecimal() and leaf in ("_u", "_v", "base") and listed.rpartition(".")[0].endswith("parametrizations"):
         yield f"{listed}.original"

@@ -1,6 +1,6 @@
-"""Where two values, tensors or checkpoints differ, bit by bit.
+"""Compare values, tensors and checkpoints bit by bit.
 
-NaNs are compared by their bits, so a NaN equals itself and two different NaNs differ.
+NaNs are compared by their bits: equal bits are equal, different NaNs differ.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.wording import shortened
 
-_memcmp = ctypes.CDLL(None).memcmp  # lets other threads run, and needs no memory
+_memcmp = ctypes.CDLL(None).memcmp  # releases the GIL and allocates no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_PIECE = 2**20  # is still in the processor's cache when it is looked at again
+_PIECE = 2**20  # fits into the CPU cache, so that the second read of a piece is cheap
 _THREADS = min(4, os.cpu_count() or 1)
 
 _R = TypeVar("_R")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors have the same type, dtype, shape and bits, whatever their strides."""
+    """Return whether two tensors have the same type, dtype, shape and bits. Strides may differ."""
     if a is b:
         return True
     if not _alike(a, b):
@@ -44,7 +44,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
-    """Return the CRC-32 of `b` if `a` has the same bits, else None; reads each of them from memory once."""
+    """Return the CRC-32 of `b` if `a` has the same bits, else None. Reads each tensor once."""
     if not _alike(a, b):
         return None
     crc = 0
@@ -64,13 +64,13 @@ Same = Callable[[Tensor, Tensor], bool]
 
 
 def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
-    """Yield one line for each place where two plain values differ; the order of dicts counts."""
+    """Yield one line for each difference of two plain values, with its key. Dicts in different order differ."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if not same(a, b):
             yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
     elif type(a) is not type(b):
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
-    elif is_dataclass(a) and not isinstance(a, type):  # whose own equality takes 0 for 0.0
+    elif is_dataclass(a) and not isinstance(a, type):  # a dataclass's own == does not distinguish 0 from 0.0
         compared = [f.name for f in fields(a) if f.compare]
         one, other = ({name: getattr(value, name) for name in compared} for value in (a, b))
         yield from differences(one, other, key, same=same)
@@ -96,9 +96,9 @@ def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Ite
 
 
 def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bits) -> Iterator[str]:
-    """Yield one line for each place where two checkpoints differ in what they hold.
+    """Yield one line for each difference in the contents of two checkpoints. Opens every expert.
 
-    Where they came from (`origin.path`, `sources`) is not part of that. Opens every expert.
+    `origin` and `sources` are not compared.
     """
     yield from differences(a.state_dict(), b.state_dict(), "model", same=same)
     yield from differences(a.metadata, b.metadata, "model._metadata", same=same)
@@ -121,7 +121,7 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 
 
-# Gives what holds the bytes that a tensor must have, and their checksum if that is known.
+# Returns the tensor that holds the expected bytes of a tensor, and their CRC-32 if known.
 Original = Callable[[Tensor], tuple[Tensor, int | None]]
 
 
@@ -130,26 +130,31 @@ def _itself(tensor: Tensor) -> tuple[Tensor, None]:
 
 
 def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original = _itself) -> Iterator[str]:
-    """Yield what `checkpoint_differences` does; on the way, note the checksums of both sides' sources.
+    """Yield the differences of two checkpoints, and record the CRC-32 of every source part that is read.
 
-    Tensors are set aside, and then looked at by several threads, which read every byte once. Those of `b` are compared
-    with the originals of those of `a`; where a file states a checksum, and `b` has it, that is the proof.
+    The tensors are compared in a thread pool that reads every byte once. Those of `b` are compared with the originals
+    of those of `a`. If a file states a checksum and `b` has it, no second comparison is needed.
+
+    Args:
+        a: the checkpoint that was written.
+        b: the checkpoint that was read back.
+        original: returns the tensor that holds the expected bytes of a tensor of `a`, and their CRC-32 or None.
     """
-    aside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    postponed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def same_as_original(x: Tensor, y: Tensor) -> bool:
         holder, known = original(x)
         crc = checksum_if_same(holder, y)
         return crc is not None and known in (None, crc)
 
-    def set_aside(x: Tensor, y: Tensor) -> bool:
+    def postpone(x: Tensor, y: Tensor) -> bool:
         if not x.is_contiguous() or not y.is_contiguous():
-            return same_as_original(x, y)  # here, for it is copied, and there must be but one copy at a time
-        aside[id(x), id(y)] = x, y
+            return same_as_original(x, y)  # comparing copies these tensors: at most one copy at a time
+        postponed[id(x), id(y)] = x, y
         return True
 
-    def look(pair: tuple[Tensor, Tensor]) -> bool | None:
-        """Tell whether two tensors are the same; None if they are, but may both differ from the original."""
+    def compare(pair: tuple[Tensor, Tensor]) -> bool | None:
+        """Return whether two tensors are the same, or None if they are but both may differ from the original."""
         x, y = pair
         holder, known = originals.get(id(x), (x, None))
         crc = checksum_if_same(holder, y)
@@ -161,29 +166,33 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
         stated = ours is not None and ours.note(crc)
         return True if stated or id(x) in originals else None
 
-    others = list(checkpoint_differences(a, b, same=set_aside))
+    others = list(checkpoint_differences(a, b, same=postpone))
     parts = a.sources.parts() | b.sources.parts()
-    originals = {id(x): original(x) for x, _ in aside.values() if extent(x) not in parts}
+    originals = {id(x): original(x) for x, _ in postponed.values() if extent(x) not in parts}
     same = True
     with (
         ThreadPoolExecutor(_THREADS) as pool,
-        progress.progress_bar("comparing", size_of([x for x, _ in aside.values()])) as count,
+        progress.progress_bar("comparing", size_of([x for x, _ in postponed.values()])) as count,
     ):
-        for (x, y), alike in zip(aside.values(), pool.map(look, aside.values()), strict=True):
+        for (x, y), alike in zip(postponed.values(), pool.map(compare, postponed.values()), strict=True):
             same = same and (same_as_original(x, y) if alike is None else alike)
             count(x.numel() * x.itemsize)
-    if others or not same:  # once more, in order
+    if others or not same:  # repeat in order, to yield the differences in order
         yield from checkpoint_differences(a, b, same=same_as_original)
 
 
 def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
-    """Return the names of the pairs of tensors that are not the same, bit for bit."""
+    """Return the names of the pairs of tensors that are not bit-identical."""
     same = in_threads(same_bits, [(x, y) for _, x, y in pairs])
     return [name for (name, _, _), alike in zip(pairs, same, strict=True) if not alike]
 
 
 def in_threads(function: Callable[..., _R], items: Sequence[tuple[Tensor, ...]]) -> list[_R]:
-    """Return what a function gives for some tensors each time; called in several threads, unless it would copy them."""
+    """Return the results of a function for several tuples of tensors.
+
+    Tuples of contiguous tensors are processed in a thread pool. The function would copy the others, so they are
+    processed one at a time.
+    """
     contiguous = [all(tensor.is_contiguous() for tensor in item) for item in items]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda item: function(*item), itertools.compress(items, contiguous))
@@ -191,7 +200,7 @@ def in_threads(function: Callable[..., _R], items: Sequence[tuple[Tensor, ...]])
 
 
 def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
-    """Leave some experts' tensors out, so that they are neither compared nor opened."""
+    """Return a checkpoint without the tensors of some experts, so that they are neither compared nor opened."""
     if checkpoint.head is None or not ids:
         return checkpoint
     experts = {i: expert for i, expert in checkpoint.head.experts.items() if i not in ids}

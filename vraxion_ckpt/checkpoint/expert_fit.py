@@ -1,4 +1,4 @@
-"""Whether an expert fits its siblings: a loader skips one that does not, without a message."""
+"""Compare the tensors of experts of one head. Loaders silently skip an expert that does not fit the others."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
+from vraxion_ckpt.wording import listed
 
 
 def unfit(
     expert: Mapping[str, Tensor], sibling: Mapping[str, Tensor], whose: tuple[str, str], *, same_widths: bool = False
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield what in an expert does not fit another expert of the same head.
+    """Yield the differences that prevent two experts from belonging to one head.
 
-    Experts of one head have the same leaves with the same dtypes. Those of plain linear experts have the same shapes,
-    too; the hidden widths of experts with inner layers may differ.
+    Experts of one head have the same leaves with the same dtypes. The tensors of linear experts also have the same
+    shapes. Experts with inner layers may have different hidden widths.
 
     Args:
-        expert: its tensors by leaf name.
-        sibling: those of the other expert.
-        whose: what to call the two in the text.
-        same_widths: whether hidden widths must be the same, too.
+        expert: tensors by leaf name.
+        sibling: tensors of the other expert by leaf name.
+        whose: the names of the two experts, for the text.
+        same_widths: whether hidden widths must be equal.
 
     Yields:
-        the leaf, and what does not fit; the leaf is None where the two have different leaves.
+        the leaf and the difference as text. The leaf is None if the experts have different leaves.
     """
-    lacking = ((*whose, sibling.keys() - expert.keys()), (*reversed(whose), expert.keys() - sibling.keys()))
-    lines = [
-        f"{one} lacks {', '.join(sorted(map(str, found)))}, which {other} has" for one, other, found in lacking if found
-    ]
-    if lines:
-        yield None, "; ".join(lines)
+    more = sorted(map(str, expert.keys() - sibling.keys()))
+    lacking = sorted(map(str, sibling.keys() - expert.keys()))
+    only = [f"{whose[0]} has {listed(more, 4)}, but {whose[1]} does not"] if more else []
+    only += [f"{whose[1]} has {listed(lacking, 4)}, but {whose[0]} does not"] if lacking else []
+    if only:
+        yield None, "; ".join(only)
         return
     for leaf, tensor in expert.items():
         other = sibling[leaf]

@@ -1,7 +1,7 @@
-"""Experts that should not be cloned or given addresses: all weights zero, or not all of them finite.
+"""Detect experts whose weights are all zero or not all finite.
 
-A trainer with hibernation moves the weights of an idle expert to a file and leaves zeros in the model. A checkpoint
-that is written meanwhile holds the zeros.
+Such experts should not be cloned or given addresses. A trainer with hibernation moves the weights of an idle expert to
+a file and leaves zeros in the model. A checkpoint saved during hibernation contains the zeros.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import as_comparable, bytes_of, in_pieces
 from vraxion_ckpt.errors import TransformError
 
-# Statistics that torch's normalisation layers keep in buffers; hibernation zeroes parameters only.
+# Buffers of torch's normalisation layers. Hibernation zeroes only parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HOW_TO_RESTORE = "if a trainer hibernated experts, restore_hibernated:snapshots=DIR puts their weights back"
-_FIRST_PIECE = 2**10  # the first nonzero weight is nearly always here
+_FIRST_PIECE = 2**10  # nearly always contains a nonzero weight
 
 
 def is_zero(expert: Mapping[str, Tensor]) -> bool:
-    """Tell whether all weights of an expert are zero; reads no further than the first that is not.
+    """Return whether all weights of an expert are zero. Stops reading at the first nonzero piece.
 
     Args:
-        expert: tensors by leaf name. Integers, bools and the running statistics of normalisation layers do not count.
+        expert: tensors by leaf name. Integers, bools and running statistics of normalisation layers are ignored.
 
     Returns:
-        False if it has no floating-point or complex element at all.
+        False if the expert has no floating-point or complex element.
     """
     weights = [
         tensor
@@ -38,12 +38,12 @@ def is_zero(expert: Mapping[str, Tensor]) -> bool:
 
 
 def has_nonfinite(expert: Mapping[str, Tensor]) -> bool:
-    """Tell whether any floating-point or complex element of an expert is NaN or infinite."""
+    """Return whether any floating-point or complex element of an expert is NaN or infinite."""
     return not all(is_finite(tensor) for tensor in expert.values())
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether every element is finite; reads a piece at a time. Integers and bools always are."""
+    """Return whether every element of a tensor is finite. Integers and bools always are. Reads piece by piece."""
     if not _is_inexact(tensor):
         return True
     for piece in _pieces(tensor):
@@ -54,31 +54,31 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, allow_nan: bool) -> None:
-    """Refuse to clone an expert, or to give it addresses, if its weights are all zero or not finite.
+    """Raise an error if an expert's weights are all zero or not all finite.
 
-    A transform calls this before it does either. An expert without tensors (a garbage-collected one) passes.
+    Transforms call this before they clone an expert or give it addresses. A garbage-collected expert passes.
 
     Args:
-        checkpoint: opened as far as that expert.
-        expert: its id.
-        allow_zero: the transform's option of that name.
-        allow_nan: the transform's option of that name; infinite weights are allowed with NaN.
+        checkpoint: the checkpoint. The expert is opened.
+        expert: id of the expert.
+        allow_zero: whether all weights may be zero.
+        allow_nan: whether weights may be NaN or infinite.
 
     Raises:
-        TransformError: the expert's weights are all zero, or some are NaN or infinite, and the option is off.
+        TransformError: all weights are zero, or some are NaN or infinite, and this is not allowed.
     """
     tensors = checkpoint.head.experts.get(expert) if checkpoint.head else None
     if tensors is None:
         return
     if not allow_zero and is_zero(tensors):
         raise TransformError(
-            f"all weights of expert {expert} are zero, as those of a hibernated expert; "
-            "it is not cloned and gets no addresses",
+            f"all weights of expert {expert} are zero, as if it were hibernated; "
+            "it cannot be cloned or given addresses",
             hint="put restore_hibernated:snapshots=DIR before this step, or pass allow_zero=true",
         )
     if not allow_nan and has_nonfinite(tensors):
         raise TransformError(
-            f"expert {expert} has weights that are NaN or infinite; it is not cloned and gets no addresses",
+            f"expert {expert} has weights that are NaN or infinite; it cannot be cloned or given addresses",
             hint="use an older checkpoint, or pass allow_nan=true",
         )
 
@@ -90,7 +90,7 @@ def _is_inexact(tensor: Tensor) -> bool:
 def _all_zero(tensor: Tensor) -> bool:
     for piece in _pieces(tensor):
         numbers = as_comparable(piece)
-        values = bytes_of(piece) if numbers is None else numbers  # of packed dtypes, only the bytes can be read
+        values = bytes_of(piece) if numbers is None else numbers  # packed dtypes cannot be converted to numbers
         if bool(values.any()):
             return False
     return True

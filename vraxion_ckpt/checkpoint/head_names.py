@@ -1,4 +1,4 @@
-"""Where a model family keeps its head in the state dict, and what the names of the head's tensors say."""
+"""The state-dict names of a model family's head and router map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EXPERT = re.compile(r"([0-9]{1,9})\.(.+)")
 
 @dataclass(frozen=True)
 class HeadNames:
-    """Where a model family keeps its head and its router map in the state dict."""
+    """The prefixes of a single head and of the experts, and the name of the router map."""
 
     single: str = "head.single."
     experts: str = "head.experts."
@@ -21,7 +21,7 @@ VRAXION = HeadNames()
 
 
 def split_name(name: str, names: HeadNames) -> tuple[int, str] | None:
-    """Return the expert and the leaf of a parameter's name, or None for one outside the head; a single head is 0."""
+    """Return a parameter's expert id (0 for a single head) and leaf name, or None for a parameter outside the head."""
     if name.startswith(names.single):
         return 0, name.removeprefix(names.single)
     found = _EXPERT.fullmatch(name.removeprefix(names.experts)) if name.startswith(names.experts) else None

@@ -1,8 +1,8 @@
-"""What must be true of a checkpoint, and what a chain must leave as it was.
+"""Check the invariants of a checkpoint, and what a chain of transforms must preserve.
 
-`invariant_findings` judges one checkpoint; `sharing_findings` and `preservation` compare before and after. All of them
-only look: who calls decides which error to raise. Experts that were not opened are not opened here, and an expert that
-is the same object before and after is known to be untouched.
+`invariant_findings` checks one checkpoint. `sharing_findings` and `preservation` compare the checkpoints before and
+after a chain. They return findings, and callers decide which error to raise. Closed experts are not opened, except
+those that `preservation` must compare. An expert that is the same object before and after is untouched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, Head, HeadKind
-from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.plain_data import dtype_name, in_pieces, named_tensors
 from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
@@ -28,14 +29,14 @@ from vraxion_ckpt.wording import count, listed, numbered
 
 
 def invariant_findings(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield one line for each thing that must be true of a checkpoint and is not."""
+    """Yield one line for each violated invariant of a checkpoint."""
     if checkpoint.head is not None:
         yield from _head_findings(checkpoint.head)
         yield from _expert_findings(checkpoint.head)
         if checkpoint.lifecycle and set(checkpoint.lifecycle) != set(range(checkpoint.num_experts)):
             yield (
-                f"lifecycle rows are for {numbered('expert', sorted(checkpoint.lifecycle), 4)}, "
-                f"the head has {checkpoint.num_experts}"
+                f"the lifecycle has rows for {numbered('expert', sorted(checkpoint.lifecycle), 4)}, "
+                f"but the head has {count(checkpoint.num_experts, 'expert')}, numbered from 0"
             )
     yield from _router_findings(checkpoint)
     yield from _optimizer_findings(checkpoint)
@@ -45,20 +46,20 @@ def _head_findings(head: Head) -> Iterator[str]:
     ids = [*head.experts, *head.deleted]
     present = set(ids)
     if len(ids) != len(set(ids)):
-        yield f"{numbered('expert', sorted(set(head.experts) & head.deleted), 4)} are both live and deleted"
+        yield f"{numbered('expert', sorted(set(head.experts) & head.deleted), 4)}: both live and deleted"
     elif present != set(range(len(ids))):
         missing = next(i for i in range(len(ids)) if i not in present)
-        yield f"expert ids have a hole: there is no expert {missing}, and it is not listed as deleted"
+        yield f"expert {missing} is missing, and it is not listed as deleted"
     if not head.experts:
-        yield "the head has no expert"
+        yield "the head has no experts"
     if head.kind is HeadKind.SINGLE and ids != [0]:
-        yield f"a single head has exactly expert 0, not {listed(ids, 4)}"
+        yield f"a single head must have exactly expert 0, but has {listed(ids, 4)}"
     if len(set(map(id, head.experts.values()))) != len(head.experts):
-        yield "two experts are one object and would share their storage"
+        yield "two experts are the same object and would share their storage"
 
 
 def _expert_findings(head: Head) -> Iterator[str]:
-    """Compare the experts that are open with each other: a loader skips one that does not fit, without a word."""
+    """Compare the open experts with each other: loaders silently skip an expert that does not fit."""
     opened = [(i, expert) for i, expert in head.experts.items() if expert.is_open]
     if not opened:
         return
@@ -73,16 +74,16 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
     if router is None or checkpoint.head is None:
         return
     if router.is_floating_point() or router.is_complex() or router.dtype == torch.bool:
-        yield f"router_map must hold whole numbers, not {router.dtype}"
+        yield f"router_map must hold integers, not {dtype_name(router.dtype)}"
     elif router.ndim != 1 or not router.numel():
-        yield f"router_map must be a non-empty list of owners, not of shape {list(router.shape)}"
+        yield f"router_map must have shape [L] with L ≥ 1, not {list(router.shape)}"
     else:
         owners = router_owners(router)
         wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
         if len(wrong):
             yield (
-                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but the number of experts is "
-                f"{checkpoint.num_experts}; {count(len(wrong), 'address')} in all"
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but the head has "
+                f"{count(checkpoint.num_experts, 'expert')}; {count(len(wrong), 'such address')} in all"
             )
 
 
@@ -97,22 +98,22 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer has state for {name}, which is in no param group"
     tensors = checkpoint.open_tensors()
     for name in params:
-        if name not in tensors and not (head and head.is_not_at_hand(name)):
+        if name not in tensors and not (head and head.is_not_loaded(name)):
             yield f"the optimizer lists {name}, which the model does not have"
     for conflict in shape_conflicts(optimizer, known_shapes(checkpoint)):
         yield f"{conflict.name}: {conflict.what}"
 
 
 def router_owners(router: Tensor) -> Ints:
-    """Return a router map as int64 numpy, shape ``[L]``."""
+    """Return a router map as an int64 array, shape ``[L]``."""
     return router.detach().to(torch.int64).contiguous().numpy()
 
 
 def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """Yield tensors that share memory after a chain and did not before, and those that did and do no more.
+    """Yield one line for each group of tensors that a chain has newly tied, or untied.
 
-    Two parameters in one memory survive saving and loading, and the first optimizer step then updates both. Of a
-    tied tensor that was replaced under one name only, a loader takes whichever name comes last.
+    Memory shared by two parameters survives saving and loading, and the first optimizer step then updates both. If a
+    tied tensor is replaced under one name only, a loader keeps the value of the last name.
     """
     groups = sharing(
         ((is_after, name), tensor)
@@ -127,14 +128,14 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         if len(new) > max(1, len(old)):
             yield f"{listed(new, 4)} share memory"
         tied = [name for name in old if name in model and name in now]
-        # Under one of the names there may now be another expert, renumbered; what was put there anew is the danger.
+        # A name may now belong to a renumbered expert, whose tensors existed before. Only new tensors count as untied.
         left = [name for name in tied if place.get((1, name)) == number or place.get((1, name)) not in former]
         if len({place.get((1, name), name) for name in left}) > 1:
-            yield f"{listed(left, 4)} shared memory and do no longer"
+            yield f"{listed(left, 4)} shared memory before and no longer do"
 
 
 def shared_names(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
-    """List the names of tensors of model, optimizer or payload that share memory; opens no expert."""
+    """Return groups of names of model, optimizer or payload tensors that share memory. Opens no expert."""
     payload = ((f"payload.{name}", tensor) for name, tensor in named_tensors(checkpoint.payload))
     groups = sharing([*checkpoint.open_tensors().items(), *_slots(checkpoint), *payload])
     return [tuple(name for name, _ in group) for group in groups]
@@ -149,12 +150,12 @@ class Preservation:
     """Whether the model computes the same function at every ring address.
 
     Attributes:
-        addresses: how many addresses the ring has.
-        changed: how many of them are routed to tensors that are not bit-identical to those before.
-        max_abs: the largest absolute difference of an entry; infinite where shapes differ, or with a NaN.
-        noise: the standard deviation of the noise that was asked for, or None if the function was to change.
-        nonfinite: how many of the changed addresses are routed to weights that are NaN or infinite in part. Noise
-            does not change those; they count as equal if they are still NaN, or the same infinity.
+        addresses: number of ring addresses.
+        changed: number of addresses that are routed to tensors which are not bit-identical to those before.
+        max_abs: largest absolute difference of an element. Infinite if shapes differ or an element became NaN.
+        noise: standard deviation of the requested noise, or None if the function may change.
+        nonfinite: number of changed addresses that are routed to some weights that are NaN or infinite. Noise does
+            not change these. They count as equal if they are still NaN, or the same infinity.
     """
 
     addresses: int
@@ -165,9 +166,10 @@ class Preservation:
 
     @property
     def as_asked(self) -> bool:
-        """Whether this is no more than was asked for: identical, or within noise.
+        """Whether the change is at most the requested one: none, within the noise, or any if `noise` is None.
 
-        Of Gaussian noise nothing is seen beyond 8 σ (1 in 10^15); rounding to the tensor's own grid at most doubles it.
+        The bound is 16 σ: Gaussian noise exceeds 8 σ once in 10^15 draws, and rounding to the tensor's dtype at most
+        doubles a difference.
         """
         return (
             not self.changed or self.noise is None or (self.max_abs <= 16 * self.noise and math.isfinite(self.max_abs))
@@ -183,16 +185,23 @@ class Preservation:
             )
             if not self.nonfinite:
                 return within
-            return f"finite weights {within}; at {self.nonfinite} of them, some weights are NaN or infinite as before"
-        how = f"largest difference {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "which cannot be compared"
+            return f"finite weights {within}; NaN and infinite weights at {self.nonfinite} of them are as before"
+        how = f"largest difference {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "not comparable"
         return f"no: {self.changed:,} of {count(self.addresses, 'address')}, {how}"
 
 
 def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.0) -> Preservation | None:
-    """Compare, for every ring address, the expert it was routed to with the one it is routed to now.
+    """Compare the experts that own each ring address before and after a chain. Only heads are compared.
 
-    Only the head is compared; None where either side has no ring or no head. An address whose expert's tensors
-    were garbage-collected counts as unchanged if it keeps its owner.
+    An address of a garbage-collected expert counts as unchanged if it keeps its owner.
+
+    Args:
+        before: the checkpoint before the chain.
+        after: the checkpoint after the chain.
+        noise: standard deviation of the requested noise, or None if the function may change.
+
+    Returns:
+        None if either side has no ring or no head, or the rings have different lengths.
     """
     if before.head is None or after.head is None or before.router_map is None or after.router_map is None:
         return None
@@ -218,7 +227,7 @@ def _same_expert(a: Expert, b: Expert) -> bool:
 
 
 def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool]:
-    """Return the largest absolute difference of two experts, and whether all elements of both are finite."""
+    """Return the largest absolute difference of two experts, and whether all their elements are finite."""
     if a is None or b is None or a.keys() != b.keys():
         return float("inf"), True
     largest, finite = 0.0, True
@@ -228,7 +237,7 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool
         wide = torch.complex128 if a[leaf].is_complex() else torch.float64
         for x, y in in_pieces(a[leaf], b[leaf]):
             one, other = x.to(wide), y.to(wide)
-            same = (one == other) | (one.isnan() & other.isnan())  # an infinity less itself is not a number
+            same = (one == other) | (one.isnan() & other.isnan())  # inf − inf is NaN
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))
             finite = finite and bool((one.isfinite() & other.isfinite()).all())
     return largest, finite

@@ -1,4 +1,4 @@
-"""How evenly visits fall on the experts: the signs of life of a refinement loop, as VRAXION's trainers log them."""
+"""Load balance: how evenly ring visits are distributed over the experts, as VRAXION's trainers log it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Balance:
     """The load of the experts.
 
     Attributes:
-        shares: the part of all visits that fell on each expert, by id.
-        max_share: the largest of them; the trainers' ``ptr_expert_max_share``.
-        entropy: −Σ p·log p over log N: 1 if all N experts have the same share, 0 if one has all; the trainers'
-            ``ptr_expert_entropy``. 0 for a single expert.
-        active: how many experts were visited at all.
+        shares: each expert's fraction of all visits, by id.
+        max_share: the largest share. Trainers log it as ``ptr_expert_max_share``.
+        entropy: normalised entropy −Σ p·log p / log N of the shares: 1 if all N are equal, 0 if one expert has all
+            visits, 0 for a single expert. Trainers log it as ``ptr_expert_entropy``.
+        active: number of experts with at least one visit.
     """
 
     shares: tuple[float, ...]
@@ -28,12 +28,12 @@ class Balance:
 
 
 def balance(visits: Weights, owners: Ints, num_experts: int) -> Balance:
-    """Return the load of each expert; visits of addresses that no expert owns count for none.
+    """Return the load of the experts. Visits to addresses without an owner are ignored.
 
     Args:
-        visits: how often the pointer stood at each address, ≥ 0, shape ``[L]``.
-        owners: the expert of each address, shape ``[L]``.
-        num_experts: how many experts there are.
+        visits: number of visits to each address, ≥ 0, shape ``[L]``.
+        owners: id of the expert that owns each address, shape ``[L]``.
+        num_experts: number of experts.
     """
     totals = np.asarray(total_by_owner(visits, owners, num_experts), dtype=np.float64)
     shares = totals / (totals.sum() or 1.0)
@@ -44,7 +44,7 @@ def balance(visits: Weights, owners: Ints, num_experts: int) -> Balance:
 
 @dataclass(frozen=True)
 class ExpertLoads:
-    """The load before a split, as it predicts it, and as it was measured after a resume."""
+    """The load before a split, predicted for the split, and measured after training resumed. None if unknown."""
 
     before: Balance | None = None
     predicted: Balance | None = None
@@ -54,13 +54,13 @@ class ExpertLoads:
 def compare_loads(
     visits: Weights | None, visits_after: Weights | None, old: tuple[Ints, int] | None, new: tuple[Ints, int]
 ) -> ExpertLoads:
-    """Compare the load before a split, predicted and measured.
+    """Return the load before a split, predicted and measured.
 
     Args:
-        visits: counted before the split.
-        visits_after: counted after training was resumed.
-        old: the router map before the split and the number of experts, where that is known.
-        new: those after it.
+        visits: visits counted before the split, shape ``[L]``, or None.
+        visits_after: visits counted after training resumed, shape ``[L]``, or None.
+        old: router map and number of experts before the split, or None.
+        new: router map and number of experts after the split.
     """
     return ExpertLoads(
         before=balance(visits, *old) if visits is not None and old is not None else None,

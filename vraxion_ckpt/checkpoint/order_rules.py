@@ -11,19 +11,19 @@ from vraxion_ckpt.checkpoint.head_names import HeadNames, split_name
 from vraxion_ckpt.errors import BindingError
 
 RESULT_ORDER = (
-    "give the names of the changed model's optimizer in its order (--result-order FILE: one name a line), or say how "
-    "the optimizer was built (--optimizer-order model|sorted|reversed)"
+    "list the parameter names of the changed model in optimizer order (--result-order FILE: one name per line), or "
+    "state how the optimizer was built (--optimizer-order model|sorted|reversed)"
 )
 
 
 class OrderKind(StrEnum):
     """How a trainer orders parameters.
 
-    MODEL: as ``named_parameters()`` lists them.
-    SORTED: by name, so that expert 10 comes before expert 2.
-    REVERSED: as ``named_parameters()`` lists them, backwards.
-    HEAD_FIRST, HEAD_LAST: the head's parameters apart from the others, each part in the model's order.
-    LEAF_BY_LEAF: all weights, then all biases; or of the experts alone, or of their layers.
+    MODEL: in ``named_parameters()`` order, the model's order.
+    SORTED: by name as text. Expert 10 comes before expert 2.
+    REVERSED: in reversed model's order.
+    HEAD_FIRST, HEAD_LAST: the head's parameters before or after all others, both in the model's order.
+    LEAF_BY_LEAF: grouped by leaf name, for example all weights, then all biases. See `CLASSES` for the variants.
     """
 
     MODEL = "model"
@@ -34,7 +34,7 @@ class OrderKind(StrEnum):
     LEAF_BY_LEAF = "leaf by leaf"
 
 
-# A rank of a parameter in the model: that of its tensor or of the head, the expert, and the leaf.
+# A parameter's rank: rank of its tensor or of the head, expert id, rank of its leaf.
 Rank = tuple[float, int, int]
 _UNKNOWN = float("inf")
 
@@ -43,9 +43,10 @@ _UNKNOWN = float("inf")
 class ModelOrder:
     """The order of a model's parameters.
 
-    Experts are counted upwards, and all have their leaves in the same order, as in a ``ModuleList`` of like modules.
+    Experts are ordered by id and have their leaves in the same order, as in a ``ModuleList`` of equal modules.
 
     Attributes:
+        names: where the model family keeps its head in the state dict.
         body: the rank of every tensor outside the head.
         head: the rank of the head.
         leaves: the rank of each leaf of an expert.
@@ -58,7 +59,7 @@ class ModelOrder:
 
     @classmethod
     def of_list(cls, listed: Sequence[str], names: HeadNames) -> ModelOrder:
-        """Return the order that a list of names has itself."""
+        """Return the order of the names in a list."""
         in_head = [split_name(name, names) for name in listed]
         head = next((i for i, found in enumerate(in_head) if found), len(listed))
         leaves = dict.fromkeys(found[1] for found in in_head if found)
@@ -66,7 +67,7 @@ class ModelOrder:
         return cls(names, body, float(head), {leaf: i for i, leaf in enumerate(leaves)})
 
     def rank(self, name: str) -> Rank:
-        """Return where a parameter stands; the order need not know its expert."""
+        """Return the rank of a parameter. Its expert may be unknown to this order."""
         found = split_name(name, self.names)
         if found is None:
             return float(self.body.get(name, _UNKNOWN)), 0, 0
@@ -79,10 +80,10 @@ class Rule:
     """A rule that orders parameters.
 
     Attributes:
-        kind: what it does.
-        classes: for `LEAF_BY_LEAF`, which names belong together (see `CLASSES`), and the ranks of these classes.
-        orders: for each list of parameters, the model's order as that list itself shows it; if not given, the order
-            of the state dict is the model's.
+        kind: how it orders parameters.
+        classes: for `LEAF_BY_LEAF`, the key in `CLASSES`, and the rank of each class of names.
+        orders: the model's order for each list of parameters, derived from that list. If None, the state dict has the
+            model's order.
     """
 
     kind: OrderKind
@@ -93,19 +94,17 @@ class Rule:
         """Return the names in the order of this rule.
 
         Args:
-            names: in any order.
-            order: the model's.
+            names: parameter names in any order.
+            order: the model's order.
 
         Raises:
-            BindingError: the model's order does not tell where one of them stands.
+            BindingError: the rule needs the rank of a name that the model's order does not contain.
         """
         names = list(names)
         if self.kind is not OrderKind.SORTED:
             for name in names:
                 if order.rank(name)[0] == _UNKNOWN:
-                    raise BindingError(
-                        "nothing tells where it stands in the model's order", key=name, hint=RESULT_ORDER
-                    )
+                    raise BindingError("has no known position in the model's order", key=name, hint=RESULT_ORDER)
         if self.kind is OrderKind.REVERSED:
             return sorted(names, key=order.rank, reverse=True)
         return sorted(names, key=self._key(order))
@@ -131,7 +130,7 @@ class Rule:
 
 
 def explains(rule: Rule, names: list[str], order: ModelOrder) -> bool:
-    """Tell whether a rule gives the order in which the names stand."""
+    """Return whether names are in the order of a rule."""
     try:
         return rule.arranged(names, order) == names
     except BindingError:
@@ -152,7 +151,7 @@ def _layer(name: str, names: HeadNames) -> str:
     return found[1].partition(".")[0] if found else ""
 
 
-# What belongs together where parameters are ordered leaf by leaf: of the whole model, what is called alike (all
-# weights, then all biases); of the experts, the same leaf, or the same layer, and everything outside the head.
+# Variants of LEAF_BY_LEAF: the class of a parameter name. Parameters of one class are adjacent. "last part" covers the
+# whole model (all weights, then all biases). "leaf" and "layer" group only experts; the rest of the model is one class.
 OF_WHOLE_MODEL = "last part"
 CLASSES: Mapping[str, Callable[[str, HeadNames], str]] = {OF_WHOLE_MODEL: _last_part, "leaf": _leaf, "layer": _layer}

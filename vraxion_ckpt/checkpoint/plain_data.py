@@ -1,6 +1,6 @@
-"""Only plain data: what a loader reads without running anything, and a converter can vouch for.
+"""Plain data: the values that loaders can read without executing code.
 
-That is dicts, lists, tuples, text, numbers, None, and dense tensors whose elements lie in their own storage.
+Plain data are dicts, lists, tuples, strings, numbers, None, and dense CPU tensors whose storage holds all elements.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _MOST_NODES = 5_000_000
 DEEPEST = 100
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
-# A place in a structure: the place of what holds it, and its key there. Spelt out only for an error.
+# Position in a nested value: the position of the container, and the key in it. Formatted only for error messages.
 _Place = tuple[Any, Any] | None
 
 
 def check_plain(value: Any, path: Path | None = None) -> None:
-    """Refuse whatever a converter cannot vouch for; what remains is safe for any loader.
+    """Raise an error unless a value is plain data.
 
     Raises:
-        UnsupportedError: an object that is not plain data, or a sparse, quantised, nested, meta or subclass
-            tensor, or one with attributes.
-        LimitError: nesting deeper than 100, more than five million values, or a tensor that repeats or exceeds
-            its storage.
-        InconsistentError: a dict key that is neither text nor a whole number.
+        UnsupportedError: the value holds an object of another class, or a tensor that is sparse, quantised, nested,
+            not on the CPU, of a subclass, or has attributes.
+        LimitError: nesting is deeper than 100, there are more than five million values, or a tensor repeats or
+            exceeds its storage.
+        InconsistentError: a dict key is neither a string nor an integer.
     """
     _measure(value, path, 0, None, {})
 
@@ -41,10 +41,10 @@ def check_plain(value: Any, path: Path | None = None) -> None:
 def _measure(
     item: Any, path: Path | None, depth: int, place: _Place, seen: dict[int, tuple[int, int]]
 ) -> tuple[int, int]:
-    """Check one item; return how many values it holds and how many levels of containers.
+    """Check one item. Return the number of values in it and its depth of nested containers.
 
-    What was `seen`, by id, is counted again but not looked at again: lists that share lists may hold more values
-    than could ever be walked through.
+    `seen` caches the result by id. Nested lists that share lists may hold exponentially many values, so a container is
+    visited once and counted every time.
     """
     kind = type(item)
     if kind in _SCALARS:
@@ -53,8 +53,8 @@ def _measure(
         _check_tensor(item, path, place)
         return 1, 0
     if kind not in (dict, OrderedDict, list, tuple):
-        message = f"is a {kind.__module__}.{kind.__qualname__}; only plain data can be carried"
-        raise UnsupportedError(message, path=path, key=_spell(place))
+        message = f"is a {kind.__module__}.{kind.__qualname__}; only plain data can be written"
+        raise UnsupportedError(message, path=path, key=_path_text(place))
     if id(item) not in seen:
         if depth >= DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
@@ -74,24 +74,24 @@ def _measure(
     if depth + levels > DEEPEST:
         raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
     if nodes > _MOST_NODES:
-        raise LimitError(f"holds more than {_MOST_NODES} values", path=path, key=_spell(place))
+        raise LimitError(f"holds more than {_MOST_NODES} values", path=path, key=_path_text(place))
     return nodes, levels
 
 
 def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor inside a plain value with the path that leads there."""
+    """Yield every tensor in a plain value with its path, such as ``ema.head.weight``."""
     if isinstance(value, Tensor):
         yield place, value
     elif isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(entry, Tensor | dict | list | tuple):  # of numbers there may be millions
+            if isinstance(entry, Tensor | dict | list | tuple):  # skip numbers: there may be millions
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
             yield from named_tensors(vars(value), f"{place} attributes")
 
 
 def size_of(value: Any) -> int:
-    """Return how many bytes the tensors inside a plain value take."""
+    """Return the size in bytes of all tensors in a plain value."""
     return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
 
 
@@ -101,28 +101,28 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_and_shape(tensor: Tensor) -> str:
-    """Return a tensor's dtype and shape in words, like ``float32 [4, 8]``."""
+    """Return a tensor's dtype and shape as text, like ``float32 [4, 8]``."""
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Return a tensor's elements as they are stored, uint8 of one dimension; a copy only if they do not lie so."""
-    if not tensor.numel():  # whose strides may be such that it has no view as bytes
+    """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only a non-contiguous tensor."""
+    if not tensor.numel():  # its strides may not allow a view as bytes
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    # `view(-1)` would keep the stride of a single element, which may be any number.
+    # `view(-1)` would keep the arbitrary stride of a single element.
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the elements of tensors, so many of each at a time, so that what is made of them takes little memory.
+    """Yield flat pieces of several tensors, so that temporaries stay small.
 
     Args:
-        tensors: all of one number of elements.
-        size: how many elements of each.
+        tensors: tensors with the same number of elements.
+        size: number of elements in a piece.
 
     Yields:
-        tensors of one dimension, one of each; views, if the tensors are contiguous.
+        one 1-D piece of each tensor. It is a view if the tensor is contiguous.
     """
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     for start in range(0, len(flat[0]), size):
@@ -130,7 +130,7 @@ def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of a tensor's elements as they are stored."""
+    """Return the CRC-32 of the bytes of a tensor's elements."""
     return zlib.crc32(bytes_of(tensor).numpy().data)
 
 
@@ -138,15 +138,15 @@ def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
     for key in item:
         if type(key) not in (str, int):
             raise InconsistentError(
-                f"has a key of type {type(key).__name__}, not text", path=path, key=_spell(place) or "top level"
+                f"has a key of type {type(key).__name__}; not a string", path=path, key=_path_text(place) or "top level"
             )
 
 
 def _check_tensor(tensor: Tensor, path: Path | None, place: _Place) -> None:
     def refuse(error: type[CkptError], message: str) -> NoReturn:
-        raise error(message, path=path, key=_spell(place))
+        raise error(message, path=path, key=_path_text(place))
 
-    if tensor.is_nested:  # which has a strided layout, but no shape
+    if tensor.is_nested:  # has a strided layout but no shape
         refuse(UnsupportedError, "is a nested tensor")
     if tensor.layout != torch.strided:
         refuse(UnsupportedError, f"is a sparse tensor ({tensor.layout})")
@@ -155,19 +155,19 @@ def _check_tensor(tensor: Tensor, path: Path | None, place: _Place) -> None:
     if tensor.device.type != "cpu":
         refuse(UnsupportedError, f"is a tensor without data (on device {tensor.device})")
     if vars(tensor):
-        refuse(UnsupportedError, f"has attributes ({', '.join(vars(tensor))}); only plain data can be carried")
+        refuse(UnsupportedError, f"has attributes ({', '.join(vars(tensor))}); only plain data can be written")
     held = tensor.untyped_storage().nbytes() // tensor.itemsize
     if tensor.numel() > held:
-        refuse(LimitError, f"repeats its storage: {tensor.numel()} elements from {held}")
+        refuse(LimitError, f"repeats its storage: {tensor.numel()} elements, but storage for {held}")
     if any(size > 2**48 for size in tensor.shape):
-        refuse(LimitError, f"has an absurd shape {list(tensor.shape)}")
+        refuse(LimitError, f"has a dimension over 2^48: shape {list(tensor.shape)}")
     if not tensor.is_contiguous() and _overlaps(tensor):
         refuse(LimitError, "repeats its storage: elements overlap")
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Tell whether two elements of a strided tensor may lie on each other."""
-    reach = 0  # the farthest element of the dimensions looked at so far
+    """Return whether two elements of a strided tensor may overlap in memory."""
+    reach = 0  # largest offset of an element, over the dimensions so far
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if stride <= reach:
@@ -176,7 +176,7 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _spell(place: _Place) -> str | None:
+def _path_text(place: _Place) -> str | None:
     parts: list[str] = []
     while place is not None:
         place, key = place
@@ -186,13 +186,13 @@ def _spell(place: _Place) -> str | None:
 
 
 def as_comparable(tensor: Tensor) -> Tensor | None:
-    """Return a tensor that torch can compare with a number: itself, or its values if it has a dtype of one byte."""
+    """Return a tensor that torch can compare with numbers: itself, or a float64 copy if its dtype has one byte."""
     return as_numbers(tensor) if tensor.itemsize == 1 else tensor
 
 
 def as_numbers(tensor: Tensor) -> Tensor | None:
-    """Return a tensor's values as float64 or complex128; None for a dtype that torch cannot calculate with."""
+    """Return a tensor's values as float64 or complex128, or None for a dtype that torch cannot convert."""
     try:
         return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
-    except NotImplementedError:  # packed floats of four bits
+    except NotImplementedError:  # packed 4-bit floats
         return None

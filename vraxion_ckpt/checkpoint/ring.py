@@ -1,7 +1,7 @@
-"""Arcs, windows and owners on a ring of addresses: plain numpy, no torch.
+"""Arcs, visits and owners on a ring of addresses. Uses numpy only.
 
-A ring has `L` addresses, 0 … L−1, and the one after the last is the first. An arc is a run of neighbouring
-addresses, given by its start and length; it may wrap. `owners` is the router map: the expert of each address.
+A ring has `L` addresses, 0 … L−1; address 0 follows address L−1. An arc is a run of adjacent addresses, given by its
+start and length. It may wrap. `owners` is the router map: the expert that owns each address.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Visits:
-    """What was seen at each address of a ring, shape ``[L]`` each.
+    """Visit counts of the addresses of a ring. Arrays have shape ``[L]``.
 
     Attributes:
-        visits: how often the pointer stood there; finite, ≥ 0.
-        loss_sum: the loss summed over those visits, where it was recorded.
-        note: what the counts depend on beside the checkpoint, for people: settings, an input, a seed.
+        visits: number of visits to each address, finite, ≥ 0.
+        loss_sum: loss summed over the visits to each address, or None if it was not recorded.
+        note: what the counts depend on besides the checkpoint, as text for users: settings, an input, a seed.
     """
 
     visits: Weights
@@ -35,7 +35,7 @@ class Visits:
 
 @dataclass(frozen=True)
 class Arc:
-    """A run of neighbouring addresses on a ring of `ring_len`; it may wrap."""
+    """A run of adjacent addresses on a ring of `ring_len` addresses. It may wrap."""
 
     start: int
     length: int
@@ -48,16 +48,16 @@ class Arc:
 
 
 def as_weights(values: Any) -> Weights:
-    """Return `values` as int64 where every one is a whole number that fits, as float64 otherwise.
+    """Return `values` as int64 if all are integers and their sum fits, otherwise as float64.
 
-    Whole numbers are summed exactly and written as whole numbers.
+    Integers are summed exactly and written as integers.
 
     Raises:
-        ValueError: the values are not one flat list of finite numbers ≥ 0 that are not all zero.
+        ValueError: the values are not a flat list of finite numbers ≥ 0, they are all zero, or their sum overflows.
     """
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "iuf":
-        raise ValueError("must be one flat list of numbers")
+        raise ValueError("must be a flat list of numbers")
     if not np.isfinite(array).all():
         raise ValueError(f"value {int(np.argmin(np.isfinite(array)))} is not finite")
     if array.size and array.min() < 0:
@@ -67,7 +67,7 @@ def as_weights(values: Any) -> Weights:
     with np.errstate(over="ignore"):
         total = float(array.astype(np.float64).sum())
     if not np.isfinite(total):
-        raise ValueError("their sum is too large")
+        raise ValueError("the sum of the values is too large for a float64")
     whole = array.dtype.kind in "iu" or bool((array == np.floor(array)).all())
     if whole and total < 2**62:
         return array.astype(np.int64)
@@ -75,14 +75,14 @@ def as_weights(values: Any) -> Weights:
 
 
 def exact_sum(weights: Weights) -> int | float:
-    """Sum without rounding: whole numbers as an int, others rounded once at the end."""
+    """Return the sum of the weights: exact for integers, otherwise rounded once at the end."""
     if weights.dtype.kind == "i":
         return int(weights.sum())
     return math.fsum(weights.tolist())
 
 
 def total_by_owner(weights: Weights, owners: Ints, num_experts: int) -> list[int | float]:
-    """Sum the weights of the addresses of each expert; addresses of no valid expert count for none."""
+    """Return the sum of the weights of each expert's addresses. Addresses with an invalid owner are ignored."""
     valid = (owners >= 0) & (owners < num_experts)
     if weights.dtype.kind == "i":
         sums = np.zeros(num_experts, dtype=np.int64)
@@ -95,20 +95,22 @@ def total_by_owner(weights: Weights, owners: Ints, num_experts: int) -> list[int
 
 
 def auto_arc_length(ring_len: int, num_experts: int) -> int:
-    """Return ``max(16, L // (2 · experts))``, clamped to the ring: half of an expert's fair share."""
+    """Return half of an expert's fair share of the ring, ``max(16, L // (2 · experts))``, limited to 1 … L."""
     return max(1, min(ring_len, max(16, ring_len // (2 * max(1, num_experts)))))
 
 
 def hottest_arc(weights: Weights, length: int) -> tuple[Arc, int | float]:
-    """Find the arc of `length` addresses with the largest sum; ties go to the smallest start.
+    """Return the arc of `length` addresses with the largest sum of weights, and that sum.
 
-    One pass of prefix sums, O(L). Whole numbers are exact in 64 bits. Other numbers are first summed in floating
-    point with a bound on its error; where more than one arc lies within that bound, those are compared
-    exactly, as fractions, so that a tie is a tie.
+    Of equal arcs, the one with the smallest start is returned. Uses prefix sums, O(L). Sums of integers are exact.
+    Sums of floats have an error bound, and arcs within this bound of the largest are compared exactly, as fractions.
 
     Args:
-        weights: one weight an address, ≥ 0, shape ``[L]``.
-        length: 1 … L.
+        weights: weight of each address, ≥ 0, shape ``[L]``.
+        length: length of the arc, 1 … L.
+
+    Raises:
+        ValueError: `length` is not in 1 … L.
     """
     ring_len = len(weights)
     if not 1 <= length <= ring_len:
@@ -133,7 +135,7 @@ def _window_sums(weights: Weights, length: int) -> Weights:
 
 def _exact_argmax(weights: Weights, length: int, starts: Ints) -> int:
     """Return the first of `starts` whose window has the largest exact sum."""
-    # Every float is an integer over a power of two: over the common denominator, sums of them are exact.
+    # Every float is an integer divided by a power of two, so sums over a common denominator are exact.
     ratios = [value.as_integer_ratio() for value in weights.tolist()]
     common = max(denominator for _, denominator in ratios)
     whole = [numerator * (common // denominator) for numerator, denominator in ratios]
@@ -145,7 +147,7 @@ def _exact_argmax(weights: Weights, length: int, starts: Ints) -> int:
 
 
 def covering_arc(addresses: list[int], ring_len: int) -> Arc:
-    """Return the shortest arc that covers all `addresses`; of several, the one with the smallest start."""
+    """Return the shortest arc that contains all `addresses`. Of several, return the one with the smallest start."""
     points = sorted(set(addresses))
     gaps = [b - a for a, b in pairwise([*points, points[0] + ring_len])]
     # The arc starts after its widest gap and ends before it.
@@ -154,21 +156,14 @@ def covering_arc(addresses: list[int], ring_len: int) -> Arc:
 
 
 def in_arc_order(addresses: list[int], arc: Arc) -> list[int]:
-    """Sort addresses by their distance from the arc's start, going round the ring."""
+    """Return addresses sorted by their distance from the arc's start along the ring."""
     return sorted(addresses, key=lambda address: (address - arc.start) % arc.ring_len)
 
 
-def _runs(owners: Ints) -> list[tuple[int, int, int]]:
-    """Return the ring as arcs of one owner each: (start, length, owner), from address 0 on, without wrapping."""
-    edges = np.flatnonzero(np.diff(owners)) + 1
-    starts = [0, *edges.tolist()]
-    ends = [*edges.tolist(), len(owners)]
-    return [(s, e - s, int(owners[s])) for s, e in zip(starts, ends, strict=True)]
-
-
 def arcs(owners: Ints) -> list[tuple[int, int, int]]:
-    """Return the ring as arcs of one owner each: (start, length, owner); the last one may wrap."""
-    found = _runs(owners)
+    """Return the arcs of addresses with one owner as (start, length, owner). The last one may wrap."""
+    edges = (np.flatnonzero(np.diff(owners)) + 1).tolist()
+    found = [(start, end - start, int(owners[start])) for start, end in pairwise([0, *edges, len(owners)])]
     if len(found) > 1 and found[0][2] == found[-1][2]:
         (_, head, _), *middle, (start, tail, owner) = found
         return [*middle, (start, tail + head, owner)]

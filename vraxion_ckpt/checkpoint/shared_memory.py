@@ -1,8 +1,7 @@
-"""Which tensors share memory.
+"""Find tensors that share memory.
 
-Two tensors share memory when the bytes between the first and the last element of one overlap those of the other. They
-are tied when each is the same view of that memory: first byte, dtype, shape and strides are equal. An empty tensor
-shares memory with none.
+Two tensors share memory if their byte ranges, from the first to the last element, overlap. They are tied if they are
+the same view of that memory: equal first byte, dtype, shape and strides. An empty tensor shares memory with no other.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _K = TypeVar("_K")
 
 
 def extent(tensor: Tensor) -> Extent:
-    """Return the address of a tensor's first element, and how many bytes it is from there to the end of the last."""
+    """Return the byte range of a tensor: address of its first element, and size up to the end of the last one."""
     if not tensor.numel():
         return tensor.data_ptr(), 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -26,19 +25,22 @@ def extent(tensor: Tensor) -> Extent:
 
 
 def view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors that are not empty have in common if, and only if, they are tied.
+    """Return a key that two non-empty tensors have in common if and only if they are tied.
 
-    The stride of a dimension with a single entry says nothing.
+    Strides of dimensions of size 1 are ignored.
     """
     strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.is_conj(), tensor.is_neg()
 
 
 def sharing(named: Iterable[tuple[_K, Tensor]]) -> list[list[tuple[_K, Tensor]]]:
-    """Group tensors that share memory, directly or through another of the group; leave out those that share none.
+    """Return groups of tensors that share memory, directly or through others of the group.
+
+    Args:
+        named: tensors with their names.
 
     Returns:
-        groups in the order of their first members; in a group, tensors in the order given.
+        groups of at least two, ordered by their first members. Members are in the given order.
     """
     given = list(named)
     spans = sorted((*extent(tensor), number) for number, (_, tensor) in enumerate(given) if tensor.numel())
@@ -53,7 +55,7 @@ def sharing(named: Iterable[tuple[_K, Tensor]]) -> list[list[tuple[_K, Tensor]]]
 
 
 def without_tied(named: Iterable[tuple[_K, Tensor]]) -> list[tuple[_K, Tensor]]:
-    """Return the tensors that are not tied to an earlier one, as ``named_parameters()`` of torch does."""
+    """Return the tensors that are not tied to an earlier one, as torch's ``named_parameters()`` does."""
     seen: set[tuple[Any, ...]] = set()
     found = []
     for name, tensor in named:
@@ -65,5 +67,5 @@ def without_tied(named: Iterable[tuple[_K, Tensor]]) -> list[tuple[_K, Tensor]]:
 
 
 def fills_storage(tensor: Tensor) -> bool:
-    """Tell whether a tensor's storage holds its elements and nothing else."""
+    """Return whether a tensor's storage holds exactly its elements."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize

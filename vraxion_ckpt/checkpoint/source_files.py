@@ -1,8 +1,7 @@
-"""The files a checkpoint was read from: did they change meanwhile, and do their checksums hold?
+"""The files from which a checkpoint was read: detect changes and verify checksums.
 
-Opening a checkpoint maps its files and reads almost nothing, so neither question can be answered then. A
-reader registers every file here; whoever is about to commit a result asks both questions first.
-Imports nothing of torch.
+Opening a checkpoint maps its files and reads almost nothing. So readers register every file here, and both checks run
+before a result is committed. Does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from vraxion_ckpt.errors import ChangedError, CorruptError
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What changes when a file is written or replaced."""
+    """The file attributes that change when a file is written or replaced."""
 
     device: int
     inode: int
@@ -27,24 +26,24 @@ class Fingerprint:
 
     @classmethod
     def of(cls, path: Path) -> Fingerprint:
-        """Take the fingerprint of a file."""
+        """Return the fingerprint of a file."""
         status = path.stat()
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-# A range of this process's memory: its address and its size in bytes.
+# A range of memory of this process: address and size in bytes.
 Extent = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class MappedPart:
-    """A part of a file that is mapped and has a checksum.
+    """A memory-mapped part of a file that has a checksum.
 
     Attributes:
-        note: takes the CRC-32 of the bytes from someone who has read them anyway, which saves `SourceFile.verify` the
-            work. Returns whether it is the stated one. A wrong one is no error yet, for memory may have been written
-            to; `SourceFile.verify` then looks.
-        memory: what keeps it mapped.
+        note: records a CRC-32 that was computed elsewhere, so that `SourceFile.verify` need not read the part again.
+            Returns whether it equals the stated one. A difference is not an error yet, because mapped memory may have
+            been written to. `SourceFile.verify` then reads the file.
+        memory: the object that keeps the part mapped.
     """
 
     note: Callable[[int], bool]
@@ -53,7 +52,7 @@ class MappedPart:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file that was read, as it was when it was opened."""
+    """One file that was read, with its fingerprint from before it was opened."""
 
     path: Path
     fingerprint: Fingerprint
@@ -63,7 +62,7 @@ class SourceFile:
 
 @dataclass
 class Sources:
-    """Every file read so far; grows when a lazily opened shard is opened."""
+    """All files read so far. Grows when a closed expert opens its shard."""
 
     files: list[SourceFile] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
@@ -83,14 +82,14 @@ class Sources:
 
         Args:
             path: the file.
-            fingerprint: as it was before it was read.
-            verify: raises `CorruptError` where a checksum fails; reads everything whose checksum nobody has noted.
-            parts: what has a checksum and is mapped.
+            fingerprint: taken before the file was read.
+            verify: verifies the checksums and raises `CorruptError`. Reads each part without a recorded checksum.
+            parts: the mapped parts that have checksums, by memory range.
         """
         self.files.append(SourceFile(path, fingerprint, self._through(verify), parts or {}))
 
     def verify_through(self, call: Callable[[Callable[[], None]], None]) -> None:
-        """Let a function call every `verify`, of the files so far and of those to come."""
+        """Call every `verify`, of present and future files, through a function."""
         self._call = call
         self.files[:] = [replace(source, verify=self._through(source.verify)) for source in self.files]
 
@@ -102,11 +101,11 @@ class Sources:
         return {place: part for source in self.files for place, part in source.parts.items()}
 
     def verify(self) -> None:
-        """Check every checksum of every file that was added since the last call.
+        """Verify the checksums of every file that was added since the last call.
 
         Raises:
-            CorruptError: naming the file and the member.
-            ChangedError: the same, of a file that is another one by now.
+            CorruptError: a checksum fails. Names the file and the part.
+            ChangedError: a checksum fails, and a file has changed since it was opened.
         """
         while self._verified < len(self.files):
             source = self.files[self._verified]
@@ -122,7 +121,7 @@ class Sources:
         """Compare every file with its fingerprint.
 
         Raises:
-            ChangedError: naming the first file that is gone, replaced or written to.
+            ChangedError: a file is gone, replaced or written to. Names the first one.
         """
         for source in self.files:
             try:
@@ -134,5 +133,5 @@ class Sources:
                     "changed while it was being read",
                     path=source.path,
                     written=(),
-                    hint="wait for the trainer to finish saving, then run again",
+                    hint="wait until the trainer has finished saving, then run again",
                 )

@@ -1,4 +1,4 @@
-"""Split plans as files: ``mitosis_meta_v1``, and what a trainer asks for in its payload."""
+"""Split plans in files (``mitosis_meta_v1``), and split requests of trainers in the payload."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from vraxion_ckpt.errors import InconsistentError
 from vraxion_ckpt.support import json_files
 
 PLAN_SCHEMA = "mitosis_meta_v1"
-HOW_TO_COUNT_VISITS = "count visits and plan with arc_meta:visits=FILE, or give parent= and addresses= to mitosis_split"
-_ASKED_FOR = ("parent_expert", "hot_addresses")
-_MEASURED = ("acc", "slope", "imbalance", "window")  # what a trainer's request says besides
+HOW_TO_COUNT_VISITS = (
+    "count visits and make a plan with arc_meta:visits=FILE, or pass parent= and addresses= to mitosis_split"
+)
+_REQUIRED = ("parent_expert", "hot_addresses")
+_MEASURED = ("acc", "slope", "imbalance", "window")  # further entries of a trainer's request
 
 
 def plan_as_json(plan: SplitPlan) -> dict[str, Any]:
-    """Return a plan as ``mitosis_meta_v1``; the key order is fixed, ``note`` comes last and only if there is one."""
+    """Return a plan as ``mitosis_meta_v1``. The key order is fixed; ``note`` is last, and only there if not empty."""
     start, length = plan.arc
     return {
         "schema_version": PLAN_SCHEMA,
@@ -34,12 +36,16 @@ def plan_as_json(plan: SplitPlan) -> dict[str, Any]:
 
 
 def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
-    """Read who is to be split and which addresses it gives up, from a plan or a trainer's ``_meta.json``.
+    """Read the parent expert and the addresses of a split from a plan or a trainer's ``_meta.json``.
+
+    Returns:
+        the id of the parent, and the addresses that move to the child.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one.
-        InconsistentError: it is no plan, it names no parent or no addresses, or it is for a ring or a number of experts
-            that `checkpoint` has not.
+        UsageError: the file does not exist or is not a regular file.
+        CorruptError: the file is not JSON.
+        InconsistentError: the file is not a plan, lacks the parent or the addresses, or was made for another ring
+            length or number of experts.
     """
     data = json_files.load_json(path)
     if not isinstance(data, dict):
@@ -47,7 +53,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]
     request = _request(data, path)
     if request is None:
         lacking = _lacking(data)
-        message = f"is a trainer's request that {lacking}" if lacking else "has no parent_expert and hot_addresses"
+        message = f"is a trainer's request that {lacking}" if lacking else "lacks parent_expert or hot_addresses"
         raise InconsistentError(
             message, path=path, hint=f"{HOW_TO_COUNT_VISITS}, instead of meta=" if lacking else None
         )
@@ -55,52 +61,55 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]
     actual = {"router_map_len": len(router) if router is not None else 0, "num_experts": checkpoint.num_experts}
     for key, value in actual.items():
         if key in data and data[key] != value:
-            raise InconsistentError(f"was made for {data[key]!r}, the checkpoint has {value}", path=path, key=key)
+            raise InconsistentError(f"is {data[key]!r} in the plan, but {value} in the checkpoint", path=path, key=key)
     return request
 
 
 def requested_by_trainer(checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]] | None:
-    """Return the split that a trainer asks for under the payload's ``mitosis``, if it names parent and addresses.
+    """Return parent and addresses of the split that a trainer requests in the payload's ``mitosis``, or None.
 
-    After a split the same key records what was done, with other entries; that is no request.
+    After a split, the same key records the split with other entries, which are not a request.
+
+    Raises:
+        InconsistentError: parent or addresses have wrong types.
     """
-    wish = checkpoint.payload.get("mitosis")
-    return _request(wish, None) if isinstance(wish, Mapping) else None
+    request = checkpoint.payload.get("mitosis")
+    return _request(request, None) if isinstance(request, Mapping) else None
 
 
 def lacking_in_request(checkpoint: Checkpoint) -> str | None:
-    """Say what a trainer's request in the payload does not name; None if there is no request, or nothing lacks."""
-    wish = checkpoint.payload.get("mitosis")
-    return _lacking(wish) if isinstance(wish, Mapping) else None
+    """Return what a trainer's request in the payload lacks, as text; None without request or if it is complete."""
+    request = checkpoint.payload.get("mitosis")
+    return _lacking(request) if isinstance(request, Mapping) else None
 
 
 def _lacking(data: Mapping[str, Any]) -> str | None:
-    lacking = [key for key in _ASKED_FOR if data.get(key) is None]
-    if not lacking or not any(key in data for key in (*_ASKED_FOR, *_MEASURED)):
+    lacking = [key for key in _REQUIRED if data.get(key) is None]
+    if not lacking or not any(key in data for key in (*_REQUIRED, *_MEASURED)):
         return None
     named = f"neither {' nor '.join(lacking)}" if len(lacking) > 1 else f"no {lacking[0]}"
-    return f"names {named}: this trainer's evaluation counts no visits"
+    return f"names {named}, because this trainer's evaluation does not count visits"
 
 
 def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int, ...]] | None:
-    if any(data.get(key) is None for key in _ASKED_FOR):
+    if any(data.get(key) is None for key in _REQUIRED):
         return None
     parent, addresses = data["parent_expert"], data["hot_addresses"]
     if type(parent) is not int:
-        raise InconsistentError("must be a whole number", path=path, key="parent_expert")
+        raise InconsistentError("must be an integer", path=path, key="parent_expert")
     if not isinstance(addresses, list | tuple) or not all(type(a) is int for a in addresses):
-        raise InconsistentError("must be a list of whole numbers", path=path, key="hot_addresses")
+        raise InconsistentError("must be a list of integers", path=path, key="hot_addresses")
     return parent, tuple(addresses)
 
 
 def plan_from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_experts: int, step: int) -> SplitPlan:
-    """Make a plan of a trainer's request; its arc is the shortest that covers the addresses.
+    """Return a plan for a trainer's request. Its arc is the shortest that contains the addresses.
 
     Args:
-        request: parent, and at least one address on the ring.
-        ring_len: how many addresses the ring has.
-        num_experts: how many experts there are before the split.
-        step: the checkpoint's training step.
+        request: id of the parent, and at least one address on the ring.
+        ring_len: number of ring addresses.
+        num_experts: number of experts before the split.
+        step: training step of the checkpoint.
     """
     parent, addresses = request
     arc = ring.covering_arc(list(addresses), ring_len)

@@ -1,4 +1,4 @@
-"""An optimizer's state dict as torch writes it: parameters by number, in groups.
+"""Optimizer state dicts as torch writes them: param groups with numbered parameters.
 
 ``{"state": {id: {slot: tensor | number}}, "param_groups": [{options…, "params": [id…]}]}``; since torch 2.6 a group may
 also have ``param_names``.
@@ -13,20 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import bytes_of
 from vraxion_ckpt.errors import InconsistentError
 
 Shape = tuple[int, ...]
 
 
-def _is_of_parts(slot: Any) -> bool:
+def _differs_in_shape(slot: Any) -> bool:
     return isinstance(slot, str) and (bool({"row", "col"} & set(slot.split("_"))) or slot == "prev_flat_grad")
 
 
 @dataclass(frozen=True)
 class RawOptimizer:
-    """A torch optimizer state dict that was looked at once."""
+    """A validated torch optimizer state dict."""
 
     groups: list[dict[str, Any]]
     state: dict[int, dict[str, Any]]
@@ -34,24 +35,30 @@ class RawOptimizer:
 
     @property
     def ids(self) -> list[int]:
+        """All parameter ids, group after group."""
         return [i for group in self.groups for i in group["params"]]
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> RawOptimizer:
+        """Validate the structure of a state dict.
+
+        Raises:
+            InconsistentError: the state dict is not what torch writes.
+        """
         groups, state = raw.get("param_groups"), raw.get("state")
         if not isinstance(groups, list) or not isinstance(state, dict):
-            raise InconsistentError("not an optimizer state: needs `state` and `param_groups`", key="optimizer")
+            raise InconsistentError("must have a dict `state` and a list `param_groups`", key="optimizer")
         for number, group in enumerate(groups):
             key = f"optimizer.param_groups[{number}]"
             if not isinstance(group, dict) or not isinstance(group.get("params"), list):
                 raise InconsistentError("a param group must be a dict with a list `params`", key=key)
             if not all(type(i) is int for i in group["params"]):
-                raise InconsistentError("parameter ids must be whole numbers", key=key)
+                raise InconsistentError("parameter ids must be integers", key=key)
             names = group.get("param_names", [""] * len(group["params"]))
             if not isinstance(names, list) or len(names) != len(group["params"]):
-                raise InconsistentError(f"has {len(group['params'])} params and another number of param_names", key=key)
+                raise InconsistentError(f"must have {len(group['params'])} param_names, one per parameter", key=key)
             if not all(isinstance(name, str) for name in names):
-                raise InconsistentError("param_names must be text", key=key)
+                raise InconsistentError("param_names must be strings", key=key)
         extra = {key: value for key, value in raw.items() if key not in ("state", "param_groups")}
         parsed = cls(groups, state, extra)
         ids = parsed.ids
@@ -60,16 +67,16 @@ class RawOptimizer:
             raise InconsistentError("a parameter id occurs twice in the param groups", key="optimizer")
         for i, slots in state.items():
             if i not in known:
-                raise InconsistentError(f"state of id {i!r} belongs to no param group", key="optimizer.state")
+                raise InconsistentError(f"has state for id {i!r}, which is in no param group", key="optimizer.state")
             if not isinstance(slots, dict):
                 raise InconsistentError("the state of a parameter must be a dict", key=f"optimizer.state[{i}]")
         return parsed
 
     def shapes(self) -> dict[int, Shape | None]:
-        """Return the shape that each id's parameter must have, or None where its state does not tell.
+        """Return the shape of each id's parameter, or None if its state does not determine the shape.
 
-        A slot that has dimensions for some parameter follows the parameters' shapes (``exp_avg``), so for a
-        parameter where it has none the parameter has none; one that never has dimensions (``step``) tells nothing.
+        A slot that has dimensions for any parameter (``exp_avg``) has the parameter's shape for all, so a scalar there
+        means a scalar parameter. A slot that is always a scalar (``step``) gives no information.
         """
         tensors = {
             i: {slot: tuple(value.shape) for slot, value in slots.items() if isinstance(value, Tensor)}
@@ -78,7 +85,7 @@ class RawOptimizer:
         following = {slot for slots in tensors.values() for slot, shape in slots.items() if shape}
         told = {i: {slots[slot] for slot in following & slots.keys()} for i, slots in tensors.items()}
         # Adafactor's rows and columns are shorter than their parameter; L-BFGS has one vector for all parameters.
-        tells = {i: not any(_is_of_parts(slot) for slot in slots) for i, slots in self.state.items()}
+        tells = {i: not any(_differs_in_shape(slot) for slot in slots) for i, slots in self.state.items()}
         return {i: told[i].copy().pop() if len(told.get(i, ())) == 1 and tells[i] else None for i in self.ids}
 
     def shaped_groups(self) -> list[list[tuple[int, Shape | None]]]:
@@ -87,7 +94,12 @@ class RawOptimizer:
         return [[(i, shapes[i]) for i in group["params"]] for group in self.groups]
 
     def named(self, names: Sequence[str], bound_by: str) -> Optimizer:
-        """Return the optimizer with a name for each id, through the groups."""
+        """Return the optimizer by parameter name.
+
+        Args:
+            names: one for each id, in the order of `ids`.
+            bound_by: how the names were found, see `Optimizer`.
+        """
         name_of = dict(zip(self.ids, names, strict=True))
         groups = [
             ParamGroup(
@@ -104,8 +116,8 @@ class RawOptimizer:
 def digest(state_dict: Mapping[str, Any]) -> str:
     """Return a digest of a torch optimizer state dict that changes with every training step.
 
-    Covers ids, slots, shapes and the first elements of every slot: a record made for one state must not be taken
-    for another that has the same form.
+    Covers ids, slots, shapes and the first elements of every slot, so that names recorded for one state are not used
+    for another state with the same structure.
     """
     found = hashlib.sha256(repr([group["params"] for group in state_dict["param_groups"]]).encode())
     for i, slots in state_dict["state"].items():
@@ -121,7 +133,7 @@ def digest(state_dict: Mapping[str, Any]) -> str:
 
 
 def unbind(optimizer: Optimizer) -> dict[str, Any]:
-    """Return torch's form: ids 0 … P−1 through the groups, ``param_names`` in the groups that had them."""
+    """Return torch's state dict: ids 0 … P−1, group after group, and ``param_names`` where groups had them."""
     ids = {name: i for i, name in enumerate(optimizer.params)}
     theirs, models = optimizer.prefixes
     groups = []
@@ -138,31 +150,36 @@ def unbind(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """Return the shapes of the model tensors that are at hand without opening a file."""
+    """Return the shapes of the model tensors that need no file to be opened, by name."""
     return {name: tuple(tensor.shape) for name, tensor in checkpoint.open_tensors().items()}
 
 
 @dataclass(frozen=True)
 class ShapeConflict:
-    """A slot that cannot be the state of the parameter it is bound to."""
+    """A slot whose shape contradicts the parameter to which it is bound.
+
+    Attributes:
+        name: name of the parameter.
+        what: the contradiction, as text.
+    """
 
     name: str
     what: str
 
 
 def _is_reduced(shape: Shape, whole: Shape) -> bool:
-    """Tell whether a shape is another without one dimension, or with some dimensions of one."""
+    """Return whether a shape is another one without one dimension, or with some dimensions set to 1."""
     if len(shape) == len(whole):
         return all(size in (1, full) for size, full in zip(shape, whole, strict=True))
     return any(shape == whole[:i] + whole[i + 1 :] for i in range(len(whole)))
 
 
 def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterator[ShapeConflict]:
-    """Yield the slots whose shapes contradict those of their parameters, where these are known.
+    """Yield the slots whose shapes contradict the known shapes of their parameters.
 
-    A kind of slot that has its parameter's shape for some parameters must have it for all. One that has it for none
-    (Adafactor's rows and columns, the scales of 8-bit optimizers) is carried as it is, unless all of its shapes are
-    those of other parameters and no means over a dimension of their own: then the names are probably wrong.
+    A slot that has its parameter's shape for some parameters must have it for all. A slot that has it for none
+    (Adafactor's rows and columns, the scales of 8-bit optimizers) is accepted, except if the names are probably wrong:
+    all its shapes are shapes of other parameters, and none is a reduction of its own parameter's shape.
     """
     kinds: dict[str, list[tuple[str, Shape]]] = {}
     for name, slots in optimizer.state.items():

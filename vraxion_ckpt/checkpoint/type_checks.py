@@ -1,7 +1,7 @@
-"""Do the fields of a checkpoint have the types that `vraxion_ckpt.checkpoint.model` declares?
+"""Check at run time that the fields of a checkpoint have their annotated types.
 
-Plugins return checkpoints, and nothing makes Python hold them to the annotations. The annotations are read from the
-classes, so a new field is checked without a change here.
+Plugins return checkpoints, and Python does not enforce annotations. The annotations are read from the classes, so new
+fields are checked without a change here.
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert
+from vraxion_ckpt.checkpoint.head import Expert
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import check_plain
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
 
-_PLAIN = dict[str, Any]  # what is written as it is: only plain data in it
+_PLAIN = dict[str, Any]  # written as it is, so it must be plain data
 
 
 def wrong_type(value: object, expected: Any = Checkpoint, place: str = "") -> str | None:
-    """Return the first thing in a value, by default a checkpoint, that is not of its declared type; None if all are.
+    """Return a description of the first field that has not its annotated type, or None if all have.
 
-    Opens no expert. A closed one is checked when it is opened, see `wrong_leaves`.
+    Opens no expert. A closed expert is checked when it is opened, see `wrong_leaves`.
+
+    Args:
+        value: a checkpoint or another dataclass.
+        expected: the annotated type.
+        place: path of the value, for the text.
     """
     return next(_faults(value, expected, place), None)
 
 
 def wrong_leaves(leaves: object) -> str | None:
-    """Return what is wrong with the tensors of an expert that were just opened."""
+    """Return a description of the first fault in the tensors of a newly opened expert, or None."""
     if not isinstance(leaves, Mapping):
         return f"an expert's tensors are a {_kind(leaves)}, not a mapping"
     return next(_entry_faults(dict(leaves), (str, Tensor), "expert"), None)
@@ -44,11 +50,11 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
     if origin in (UnionType, Union):
         found = [list(_faults(value, each, place)) for each in arguments if each is not NoneType]
         if not (value is None and NoneType in arguments) and all(found):
-            yield from found[0] if len(found) == 1 else [f"{place} is a {_kind(value)}, not {_spelt(expected)}"]
+            yield from found[0] if len(found) == 1 else [f"{place} is a {_kind(value)}, not {_type_text(expected)}"]
     elif expected is Tensor:
         yield from _tensor_faults(value, place)
     elif not _is_instance(value, origin or expected):
-        yield f"{place or 'it'} is a {_kind(value)}, not {_spelt(expected)}"
+        yield f"{place or 'it'} is a {_kind(value)}, not {_type_text(expected)}"
     elif expected == _PLAIN:
         yield from _plain_faults(value, place)
     elif origin is not None:
@@ -62,7 +68,7 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
 
 
 def _is_instance(value: object, kind: type) -> bool:
-    """Tell whether a value is of a class: of exactly this one where it is ours, and True is no number."""
+    """Return whether a value is an instance of a class. Bools are not numbers, and our classes allow no subclass."""
     if kind in (int, float):
         return isinstance(value, kind) and not isinstance(value, bool)
     if is_dataclass(kind) or kind is Expert:
@@ -88,7 +94,7 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
 
 def _tensor_faults(value: object, place: str) -> Iterator[str]:
     if isinstance(value, Tensor):
-        yield from _plain_faults(value, place)  # dense, on the CPU, of no subclass
+        yield from _plain_faults(value, place)  # dense, on the CPU, not a subclass
     else:
         yield f"{place} is a {_kind(value)}, not a tensor"
 
@@ -102,7 +108,7 @@ def _plain_faults(value: object, place: str) -> Iterator[str]:
 
 @cache
 def _declared(kind: type) -> dict[str, Any]:
-    """Return the declared type of each field of a dataclass, but of functions."""
+    """Return the annotated type of each field of a dataclass, without fields that are functions."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
 
@@ -111,5 +117,5 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _spelt(kind: Any) -> str:
+def _type_text(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")

@@ -1,4 +1,4 @@
-"""Files that say how often each ring address was visited: JSON, ``.npy`` or CSV."""
+"""Read visit counts of ring addresses from JSON, ``.npy`` or CSV files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from vraxion_ckpt.wording import count
 
 
 def load_visits(path: Path, ring_len: int) -> Visits:
-    """Read visits, and the loss summed over them where the file has it.
+    """Read the visit counts of a ring, and the summed losses if the file has them.
 
-    JSON is a list, or an object with ``visits`` and optionally ``loss_sum``; ``.npy`` is one flat array; CSV has the
-    header ``address,visits[,loss_sum]`` and a row for each address, in any order.
+    A JSON file is a list, or an object with ``visits`` and optionally ``loss_sum``. An ``.npy`` file is a flat array.
+    A CSV file has the header ``address,visits[,loss_sum]`` and one row for each address, in any order.
 
     Args:
-        path: told apart by its suffix; anything but ``.npy`` and ``.csv`` is read as JSON.
-        ring_len: how many values there must be.
+        path: the suffix selects the format. Files with suffixes other than ``.npy`` and ``.csv`` are read as JSON.
+        ring_len: number of ring addresses, and of values in the file.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one.
-        LimitError: it is far larger than so many values can be.
-        CorruptError: it cannot be parsed.
-        InconsistentError: the wrong number of values, or values that are negative, not finite or all zero.
+        UsageError: the file does not exist or is not a regular file.
+        LimitError: the file is far too large for `ring_len` values.
+        CorruptError: the file cannot be parsed.
+        InconsistentError: the number of values is wrong, or values are negative, not finite or all zero.
+        StorageError: the file cannot be read.
     """
     readers = {".npy": _read_npy, ".csv": _read_csv}
     try:
@@ -42,19 +43,19 @@ def load_visits(path: Path, ring_len: int) -> Visits:
 
 
 def _most_bytes(ring_len: int) -> int:
-    """Return how large a file may be: each address has two long numbers and some white space, beside other entries."""
+    """Return the size limit of a file in bytes: two long numbers for each address, and 64 MiB for other entries."""
     return 2**26 + 256 * ring_len
 
 
 def _weights(values: Any, key: str, ring_len: int, path: Path) -> Weights:
-    number = values.size if isinstance(values, np.ndarray) else len(values)  # of which each will take eight bytes
+    number = values.size if isinstance(values, np.ndarray) else len(values)  # checked before the array is allocated
     if number != ring_len:
-        raise InconsistentError(f"has {count(number, 'value')} for {count(ring_len, 'address')}", path=path, key=key)
+        message = f"has {count(number, 'value')}, but the ring has {count(ring_len, 'address')}"
+        raise InconsistentError(message, path=path, key=key)
     try:
-        weights = as_weights(values)
+        return as_weights(values)
     except ValueError as error:
         raise InconsistentError(str(error), path=path, key=key) from None
-    return weights
 
 
 def _read_json(path: Path, ring_len: int) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _read_npy(path: Path, ring_len: int) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged header can raise anything
         raise_if_out_of_memory(error, path)
-        raise CorruptError(f"is no plain .npy array: {error}", path=path) from error
+        raise CorruptError(f"is not a plain .npy array: {error}", path=path) from error
 
 
 def _read_csv(path: Path, ring_len: int) -> dict[str, Any]:
@@ -88,28 +89,28 @@ def _read_csv(path: Path, ring_len: int) -> dict[str, Any]:
             rows = csv.reader(file)
             header = [name.strip() for name in next(rows, [])]
             if header not in (["address", "visits"], ["address", "visits", "loss_sum"]):
-                raise InconsistentError("its first line must be address,visits[,loss_sum]", path=path)
+                raise InconsistentError("must have the first line address,visits[,loss_sum]", path=path)
             columns = {name: np.zeros(ring_len, dtype=np.float64) for name in header[1:]}
             seen = np.zeros(ring_len, dtype=bool)
             for row in rows:
                 if row:
                     _take_row(row, header, columns, seen, f"line {rows.line_num}", path)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise CorruptError(f"is no CSV text: {error}", path=path) from error
+        raise CorruptError(f"is not CSV text: {error}", path=path) from error
     if not seen.all():
-        raise InconsistentError(f"has no line for address {int(np.argmin(seen))}", path=path)
+        raise InconsistentError(f"has no row for address {int(np.argmin(seen))}", path=path)
     return dict(columns)
 
 
 def _take_row(row: list[str], header: list[str], columns: dict[str, Any], seen: Any, line: str, path: Path) -> None:
     if len(row) != len(header):
-        raise InconsistentError(f"has {count(len(row), 'field')}, not {len(header)}", path=path, key=line)
+        raise InconsistentError(f"has {count(len(row), 'field')}, the header has {len(header)}", path=path, key=line)
     try:
         address, values = int(row[0]), [float(value) for value in row[1:]]
     except ValueError:
-        raise InconsistentError(f"holds something else than numbers: {','.join(row)}", path=path, key=line) from None
+        raise InconsistentError(f"must hold only numbers, not {','.join(row)}", path=path, key=line) from None
     if not 0 <= address < len(seen) or seen[address]:
-        raise InconsistentError(f"address {address} is off the ring or occurs twice", path=path, key=line)
+        raise InconsistentError(f"has address {address}, which is off the ring or occurs twice", path=path, key=line)
     seen[address] = True
     for name, value in zip(header[1:], values, strict=True):
         columns[name][address] = value

@@ -18,8 +18,8 @@ from vraxion_ckpt.analysis.inspection import (
     TensorTree,
     UnknownExperts,
 )
+from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.load_balance import Balance, ExpertLoads
-from vraxion_ckpt.checkpoint.model import HeadKind
 from vraxion_ckpt.cli.terminal import (
     MOST_ROWS,
     Line,

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.checkpoint.type_checks import wrong_type
 from vraxion_ckpt.errors import PluginError, StorageError, errors_at
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy, follow

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Unpack
 
 from vraxion_ckpt.checkpoint import invariants
-from vraxion_ckpt.checkpoint.model import Checkpoint, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.commit.manifest import by_name
 from vraxion_ckpt.commit.staging import Staged, exclusive, leftovers, staged
 from vraxion_ckpt.commit.transaction import committed

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.invariants import Preservation
-from vraxion_ckpt.checkpoint.model import Checkpoint, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.conversion.chain import moved_addresses
 from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.plugins.adapter import Loss

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import Preservation
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, apply_chain, effect_of
 from vraxion_ckpt.conversion.summary import Outcome
 from vraxion_ckpt.conversion.targets import check_side_files

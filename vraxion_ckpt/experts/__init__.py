@@ -1,4 +1,4 @@
-"""Clone, remove and rename experts, with all state that belongs to them.
+"""Clone, remove and rename experts, and update all state that belongs to them.
 
 May import: `checkpoint`, `optimizer`.
 """

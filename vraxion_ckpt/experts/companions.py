@@ -1,10 +1,10 @@
-"""What else names the tensors of the head, or lists one value for each parameter, and must follow it.
+"""Find the companions of the head: values elsewhere in a checkpoint that belong to the model's parameters.
 
-Averages of the model (EMA, SWA) hold the model's names under some prefix: in the payload, as
-``torch.optim.swa_utils.AveragedModel`` is saved, or inside the state dict. Others keep a list with one tensor for each
-parameter: master copies beside an optimizer's state, the ``shadow_params`` of an average. When a step renames, clones
-or removes experts, these must follow (`vraxion_ckpt.experts.companion_updates`). Here they are found, and
-judged whether they can.
+Averages of the model (EMA, SWA) contain the model's names under a prefix, in the payload (a saved
+``torch.optim.swa_utils.AveragedModel``) or inside the state dict. Other companions are lists with one tensor for each
+parameter: master copies stored with the optimizer, ``shadow_params`` of an average. When a step renames, clones or
+removes experts, `vraxion_ckpt.experts.companion_updates` updates them. This module finds them and determines whether
+they can be updated.
 """
 
 from __future__ import annotations
@@ -19,25 +19,30 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Head
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.plain_data import named_tensors
 from vraxion_ckpt.optimizer.parameter_order import model_order
 
+COMPANION_HINT = (
+    "pass --companions keep to keep it unchanged, or --companions drop to remove it; then its loader must accept that"
+)
+
 
 @dataclass(frozen=True)
 class Companion:
-    """Something that belongs to the model's parameters and stands elsewhere.
+    """A value outside the head that belongs to the model's parameters.
 
     Attributes:
-        place: the keys that lead to it, beginning with ``payload``, ``model`` or ``optimizer``.
+        place: the path of keys, beginning with ``payload``, ``model`` or ``optimizer``.
         kind: ``names`` for a dict with the model's names under `prefix`; ``list`` for a list with one tensor for each
-            parameter, perhaps in one list for each param group; ``unknown`` for what cannot follow.
-        prefix: what stands before the model's names.
-        problem: why it cannot follow, or empty.
-        fits: whether it fits the head as that is now.
-        has_router: whether it has a router map of its own.
+            parameter, possibly nested by param group; ``unknown`` for a value that cannot be updated.
+        prefix: prefix of the model's names.
+        problem: the reason why it cannot be updated, or empty.
+        fits: whether its names and shapes fit the present head.
+        has_router: whether it contains a router map.
     """
 
     place: tuple[str | int, ...]
@@ -53,10 +58,10 @@ class Companion:
 
 
 def find_companions(checkpoint: Checkpoint) -> list[Companion]:
-    """Return everything in payload, optimizer and state dict that names the head's tensors, or lists parameters.
+    """Return all companions in payload, optimizer and state dict.
 
-    What holds tensors with the shapes of the whole head, under whatever names or none, is taken for a copy of it that
-    cannot follow. Opens the experts if there are tensors to compare with theirs.
+    Tensors with the shapes of the whole head under unknown names are reported as a copy that cannot be updated. Opens
+    the experts if there are tensors to compare with theirs.
     """
     if checkpoint.head is None:
         return []
@@ -68,16 +73,16 @@ def find_companions(checkpoint: Checkpoint) -> list[Companion]:
         found += finder.entry(value, ("optimizer", key))
     prefixes = finder.prefixes(checkpoint.core)
     found += [finder.of_names(checkpoint.core, ("model",), prefix) for prefix in prefixes]
-    return found + list(finder.respelt(checkpoint.core, prefixes))
+    return found + list(finder.other_names(checkpoint.core, prefixes))
 
 
 def stale_companions(checkpoint: Checkpoint) -> Iterator[Companion]:
-    """Yield what names the head's tensors and does not fit it: it has probably not followed an earlier change."""
+    """Yield companions that do not fit the head. They were probably not updated at an earlier change of the head."""
     yield from (each for each in find_companions(checkpoint) if not each.fits)
 
 
 def prefixes_of(head: Head) -> list[str]:
-    """Return what stands before the leaf names of each expert, deleted ones included."""
+    """Return the state-dict prefix of each expert, including deleted ones."""
     return [head.prefix(i) for i in sorted({*head.experts, *head.deleted})]
 
 
@@ -92,19 +97,19 @@ class _Finder:
         self._tensors = checkpoint.open_tensors()
 
     def entry(self, value: Any, place: tuple[str | int, ...]) -> list[Companion]:
-        """Return what is found in one entry of the payload or the optimizer."""
+        """Return the companions in one entry of the payload or the optimizer."""
         found = list(self._inside(value, place))
         known = {id(t) for each in found for _, t in named_tensors(_at(value, each.place[len(place) :]))}
         rest = [t for _, t in named_tensors({"": value}) if t.is_floating_point() and id(t) not in known]
         if rest and (self._holds_head(rest) or any(self._is_flat(tensor) for tensor in rest)):
-            problem = "holds tensors like those of the whole head, and it is not known which is which"
+            problem = "has tensors with the shapes of the whole head under unknown names"
             found.append(Companion(place, "unknown", problem=problem))
         return found
 
     def _inside(self, value: Any, place: tuple[str | int, ...]) -> Iterator[Companion]:
         if isinstance(value, dict):
             if {"state", "param_groups"} <= value.keys():
-                yield Companion(place, "unknown", problem="is an optimizer's state under a key of its own")
+                yield Companion(place, "unknown", problem="is the state of another optimizer")
                 return
             prefixes = self.prefixes(value)
             yield from (self.of_names(value, place, prefix) for prefix in prefixes)
@@ -120,11 +125,11 @@ class _Finder:
                     yield from self._inside(entry, (*place, i))
 
     def _holds_head(self, tensors: Sequence[Tensor]) -> bool:
-        """Tell whether there is a tensor of the shape of each tensor of the head."""
+        """Return whether there is one tensor with the shape of each tensor of the head."""
         return self._head_shapes <= Counter(tuple(tensor.shape) for tensor in tensors)
 
     def _is_flat(self, tensor: Tensor) -> bool:
-        """Tell whether a vector has as many elements as the head's parameters, or all, have together."""
+        """Return whether a tensor is a vector of the size of all parameters, or of all of the head, flattened."""
         return tensor.ndim == 1 and tensor.numel() in self._totals
 
     @cached_property
@@ -145,8 +150,8 @@ class _Finder:
         ]
         return {sum(tensors[name].numel() for name in names) for names in lists if len(names) > 1}
 
-    def respelt(self, entries: Mapping[str, Any], known: Sequence[str]) -> Iterator[Companion]:
-        """Yield copies inside the state dict whose names are the head's spelt in another way, without its dots."""
+    def other_names(self, entries: Mapping[str, Any], known: Sequence[str]) -> Iterator[Companion]:
+        """Yield copies of the head inside the state dict whose names differ only in punctuation, such as dots."""
         names = self.head.names
         parts = {_letters(names.single), _letters(names.experts)}
         found: dict[str, str] = {}
@@ -157,11 +162,11 @@ class _Finder:
                 if name != mine and _letters(name).endswith(_letters(mine)):
                     found.setdefault(name[: _start_of(_letters(mine), name)], name)
         for prefix, name in found.items():
-            problem = f"has {name}, which looks like a copy of a tensor of the head under another name"
+            problem = f"has {name}, which seems to be a copy of a tensor of the head under another name"
             yield Companion(("model",), "unknown", prefix, problem)
 
     def prefixes(self, entries: Mapping[Any, Any]) -> list[str]:
-        """Return every prefix under which a dict names tensors of the head."""
+        """Return every prefix under which a dict has names of the head's tensors."""
         if entries is self.checkpoint.core:
             searched: Any = (key for key in entries if not key.startswith(self.head.names.router_map))
         else:
@@ -174,10 +179,10 @@ class _Finder:
         return list(found)
 
     def of_names(self, entries: Mapping[Any, Any], place: tuple[str | int, ...], prefix: str) -> Companion:
-        """Judge a dict that names the head's tensors under a prefix."""
+        """Return the companion for a dict with the head's names under a prefix."""
         named = {key[len(prefix) :] for key in entries if isinstance(key, str) and key.startswith(prefix)}
         in_head = {name for name in named if name.startswith((self.head.names.single, self.head.names.experts))}
-        strange = sorted(name for name in in_head if not self._is_of_head(name))
+        unknown = sorted(name for name in in_head if not self._is_of_head(name))
         leaves = {found[1] for name in in_head if (found := split_name(name, self.head.names))}
         lacking = [
             prefix_of + leaf
@@ -186,12 +191,12 @@ class _Finder:
             if prefix_of + leaf not in in_head and self._is_of_head(prefix_of + leaf)
         ]
         if place == ("model",) and not self._is_whole_copy(named, prefix):
-            return Companion(place, "names", prefix, "names a head like the model's, but is no copy of all parameters")
-        flattened = [name for name in strange if any(name.startswith(f"{known}.") for known in self._tensors)]
+            return Companion(place, "names", prefix, "has the names of the head, but not of all parameters")
+        flattened = [name for name in unknown if any(name.startswith(f"{known}.") for known in self._tensors)]
         if flattened:
-            problem = f"has parts of parameters under names of their own, such as {prefix}{flattened[0]}"
-        elif strange:
-            problem = f"names {prefix}{strange[0]}, which the model has not"
+            problem = f"has parts of parameters as separate entries, such as {prefix}{flattened[0]}"
+        elif unknown:
+            problem = f"has {prefix}{unknown[0]}, which the model does not have"
         elif lacking:
             problem = f"has no entry for {lacking[0]}"
         else:
@@ -203,10 +208,10 @@ class _Finder:
         if name in self._tensors:
             return True
         found = split_name(name, self.head.names)
-        return self.head.is_not_at_hand(name) and found is not None
+        return self.head.is_not_loaded(name) and found is not None
 
     def _is_whole_copy(self, named: set[str], prefix: str) -> bool:
-        """Tell whether there is an entry for every parameter, as far as it is known which these are."""
+        """Return whether there is an entry for every known parameter of the model."""
         optimizer = self.checkpoint.optimizer
         names = self.checkpoint.param_names or (tuple(optimizer.params) if optimizer else ())
         names = tuple(name for name in names if not name.startswith(prefix))
@@ -224,20 +229,20 @@ class _Finder:
         for name in sorted(names):
             value, tensor = entries[prefix + name], self._tensors.get(name)
             if isinstance(value, Tensor) and tensor is not None and value.shape != tensor.shape:
-                return f"{prefix}{name} has the shape {list(value.shape)}, the model's {list(tensor.shape)}"
+                return f"{prefix}{name} has shape {list(value.shape)}, but the model's tensor has {list(tensor.shape)}"
         return ""
 
     def _other_router(self, entries: Mapping[Any, Any], prefix: str) -> str:
         value, router = entries.get(prefix + self.head.names.router_map), self.checkpoint.router_map
         if isinstance(value, Tensor) and router is not None and not same_bits(value, router):
-            return f"its {prefix}{self.head.names.router_map} is another than the model's"
+            return f"{prefix}{self.head.names.router_map} differs from the model's router map"
         return ""
 
     def _of_list(self, value: list[Any] | tuple[Any, ...], place: tuple[str | int, ...]) -> Companion | None:
-        """Judge a list that may have one entry for each parameter."""
+        """Return the companion for a list with one entry for each parameter, or None for any other list."""
         if value and all(isinstance(entry, str) for entry in value):
             if any(entry in self._tensors and split_name(entry, self.head.names) for entry in value):
-                return Companion(place, "unknown", problem="lists names of the head's tensors")
+                return Companion(place, "unknown", problem="is a list of names of the head's tensors")
             return None
         optimizer = self.checkpoint.optimizer
         if optimizer is None or optimizer.undecided:
@@ -252,21 +257,21 @@ class _Finder:
         return None
 
     def _fits_parameters(self, value: Sequence[Any], names: Sequence[str]) -> bool:
-        """Tell whether a list has a tensor of the shape of each parameter, in the order of the names."""
+        """Return whether a list has one tensor for each name, with the parameter's shape."""
         return len(value) == len(names) > 1 and all(
             isinstance(entry, Tensor) and (name not in self._tensors or entry.shape == self._tensors[name].shape)
             for entry, name in zip(value, names, strict=True)
         )
 
     def _optimizer_is_in_models_order(self) -> bool:
-        """Tell whether the optimizer's order is the model's: then a list in either order is in both."""
+        """Return whether the optimizer is in the model's order, so that a list in either order is in both."""
         order, _ = model_order(self.checkpoint)
         params = self.checkpoint.optimizer.params if self.checkpoint.optimizer else []
         return order is not None and explains(Rule(OrderKind.MODEL), params, order)
 
 
 def _at(root: Any, keys: Sequence[str | int]) -> Any:
-    """Return what the keys of a companion found inside `root` lead to."""
+    """Return the value at a path, in a dict."""
     for key in keys:
         root = root[key]
     return {"": root}
@@ -277,5 +282,5 @@ def _letters(name: str) -> str:
 
 
 def _start_of(letters: str, name: str) -> int:
-    """Return where in a name the part begins that has these letters, its last ones."""
+    """Return the start of the part of a name that ends it and consists of these letters and digits."""
     return next(i for i in range(len(name), -1, -1) if _letters(name[i:]) == letters)

@@ -26,8 +26,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION
-from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, Optimizer, Origin, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, check_plain, dtype_name
+from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.shared_memory import view_of
 from vraxion_ckpt.errors import (
     InconsistentError,

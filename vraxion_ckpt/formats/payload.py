@@ -20,22 +20,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import VRAXION
-from vraxion_ckpt.checkpoint.model import (
-    Checkpoint,
-    Expert,
-    Head,
-    HeadKind,
-    Lifecycle,
-    Origin,
-    Record,
-    SplitPlan,
-    UnboundCheckpoint,
-    UnboundOptimizer,
-)
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint
+from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
+from vraxion_ckpt.checkpoint.provenance import Origin, Record
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
-from vraxion_ckpt.optimizer.binding import bind, names_in_payload
+from vraxion_ckpt.optimizer.binding import bind
+from vraxion_ckpt.optimizer.parameter_names import names_in_payload
 from vraxion_ckpt.support.model_errors import refusals
 
 OUR_KEY = "vraxion_ckpt"

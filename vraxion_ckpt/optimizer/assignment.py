@@ -1,7 +1,7 @@
-"""Which optimizer ids may belong to which parameter names, by their shapes, with or without an order.
+"""Assign optimizer ids to parameter names by shape, with or without a known order.
 
-torch numbers parameters and keeps no names. The slots of an id tell the shape of its parameter. A name may be left
-over: it is then a buffer, or a parameter that the optimizer does not train.
+torch numbers parameters and stores no names. The slots of an id determine the shape of its parameter. A name without an
+id is a buffer, or a parameter that the optimizer does not train.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from vraxion_ckpt.checkpoint.torch_optimizer import Shape
 from vraxion_ckpt.errors import BindingError
 from vraxion_ckpt.wording import count
 
-# The shapes of the ids of each param group; None where the state of an id does not tell.
+# Ids of each param group, with the shape of the parameter, or None if the state does not determine it.
 GroupShapes = Sequence[Sequence[tuple[int, Shape | None]]]
 Candidates = Sequence[tuple[str, Shape | None]]
 
 WAYS_OUT = (
-    "give the names (--param-names FILE: one name a line, in optimizer order), say how the optimizer was built "
-    "(--optimizer-order model|sorted|reversed), leave it behind (--optimizer drop), or save with names (build the "
+    "list the names (--param-names FILE: one name per line, in optimizer order), state how the optimizer was built "
+    "(--optimizer-order model|sorted|reversed), drop it (--optimizer drop), or save a checkpoint with names (build the "
     "optimizer from model.named_parameters())"
 )
-_MOST_STATES = 400_000  # partial assignments to look at before giving up
-_SKIP = -1  # the name belongs to no id
+_MOST_STATES = 400_000  # limit of partial assignments to examine
+_SKIP = -1  # the name has no id
 
-# A partial assignment: how many ids of each group have a name already.
+# A partial assignment: the number of ids of each group that have a name.
 _State = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One assignment of names to ids that fits, and what others that fit as well would change.
+    """One assignment of names to ids that fits, and the names that other fitting assignments place differently.
 
     Attributes:
-        names: one for each id, through the groups.
-        undecided: names that belong to another id, or to none, in another assignment that fits as well.
+        names: one for each id, group after group.
+        undecided: names that belong to another id, or to none, in another fitting assignment.
     """
 
     names: list[str]
@@ -45,61 +45,58 @@ class Assignment:
 
 
 def in_order(groups: GroupShapes, names: Candidates) -> Assignment:
-    """Assign names to ids where every group lists its parameters in the order of `names`.
+    """Assign names to ids, given that every group lists its parameters in the order of `names`.
 
-    Between groups nothing is assumed: ids of different groups may interleave. Works through the names in order; a
-    state is how far each group has come. The first pass finds the states that can be reached, the second those from
-    which all ids still get a name.
+    Ids of different groups may interleave. A state is the number of ids of each group that have a name. It is extended
+    name by name. The states on a path from the first state to the last one give all assignments that fit.
 
     Raises:
-        BindingError: no assignment fits.
+        BindingError: no assignment fits, or there are too many to examine.
     """
-    end = tuple(map(len, groups))
-    total = sum(end)
-    _refuse_too_few(total, names)
-    layers: list[set[_State]] = [{tuple(0 for _ in groups)}]
-    seen = 0
-    for place, (_, shape) in enumerate(names):
-        left = len(names) - place - 1
-        reached = {
-            after for state in layers[-1] for _, after in _moves(groups, state, shape) if total - sum(after) <= left
-        }
-        seen += len(reached)
-        if seen > _MOST_STATES:
-            raise BindingError("too many possible assignments of optimizer ids to names", hint=WAYS_OUT)
-        layers.append(reached)
-    useful: list[set[_State]] = [set() for _ in layers[:-1]] + [{end} & layers[-1]]
-    for place in range(len(names) - 1, -1, -1):
-        shape = names[place][1]
-        useful[place] = {
-            state
-            for state in layers[place]
-            if any(after in useful[place + 1] for _, after in _moves(groups, state, shape))
-        }
-    if not useful[0]:
+    _refuse_too_few(sum(map(len, groups)), names)
+    layers = _states_on_paths(groups, names)
+    if not layers[0]:
         raise BindingError(explain_none(groups, names), hint=WAYS_OUT)
     undecided = set()
     found: list[list[str]] = [[] for _ in groups]
-    chosen = next(iter(useful[0]))
-    for place, (name, shape) in enumerate(names):
+    (chosen,) = layers[0]
+    for (name, shape), states, following in zip(names, layers, layers[1:], strict=False):
         options = {
             (number, state[number] if number != _SKIP else 0)
-            for state in useful[place]
+            for state in states
             for number, after in _moves(groups, state, shape)
-            if after in useful[place + 1]
+            if after in following
         }
         if len(options) > 1:
             undecided.add(name)
-        number, chosen = next(
-            (number, after) for number, after in _moves(groups, chosen, shape) if after in useful[place + 1]
-        )
+        number, chosen = next(move for move in _moves(groups, chosen, shape) if move[1] in following)
         if number != _SKIP:
             found[number].append(name)
     return Assignment([name for group in found for name in group], frozenset(undecided))
 
 
+def _states_on_paths(groups: GroupShapes, names: Candidates) -> list[set[_State]]:
+    """Return the states before each name, and after the last, from which all ids can still get a name."""
+    end = tuple(map(len, groups))
+    layers: list[set[_State]] = [{tuple(0 for _ in groups)}]
+    seen = 0
+    for left, (_, shape) in zip(range(len(names) - 1, -1, -1), names, strict=True):
+        moves = (after for state in layers[-1] for _, after in _moves(groups, state, shape))
+        layers.append({after for after in moves if sum(end) - sum(after) <= left})
+        seen += len(layers[-1])
+        if seen > _MOST_STATES:
+            raise BindingError("there are too many possible assignments of optimizer ids to names", hint=WAYS_OUT)
+    layers[-1] &= {end}
+    for place in range(len(names) - 1, -1, -1):
+        shape, following = names[place][1], layers[place + 1]
+        layers[place] = {
+            state for state in layers[place] if any(after in following for _, after in _moves(groups, state, shape))
+        }
+    return layers
+
+
 def by_shape(groups: GroupShapes, names: Candidates) -> Assignment:
-    """Assign names to ids by their shapes alone, in whatever order the ids stand.
+    """Assign names to ids by shape alone, for ids in any order.
 
     Raises:
         BindingError: no assignment fits.
@@ -114,7 +111,7 @@ def by_shape(groups: GroupShapes, names: Candidates) -> Assignment:
     by_shapes: dict[Shape | None, list[str]] = {}
     for name, shape in reversed(names):
         by_shapes.setdefault(shape, []).append(name)
-    # An id of a known shape gets a name of that shape, or one of an unknown shape; the others get what is left.
+    # An id of known shape gets a name of that shape, or of unknown shape. The other ids get the remaining names.
     given = [(by_shapes.get(s) or by_shapes[None]).pop() if s is not None else None for s in shapes]
     taken = set(given)
     rest = iter([name for name, _ in names if name not in taken])
@@ -132,7 +129,7 @@ def by_shape(groups: GroupShapes, names: Candidates) -> Assignment:
 
 
 def _moves(groups: GroupShapes, state: _State, shape: Shape | None) -> Iterable[tuple[int, _State]]:
-    """Yield what may become of the next name: it gets the next id of a group that fits, or none."""
+    """Yield the choices for the next name, with the state after each: the next id of a group that fits, or none."""
     for number, done in enumerate(state):
         if done < len(groups[number]):
             wanted = groups[number][done][1]
@@ -145,15 +142,15 @@ def _refuse_too_few(total: int, names: Candidates) -> None:
     if total > len(names):
         raise BindingError(
             f"the optimizer has {count(total, 'parameter')}, "
-            f"the model only {count(len(names), 'tensor')} that can be one",
+            f"but the model has only {count(len(names), 'tensor')} that can be parameters",
             hint=WAYS_OUT,
         )
 
 
 def explain_none(groups: GroupShapes, names: Candidates) -> str:
-    """Say why no assignment fits."""
+    """Return a message that explains why no assignment fits."""
     available = {shape for _, shape in names}
     strangers = ((i, shape) for group in groups for i, shape in group if shape and shape not in available)
     for i, shape in islice(strangers, 1):
-        return f"no assignment of optimizer ids fits: no tensor has the shape {list(shape)} of id {i}"
-    return "no assignment of optimizer ids to the model's tensors fits their shapes and the order"
+        return f"the optimizer does not fit the model: no tensor has shape {list(shape)}, which optimizer id {i} needs"
+    return "the optimizer does not fit the model: no assignment of ids to tensors fits the shapes and the order"

@@ -1,10 +1,9 @@
-"""By which rule a trainer orders the parameters of its optimizer, and where those of a changed model go.
+"""Find the rule by which a trainer orders the parameters of its optimizer.
 
 torch loads optimizer state by position, so the order in which the trainer will build the optimizer of the changed
-model must be known. The order that is found in a checkpoint shows the rule: the model's order, sorted by name,
-reversed, the head first or last, leaf by leaf. A rule explains an order if it gives the same order again. The result
-is ordered by the same rule. One rule must explain all param groups, since groups are made by filtering one list: an
-order of one group that nothing explains says that the trainer does something unknown.
+model must be known. It is derived from the order in the checkpoint: the model's order, sorted by name, reversed, head
+first or last, leaf by leaf. A rule explains an order if it reproduces the order. The result is ordered by the same
+rule. One rule must explain all param groups, because trainers build groups by filtering one list.
 """
 
 from __future__ import annotations
@@ -16,22 +15,23 @@ from typing import Any
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames, split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.optimizer.trainers import known_trainer
 
 _SIMPLE = tuple(Rule(kind) for kind in OrderKind if kind is not OrderKind.LEAF_BY_LEAF)
 
 
-# --- what explains an order ---
+# --- rules that explain an order ---
 
 
 def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
-    """Return every rule that explains the order in which an optimizer lists its parameters; empty if none does.
+    """Return all rules that explain the order of an optimizer's parameters.
 
     Args:
-        optimizer: bound to names.
-        checkpoint: tells the model's order as far as its state dict does.
+        optimizer: the optimizer, bound to names.
+        checkpoint: the checkpoint whose state dict gives the model's order, if possible.
     """
     lists = lists_of(optimizer, checkpoint)
     if lists is None:
@@ -47,7 +47,7 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
     names = checkpoint.head.names if checkpoint.head else VRAXION
     found: list[Rule] = []
     for kind, turned in ((OrderKind.MODEL, lists), (OrderKind.REVERSED, [listed[::-1] for listed in lists])):
-        if all(_may_be_a_models(listed, names) for listed in turned):
+        if all(_can_be_model_order(listed, names) for listed in turned):
             found.append(Rule(kind, orders=tuple(ModelOrder.of_list(listed, names) for listed in turned)))
     if all(listed == sorted(listed) for listed in lists):
         found.append(Rule(OrderKind.SORTED))
@@ -63,9 +63,8 @@ def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tupl
         return by_leaf
     if Rule(OrderKind.MODEL) not in simple:
         return simple + by_leaf
-    # Leaf by leaf over the whole model is taken into account if leaves of several modules stand together; layers with
-    # several leaves then tell the two apart. Leaf by leaf within the head alone cannot show in the model's order as
-    # long as there is one expert: it is taken for the model's order then.
+    # The model's order fits. Leaf by leaf over the whole model is still possible if a leaf name occurs twice in a list.
+    # Leaf by leaf within the head equals the model's order while there is one expert; then assume the model's order.
     together = any(len(listed) > len({name.rpartition(".")[2] for name in listed}) for listed in lists)
     return simple + tuple(r for r in by_leaf if together and r.classes is not None and r.classes[0] == OF_WHOLE_MODEL)
 
@@ -77,7 +76,7 @@ def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]
 
 
 def order_of(checkpoint: Checkpoint) -> ModelOrder:
-    """Return the order of a checkpoint's state dict; opens one expert if none is open."""
+    """Return the order of a checkpoint's state dict. Opens one expert if none is open."""
     head = checkpoint.head
     names = head.names if head else VRAXION
     leaves: Mapping[str, int] = {}
@@ -89,29 +88,29 @@ def order_of(checkpoint: Checkpoint) -> ModelOrder:
 
 
 def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
-    """Return the order of a model's parameters as far as its state dict tells, and whether that is certain.
+    """Return the order of a model's parameters as its state dict shows it, and whether it is certain.
 
-    It is certain where the state dict is an ordered one of ``Module.state_dict()``, whose ``_metadata`` lists the
-    modules in the same order, and where a trainer that is known has written it. Names that merely stand sorted, as
-    after safetensors, tell nothing. In between, for instance in a plain dict, the order is only probable.
+    The order is certain if the state dict has a ``_metadata`` that lists the modules in the same order, as
+    ``Module.state_dict()`` does, or if a recognised trainer wrote it. It is probable for other dicts. It is unknown
+    (None) if the names are sorted, because safetensors sorts them.
     """
     names = [*checkpoint.core]
     head = checkpoint.head
     if head is not None:
         names[head.position : head.position] = list(_names_of_head(checkpoint))
-    stand_sorted = _stand_sorted(names, checkpoint.open_tensors())
+    is_sorted = _is_sorted(names, checkpoint.open_tensors())
     metadata = checkpoint.metadata
     if metadata and _is_in_order_of(metadata, checkpoint):
         alone = len({name.rpartition(".")[0] for name in names}) == len(names)
-        if not stand_sorted or alone:
+        if not is_sorted or alone:
             return order_of(checkpoint), True
-    if stand_sorted:
+    if is_sorted:
         return None, False
     return order_of(checkpoint), known_trainer(checkpoint) is not None
 
 
-def _stand_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether names are sorted, at least among the tensors of each dtype: safetensors sorts by dtype first."""
+def _is_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether names are sorted within each dtype: safetensors sorts by dtype first."""
     by_dtype: dict[Any, list[str]] = {}
     for name in names:
         tensor = tensors.get(name)
@@ -121,7 +120,7 @@ def _stand_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
-    """Yield the names of the head in state-dict order, of experts that are not open one name each."""
+    """Yield the names of the head in state-dict order, and only the prefix of each closed expert."""
     head = checkpoint.head
     for i, expert in head.experts.items() if head else ():
         assert head is not None
@@ -129,7 +128,7 @@ def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
 
 
 def _is_in_order_of(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
-    """Tell whether the tensors outside the head, and the head, stand in the order in which modules are listed."""
+    """Return whether the tensors outside the head, and the head, are in the order of the modules in `metadata`."""
     places = {module: place for place, module in enumerate(metadata)}
     names = list(checkpoint.core)
     if checkpoint.head is not None:
@@ -141,11 +140,11 @@ def _is_in_order_of(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> bool
     return all(places[a] <= places[b] for a, b in pairwise(modules))
 
 
-def _may_be_a_models(listed: Sequence[str], names: HeadNames) -> bool:
-    """Tell whether a list of names can be the order of ``named_parameters()``.
+def _can_be_model_order(listed: Sequence[str], names: HeadNames) -> bool:
+    """Return whether a list of names can be in ``named_parameters()`` order.
 
-    There, the parameters of a module stand together, its own before those of the modules in it; modules with a number
-    are counted upwards; all experts have their leaves in one order; torch's own modules have a weight before a bias.
+    In this order, the parameters of a module are adjacent, its own before those of its submodules. Numbered modules
+    are in ascending order. All experts have their leaves in the same order. A weight comes before its bias.
     """
     seen: set[str] = set()
     path: list[str] = []
@@ -177,15 +176,15 @@ def _may_be_a_models(listed: Sequence[str], names: HeadNames) -> bool:
     return all(inner == sorted(inner, key=order.__getitem__) for inner in leaves.values())
 
 
-# --- lists: the groups, or what several groups of one parameter list together ---
+# --- lists of parameters that a rule orders: param groups, or several small groups joined ---
 
 
 def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
-    """Tell whether a new expert gets param groups of its own, because every expert has its own.
+    """Return whether every expert has its own param groups, so that a new expert gets its own, too.
 
-    That is so if every parameter has a group of its own, or if there are several experts and no group that holds one's
-    parameters holds anything else. One expert whose parameters stand alone, beside larger groups, proves nothing: its
-    groups may be those of the head's weights and of its biases.
+    This holds if every parameter has its own group, or if there are several experts and every group with parameters of
+    an expert has no others. A single expert in groups of its own proves nothing: these may be the groups of the head's
+    weights and of its biases.
     """
     names = checkpoint.head.names if checkpoint.head else VRAXION
     of_head = [group.params for group in optimizer.groups if any(split_name(name, names) for name in group.params)]
@@ -198,10 +197,12 @@ def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
 
 
 def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | None:
-    """Return the lists of parameters that a rule orders: each group's, or of a run of small groups all together.
+    """Return the lists of parameters that a rule orders: one for each param group.
 
-    Where experts have groups of their own, these and the groups of one parameter around them are one list. None if
-    such groups do not stand together.
+    If experts have their own groups, these and adjacent groups of one parameter are joined to one list.
+
+    Returns:
+        None if experts have their own groups and these are not adjacent.
     """
     run = run_of_groups(optimizer, checkpoint)
     if run is None:
@@ -213,7 +214,7 @@ def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | 
 
 
 def run_of_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """Return where the groups that make one list begin and end; None if they do not stand together."""
+    """Return the range of groups that are joined to one list, or None if they are not adjacent."""
     if not owns_groups(optimizer, checkpoint):
         return 0, 0
     names = checkpoint.head.names if checkpoint.head else VRAXION

@@ -1,8 +1,8 @@
-"""Put the parameters of a changed model where its trainer will look for their optimizer state.
+"""Order the parameters of a changed model as its trainer will build the optimizer.
 
-A transform says which parameters there are, in which param group, and which comes from which (`Checkpoint.ancestors`).
-Where they stand in the optimizer is decided here, for every transform, by the rule that explains the order that was
-found (`vraxion_ckpt.optimizer.parameter_order`). What no rule decides is refused.
+A transform determines the parameters, their param groups and their sources (`Checkpoint.ancestors`). Their order is
+determined here, by the rule that explains the order before the step (`vraxion_ckpt.optimizer.parameter_order`). An
+order that no rule determines is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vraxion_ckpt.checkpoint.head_names import split_name
-from vraxion_ckpt.checkpoint.model import Checkpoint, Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
 from vraxion_ckpt.errors import BindingError, UsageError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT
@@ -20,14 +21,14 @@ from vraxion_ckpt.wording import count
 
 
 def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
-    """Return `after` with its optimizer's parameters in the order in which its trainer will build them.
+    """Return `after` with its optimizer's parameters in the order in which the trainer will build the optimizer.
 
     Args:
-        before: the checkpoint that a step was given.
-        after: what the step made of it.
+        before: the checkpoint before a step.
+        after: the checkpoint after the step.
 
     Raises:
-        BindingError: no rule explains the order found, or several do and would place the parameters differently.
+        BindingError: no rule explains the order before the step, or several rules give different orders.
     """
     old, new = before.optimizer, after.optimizer
     if old is None or new is None or _groups(old) == _groups(new):
@@ -35,8 +36,8 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     rules = old.rules if old.rules is not None else explain(old, before)
     if not rules:
         raise BindingError(
-            "no rule explains the order in which the optimizer lists its parameters, so it is not known where those of "
-            "the changed model belong",
+            "no known rule explains the order of the optimizer's parameters, so their order in the changed model is "
+            "unknown",
             path=before.origin.path,
             key="optimizer",
             hint=RESULT_ORDER,
@@ -46,8 +47,8 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     for groups, rule in placed[1:]:
         if [group.params for group in groups] != [group.params for group in first]:
             raise BindingError(
-                f"the order of the optimizer's parameters can be '{rules[0]}' or '{rule}', which place those of the "
-                "changed model differently",
+                f"the order of the optimizer's parameters can be '{rules[0]}' or '{rule}', and these give different "
+                "orders for the changed model",
                 path=before.origin.path,
                 key="optimizer",
                 hint=RESULT_ORDER,
@@ -56,7 +57,7 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
 
 
 def _placed(before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], rules: tuple[Rule, ...]) -> Checkpoint:
-    """Return `after` with these groups; a payload's list of names that was in the optimizer's order stays so."""
+    """Return `after` with these groups. Keep `param_names` in the optimizer's order if they were in that order."""
     assert before.optimizer is not None
     assert after.optimizer is not None
     after.optimizer = _with_groups(replace(after.optimizer, rules=rules), groups)
@@ -66,21 +67,21 @@ def _placed(before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], rul
 
 
 def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str]) -> Checkpoint:
-    """Return `after` with its optimizer's parameters in the order that the user gives.
+    """Return `after` with its optimizer's parameters in the order of a list.
 
     Raises:
-        UsageError: there is no optimizer, or the list is not one of its parameters.
-        BindingError: the list takes parameters of one group apart.
+        UsageError: there is no optimizer, or the list does not contain each of its parameters once.
+        BindingError: the parameters of a group are not adjacent in the list.
     """
     optimizer = after.optimizer
     if optimizer is None:
-        raise UsageError("--result-order: the result has no optimizer to order")
+        raise UsageError("--result-order cannot be applied: the result has no optimizer")
     lacking = sorted(set(optimizer.params) - set(names))
     unknown = sorted(set(names) - set(optimizer.params))
     if lacking or unknown or len(set(names)) != len(names):
         what = "lists a name twice"
         if lacking or unknown:
-            what = f"lacks {lacking[0]}" if lacking else f"lists {unknown[0]}, which the result's optimizer has not"
+            what = f"lacks {lacking[0]}" if lacking else f"lists {unknown[0]}, which is not in the result's optimizer"
         raise UsageError(f"--result-order {what}; it must list each of {len(optimizer.params)} parameters once")
     places = {name: i for i, name in enumerate(names)}
     groups = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in optimizer.groups]
@@ -88,16 +89,16 @@ def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str])
         groups.sort(key=lambda group: places[group.params[0]] if group.params else -1)
     if [name for group in groups for name in group.params] != list(names):
         raise BindingError(
-            "--result-order lists the parameters of one group with others between them", hint="list group after group"
+            "--result-order mixes the parameters of several param groups", hint="list the names group after group"
         )
     return _placed(before, after, groups, ())
 
 
 def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
-    """Refuse a step that changes a parameter of which it is not known which optimizer state is its own.
+    """Refuse a step that changes a parameter whose optimizer state is undecided.
 
     Raises:
-        BindingError: naming the parameter.
+        BindingError: the step changes such a parameter. Names the first one.
     """
     optimizer = before.optimizer
     if optimizer is None or not optimizer.undecided or after.optimizer is None:
@@ -113,8 +114,8 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
     }
     for name in sorted(changed):
         raise BindingError(
-            f"cannot tell which optimizer state is that of this parameter, which the chain changes; it was bound by "
-            f"{optimizer.bound_by}",
+            "the chain changes this parameter, but its optimizer state is not known for certain; the optimizer was "
+            f"bound by {optimizer.bound_by}",
             path=before.origin.path,
             key=name,
             hint=WAYS_OUT,
@@ -122,7 +123,7 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
 
 
 def _is_there(name: str, checkpoint: Checkpoint) -> bool:
-    """Tell whether the model still has a tensor of this name; of an expert that is not open, its number decides."""
+    """Return whether the model has a tensor of this name. For a name in the head, only the expert id is checked."""
     head = checkpoint.head
     if head is None or not (name.startswith(head.names.single) or name.startswith(head.names.experts)):
         return name in checkpoint.core
@@ -139,31 +140,27 @@ def _groups(optimizer: Optimizer) -> list[list[str]]:
 
 
 def _with_groups(optimizer: Optimizer, groups: list[ParamGroup]) -> Optimizer:
-    """Return an optimizer with these groups, and its state in their order, as torch saves it."""
+    """Return an optimizer with these groups, and its state in their order, as torch writes it."""
     order = [name for group in groups for name in group.params]
     state = {name: optimizer.state[name] for name in order if name in optimizer.state}
     return replace(optimizer, groups=groups, state={**state, **optimizer.state})
 
 
 def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGroup]:
-    """Return the groups of `after` in the order that a rule gives them."""
+    """Return the groups of `after` in the order of a rule."""
     assert before.optimizer is not None
     assert after.optimizer is not None
     old, groups = before.optimizer, after.optimizer.groups
     run = run_of_groups(old, before)
     lists = lists_of(old, before)
     if run is None or lists is None:
-        raise BindingError(
-            "experts have param groups of their own, which do not stand together", key="optimizer", hint=RESULT_ORDER
-        )
+        raise BindingError("the param groups of the experts are not adjacent", key="optimizer", hint=RESULT_ORDER)
     start, end = run
-    behind = len(old.groups) - end  # groups after the run
+    behind = len(old.groups) - end  # number of groups after the run
     inner = groups[start : len(groups) - behind]
     if end == start:
         if len(groups) != len(old.groups):
-            raise BindingError(
-                "the transform has changed the number of param groups", key="optimizer", hint=RESULT_ORDER
-            )
+            raise BindingError("the transform has added or removed a param group", key="optimizer", hint=RESULT_ORDER)
         inner = []
         start = len(groups)
         behind = 0
@@ -179,7 +176,7 @@ def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGro
         inside.sort(key=lambda group: places[group.params[0]])
         if [name for group in inside for name in group.params] != order:
             raise BindingError(
-                f"the order '{rule}' takes the parameters of one group apart", key="optimizer", hint=RESULT_ORDER
+                f"the order '{rule}' mixes the parameters of several param groups", key="optimizer", hint=RESULT_ORDER
             )
         arranged += inside
     for number, group in enumerate(groups[len(groups) - behind :] if behind else ()):
@@ -191,33 +188,31 @@ def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGro
 def _arranged(
     rule: Rule, number: int, found: list[str], names: list[str], before: Checkpoint, after: Checkpoint
 ) -> list[str]:
-    """Return the names of one list in the order of a rule, or as they were if they are the same as before."""
+    """Return the names of one list in the order of a rule, or unchanged if the list has the same names as before."""
     if set(found) == set(names):
         return found
     if found and names and not {after.former_name(name) for name in names}.intersection(found):
-        raise BindingError(
-            "the transform has put a param group in the place of another", key=names[0], hint=RESULT_ORDER
-        )
+        raise BindingError("the transform has replaced or moved a param group", key=names[0], hint=RESULT_ORDER)
     if rule.orders is not None:
         order = was = rule.orders[number]
     else:
         was, order = order_of(before), order_of(after)
     if not explains(rule, found, was):
         raise BindingError(
-            f"the order '{rule}', by which the parameters would be placed, is not the one found in their group",
+            f"the parameters would be ordered by '{rule}', but their group is in another order",
             key=found[0] if found else "optimizer",
             hint=RESULT_ORDER,
         )
     return rule.arranged(names, order)
 
 
-# --- an optimizer that lacks parameters ---
+# --- optimizers that lack parameters ---
 
 
 def missing_parameters(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield the parameters of experts that the optimizer does not list although it lists the same leaf of others.
+    """Yield expert parameters that the optimizer lacks although it has the same leaf of another expert.
 
-    An expert whose file is not open is taken to have the leaves that the others have.
+    A closed expert is assumed to have the same leaves as the others.
     """
     head, optimizer = checkpoint.head, checkpoint.optimizer
     if head is None or optimizer is None:
@@ -232,19 +227,19 @@ def missing_parameters(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def is_undecided_in_head(checkpoint: Checkpoint) -> bool:
-    """Tell whether it is not known of some parameter of the head which optimizer state is its own."""
+    """Return whether the optimizer state of any parameter of the head is undecided."""
     head, optimizer = checkpoint.head, checkpoint.optimizer
     undecided = optimizer.undecided if optimizer else ()
     return head is not None and any(split_name(name, head.names) for name in undecided)
 
 
 def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose optimizer lists the parameters that it lacks, without state, where they belong.
+    """Return a checkpoint whose optimizer lists the missing expert parameters in order, without state.
 
-    Each joins the param group of the first expert that has the same leaf in one.
+    Each parameter joins the param group of the first expert that has the same leaf.
 
     Raises:
-        BindingError: it is not known which it lacks, or where they belong.
+        BindingError: the missing parameters or their order are unknown.
     """
     missing = list(missing_parameters(checkpoint))
     head, optimizer = checkpoint.head, checkpoint.optimizer
@@ -252,9 +247,9 @@ def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if is_undecided_in_head(checkpoint):
         raise BindingError(
-            f"the optimizer lacks {count(len(missing), 'parameter')} of experts, and it cannot be told which",
+            f"the optimizer lacks {count(len(missing), 'parameter')} of experts, and it is unknown which ones",
             key="optimizer",
-            hint="give the names of those that it has, in its order, one a line: --param-names FILE",
+            hint="list the names of the parameters that it has, in its order (--param-names FILE: one name per line)",
         )
     new = optimizer.copy()
     own = owns_groups(optimizer, checkpoint)

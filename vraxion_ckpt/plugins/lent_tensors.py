@@ -20,7 +20,8 @@ from functools import cached_property
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import different, in_threads
-from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, TensorState, tensor_state, unbound_state_dict
+from vraxion_ckpt.checkpoint.head import Expert, TensorState, tensor_state
+from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import checksum, named_tensors
 from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
 from vraxion_ckpt.errors import UsageError
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
+from vraxion_ckpt.optimizer.inference import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import AdapterLike
 
 

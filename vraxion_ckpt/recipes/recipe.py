@@ -15,13 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from vraxion_ckpt._version import __version__
-from vraxion_ckpt.checkpoint.model import Record
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import LossPolicy, chain_policy
 from vraxion_ckpt.errors import CkptError, OptionError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
-from vraxion_ckpt.optimizer.binding import OptimizerOrder
+from vraxion_ckpt.optimizer.inference import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
 from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named

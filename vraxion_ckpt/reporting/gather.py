@@ -9,9 +9,11 @@ import numpy as np
 
 from vraxion_ckpt.analysis.changes import Difference, Flow
 from vraxion_ckpt.checkpoint import ring
+from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
-from vraxion_ckpt.checkpoint.model import Checkpoint, HeadKind, Lifecycle, Record
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
+from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.checkpoint.ring import Arc, Ints, Weights
 from vraxion_ckpt.reporting.similarity import Similarity, compare_experts
 from vraxion_ckpt.reporting.words import percent

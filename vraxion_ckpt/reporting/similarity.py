@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint.comparison import same_bits
-from vraxion_ckpt.checkpoint.model import Expert
+from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
 from vraxion_ckpt.support import progress
 

@@ -12,16 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vraxion_ckpt.checkpoint.model import (
-    Checkpoint,
-    Expert,
-    Head,
-    HeadKind,
-    Lifecycle,
-    Optimizer,
-    ParamGroup,
-    SplitPlan,
-)
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.shared_memory import without_tied
 from vraxion_ckpt.experts.surgery import rename_head
 

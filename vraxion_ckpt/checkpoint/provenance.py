@@ -1,0 +1,69 @@
+"""Where a checkpoint and its tensors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """The source of the tensors under one prefix of a changed head.
+
+    Attributes:
+        prefix: the prefix of the source tensors before the step, or the whole name of one tensor.
+        noise: standard deviation and seed prefix of each noise that was added. The seed is the seed prefix followed
+            by the leaf name. Empty for an exact copy.
+    """
+
+    prefix: str
+    noise: tuple[tuple[float, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step in a checkpoint's history: the plugin, its options and package, the source, and a summary."""
+
+    name: str
+    options: Mapping[str, Any]
+    distribution: str
+    version: str
+    source: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The format and path of a checkpoint, and its dialects.
+
+    A dialect is the variant of a format that a file was written in, as plain JSON-like values.
+
+    Attributes:
+        format: name of the format.
+        path: the file or directory that was read.
+        dialects: by format name, the dialect in which that format's writer must write. An adapter reads and replaces
+            its own entry and keeps the others.
+        local: data that only a writer of the same format uses. It is not carried into other formats.
+        leftovers: relative paths of files in the checkpoint's directory that belong to the format and that no loader
+            reads, such as shards of an earlier save. An edit in place keeps each, unless a new file takes its name.
+    """
+
+    format: str = ""
+    path: Path | None = None
+    dialects: Mapping[str, Any] = field(default_factory=dict)
+    local: Mapping[str, Any] = field(default_factory=dict)
+    leftovers: tuple[str, ...] = ()
+
+    def dialect(self, name: str) -> Any:
+        """Return the dialect recorded for a format, or None."""
+        return self.dialects.get(name)
+
+    def with_dialect(self, name: str, dialect: Any) -> Origin:
+        """Return an origin with a format's dialect replaced."""
+        return replace(self, dialects={**self.dialects, name: dialect})
+
+    def without_dialects(self, *names: str) -> Origin:
+        """Return an origin without the dialects of these formats."""
+        return replace(self, dialects={name: each for name, each in self.dialects.items() if name not in names})

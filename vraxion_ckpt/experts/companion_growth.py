@@ -1,0 +1,242 @@
+"""Apply a change of the head to its companions: averages, master copies and lists.
+
+See `vraxion_ckpt.experts.companions` for what companions are.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.head import Head
+from vraxion_ckpt.checkpoint.head_names import split_name
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
+from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.provenance import Ancestor
+from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.experts.companions import COMPANION_HINT, Companion, prefixes_of
+from vraxion_ckpt.experts.noise import copy_of
+from vraxion_ckpt.experts.optimizer_clones import is_master_copy
+from vraxion_ckpt.optimizer.parameter_order import order_of
+
+
+def grown(before: Checkpoint, after: Checkpoint, found: list[Companion], *, router_only: bool) -> Checkpoint:
+    """Return `after` with companions updated as a step has changed the head.
+
+    Args:
+        before: the checkpoint before the step.
+        after: the checkpoint after the step.
+        found: the companions of `before`, all without problem.
+        router_only: whether only the router map has changed.
+
+    Raises:
+        TransformError: a companion lists one tensor for each parameter, and its order or a new entry is unknown.
+    """
+    assert before.head is not None
+    return _Growth(before, after, before.head).changed(found, router_only=router_only)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    before: Checkpoint
+    after: Checkpoint
+    head: Head  # before the step
+
+    def changed(self, found: list[Companion], *, router_only: bool) -> Checkpoint:
+        for each in found:
+            if each.kind == "list":
+                in_order = self._list if each.place[0] == "optimizer" else partial(self._list_in_models_order, each)
+                self._put(each, in_order)
+            elif each.kind == "names" and router_only:
+                self._put(each, partial(self._with_router, each.prefix))
+            elif each.kind == "names":
+                self._put(each, partial(self._names, each.prefix))
+        return self.after
+
+    def _put(self, companion: Companion, change: Callable[[Any], Any]) -> None:
+        """Replace a companion by its changed value, and copy the containers on its path."""
+        top, *keys = companion.place
+        if top == "model":
+            self._in_model(change, companion.prefix)
+            return
+        root: Any = self.after.payload if top == "payload" else self._extra()
+        value = _at(root, keys)
+        if value is _MISSING:
+            return  # the step has removed it
+        new = _replaced(root, keys, change(value))
+        if top == "payload":
+            self.after.payload = new
+        elif self.after.optimizer is not None:
+            self.after.optimizer = replace(self.after.optimizer, extra=new)
+
+    def _extra(self) -> dict[str, Any]:
+        return self.after.optimizer.extra if self.after.optimizer else {}
+
+    def _in_model(self, change: Callable[[Any], Any], prefix: str) -> None:
+        """Change a copy inside the state dict, and its modules in ``_metadata``."""
+        after, head = self.after, self.after.head
+        assert head is not None
+        core = list(after.core)
+        ahead = len([name for name in core[: head.position] if name.startswith(prefix)])
+        new = change(after.core)
+        if ahead:
+            after.head = replace(head, position=head.position + len(new) - len(core))
+        after.core = new
+        if after.metadata is not None:
+            after.metadata = self._modules(prefix, after.metadata)
+
+    def _modules(self, prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a changed ``_metadata``. Its keys are module paths, prefixes without the last dot."""
+        changed = self._names(prefix, {f"{module}.": value for module, value in metadata.items()}, router=False)
+        return {module.removesuffix("."): value for module, value in changed.items()}
+
+    def _names(self, prefix: str, entries: Mapping[Any, Any], *, router: bool = True) -> dict[Any, Any]:
+        """Rename, copy and remove entries under a prefix like the head's tensors. Keep the others in place."""
+        assert self.after.head is not None
+        by_prefix: dict[str, dict[str, Any]] = {}
+        for key in entries:
+            if owner := self._owner(key, prefix):
+                by_prefix.setdefault(owner, {})[key[len(prefix) + len(owner) :]] = entries[key]
+        made: dict[str, Any] = {}
+        used: set[str] = set()
+        for new in prefixes_of(self.after.head):
+            source = self.after.ancestors.get(new, Ancestor(new))
+            for leaf, value in by_prefix.get(source.prefix, {}).items():
+                again = source.prefix in used or bool(source.noise)
+                made[prefix + new + leaf] = self._value(value, source, new, leaf) if again else value
+            used.add(source.prefix)
+        result: dict[Any, Any] = {}
+        done = False
+        for key, value in entries.items():
+            if not self._owner(key, prefix):
+                result[key] = value
+            elif not done:
+                result.update(made)
+                done = True
+        if isinstance(entries, OrderedDict):
+            result = OrderedDict(result)
+            vars(result).update(self._attributes(vars(entries), prefix))
+        return self._with_router(prefix, result) if router else result
+
+    def _attributes(self, attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Return the attributes of a state dict in the payload, with its ``_metadata`` updated."""
+        metadata = attributes.get("_metadata")
+        if not isinstance(metadata, dict):
+            return dict(attributes)
+        return {**attributes, "_metadata": type(metadata)(self._modules(prefix, metadata))}
+
+    def _owner(self, key: Any, prefix: str) -> str:
+        """Return the prefix of the expert to whose tensor a key belongs, or an empty string."""
+        if not isinstance(key, str) or not key.startswith(prefix):
+            return ""
+        name = key[len(prefix) :]
+        found = split_name(f"{name}x" if name.endswith(".") else name, self.head.names)
+        owner = self.head.prefix(found[0]) if found else ""
+        return owner if name.startswith(owner) else ""
+
+    def _with_router(self, prefix: str, entries: dict[Any, Any]) -> dict[Any, Any]:
+        """Return the entries with the new router map, if theirs equalled the model's."""
+        entries = copy.copy(entries)
+        name = prefix + self.head.names.router_map
+        old, new = self.before.router_map, self.after.router_map
+        value = entries.get(name)
+        if isinstance(value, Tensor) and old is not None and new is not None and same_bits(value, old):
+            entries[name] = new.detach().clone()
+        return entries
+
+    def _value(self, value: Any, source: Ancestor, new: str, leaf: str) -> Any:
+        """Return the value for a clone: a copy, with the noise that was added to the head's tensor."""
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        tensors, clones = self._head_tensor(self.before, source.prefix, leaf), self._head_tensor(self.after, new, leaf)
+        if tensors is None or clones is None or same_bits(tensors, clones):
+            return copy_of(value, (), leaf)
+        if is_master_copy(value, "", tensors) or (value.dtype == tensors.dtype and same_bits(value, tensors)):
+            return clones.detach().to(value.dtype, copy=True)
+        return copy_of(value, source.noise, leaf)
+
+    @staticmethod
+    def _head_tensor(checkpoint: Checkpoint, prefix: str, leaf: str) -> Tensor | None:
+        head = checkpoint.head
+        found = split_name(prefix + leaf, head.names) if head else None
+        expert = head.experts.get(found[0]) if head and found else None
+        return expert.get(leaf) if expert is not None else None
+
+    def _list_in_models_order(self, companion: Companion, value: Any) -> Any:
+        """Change a list in the payload, which must be in the model's order."""
+        new = self.after.optimizer
+        if new is not None and not explains(Rule(OrderKind.MODEL), new.params, order_of(self.after)):
+            raise TransformError(
+                "has one tensor for each parameter, but it is unknown whether they are in the order of the model or of "
+                "the optimizer",
+                key=str(companion),
+                hint=COMPANION_HINT,
+            )
+        message = f"{companion}: assumed to have one tensor for each parameter in the model's order, and updated"
+        warnings.warn(message, CkptWarning, stacklevel=4)
+        return self._list(value)
+
+    def _list(self, value: Any) -> Any:
+        """Order a list with one entry for each parameter, possibly nested by param group, like the optimizer."""
+        old, new = self.before.optimizer, self.after.optimizer
+        if old is None or new is None:
+            return value
+        if isinstance(value[0], Tensor):
+            return type(value)(self._arranged(value, old, new))
+        flat = iter(self._arranged([entry for each in value for entry in each], old, new))
+        return type(value)([[next(flat) for _ in group.params] for group in new.groups])
+
+    def _arranged(self, value: Sequence[Tensor], old: Optimizer, new: Optimizer) -> list[Any]:
+        entries = dict(zip(old.params, value, strict=True))
+        result, used = [], set()
+        for name in new.params:
+            former = self.after.former_name(name)
+            if former not in entries:
+                raise TransformError(
+                    "a list has one tensor for each parameter, but the source of this one is unknown",
+                    key=name,
+                    hint=COMPANION_HINT,
+                )
+            entry = entries[former]
+            found = split_name(name, self.head.names)
+            prefix = name[: -len(found[1])] if found else ""
+            source = self.after.ancestors.get(prefix, Ancestor(prefix))
+            if former in used or source.noise:
+                entry = self._value(entry, source, prefix, found[1] if found else "")
+            used.add(former)
+            result.append(entry)
+        return result
+
+
+_MISSING = object()
+
+
+def _at(root: Any, keys: list[str | int]) -> Any:
+    for key in keys:
+        try:
+            root = root[key]
+        except (KeyError, IndexError, TypeError):
+            return _MISSING
+    return root
+
+
+def _replaced(root: Any, keys: list[str | int], value: Any) -> Any:
+    """Return nested containers with one entry replaced. Containers on its path are copied, others are shared."""
+    if not keys:
+        return value
+    first, rest = keys[0], keys[1:]
+    inner = _replaced(root[first], rest, value)
+    if isinstance(root, dict):
+        new = copy.copy(root)
+        new[first] = inner
+        return new
+    return type(root)([inner if i == first else entry for i, entry in enumerate(root)])

@@ -1,0 +1,99 @@
+"""Give the parameters of a cloned expert their param groups and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vraxion_ckpt.checkpoint.comparison import same_bits
+from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
+from vraxion_ckpt.errors import TransformError
+from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
+
+StatePolicy = Literal["copy", "reset"]
+
+
+def refuse_flat_state(optimizer: Optimizer) -> None:
+    """Raise `TransformError` for state that covers all parameters of a group in one vector, as L-BFGS keeps it."""
+    for group in optimizer.groups:
+        held = [name for name in group.params if name in optimizer.state]
+        slots = optimizer.state[held[0]] if len(group.params) > 1 and len(held) == 1 else {}
+        if "prev_flat_grad" in slots:  # a slot of torch.optim.LBFGS
+            raise TransformError(
+                "the optimizer keeps one state for all parameters (L-BFGS), which cannot be split by parameter",
+                key=held[0],
+                hint="drop it: --optimizer drop",
+            )
+
+
+def clone_in_optimizer(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    old: str,
+    new: str,
+    clones: Mapping[str, tuple[Tensor, Tensor]],
+    policy: StatePolicy,
+) -> None:
+    """Add a clone's parameters to the param groups, and copy their state.
+
+    Args:
+        checkpoint: the checkpoint of the experts.
+        optimizer: its optimizer, which is changed.
+        old: prefix of the parent.
+        new: prefix of the clone.
+        clones: tensors of parent and clone by leaf name, if they differ.
+        policy: whether the state is copied.
+    """
+    if owns_groups(optimizer, checkpoint):
+        own = [
+            replace(group, options=dict(group.options), params=[new + name[len(old) :] for name in group.params])
+            for group in optimizer.groups
+            if group.params and all(name.startswith(old) for name in group.params)
+        ]
+        run = run_of_groups(optimizer, checkpoint)
+        at = run[1] if run else len(optimizer.groups)
+        optimizer.groups[at:at] = own
+    else:
+        for group in optimizer.groups:
+            group.params += [new + name[len(old) :] for name in group.params if name.startswith(old)]
+    if policy == "copy":
+        for name in [name for name in optimizer.state if name.startswith(old)]:
+            leaf = name[len(old) :]
+            slots = {slot: _unshared(value) for slot, value in optimizer.state[name].items()}
+            for slot, value in slots.items() if leaf in clones else ():
+                if is_master_copy(value, slot, clones[leaf][0]):
+                    slots[slot] = clones[leaf][1].detach().to(value.dtype, copy=True)
+            optimizer.state[new + leaf] = slots
+
+
+def is_master_copy(value: Any, name: str, parameter: Tensor) -> bool:
+    """Return whether a value is a higher-precision copy of a parameter, which the optimizer rounds to the parameter.
+
+    Args:
+        value: value of a slot, or of an average.
+        name: name of the slot.
+        parameter: the parameter.
+    """
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():
+        return False
+    if name == "master_param":
+        return True
+    return value.itemsize > parameter.itemsize and same_bits(
+        value.detach().to(parameter.dtype), parameter.detach().clone()
+    )
+
+
+def _unshared(value: Any) -> Any:
+    """Return a deep copy of a slot's value."""
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.preserve_format)
+    if isinstance(value, list | tuple):
+        return type(value)(_unshared(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return value

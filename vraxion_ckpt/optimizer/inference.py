@@ -1,0 +1,145 @@
+"""Infer parameter names of numbered optimizer state from the order and the shapes of the model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor
+
+from vraxion_ckpt.checkpoint.buffers import torch_buffers
+from vraxion_ckpt.checkpoint.model import UnboundCheckpoint
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
+from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule
+from vraxion_ckpt.checkpoint.shared_memory import without_tied
+from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape
+from vraxion_ckpt.errors import BindingError
+from vraxion_ckpt.optimizer.assignment import Assignment, Candidates, GroupShapes, by_shape, in_order
+from vraxion_ckpt.optimizer.parameter_order import model_order
+from vraxion_ckpt.optimizer.trainers import known_trainer
+from vraxion_ckpt.wording import count
+
+OptimizerOrder = Literal["model", "sorted", "reversed"]
+
+# Orders that an unknown trainer may have used, and that shapes may distinguish.
+_USUAL = (OrderKind.MODEL, OrderKind.SORTED, OrderKind.REVERSED, OrderKind.HEAD_FIRST, OrderKind.HEAD_LAST)
+
+
+def trainable(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]:
+    """Return name and shape of the tensors that can be parameters, in the given order.
+
+    Integers, bools and buffers of torch's own modules are left out. Of tied tensors, only the first is returned, as by
+    ``named_parameters()``.
+    """
+    buffers = torch_buffers(tensors.keys())
+    found = [
+        (name, tensor)
+        for name, tensor in tensors.items()
+        if name not in buffers and (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    return [(name, tuple(tensor.shape)) for name, tensor in without_tied(found)]
+
+
+def infer_names(
+    checkpoint: UnboundCheckpoint,
+    raw: RawOptimizer,
+    candidates: Candidates,
+    *,
+    stated: OptimizerOrder | None,
+    names_from: str = "",
+) -> Optimizer:
+    """Bind by the known order, or else by the names that shapes alone determine.
+
+    Args:
+        checkpoint: the checkpoint.
+        raw: its optimizer.
+        candidates: name and shape of the tensors that can be parameters.
+        stated: the order of every param group, if the user stated it.
+        names_from: where the names were listed, for the text that says how they were bound.
+
+    Raises:
+        BindingError: no assignment fits, or the order needed is unknown.
+    """
+    if not raw.state and len(raw.groups) == 1 and len(raw.ids) == len(candidates):
+        bound = raw.named([name for name, _ in candidates], f"{names_from}order and shape: it has no state")
+        return replace(bound, rules=(Rule(OrderKind.MODEL),))  # without state, any order is right
+    groups = raw.shaped_groups()
+    order, _ = model_order(checkpoint)
+    kind, why = _known_order(checkpoint, order, stated)
+    if kind is None:
+        return _by_shapes(raw, groups, candidates, order, checkpoint.param_names is not None, names_from)
+    rule = Rule(kind)
+    found = in_order(_joined(groups), _arranged(rule, candidates, order))
+    bound = raw.named(found.names, f"{names_from}order and shape: {rule} order, {why}{_undecided_text(found)}")
+    return replace(bound, undecided=found.undecided, rules=(rule,))
+
+
+def _by_shapes(
+    raw: RawOptimizer,
+    groups: GroupShapes,
+    candidates: Candidates,
+    order: ModelOrder | None,
+    is_listed: bool,
+    names_from: str,
+) -> Optimizer:
+    by_shapes = by_shape(groups, candidates)
+    undecided = by_shapes.undecided
+    usual = _usual(_joined(groups), candidates, order)
+    all_same = len({tuple(each.names) for each in usual.values()}) == 1
+    as_model = usual.get(OrderKind.MODEL)
+    if is_listed and as_model is not None and all_same and not any(each.undecided for each in usual.values()):
+        bound = raw.named(as_model.names, f"{names_from}order and shape: no other usual order fits")
+        return replace(bound, rules=tuple(map(Rule, usual)))
+    first = next(iter(usual.values()), by_shapes)
+    rules: tuple[Rule, ...] | None = None  # if all names are decided, the rules are computed when they are needed
+    if undecided:
+        rules = tuple(map(Rule, usual)) if all_same and order is not None else ()
+    found = Assignment(first.names, undecided)
+    bound = raw.named(found.names, f"{names_from}shape alone{_undecided_text(found)}")
+    return replace(bound, undecided=undecided, rules=rules)
+
+
+def _known_order(
+    checkpoint: UnboundCheckpoint, order: ModelOrder | None, stated: OptimizerOrder | None
+) -> tuple[OrderKind | None, str]:
+    if stated is not None:
+        return OrderKind(stated), "as stated"
+    trainer = known_trainer(checkpoint)
+    if trainer is None or order is None:
+        return None, ""
+    return OrderKind.MODEL, f"as {trainer} builds it"
+
+
+def _arranged(rule: Rule, candidates: Candidates, order: ModelOrder | None) -> Candidates:
+    shapes = dict(candidates)
+    if order is None and rule.kind is not OrderKind.SORTED:
+        raise BindingError(
+            "the names of the state dict are sorted, so the model's order is unknown",
+            key="model",
+            hint="list the names (--param-names FILE: one name per line, in optimizer order)",
+        )
+    names = sorted(shapes) if order is None else rule.arranged(shapes, order)
+    return [(name, shapes[name]) for name in names]
+
+
+def _usual(groups: GroupShapes, candidates: Candidates, order: ModelOrder | None) -> dict[OrderKind, Assignment]:
+    """Return an assignment for each usual order in which the candidates fit the ids."""
+    found = {}
+    for kind in _USUAL if order is not None else ():
+        try:
+            found[kind] = in_order(groups, _arranged(Rule(kind), candidates, order))
+        except BindingError:
+            continue
+    return found
+
+
+def _joined(groups: GroupShapes) -> GroupShapes:
+    """Return the groups, joined to one list if each has one parameter: they were made from one list in order."""
+    if all(len(group) == 1 for group in groups):
+        return [[pair for group in groups for pair in group]]
+    return groups
+
+
+def _undecided_text(found: Assignment) -> str:
+    return f"; {count(len(found.undecided), 'name')} could belong to other ids" if found.undecided else ""
