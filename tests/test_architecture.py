@@ -54,6 +54,7 @@ WITHOUT_TORCH = [
         "support.signals",
     ),
     *("support.text_files", "support.yaml_files", "commit.manifest", "commit.staging", "commit.system_calls"),
+    *("commit.durability", "commit.file_marks", "commit.journal"),
     *("commit.transaction", "checkpoint.source_files", "formats.pickle_dry_run", "formats.torch_archive"),
     "plugins.plugin_calls",
 ]

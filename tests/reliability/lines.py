@@ -23,7 +23,7 @@ import click
 import vraxion_ckpt as vc
 from vraxion_ckpt.cli import cli, main
 from vraxion_ckpt.commit import system_calls
-from vraxion_ckpt.commit.transaction import survey
+from vraxion_ckpt.commit.file_marks import survey
 
 SPLIT = ["-t", "mitosis_split:parent=0,addresses=[0]"]
 # Whose lines count: ours, and those that stand between ours and the end of the process, or of a ``with`` block.

@@ -18,8 +18,9 @@ from support import DATA
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.file_marks import survey
+from vraxion_ckpt.commit.journal import FileChanges
 from vraxion_ckpt.commit.staging import exclusive, staged
-from vraxion_ckpt.commit.transaction import FileChanges, survey
 
 Tree = Mapping[str, bytes]  # by path below the target; of a target that is a file, "."
 
@@ -64,7 +65,7 @@ class Scenario:
         with exclusive(target):
             marks = survey(target) if self.old else {}
             with staged(target, directory=not self.is_file, overwrite=True, change=self.change) as stage:
-                whole = self.change.pivot == "."
+                whole = self.change.exchanged == "."
                 for name, content in self.new.items():
                     place = stage.path / name
                     for folder in reversed(place.relative_to(stage.path).parents[:-1]):
@@ -133,12 +134,12 @@ def _edit(folder: Path, stem: str, chain: list[str], *, first: list[str] | None 
         vc.edit(target, transforms=first)
     old = read_tree(target)
     done = vc.edit(target, transforms=chain, **options)  # type: ignore[arg-type]
-    pivot = "system/router.state"
-    rest = tuple(name for name in done.written if name != pivot)
+    index = "system/router.state"
+    rest = tuple(name for name in done.written if name != index)
     change = {
-        "router only": FileChanges(pivot),
-        "grow": FileChanges(pivot, first=rest),
-        "shrink": FileChanges(pivot, later=rest, removed=done.removed),
+        "router only": FileChanges(index),
+        "grow": FileChanges(index, first=rest),
+        "shrink": FileChanges(index, later=rest, removed=done.removed),
     }.get(done.kind, FileChanges())
     return Scenario(f"{done.kind}: {stem}", old, read_tree(target), change)
 
@@ -204,7 +205,7 @@ CALLS = (
     "exchange",
     "link_or_copy",
     "copy",
-    "like",
+    "copy_mode_and_owner",
     "unlink",
     "rmdir",
 )
@@ -251,7 +252,7 @@ def trainer_writes(case: Scenario, target: Path) -> Hook:
     """Return a hook by which a trainer saves the same bytes once more: before the journal is written, or the commit."""
 
     def write(_: int, name: str, arguments: tuple[Path, ...]) -> None:
-        moment = arguments[0].name == "journal.json" or arguments[-1] == target / case.change.pivot
+        moment = arguments[0].name == "journal.json" or arguments[-1] == target / case.change.exchanged
         if name == case.touched and moment:
             for file in [target] if case.is_file else target.rglob("*"):
                 if file.is_file():

@@ -17,10 +17,10 @@ from powerloss import bad_states, record
 from scenarios import Scenario
 from trainer import saves_at_any_call
 
-from vraxion_ckpt.commit import staging, transaction
+from vraxion_ckpt.commit import durability, staging, transaction
 from vraxion_ckpt.commit.transaction import Transaction
 
-LAYER = (transaction, staging)
+LAYER = (durability, transaction, staging)
 Site = tuple[str, tuple[str, int]]  # the function that an fsync is needed by, and the module and line of the call
 
 

@@ -44,7 +44,7 @@ def saves_at_any_call(case: Scenario, ram: Callable[[str], Path]) -> Iterator[tu
 
             def hook(now: int, name: str, arguments: tuple[Path, ...], number: int = number) -> None:
                 nonlocal reached, before_commit, at_commit
-                commits = name in ("exchange", "rename") and arguments[-1] == target / case.change.pivot  # noqa: B023
+                commits = name in ("exchange", "rename") and arguments[-1] == target / case.change.exchanged  # noqa: B023
                 if now == number:
                     reached, at_commit = True, commits
                     save(target, theirs(case), by_rename=by_rename)  # noqa: B023 - called in this round only
