@@ -805,8 +805,12 @@ TEXTS: dict[str, tuple[Callable[[str], str], type[CkptError], str]] = {
     "null": (lambda _: "null", InconsistentError, "[vraxion_ckpt"),
     "truncated": (lambda text: text[:-1], InconsistentError, "does not parse: is not JSON"),
     "more than JSON": (lambda text: text + "{}", InconsistentError, "does not parse: is not JSON"),
-    "NaN": (lambda text: text.replace('"step":7', '"step":NaN'), InconsistentError, "NaN is no JSON number"),
-    "infinite": (lambda text: text.replace('"step":7', '"step":1e999'), InconsistentError, "1e999 is no JSON number"),
+    "NaN": (lambda text: text.replace('"step":7', '"step":NaN'), InconsistentError, "NaN is not a JSON number"),
+    "infinite": (
+        lambda text: text.replace('"step":7', '"step":1e999'),
+        InconsistentError,
+        "1e999 is not a JSON number",
+    ),
     "5,000 digits": (lambda text: text.replace('"step":7', f'"step":{"7" * 5000}'), InconsistentError, "parse"),
     "key twice": (lambda text: text.replace('"step":7', '"step":6,"step":7'), InconsistentError, "key occurs twice"),
     "key twice, spelt \\u0073": (
