@@ -18,7 +18,8 @@ from hostile import Entry, archive, read, refused, zip_bytes
 
 from vraxion_ckpt.checkpoint.comparison import differences
 from vraxion_ckpt.errors import CkptError, CkptWarning, CorruptError, LimitError, UnsupportedError
-from vraxion_ckpt.formats.torch_archive import check_archive, fill_in_checksums
+from vraxion_ckpt.formats.torch_archive import check_archive
+from vraxion_ckpt.formats.zip_directory import fill_in_checksums
 
 SMALL = {
     "model": {

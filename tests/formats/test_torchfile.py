@@ -49,7 +49,7 @@ from vraxion_ckpt.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from vraxion_ckpt.formats import torch_archive, torch_file
+from vraxion_ckpt.formats import torch_archive, torch_file, zip_directory
 
 
 @pytest.fixture
@@ -652,7 +652,7 @@ def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
 ) -> None:
     read_again: list[str] = []
 
-    def verify_members(_: Any, __: memoryview, members: Iterable[torch_archive.Member]) -> None:
+    def verify_members(_: Any, __: memoryview, members: Iterable[zip_directory.Member]) -> None:
         read_again.extend(member.name for member in members if member.size > 1000)
 
     torch.save(
