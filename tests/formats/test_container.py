@@ -183,11 +183,11 @@ def test_an_archive_made_by_these_tests_is_read_where_nothing_is_wrong_with_it(t
         (storage(central={"size": 40, "packed": 40}, local={"size": 40, "packed": 40}), "overlaps"),
         ({"pickle": None}, "0 members called data.pkl"),
         ({"more": Entry("other/data.pkl", b"\x80\x02}.")}, "2 members called data.pkl"),
-        ({"more": Entry("elsewhere/readme")}, "lies outside"),
+        ({"more": Entry("elsewhere/readme")}, "is not inside"),
         ({"more": Entry("archive/\0")}, "name is damaged"),
         ({"0": None}, "storage is missing"),
-        ({"0": Entry("archive/data/0", bytes(12))}, "asks for 16 bytes, the storage has 12"),
-        ({"0": Entry("archive/data/0", bytes(20))}, "asks for 16 bytes, the storage has 20"),
+        ({"0": Entry("archive/data/0", bytes(12))}, "asks for 16 bytes, but its storage has 12"),
+        ({"0": Entry("archive/data/0", bytes(20))}, "asks for 16 bytes, but its storage has 20"),
     ],
 )
 def test_an_archive_that_contradicts_itself_is_corrupt(

@@ -330,12 +330,11 @@ def test_nothing_is_written_if_one_target_is_refused(here):
 
 
 def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_first(here, monkeypatch):
-    from vraxion_ckpt.formats import safetensors_file
 
     def full(*_):
         raise StorageError("No space left on device", path="b.safetensors")
 
-    monkeypatch.setattr(safetensors_file, "save_safetensors", full)
+    monkeypatch.setattr("vraxion_ckpt_adapters.safetensors_file.save_safetensors", full)
     write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
     before = files_below(here)
     with pytest.raises(StorageError, match="No space left"):

@@ -236,10 +236,14 @@ PT: Entries = {
     ),
     "storage missing": Bad(archive(**{"0": None}), CorruptError, ("data/0", "storage is missing")),
     "record shorter than its tensor": Bad(
-        archive(**{"0": Entry("archive/data/0", bytes(12))}), CorruptError, ("asks for 16 bytes, the storage has 12",)
+        archive(**{"0": Entry("archive/data/0", bytes(12))}),
+        CorruptError,
+        ("asks for 16 bytes, but its storage has 12",),
     ),
     "record longer than its tensor": Bad(
-        archive(**{"0": Entry("archive/data/0", bytes(20))}), CorruptError, ("asks for 16 bytes, the storage has 20",)
+        archive(**{"0": Entry("archive/data/0", bytes(20))}),
+        CorruptError,
+        ("asks for 16 bytes, but its storage has 20",),
     ),
     "shape beyond the storage": Bad(tensor((5,), (1,)), CorruptError, ("torch cannot read it",)),
     "strides beyond the storage": Bad(tensor((2, 2), (1, 3)), CorruptError, ("torch cannot read it",)),
@@ -249,7 +253,7 @@ PT: Entries = {
     "reduce that calls os.system": Bad(
         saved(lambda proof: {"model": {}, "losses": [of_torchfile.Evil(f"touch {proof}")]}),
         UnsafeError,
-        (EVIL, "do not load it with anything"),
+        (EVIL, "do not load this file"),
         live=".",
     ),
     "os.system by NEWOBJ": Bad(
@@ -259,7 +263,7 @@ PT: Entries = {
     "reduce that calls exec": Bad(
         saved(lambda proof: {"model": {}, "losses": [Exec(f"open({str(proof)!r}, 'w')")]}),
         UnsafeError,
-        (r"would call builtins\.exec", "do not load it with anything"),
+        (r"would call builtins\.exec", "do not load this file"),
         live=".",
     ),
     "pickled module": Bad(
@@ -393,7 +397,7 @@ DOCUMENTS: Entries = {
         f"text: {name}": Bad(document(partial(of_document.rewrite_text, change=change)), error, (re.escape(says),))
         for name, (change, error, says) in of_document.TEXTS.items()
     },
-    "a tensor is gone": Bad(document(without_tensors), InconsistentError, ("that is not there",)),
+    "a tensor is gone": Bad(document(without_tensors), InconsistentError, ("which does not exist",)),
     "no metadata": Bad(
         document(
             lambda path: of_document.write_header(
@@ -401,7 +405,7 @@ DOCUMENTS: Entries = {
             )
         ),
         InconsistentError,
-        ("the metadata that belongs to it was lost",),
+        ("the metadata that describes it was lost",),
     ),
 }
 

@@ -32,6 +32,7 @@ from vraxion_ckpt.errors import (
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.support import json_files, progress
+from vraxion_ckpt.wording import count
 
 _CODES = {
     torch.bool: "BOOL",
@@ -158,8 +159,8 @@ def _check_offsets(header: dict[str, Any], held: int, path: Path) -> dict[str, i
             raise CorruptError(f"its bytes {fault}", path=path, key=name)
         end = stop
     if end != held:
-        fault = f"{end - held} bytes are missing" if end > held else f"{held - end} bytes follow the last tensor"
-        raise CorruptError(f"its size does not match its header: {fault}", path=path)
+        fault = "missing" if end > held else "left after the last tensor"
+        raise CorruptError(f"its size does not match its header: {count(abs(end - held), 'byte')} {fault}", path=path)
     return {name: stop - start for start, stop, name in offsets}
 
 
@@ -245,11 +246,11 @@ def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     with errors_at(path):
         raw = _header(ordered, metadata)
     try:
-        with path.open("xb") as file, progress.progress_bar("writing", size_of(dict(tensors))) as count:
+        with path.open("xb") as file, progress.progress_bar("writing", size_of(dict(tensors))) as advance:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
                 for (piece,) in in_pieces(bytes_of(tensor), size=_PIECE):
-                    count(file.write(piece.numpy().data))
+                    advance(file.write(piece.numpy().data))
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
 
