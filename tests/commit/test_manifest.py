@@ -1,4 +1,4 @@
-"""Manifests: what `convert` and `edit` write, held against hashlib; and every bit that `check` finds flipped."""
+"""Manifests: the digests that `convert` and `edit` write equal those of hashlib, and `check` finds each flipped bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile zip archives, and files that are something else."""
+"""Damaged and hostile zip archives, and files that are no zip archives."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_no_flipped_bit_is_accepted_with_other_contents(small: Path, exhaustive:
     some = bits if exhaustive else random.Random(5).sample(bits, 2500)
     outcomes = flip(small, some)
     assert outcomes["other"] == 0
-    assert outcomes["CorruptError"] > len(some) / 2  # most bits are of contents, names, sizes
-    assert outcomes["same"] > 0  # some are of padding, dates, versions
+    assert outcomes["CorruptError"] > len(some) / 2  # most bits belong to contents, names and sizes
+    assert outcomes["same"] > 0  # some belong to padding, dates and versions
 
 
 def flip(path: Path, bits: Iterable[int]) -> Counter[str]:
@@ -95,7 +95,7 @@ def test_a_flipped_bit_in_a_storage_is_corrupt(small: Path) -> None:
     assert error.key == "small/data/0"
 
 
-# --- Something else than an archive ---
+# --- Not an archive ---
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_an_archive_that_contradicts_itself_is_corrupt(
 
 
 def test_overlapping_members_are_corrupt(tmp_path: Path) -> None:
-    """The outer member's bytes are a whole inner member, header and all."""
+    """The bytes of the outer member are a complete inner member with its header."""
     inner = zip_bytes([Entry("archive/data/0", bytes(16))])
     inner = inner[: inner.index(b"PK\1\2")]
     plain = tensor_archive(**{"0": None, "outer": Entry("archive/outer", inner)})
@@ -261,11 +261,11 @@ def test_the_most_members_that_are_looked_at_are_looked_at_in_time(tmp_path: Pat
     refused(path, CorruptError, "occurs twice")
 
 
-# --- Checksums that are put in later ---
+# --- Checksums that are written later ---
 
 
 def test_checksums_are_put_where_they_belong_also_before_the_bytes(tmp_path: Path) -> None:
-    """torch puts them behind the bytes; this archive is as other writers make them."""
+    """torch writes them after the bytes of a member; this archive has them before, as other writers do."""
     whole = zip_bytes(tensor_archive())
     blank = {"local": {"crc": 0}, "central": {"crc": 0}}
     path = tmp_path / "x.pt"

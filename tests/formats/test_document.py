@@ -1,4 +1,4 @@
-"""What a format of tensors and one JSON document carries exactly, and documents that must not be believed."""
+"""Values that a document preserves exactly, and invalid documents that must be rejected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def exact(value: Any) -> Any:
-    """Return a value as nested tuples that are equal only for the same types, order and bits; strides do not count."""
+    """Return a value as nested tuples that are equal only for equal types, order and bits; strides are ignored."""
     if isinstance(value, torch.Tensor):
         plain = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         data = plain.view(-1).view(torch.uint8).numpy().tobytes()
@@ -54,7 +54,7 @@ def exact(value: Any) -> Any:
 
 
 def of_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
-    """Return a tensor of arbitrary bits, NaNs of all kinds among them."""
+    """Return a tensor of random bits, which include NaNs of all kinds."""
     count = torch.empty(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return (raw % 2 if dtype == torch.bool else raw).view(dtype).view(shape)
@@ -130,7 +130,7 @@ PLAIN: dict[str, Any] = {
 
 
 def bottom(depth: int) -> Any:
-    """Return containers within containers, of all kinds in turn."""
+    """Return nested containers of alternating kinds."""
     value: Any = "bottom"
     for i in range(depth):
         value = ([value], (value,), {"a": value}, {i: value}, OrderedDict(a=value))[i % 5]
@@ -163,7 +163,7 @@ def there_and_back(payload: Any, folder: Path, to: str, **options: Any) -> Any:
 def values(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, dict[str, Any], Path]:
-    """Every tensor and every plain value in every place that can hold it, there and back, once for all tests."""
+    """Each tensor and each plain value, written and read once at each place that can hold it; shared by the tests."""
     folder = tmp_path_factory.mktemp("values")
     payload = trained(tensors=copy_of(TENSORS), **PLAIN)
     payload["model"] |= copy_of(TENSORS)
@@ -212,7 +212,7 @@ def test_what_the_library_knows_is_stored_as_it_is_and_the_rest_under_no_name_of
     for name, tensor in NATIVE.items():
         assert exact(held[name])[1:3] == exact(tensor)[1:3]
         assert exact(held[name])[4] == exact(tensor)[4]
-    assert not AS_BYTES.keys() & held.keys()  # bytes under their names would be taken for them
+    assert not AS_BYTES.keys() & held.keys()  # bytes under their names would look like these tensors
     assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in vc.open(folder / "there").state_dict().values())
 
 
@@ -236,7 +236,7 @@ def test_a_contribution_beyond_any_float_is_carried_exactly(tmp_path):
 
 
 def test_long_keys_are_not_copied_for_every_value_below_them(tmp_path):
-    """A megabyte for each of a hundred thousand values, twice, would be 200 gigabytes."""
+    """Copying a megabyte for each of a hundred thousand values, twice, would take 200 gigabytes."""
     long = "k" * 1_000_000
     torch.save({"model": {"w": torch.ones(1)}, long: {long: list(range(100_000))}}, tmp_path / "a.pt")
     checkpoint = vc.open(tmp_path / "a.pt")
@@ -309,7 +309,7 @@ def test_a_name_of_the_optimizers_that_is_no_plain_text_keeps_its_state(tmp_path
 
 
 def places(*tensors: torch.Tensor) -> int:
-    """Count the distinct pieces of memory that some tensors are."""
+    """Count the distinct memory ranges of some tensors."""
     return len({tensor.data_ptr() for tensor in tensors})
 
 
@@ -344,7 +344,7 @@ def test_what_is_one_tensor_stays_one_across_model_optimizer_and_payload(dtype, 
 
 
 def test_one_memory_in_two_dtypes_is_a_declared_loss_and_not_mixed_up(tmp_path):
-    """No file of torch holds such a thing, but a transform can make it."""
+    """No torch file holds this, but a transform can make it."""
     numbers = torch.arange(4.0)
     checkpoint = vc.Checkpoint({"a": numbers, "b": numbers.view(torch.int32), "c": numbers})
     adapter = SafetensorsAdapter()
@@ -450,7 +450,7 @@ def test_two_groups_an_lr_that_is_a_tensor_and_entries_that_nobody_knows_come_ba
     }
     found = there_and_back(payload, tmp_path, to)
     assert found["optim"].keys() == payload["optim"].keys()
-    for key in ("note", "param_groups", "state"):  # only the order of these three is not kept, in no format
+    for key in ("note", "param_groups", "state"):  # no format keeps the order of these three
         assert exact(found["optim"][key]) == exact(payload["optim"][key])
     del found["optim"], payload["optim"]
     assert exact(found) == exact(payload)
@@ -484,7 +484,7 @@ def test_a_payload_is_spelt_as_it_was(payload, tmp_path):
 
 
 def test_names_that_were_given_for_an_optimizer_are_kept(tmp_path):
-    """Two moments of one shape could be anybody's; whose they are was said once, and need not be said again."""
+    """Moments of equal shape could belong to either parameter, so the names given once must be recorded."""
     payload = trained()
     names = payload.pop("param_names")
     order = [names[i] for i in (2, 1, 0, 3)]
@@ -501,7 +501,7 @@ def test_names_that_were_given_for_an_optimizer_are_kept(tmp_path):
         vc.open(tmp_path / "a.safetensors", param_names=order)
 
 
-# --- documents that must not be believed ---
+# --- invalid documents ---
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -516,7 +516,7 @@ def write_header(path: Path, raw: bytes) -> None:
 
 
 def rewrite_text(path: Path, change: Callable[[str], str]) -> None:
-    """Change the document's text in a file's header."""
+    """Change the text of the document in a file's header."""
     header = header_of(path)
     header["__metadata__"]["vraxion_ckpt"] = change(header["__metadata__"]["vraxion_ckpt"])
     write_header(path, json.dumps(header).encode())
@@ -539,7 +539,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def put(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Put a value at a place like ``optimizer.groups.0.keys``."""
+    """Set the value at a place like ``optimizer.groups.0.keys``."""
 
     def change(document: dict[str, Any]) -> None:
         *way, last = place.split(".")
@@ -579,7 +579,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_document_is_what_these_tests_believe_it_to_be(sound):
-    """So that each of the changes below changes what it means to change."""
+    """Check that the changes below change the intended entries."""
     document = json.loads(header_of(sound / "file")["__metadata__"]["vraxion_ckpt"])
     assert document["model"][0] == "theta"
     assert document["payload"]["wave"] == {"$tensor": "vraxion_ckpt/payload/wave", **WAVE}
@@ -597,7 +597,7 @@ def test_a_document_is_what_these_tests_believe_it_to_be(sound):
 OURS = "[vraxion_ckpt"
 Change = Callable[[dict[str, Any]], Any]
 DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
-    # the whole
+    # the whole document
     "a list": (lambda d: [d], InconsistentError, OURS),
     "text": (lambda _: "x", InconsistentError, OURS),
     "a number": (lambda _: 0, InconsistentError, OURS),
@@ -663,7 +663,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "extra a list": (put("optimizer.extra", []), InconsistentError, "[optimizer]"),
     "extra hides the state": (put("optimizer.extra", {"state": {}}), InconsistentError, "must not have"),
     "extra with odd keys": (put("optimizer.extra", {"$dict": [[1.5, 2]]}), InconsistentError, "$dict"),
-    # what else we know
+    # extras
     "extras a list": (put("extras", [1]), InconsistentError, OURS),
     "extras with more": (put("extras.more", 1), InconsistentError, "[vraxion_ckpt.more]"),
     "extras of version 2": (put("extras.version", 2), UnsupportedError, "newer"),
@@ -735,7 +735,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
         InconsistentError,
         "true or false",
     ),
-    # other kinds
+    # other kinds of entries
     "kind unknown": (put("payload.x", {"$set": [1]}), InconsistentError, "[payload.x]: is not a valid $set entry"),
     "kind of no name": (put("payload.x", {"$": [1]}), InconsistentError, "[payload.x]"),
     "kind beside a key": (put("payload.x", {"a": 1, "$tuple": []}), InconsistentError, "[payload.x]"),
@@ -756,7 +756,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "attributes a list": (put("payload.many.attributes", [["a", 1]]), InconsistentError, "[payload.many]"),
     "attributes that hide a method": (put("payload.many.attributes", {"items": 1}), InconsistentError, "attributes"),
     "attributes by number": (put("payload.many.attributes", {"$dict": [[1, 2]]}), InconsistentError, "[payload.many]"),
-    # too much
+    # too large
     **{
         f"nested {depth} deep in {kind} at {place}": (
             put(place, json.loads(around[0] * depth + around[1] * depth)),
@@ -798,7 +798,7 @@ def copied(path: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_a_document_that_is_written_again_is_believed(form, sound, tmp_path):
-    """So that what is refused above is refused for what was changed."""
+    """Check that the documents above are rejected because of the change, and not because they were rewritten."""
     source = copied(sound / form, tmp_path)
     rewrite(source, lambda _: None)
     assert exact(vc.open(source).payload) == exact(vc.open(sound / form).payload)
@@ -849,7 +849,7 @@ def test_a_document_that_does_not_parse_is_refused(change, error, says, sound, t
 
 
 def test_values_that_only_look_few_are_counted_where_they_are_parsed(sound, tmp_path):
-    """In the header, the text of a document can be spelt so that no comma is seen there."""
+    """In the header, commas in the text of a document can be escaped."""
     source = copied(sound / "file", tmp_path)
     header = header_of(source)
     header["__metadata__"]["vraxion_ckpt"] = "@"
@@ -878,7 +878,7 @@ PIECES += [{"$tensor": "theta"}, {"$tuple": [1]}, {"$dict": [[1, 2]]}, {"$ordere
 
 
 def walk(value: Any) -> list[Any]:
-    """List every container in a value, itself included, those with few entries as often as those with many."""
+    """List all containers in a value, including itself, such that small ones are as frequent as large ones."""
     found = [value]
     for entry in value.values() if isinstance(value, dict) else value:
         if isinstance(entry, dict | list):
@@ -916,7 +916,7 @@ def test_no_change_of_a_real_document_is_met_with_anything_but_an_error_of_ours(
     with bounded():
         try:
             vc.convert(source, folder / "out.pt")
-        except PluginError:  # which is how what a reader did not expect is wrapped
+        except PluginError:  # the message of unexpected exceptions
             raise
         except CkptError:
             pass

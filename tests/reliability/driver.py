@@ -1,4 +1,4 @@
-"""Do one edit of files that lie ready, with the commit layer alone and without torch; a child to be traced.
+"""Do one edit with the commit layer alone, without torch, from prepared files; run as a child process under strace.
 
 usage: driver.py TARGET NEW CHANGE, with NEW a copy of the new state and CHANGE as JSON.
 """

@@ -158,7 +158,7 @@ def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoRe
 def _how_to_allow(names: Sequence[str]) -> str:
     if any(name.split(".")[0] in _NEVER_ALLOWED for name in names):
         return "it would run commands, which --allow-global cannot permit; do not load this file with any program"
-    return "if you trust all of them: " + " ".join(f"--allow-global {name}" for name in names)
+    return "if you trust each of them: " + " ".join(f"--allow-global {name}" for name in names)
 
 
 def _first_line(error: Exception) -> str:
