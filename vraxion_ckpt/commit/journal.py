@@ -58,12 +58,7 @@ def dump_journal(journal: Journal, folder: Path) -> bytes:
         "version": 1,
         "stage": folder.stat().st_ino,
         # Version 1 of the journal calls the exchanged file "pivot"; journals of earlier releases must stay readable.
-        "change": {
-            "pivot": change.exchanged,
-            "first": change.first,
-            "later": change.later,
-            "removed": change.removed,
-        },
+        "change": {"pivot": change.exchanged, "first": change.first, "later": change.later, "removed": change.removed},
         "keep_old": journal.keep_old,
         "old": journal.old,
         "new": journal.new,

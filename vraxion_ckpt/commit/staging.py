@@ -168,11 +168,9 @@ def recover(folder: Path, target: Path) -> str | None:
                     outcome = "rolled back"
                 transaction.close()
         except OSError as error:
-            raise StorageError(
-                f"an interrupted edit could not be rolled back or finished: {error.strerror}",
-                path=error.filename or target,
-                hint=f"remove the cause and run again; the journal is {folder / JOURNAL}",
-            ) from error
+            message = f"an interrupted edit could not be rolled back or finished: {error.strerror}"
+            hint = f"remove the cause and run again; the journal is {folder / JOURNAL}"
+            raise StorageError(message, path=error.filename or target, hint=hint) from error
         try:
             _twice(system_calls.remove, folder)
         except OSError as error:

@@ -146,12 +146,8 @@ class Transaction:
                 self._raise_changed(name)  # it would be removed with the old state
 
     def _raise_changed(self, name: str) -> NoReturn:
-        raise ChangedError(
-            "was changed by another process",
-            path=self._live(name),
-            written=(),
-            hint="wait for the trainer to finish saving, then run again",
-        )
+        hint = "wait for the trainer to finish saving, then run again"
+        raise ChangedError("was changed by another process", path=self._live(name), written=(), hint=hint)
 
     def commit(self) -> None:
         """Exchange the index file, or the whole target, with the staged one.
@@ -165,11 +161,8 @@ class Transaction:
             committed.add(self.target)
         except system_calls.ExchangeUnavailableError as error:
             if live.is_dir() or self.keep_old:
-                raise StorageError(
-                    "this file system cannot exchange two names in one step",
-                    path=self.target,
-                    hint="use convert to a new path",
-                ) from error
+                message = "this file system cannot exchange two names in one step"
+                raise StorageError(message, path=self.target, hint="use convert to a new path") from error
             system_calls.rename(staged, live)
             committed.add(self.target)
         system_calls.fsync(live.parent)

@@ -188,15 +188,12 @@ class DryRun(pickle._Unpickler):  # in pure Python: the C one allocates memory f
         _, kind, key, _, count = pid
         if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(count) is not int:
             raise pickle.UnpicklingError("a damaged storage reference")
-        size = self._container.storage_size(key)
+        size, path = self._container.storage_size(key), self._container.path
         if size is None:
-            raise CorruptError("a tensor's storage is missing", path=self._container.path, key=f"data/{key}")
+            raise CorruptError("a tensor's storage is missing", path=path, key=f"data/{key}")
         if size != count * kind.itemsize:
-            raise CorruptError(
-                f"a tensor asks for {count * kind.itemsize} bytes, but its storage has {size}",
-                path=self._container.path,
-                key=f"data/{key}",
-            )
+            message = f"a tensor asks for {count * kind.itemsize} bytes, but its storage has {size}"
+            raise CorruptError(message, path=path, key=f"data/{key}")
         return _Inert()
 
     def _empty_dict(self) -> None:

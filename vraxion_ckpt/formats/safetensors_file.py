@@ -133,11 +133,8 @@ def _read_header(path: Path) -> tuple[Fingerprint, bytes]:
                 raise CorruptError("is a git-lfs pointer, not the file itself", path=path, hint="run `git lfs pull`")
             length = int.from_bytes(first, "little")
             if fingerprint.size < 8 or length > fingerprint.size - 8:
-                raise CorruptError(
-                    "is not a safetensors file, or is truncated: "
-                    f"its header would take {length} of {fingerprint.size} bytes",
-                    path=path,
-                )
+                fault = f"its header would take {length} of {fingerprint.size} bytes"
+                raise CorruptError(f"is not a safetensors file, or is truncated: {fault}", path=path)
             if length > LARGEST_SAFETENSORS_HEADER:
                 message = f"has a header of {length} bytes; the format allows {LARGEST_SAFETENSORS_HEADER}"
                 raise LimitError(message, path=path)
@@ -190,9 +187,8 @@ def _offsets(name: str, entry: Any, path: Path) -> tuple[int, int]:
     start, stop = offsets
     bits = math.prod(shape) * _BITS[code]
     if 8 * (stop - start) != bits:
-        raise CorruptError(
-            f"takes {stop - start} bytes, but its shape {shape} of {code} needs {bits // 8}", path=path, key=name
-        )
+        message = f"takes {stop - start} bytes, but its shape {shape} of {code} needs {bits // 8}"
+        raise CorruptError(message, path=path, key=name)
     return start, stop
 
 

@@ -85,12 +85,9 @@ def from_state_dict(tensors: Mapping[str, Tensor], path: Path, format_name: str)
         InconsistentError: a name begins with `OUR_PREFIX`, so the document was lost; or see `split_head`.
     """
     if ours := [name for name in tensors if name.startswith(OUR_PREFIX)]:
-        raise InconsistentError(
-            "is training state, but the metadata that describes it was lost",
-            path=path,
-            key=ours[0],
-            hint="another tool has rewritten the file; use the original",
-        )
+        message = "is training state, but the metadata that describes it was lost"
+        hint = "another tool has rewritten the file; use the original"
+        raise InconsistentError(message, path=path, key=ours[0], hint=hint)
     head = sorted((name for name in tensors if name.startswith((VRAXION.single, VRAXION.experts))), key=_expert_id)
     known = set(head)
     others = [name for name in tensors if name not in known]

@@ -154,7 +154,6 @@ def _check_names(path: Path, members: Sequence[Member]) -> str:
         if not member.name.startswith(f"{prefix}/"):
             raise CorruptError(f"is not inside {prefix}/", path=path, key=member.name)
         if member.name.startswith((f"{prefix}/code/", f"{prefix}/constants.pkl")):
-            raise UnsupportedError(
-                "is a TorchScript archive", path=path, hint="save the module's state_dict() with torch.save"
-            )
+            hint = "save the module's state_dict() with torch.save"
+            raise UnsupportedError("is a TorchScript archive", path=path, hint=hint)
     return prefix

@@ -119,10 +119,8 @@ def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPar
 def _require_torch() -> None:
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if release < (2, 10):
-        raise UsageError(
-            f"torch {torch.__version__} is installed, but 2.10 or newer is needed to load files safely",
-            hint="pip install --upgrade torch",
-        )
+        message = f"torch {torch.__version__} is installed, but 2.10 or newer is needed to load files safely"
+        raise UsageError(message, hint="pip install --upgrade torch")
 
 
 def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
@@ -140,15 +138,12 @@ def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Calla
 
 def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoReturn:
     try:
-        unsafe = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n not in allowed]
+        unsafe = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*allowed})
     except Exception:  # torch cannot parse the pickle either
         unsafe = []
     if unsafe:
-        raise UnsafeError(
-            f"its pickle would call {', '.join(sorted(unsafe))}",
-            path=path,
-            hint=_how_to_allow(sorted(unsafe)),
-        ) from error
+        message = f"its pickle would call {', '.join(unsafe)}"
+        raise UnsafeError(message, path=path, hint=_how_to_allow(unsafe)) from error
     # torch's message has the reason between advice to load the file unsafely and a link.
     paragraphs = str(error).split("\n\n")
     reason = paragraphs[-2 if len(paragraphs) > 1 else 0].strip()

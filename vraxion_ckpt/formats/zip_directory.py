@@ -131,26 +131,8 @@ class ZipDirectory:
     def _central_entry(self, at: int, end: int, directory: int) -> tuple[int, int, Member]:
         if at + _CENTRAL.size > end:
             self._corrupt("the directory's size does not match its entries")
-        fields = self._unpack(_CENTRAL, at)
-        (
-            signature,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            size,
-            n_name,
-            n_extra,
-            n_comment,
-            disk,
-            _,
-            attributes,
-            offset,
-        ) = fields
+        signature, _, _, flags, method, _, _, crc, packed, size, *rest = self._unpack(_CENTRAL, at)
+        n_name, n_extra, n_comment, disk, _, attributes, offset = rest
         name_at = at + _CENTRAL.size
         after = name_at + n_name + n_extra + n_comment
         if signature != b"PK\x01\x02" or after > end:
