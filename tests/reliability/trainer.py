@@ -31,9 +31,9 @@ def saves_at_any_call(case: Scenario, ram: Callable[[str], Path]) -> Iterator[tu
     """Let the trainer save before each call of a run in turn.
 
     Yield whether the run failed, and what is wrong with the files afterwards. A save before the commit must make the
-    run fail, and no file of the save may be lost. Files that are saved after the commit must be kept. Where names cannot
-    be exchanged, the rename replaces a file that is saved at that very moment, as the manual states; there, only saves
-    before that moment must make the run fail.
+    run fail, and no file of the save may be lost. Files that are saved after the commit must be kept. Where names
+    cannot be exchanged, the rename replaces a file that is saved at that very moment, as the manual states; there, only
+    saves before that moment must make the run fail.
     """
     for by_rename in (True, False):
         number, reached = 0, True
