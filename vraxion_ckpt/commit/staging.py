@@ -100,7 +100,7 @@ def _acquire(lock: FileLock, place: Path, target: Path) -> None:
             return
         except Timeout:
             if last:
-                _check_takes_files(target)  # filelock reports a folder in which no file can be made as a held lock
+                _check_can_make_files(target)  # filelock reports a folder in which no file can be made as a held lock
                 hint = "wait for it to end; if none is running on this machine, one on another may be"
                 raise BusyError("another run is at work on it", path=target, hint=hint) from None
         except Exception as error:  # filelock raises several classes where the file system has no locks
@@ -110,7 +110,7 @@ def _acquire(lock: FileLock, place: Path, target: Path) -> None:
             raise _not_lockable(error, target) from error
 
 
-def _check_takes_files(target: Path) -> None:
+def _check_can_make_files(target: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
