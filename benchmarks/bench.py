@@ -230,7 +230,7 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
     """
     import torch
 
-    from vraxion_ckpt.formats import torch_archive
+    from vraxion_ckpt.formats import torch_archive, zip_directory
 
     (root / "system").mkdir(parents=True)
     (root / "experts").mkdir()
@@ -249,7 +249,7 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
     weight[0, 0] = 1  # or all experts would count as hibernated
     torch.save({"weight": weight}, model_shard)
     (hole,) = torch_archive.check_archive(model_shard).storages()
-    with torch_archive.mapped(model_shard) as data:
+    with zip_directory.mapped(model_shard) as data:
         head, tail = bytes(data[: hole.start + weight.itemsize]), bytes(data[hole.start + hole.size :])
     model_shard.unlink()
     for i in range(experts):

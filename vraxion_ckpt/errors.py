@@ -1,27 +1,27 @@
-"""Every error that this package raises on purpose, and the exit code of each.
+"""The errors of this package, and the exit code of each.
 
 ::
 
     CkptError                     1
-    ├── UsageError                2   the call itself is wrong; nothing was read or written
+    ├── UsageError                2   the call is wrong; nothing was read or written
     │   └── OptionError           2   an option of a plugin is unknown or of the wrong type
-    ├── SourceError                   the checkpoint that was read is at fault
+    ├── SourceError                   the checkpoint that was read is invalid
     │   ├── UnknownFormatError    3   no adapter, or more than one, recognises it
     │   ├── CorruptError          4   damaged: truncated, flipped bits, contradicting headers
     │   ├── UnsafeError           5   loading it would run code that it contains
-    │   ├── UnsupportedError      6   sound, but of a kind that is not handled
-    │   ├── LimitError            7   made, or damaged, so that reading it would exhaust the machine
+    │   ├── UnsupportedError      6   valid, but of a kind that is not supported
+    │   ├── LimitError            7   reading it would need too much memory or time
     │   └── InconsistentError     8   readable, but its parts contradict each other
     ├── BindingError              9   optimizer ids cannot be bound to parameter names
-    ├── TransformError           10   a transform refuses this checkpoint
-    ├── InvariantError           11   a chain produced something that must not be written
-    ├── LossError                12   the target format cannot hold everything
+    ├── TransformError           10   a transform cannot be applied to this checkpoint
+    ├── InvariantError           11   a chain produced an invalid checkpoint
+    ├── LossError                12   the target format cannot hold everything in the checkpoint
     ├── ChangedError             13   a source file changed while it was being read
     ├── StorageError             14   the file system refused: no space, no permission, an I/O error
-    ├── PluginError              15   a plugin is broken, missing, or clashes with another
-    └── BusyError                16   another run is at work on the same target
+    ├── PluginError              15   a plugin is broken, missing, or conflicts with another
+    └── BusyError                16   another run is working on the same target
 
-``CkptError`` itself is never raised; ``1`` is kept for commands whose answer is "no".
+``CkptError`` itself is never raised. Commands exit with ``1`` if they did their work and the answer is "no".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any, ClassVar, Self
 
 from vraxion_ckpt.printable import in_one_line
 
-# What torch, C++, the C library and the dynamic linker say when memory runs out, in lower case.
+# Messages of torch, C++, the C library and the dynamic linker when memory runs out, in lower case.
 _OUT_OF_MEMORY = (
     "not enough memory",
     "cannot allocate memory",
@@ -43,22 +43,22 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "std::bad_alloc",
     "failed to map segment from shared object",
-    "can't start new thread",  # whose stack is memory
+    "can't start new thread",  # there is no memory for its stack
 )
 
 
 class CkptError(Exception):
-    """Base of every error of ours: what is wrong, where, and what to do.
+    """Base class of all errors of this package: what is wrong, where, and what to do.
 
-    An error is not changed after it was built; `with_facts` returns another.
+    An error is not modified after it was made; `with_facts` returns a changed copy.
 
     Attributes:
-        message: what is wrong, without the place.
-        path: the file or directory at fault, if one is.
-        key: the entry inside it (a tensor name, a payload path), if one is.
-        hint: what the user can do about it, if there is something.
-        written: the targets that are in place all the same; empty if none is, None if the error does not say.
-        not_written: the targets that are not, where some are.
+        message: what is wrong, without `path` and `key`.
+        path: the file or directory that the error is about, if any.
+        key: the entry in the file, such as a tensor name or a path in the payload, if any.
+        hint: what the user can do, if anything.
+        written: the targets that were written before the error; empty if there are none, None if unknown.
+        not_written: the targets that were not written.
     """
 
     exit_code: ClassVar[int] = 1
@@ -83,28 +83,28 @@ class CkptError(Exception):
 
     @property
     def where(self) -> str:
-        """The path and the entry at fault, on one line; empty if neither is known."""
+        """The path and the key, on one line; empty if there is neither."""
         where = " ".join(part for part in (str(self.path or ""), f"[{self.key}]" if self.key else "") if part)
-        return in_one_line(where)  # or a name could look like a message of ours
+        return in_one_line(where)  # so that a file name cannot imitate a message
 
     def with_facts(self, **facts: Any) -> Self:
-        """Return an error like this one, raised at the same place, with some of its attributes replaced."""
+        """Return a copy of the error, traceback included, with some attributes replaced."""
         error = type(self).__new__(type(self), facts.get("message", self.message))
         vars(error).update(vars(self) | facts)
         return error.with_traceback(self.__traceback__)
 
     def __str__(self) -> str:
-        told = [f"{path} was written" for path in self.written or ()]
-        told += [f"{path} was not" for path in self.not_written]
+        targets = [f"{path} was written" for path in self.written or ()]
+        targets += [f"{path} was not" for path in self.not_written]
         if self.written is not None and not self.written:
-            told = ["nothing was written"]
-        text = "; ".join([self.message, *([", ".join(told)] if told else [])])
+            targets = ["nothing was written"]
+        text = "; ".join([self.message, *([", ".join(targets)] if targets else [])])
         text = f"{self.where}: {text}" if self.where else text
         return f"{text}\n  → {self.hint}" if self.hint else text
 
 
 class UsageError(CkptError):
-    """The call itself is wrong; nothing was read or written."""
+    """The call is wrong; nothing was read or written."""
 
     exit_code = 2
 
@@ -114,7 +114,7 @@ class OptionError(UsageError):
 
 
 class SourceError(CkptError):
-    """The checkpoint that was read is at fault."""
+    """The checkpoint that was read is invalid."""
 
 
 class UnknownFormatError(SourceError):
@@ -136,13 +136,13 @@ class UnsafeError(SourceError):
 
 
 class UnsupportedError(SourceError):
-    """The source is sound, but of a kind that is not handled."""
+    """The source is valid, but of a kind that is not supported."""
 
     exit_code = 6
 
 
 class LimitError(SourceError):
-    """Reading the source would exhaust the machine."""
+    """Reading the source would need too much memory or time."""
 
     exit_code = 7
 
@@ -160,19 +160,19 @@ class BindingError(CkptError):
 
 
 class TransformError(CkptError):
-    """A transform refuses this checkpoint."""
+    """A transform cannot be applied to this checkpoint."""
 
     exit_code = 10
 
 
 class InvariantError(CkptError):
-    """A chain produced a checkpoint that must not be written."""
+    """A chain produced an invalid checkpoint."""
 
     exit_code = 11
 
 
 class LossError(CkptError):
-    """The target format cannot hold everything the checkpoint has."""
+    """The target format cannot hold everything in the checkpoint."""
 
     exit_code = 12
 
@@ -190,37 +190,37 @@ class StorageError(CkptError):
 
     @classmethod
     def from_os_error(cls, error: OSError, path: str | os.PathLike[str]) -> StorageError:
-        """Wrap an operating-system error, keeping its reason and naming the path we were working on."""
+        """Return an error about `path` with the reason of an operating-system error; `OutOfMemoryError` for ENOMEM."""
         if is_out_of_memory(error):
             return OutOfMemoryError(path=path)
         return cls(error.strerror or str(error), path=path)
 
 
 class OutOfMemoryError(StorageError):
-    """There was not enough memory, as noticed by Python, numpy, torch or the operating system."""
+    """There was not enough memory; detected by Python, numpy, torch or the operating system."""
 
     def __init__(self, *, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__("not enough memory", path=path, hint="run it where more memory is free")
 
 
 class PluginError(CkptError):
-    """A plugin is broken, missing, or clashes with another."""
+    """A plugin is broken, missing, or conflicts with another."""
 
     exit_code = 15
 
 
 class BusyError(CkptError):
-    """Another run is at work on the same target."""
+    """Another run is working on the same target."""
 
     exit_code = 16
 
 
 class CkptWarning(UserWarning):
-    """Something the user should know that does not stop the work."""
+    """A problem that does not stop the operation."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory ran out, in its own words or as the cause it was raised from."""
+    """Tell whether an exception, or the one that caused it, means that memory ran out."""
     if isinstance(error, OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError) and error.errno is not None:
@@ -228,16 +228,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, CkptError) or not isinstance(error, Exception):
         return False
     text = ""
-    if isinstance(error, RuntimeError | OSError | ImportError):  # the text of another may quote a checkpoint
+    if isinstance(error, RuntimeError | OSError | ImportError):  # other messages may quote text from a checkpoint
         text = str(error).lower()
     cause = error.__cause__ or error.__context__
     return any(words in text for words in _OUT_OF_MEMORY) or (cause is not None and is_out_of_memory(cause))
 
 
 def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | None = None) -> None:
-    """Raise `OutOfMemoryError` in place of an exception that says so; return for any other.
+    """Raise `OutOfMemoryError` if an exception means that memory ran out; otherwise return.
 
-    Call it first wherever an exception of any class is turned into an error of another kind.
+    Call it first in a handler that catches every exception and raises another one.
+
+    Raises:
+        OutOfMemoryError: `error` means that memory ran out.
     """
     if is_out_of_memory(error):
         raise OutOfMemoryError(path=path) from error
@@ -245,7 +248,7 @@ def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | 
 
 @contextmanager
 def errors_at(path: str | os.PathLike[str] | None = None, *, key: str | None = None) -> Iterator[None]:
-    """Name a path in errors of ours that a ``with`` block raises and that name none; a key in those without a place."""
+    """Add `path` to each `CkptError` of a ``with`` block that has none; add `key` to one that has neither."""
     try:
         yield
     except CkptError as error:
@@ -258,7 +261,7 @@ def errors_at(path: str | os.PathLike[str] | None = None, *, key: str | None = N
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise `OutOfMemoryError` for an exception that says so; also a decorator, for the functions that users call."""
+    """Raise `OutOfMemoryError` if memory runs out in a ``with`` block, or in the decorated function."""
     try:
         yield
     except Exception as error:

@@ -53,22 +53,16 @@ from vraxion_ckpt.errors import (
 from vraxion_ckpt.experts.optimizer_clones import StatePolicy
 from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_experts
 from vraxion_ckpt.experts.surgery import clone_expert, remove_expert, rename_head
-from vraxion_ckpt.formats.document import OUR_PREFIX, document_text, dump_document, from_state_dict, load_document
-from vraxion_ckpt.formats.payload import (
+from vraxion_ckpt.formats.document import document_text, dump_document, load_document
+from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras
+from vraxion_ckpt.formats.payload import Parsed, build_payload, make_extras, parse_payload
+from vraxion_ckpt.formats.payload_dialect import (
     MONOLITH,
-    OUR_KEY,
     ROUTER,
-    Extras,
-    Parsed,
-    build_payload,
-    make_extras,
     monolith_dialect,
     origin_of,
-    parse_payload,
     recorded_dialect,
     router_dialect,
-    split_head,
-    with_head,
 )
 from vraxion_ckpt.formats.safetensors_file import (
     LARGEST_SAFETENSORS_HEADER,
@@ -79,6 +73,7 @@ from vraxion_ckpt.formats.safetensors_file import (
     save_safetensors,
     starts_like_safetensors,
 )
+from vraxion_ckpt.formats.state_dict import from_state_dict, split_head, with_head
 from vraxion_ckpt.formats.torch_archive import is_archive
 from vraxion_ckpt.formats.torch_file import load_torch_file, save_torch_file, torch_file_size
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile

@@ -1,7 +1,7 @@
-r"""Text from checkpoints, file names and plugins, made safe to show: what cannot be seen is spelt out.
+r"""Escape text from checkpoints, file names and plugins before it is shown.
 
-A name may hold characters that move a terminal's cursor, turn the direction of writing round, or are invisible, so that
-two names look the same. Each is shown as its number, like ``\u200b``. Imports nothing of torch.
+Such text may hold characters that move the cursor of a terminal, reverse the direction of writing, or are invisible, so
+that two names look equal. Each is shown as an escape sequence such as ``\u200b``. Imports without torch.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-# Invisible although Python calls them printable: fillers, joiners and selectors of variants. (Unicode's
-# Default_Ignorable_Code_Point, without what is unprintable anyway; and the blank of Braille.)
+# Invisible characters that `str.isprintable` accepts: fillers, joiners and variation selectors (the printable part of
+# Unicode's Default_Ignorable_Code_Point), and the Braille blank.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 
-_HINT = "\n  → "  # what stands before the hint in the text of an error
+_HINT = "\n  → "  # comes before the hint in the text of an error
 
 
 def printable(text: str) -> str:
-    """Return a text with every control, format, invisible or unassigned character spelt out, but for line ends."""
+    """Return a text with control, format, invisible and unassigned characters escaped, except line breaks."""
     if text.isprintable() and not _INVISIBLE.search(text):
         return text
-    return "".join(letter if letter == "\n" else _spelt(letter) for letter in text)
+    return "".join(character if character == "\n" else _escaped(character) for character in text)
 
 
 def in_one_line(text: str) -> str:
-    """Return a text as `printable` does, line ends spelt out too: a name cannot look like a line of ours."""
-    return printable(text).replace("\n", _spelt("\n"))
+    """Return a text as `printable` does, with line breaks escaped too."""
+    return printable(text).replace("\n", _escaped("\n"))
 
 
 def printable_facts(facts: _T) -> _T:
-    """Return facts, or anything inside them, with every text as `in_one_line` has it, but for the hint of an error."""
+    """Return a copy of a value with all texts in it escaped by `in_one_line`; the line break before a hint stays."""
     found: Any = facts
     if type(found) is str:
         found = _HINT.join(map(in_one_line, found.split(_HINT)))
@@ -52,8 +52,8 @@ def printable_facts(facts: _T) -> _T:
     return found  # type: ignore[no-any-return]
 
 
-def _spelt(letter: str) -> str:
-    if letter.isprintable() and not _INVISIBLE.match(letter):
-        return letter
-    number = ord(letter)
+def _escaped(character: str) -> str:
+    if character.isprintable() and not _INVISIBLE.match(character):
+        return character
+    number = ord(character)
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

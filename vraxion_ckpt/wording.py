@@ -1,4 +1,4 @@
-"""Numbers, plurals and lists in messages. Imports nothing of torch."""
+"""Numbers, plurals and lists in messages. Imports without torch."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ def plural(noun: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number of things, like ``1 address`` or ``4,096 addresses``."""
+    """Return a number with its noun, like ``1 address`` or ``4,096 addresses``."""
     return f"{number:,} {noun if number == 1 else plural(noun)}"
 
 
 def listed(items: Collection[object], most: int = 8, separator: str = ", ") -> str:
-    """Return the first few of some things, and how many there are if that is not all of them."""
+    """Return the first `most` items; if there are more, with an ellipsis and the total number."""
     shown = separator.join(map(str, islice(items, most)))
     return shown if len(items) <= most else f"{shown}{separator}… ({len(items):,} in all)"
 
 
 def numbered(noun: str, ids: Collection[object], most: int = 8) -> str:
-    """Return things that are named by numbers, like ``expert 3`` or ``experts 1, 2, 5``."""
+    """Return a noun with ids, like ``expert 3`` or ``experts 1, 2, 5``."""
     return f"{noun if len(ids) == 1 else plural(noun)} {listed(ids, most)}"
 
 
 def shortened(text: str, most: int) -> str:
-    """Return the beginning of a text, with an ellipsis if that is not all of it."""
+    """Return the first `most` characters of a text; with an ellipsis if there are more."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a question for the name that was probably meant, like ``did you mean 'noise'?``; empty if none is near."""
+    """Return a question like ``did you mean 'noise'?`` with the most similar name; empty if none is similar."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,7 @@
 """Monolithic ``.pt``: one file of ``torch.save``, holding one payload dict.
 
 Four dialects are found in the field and written back as they came: the wall-clock trainer's (``optim``), the step
-trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt.formats.payload`.
+trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt.formats.payload_dialect`.
 """
 
 from __future__ import annotations

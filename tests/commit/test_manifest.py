@@ -1,4 +1,4 @@
-"""Manifests: what `convert` and `edit` write, held against hashlib; and every bit that `check` finds flipped."""
+"""Manifests: the digests that `convert` and `edit` write equal those of hashlib, and `check` finds each flipped bit."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_what_appears_meanwhile_is_not_replaced(what, tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "write_whole", write_whole)
     visits = DATA / "expected/wallclock_experts3.visits.json"
     plan = ("arc_meta", {"visits": visits, "output": tmp_path / "plan.json"})
-    with pytest.raises(UsageError, match="has appeared meanwhile"):
+    with pytest.raises(UsageError, match="was created by another process"):
         vc.convert(NAMED, tmp_path / "a.pt", transforms=[plan], manifest=tmp_path / "m.json")
     assert (tmp_path / what).read_text() == "precious"
 
@@ -226,13 +226,13 @@ GOOD = {"bytes": 1, "sha256": "0" * 64}
     ("content", "says"),
     [
         ("", "not JSON"),
-        ("[]", "is no manifest"),
-        ('{"schema": "vraxion-ckpt/manifest/2"}', "is no manifest"),
+        ("[]", "is not a manifest"),
+        ('{"schema": "vraxion-ckpt/manifest/2"}', "is not a manifest"),
         ({"files": {}}, "required"),
-        ({"checkpoint": "a", "format": "pt", "files": {"../x": GOOD}}, "no path below"),
-        ({"checkpoint": "a", "format": "pt", "files": {"/x": GOOD}}, "no path below"),
-        ({"checkpoint": "a", "format": "pt", "files": {"a\\b": GOOD}}, "no path below"),
-        ({"checkpoint": "a", "format": "pt", "files": {"a//b": GOOD}}, "no path below"),
+        ({"checkpoint": "a", "format": "pt", "files": {"../x": GOOD}}, "not a path inside"),
+        ({"checkpoint": "a", "format": "pt", "files": {"/x": GOOD}}, "not a path inside"),
+        ({"checkpoint": "a", "format": "pt", "files": {"a\\b": GOOD}}, "not a path inside"),
+        ({"checkpoint": "a", "format": "pt", "files": {"a//b": GOOD}}, "not a path inside"),
         ({"checkpoint": "a", "format": "pt", "files": {".": {**GOOD, "sha256": "0"}}}, "sha256"),
         ({"checkpoint": "a", "format": "pt", "files": {".": {**GOOD, "bytes": -1}}}, "bytes"),
         ({"checkpoint": "a", "format": "pt", "files": {}, "more": 1}, "more"),

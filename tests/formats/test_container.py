@@ -1,4 +1,4 @@
-"""Damaged and hostile zip archives, and files that are something else."""
+"""Damaged and hostile zip archives, and files that are no zip archives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hostile import Entry, archive, read, refused, zip_bytes
 
 from vraxion_ckpt.checkpoint.comparison import differences
 from vraxion_ckpt.errors import CkptError, CkptWarning, CorruptError, LimitError, UnsupportedError
-from vraxion_ckpt.formats.torch_archive import check_archive, fill_in_checksums
+from vraxion_ckpt.formats.torch_archive import check_archive
+from vraxion_ckpt.formats.zip_directory import fill_in_checksums
 
 SMALL = {
     "model": {
@@ -65,8 +66,8 @@ def test_no_flipped_bit_is_accepted_with_other_contents(small: Path, exhaustive:
     some = bits if exhaustive else random.Random(5).sample(bits, 2500)
     outcomes = flip(small, some)
     assert outcomes["other"] == 0
-    assert outcomes["CorruptError"] > len(some) / 2  # most bits are of contents, names, sizes
-    assert outcomes["same"] > 0  # some are of padding, dates, versions
+    assert outcomes["CorruptError"] > len(some) / 2  # most bits belong to contents, names and sizes
+    assert outcomes["same"] > 0  # some belong to padding, dates and versions
 
 
 def flip(path: Path, bits: Iterable[int]) -> Counter[str]:
@@ -94,7 +95,7 @@ def test_a_flipped_bit_in_a_storage_is_corrupt(small: Path) -> None:
     assert error.key == "small/data/0"
 
 
-# --- Something else than an archive ---
+# --- Not an archive ---
 
 
 @pytest.mark.parametrize(
@@ -182,11 +183,11 @@ def test_an_archive_made_by_these_tests_is_read_where_nothing_is_wrong_with_it(t
         (storage(central={"size": 40, "packed": 40}, local={"size": 40, "packed": 40}), "overlaps"),
         ({"pickle": None}, "0 members called data.pkl"),
         ({"more": Entry("other/data.pkl", b"\x80\x02}.")}, "2 members called data.pkl"),
-        ({"more": Entry("elsewhere/readme")}, "lies outside"),
+        ({"more": Entry("elsewhere/readme")}, "is not inside"),
         ({"more": Entry("archive/\0")}, "name is damaged"),
         ({"0": None}, "storage is missing"),
-        ({"0": Entry("archive/data/0", bytes(12))}, "asks for 16 bytes, the storage has 12"),
-        ({"0": Entry("archive/data/0", bytes(20))}, "asks for 16 bytes, the storage has 20"),
+        ({"0": Entry("archive/data/0", bytes(12))}, "asks for 16 bytes, but its storage has 12"),
+        ({"0": Entry("archive/data/0", bytes(20))}, "asks for 16 bytes, but its storage has 20"),
     ],
 )
 def test_an_archive_that_contradicts_itself_is_corrupt(
@@ -198,7 +199,7 @@ def test_an_archive_that_contradicts_itself_is_corrupt(
 
 
 def test_overlapping_members_are_corrupt(tmp_path: Path) -> None:
-    """The outer member's bytes are a whole inner member, header and all."""
+    """The bytes of the outer member are a complete inner member with its header."""
     inner = zip_bytes([Entry("archive/data/0", bytes(16))])
     inner = inner[: inner.index(b"PK\1\2")]
     plain = tensor_archive(**{"0": None, "outer": Entry("archive/outer", inner)})
@@ -260,11 +261,11 @@ def test_the_most_members_that_are_looked_at_are_looked_at_in_time(tmp_path: Pat
     refused(path, CorruptError, "occurs twice")
 
 
-# --- Checksums that are put in later ---
+# --- Checksums that are written later ---
 
 
 def test_checksums_are_put_where_they_belong_also_before_the_bytes(tmp_path: Path) -> None:
-    """torch puts them behind the bytes; this archive is as other writers make them."""
+    """torch writes them after the bytes of a member; this archive has them before, as other writers do."""
     whole = zip_bytes(tensor_archive())
     blank = {"local": {"crc": 0}, "central": {"crc": 0}}
     path = tmp_path / "x.pt"

@@ -1,4 +1,4 @@
-"""What a format of tensors and one JSON document carries exactly, and documents that must not be believed."""
+"""Values that a document preserves exactly, and invalid documents that must be rejected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def exact(value: Any) -> Any:
-    """Return a value as nested tuples that are equal only for the same types, order and bits; strides do not count."""
+    """Return a value as nested tuples that are equal only for equal types, order and bits; strides are ignored."""
     if isinstance(value, torch.Tensor):
         plain = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         data = plain.view(-1).view(torch.uint8).numpy().tobytes()
@@ -54,7 +54,7 @@ def exact(value: Any) -> Any:
 
 
 def of_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
-    """Return a tensor of arbitrary bits, NaNs of all kinds among them."""
+    """Return a tensor of random bits, which include NaNs of all kinds."""
     count = torch.empty(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return (raw % 2 if dtype == torch.bool else raw).view(dtype).view(shape)
@@ -130,7 +130,7 @@ PLAIN: dict[str, Any] = {
 
 
 def bottom(depth: int) -> Any:
-    """Return containers within containers, of all kinds in turn."""
+    """Return nested containers of alternating kinds."""
     value: Any = "bottom"
     for i in range(depth):
         value = ([value], (value,), {"a": value}, {i: value}, OrderedDict(a=value))[i % 5]
@@ -163,7 +163,7 @@ def there_and_back(payload: Any, folder: Path, to: str, **options: Any) -> Any:
 def values(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, dict[str, Any], Path]:
-    """Every tensor and every plain value in every place that can hold it, there and back, once for all tests."""
+    """Each tensor and each plain value, written and read once at each place that can hold it; shared by the tests."""
     folder = tmp_path_factory.mktemp("values")
     payload = trained(tensors=copy_of(TENSORS), **PLAIN)
     payload["model"] |= copy_of(TENSORS)
@@ -212,7 +212,7 @@ def test_what_the_library_knows_is_stored_as_it_is_and_the_rest_under_no_name_of
     for name, tensor in NATIVE.items():
         assert exact(held[name])[1:3] == exact(tensor)[1:3]
         assert exact(held[name])[4] == exact(tensor)[4]
-    assert not AS_BYTES.keys() & held.keys()  # bytes under their names would be taken for them
+    assert not AS_BYTES.keys() & held.keys()  # bytes under their names would look like these tensors
     assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in vc.open(folder / "there").state_dict().values())
 
 
@@ -236,7 +236,7 @@ def test_a_contribution_beyond_any_float_is_carried_exactly(tmp_path):
 
 
 def test_long_keys_are_not_copied_for_every_value_below_them(tmp_path):
-    """A megabyte for each of a hundred thousand values, twice, would be 200 gigabytes."""
+    """Copying a megabyte for each of a hundred thousand values, twice, would take 200 gigabytes."""
     long = "k" * 1_000_000
     torch.save({"model": {"w": torch.ones(1)}, long: {long: list(range(100_000))}}, tmp_path / "a.pt")
     checkpoint = vc.open(tmp_path / "a.pt")
@@ -309,7 +309,7 @@ def test_a_name_of_the_optimizers_that_is_no_plain_text_keeps_its_state(tmp_path
 
 
 def places(*tensors: torch.Tensor) -> int:
-    """Count the distinct pieces of memory that some tensors are."""
+    """Count the distinct memory ranges of some tensors."""
     return len({tensor.data_ptr() for tensor in tensors})
 
 
@@ -344,7 +344,7 @@ def test_what_is_one_tensor_stays_one_across_model_optimizer_and_payload(dtype, 
 
 
 def test_one_memory_in_two_dtypes_is_a_declared_loss_and_not_mixed_up(tmp_path):
-    """No file of torch holds such a thing, but a transform can make it."""
+    """No torch file holds this, but a transform can make it."""
     numbers = torch.arange(4.0)
     checkpoint = vc.Checkpoint({"a": numbers, "b": numbers.view(torch.int32), "c": numbers})
     adapter = SafetensorsAdapter()
@@ -450,7 +450,7 @@ def test_two_groups_an_lr_that_is_a_tensor_and_entries_that_nobody_knows_come_ba
     }
     found = there_and_back(payload, tmp_path, to)
     assert found["optim"].keys() == payload["optim"].keys()
-    for key in ("note", "param_groups", "state"):  # only the order of these three is not kept, in no format
+    for key in ("note", "param_groups", "state"):  # no format keeps the order of these three
         assert exact(found["optim"][key]) == exact(payload["optim"][key])
     del found["optim"], payload["optim"]
     assert exact(found) == exact(payload)
@@ -484,7 +484,7 @@ def test_a_payload_is_spelt_as_it_was(payload, tmp_path):
 
 
 def test_names_that_were_given_for_an_optimizer_are_kept(tmp_path):
-    """Two moments of one shape could be anybody's; whose they are was said once, and need not be said again."""
+    """Moments of equal shape could belong to either parameter, so the names given once must be recorded."""
     payload = trained()
     names = payload.pop("param_names")
     order = [names[i] for i in (2, 1, 0, 3)]
@@ -501,7 +501,7 @@ def test_names_that_were_given_for_an_optimizer_are_kept(tmp_path):
         vc.open(tmp_path / "a.safetensors", param_names=order)
 
 
-# --- documents that must not be believed ---
+# --- invalid documents ---
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -516,7 +516,7 @@ def write_header(path: Path, raw: bytes) -> None:
 
 
 def rewrite_text(path: Path, change: Callable[[str], str]) -> None:
-    """Change the document's text in a file's header."""
+    """Change the text of the document in a file's header."""
     header = header_of(path)
     header["__metadata__"]["vraxion_ckpt"] = change(header["__metadata__"]["vraxion_ckpt"])
     write_header(path, json.dumps(header).encode())
@@ -539,7 +539,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def put(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Put a value at a place like ``optimizer.groups.0.keys``."""
+    """Set the value at a place like ``optimizer.groups.0.keys``."""
 
     def change(document: dict[str, Any]) -> None:
         *way, last = place.split(".")
@@ -579,7 +579,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_document_is_what_these_tests_believe_it_to_be(sound):
-    """So that each of the changes below changes what it means to change."""
+    """Check that the changes below change the intended entries."""
     document = json.loads(header_of(sound / "file")["__metadata__"]["vraxion_ckpt"])
     assert document["model"][0] == "theta"
     assert document["payload"]["wave"] == {"$tensor": "vraxion_ckpt/payload/wave", **WAVE}
@@ -597,7 +597,7 @@ def test_a_document_is_what_these_tests_believe_it_to_be(sound):
 OURS = "[vraxion_ckpt"
 Change = Callable[[dict[str, Any]], Any]
 DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
-    # the whole
+    # the whole document
     "a list": (lambda d: [d], InconsistentError, OURS),
     "text": (lambda _: "x", InconsistentError, OURS),
     "a number": (lambda _: 0, InconsistentError, OURS),
@@ -614,12 +614,12 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "model's entry a number": (put("model.0", 3), InconsistentError, "[vraxion_ckpt.model.0"),
     "model's entry too short": (put("model.0", ["theta"]), InconsistentError, "[vraxion_ckpt.model.0"),
     "model's entry too long": (put("model.0", ["theta", 1, 2]), InconsistentError, "[vraxion_ckpt.model.0"),
-    "model's entry no tensor": (put("model.0", ["theta", 1.5]), InconsistentError, "[model.theta]: is no tensor"),
-    "model's entry a list": (put("model.0", ["theta", [{"$tensor": "theta"}]]), InconsistentError, "is no tensor"),
-    "model's tensor missing": (put("model.0", "thetA"), InconsistentError, "'thetA' that is not there"),
+    "model's entry no tensor": (put("model.0", ["theta", 1.5]), InconsistentError, "[model.theta]: is not a tensor"),
+    "model's entry a list": (put("model.0", ["theta", [{"$tensor": "theta"}]]), InconsistentError, "is not a tensor"),
+    "model's tensor missing": (put("model.0", "thetA"), InconsistentError, "'thetA', which does not exist"),
     "model's tensor twice": (put("model.1", "theta"), InconsistentError, "[model.theta]"),
     "model's tensor left out": (drop("model.0"), InconsistentError, "[theta]: is a tensor that the metadata does not"),
-    "head torn apart": (lambda d: d["model"].insert(0, d["model"].pop(3)), InconsistentError, "do not stand together"),
+    "head torn apart": (lambda d: d["model"].insert(0, d["model"].pop(3)), InconsistentError, "are not consecutive"),
     "metadata a list": (put("metadata", []), InconsistentError, OURS),
     "metadata of no dicts": (put("metadata", {"": 1}), InconsistentError, "[model._metadata]"),
     # the payload
@@ -633,21 +633,25 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "optimizer a list": (put("optimizer", []), InconsistentError, "[vraxion_ckpt.optimizer]"),
     "optimizer without state": (drop("optimizer.state"), InconsistentError, "[vraxion_ckpt.optimizer.state]"),
     "optimizer with more": (put("optimizer.more", 1), InconsistentError, "[vraxion_ckpt.optimizer.more]"),
-    "optimizer gone": (put("optimizer", None), InconsistentError, "is a tensor that the metadata does not know"),
+    "optimizer gone": (put("optimizer", None), InconsistentError, "is a tensor that the metadata does not list"),
     "groups an object": (put("optimizer.groups", {}), InconsistentError, "[vraxion_ckpt.optimizer.groups]"),
     "group's params numbers": (put("optimizer.groups.0.params", [0]), InconsistentError, "groups.0.params"),
     "group's params twice": (put("optimizer.groups.0.params.0", "last"), InconsistentError, "lists last twice"),
     "group's params unknown": (put("optimizer.groups.0.params.0", "x"), InconsistentError, "in no param group"),
     "group's keys text": (put("optimizer.groups.0.keys", "lr"), InconsistentError, "groups.0.keys"),
-    "group's options a list": (put("optimizer.groups.0.options", []), InconsistentError, "no dict of their own"),
-    "group's options with params": (put("optimizer.groups.0.options.params", [1]), InconsistentError, "of their own"),
+    "group's options a list": (put("optimizer.groups.0.options", []), InconsistentError, "must be a dict without"),
+    "group's options with params": (
+        put("optimizer.groups.0.options.params", [1]),
+        InconsistentError,
+        "must be a dict without",
+    ),
     "state a list": (put("optimizer.state", []), InconsistentError, "[optimizer]"),
     "state of no dicts": (put("optimizer.state.theta", 1), InconsistentError, "a dict for each name"),
     "state by number": (put("optimizer.state", {"$dict": [[0, {}]]}), InconsistentError, "a dict for each name"),
     "state of another shape": (
         put("optimizer.state.theta.exp_avg", {"$tensor": "last"}),
         InconsistentError,
-        "is a tensor that the metadata does not know",
+        "is a tensor that the metadata does not list",
     ),
     "state of two mixed up": (
         lambda d: d["optimizer"]["state"].update(
@@ -657,9 +661,9 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
         "theta: slot exp_avg has shape [2], its parameter [3]",
     ),
     "extra a list": (put("optimizer.extra", []), InconsistentError, "[optimizer]"),
-    "extra hides the state": (put("optimizer.extra", {"state": {}}), InconsistentError, "of its own"),
+    "extra hides the state": (put("optimizer.extra", {"state": {}}), InconsistentError, "must not have"),
     "extra with odd keys": (put("optimizer.extra", {"$dict": [[1.5, 2]]}), InconsistentError, "$dict"),
-    # what else we know
+    # extras
     "extras a list": (put("extras", [1]), InconsistentError, OURS),
     "extras with more": (put("extras.more", 1), InconsistentError, "[vraxion_ckpt.more]"),
     "extras of version 2": (put("extras.version", 2), UnsupportedError, "newer"),
@@ -677,7 +681,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "tensor missing": (
         put("payload.wave.$tensor", "vraxion_ckpt/payload/y"),
         InconsistentError,
-        "[payload.wave]: refers to a tensor 'vraxion_ckpt/payload/y' that is not there",
+        "[payload.wave]: refers to the tensor 'vraxion_ckpt/payload/y', which does not exist",
     ),
     "tensor's name a number": (put("payload.wave.$tensor", 3), InconsistentError, "[payload.wave]"),
     "tensor's name a list": (put("payload.wave.$tensor", ["a"]), InconsistentError, "[payload.wave]"),
@@ -685,8 +689,16 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "tensor unknown": (drop("payload.wave"), InconsistentError, "[vraxion_ckpt/payload/wave]: is a tensor that"),
     "tensor with more": (put("payload.wave.more", 1), InconsistentError, "further entries"),
     "tensor and tuple": (put("payload.wave.$tuple", []), InconsistentError, "[payload.wave]"),
-    "dtype unknown": (put("payload.wave.dtype", "float99"), InconsistentError, "[payload.wave]: is no $tensor"),
-    "dtype no dtype": (put("payload.wave.dtype", "load"), InconsistentError, "[payload.wave]: is no $tensor"),
+    "dtype unknown": (
+        put("payload.wave.dtype", "float99"),
+        InconsistentError,
+        "[payload.wave]: is not a valid $tensor entry",
+    ),
+    "dtype no dtype": (
+        put("payload.wave.dtype", "load"),
+        InconsistentError,
+        "[payload.wave]: is not a valid $tensor entry",
+    ),
     "dtype a number": (put("payload.wave.dtype", 5), InconsistentError, "[payload.wave]"),
     "dtype a list": (put("payload.wave.dtype", []), InconsistentError, "[payload.wave]"),
     "dtype narrower": (put("payload.wave.dtype", "complex64"), InconsistentError, "[payload.wave]"),
@@ -700,31 +712,31 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "dtype of no bytes": (
         put("model.0", ["theta", {"$tensor": "theta", "dtype": "int32", "shape": [3]}]),
         InconsistentError,
-        "[model.theta]: is no $tensor of ours: it is not stored as bytes",
+        "[model.theta]: is not a valid $tensor entry: it is not stored as bytes",
     ),
     "shape left out": (drop("payload.wave.shape"), InconsistentError, "[payload.wave]"),
     "shape too small": (put("payload.wave.shape", [1]), InconsistentError, "[payload.wave]"),
     "shape too large": (put("payload.wave.shape", [2, 2]), InconsistentError, "[payload.wave]"),
-    "shape to be guessed": (put("payload.wave.shape", [-1]), InconsistentError, "no shape"),
-    "shape of bools": (put("payload.wave.shape", [2, True]), InconsistentError, "no shape"),
-    "shape of floats": (put("payload.wave.shape", [2.0]), InconsistentError, "no shape"),
-    "shape a number": (put("payload.wave.shape", 2), InconsistentError, "no shape"),
-    "shape absurd": (put("payload.wave.shape", [0, 2**40, 2**40]), InconsistentError, "no shape"),
-    "shape of a million": (put("payload.wave.shape", [2] + [1] * 10**6), InconsistentError, "no shape"),
+    "shape to be guessed": (put("payload.wave.shape", [-1]), InconsistentError, "its shape is not valid"),
+    "shape of bools": (put("payload.wave.shape", [2, True]), InconsistentError, "its shape is not valid"),
+    "shape of floats": (put("payload.wave.shape", [2.0]), InconsistentError, "its shape is not valid"),
+    "shape a number": (put("payload.wave.shape", 2), InconsistentError, "its shape is not valid"),
+    "shape absurd": (put("payload.wave.shape", [0, 2**40, 2**40]), InconsistentError, "its shape is not valid"),
+    "shape of a million": (put("payload.wave.shape", [2] + [1] * 10**6), InconsistentError, "its shape is not valid"),
     "parameter a number": (put("payload.weight.parameter", 1), InconsistentError, "true or false"),
     "parameter null": (put("payload.weight.parameter", None), InconsistentError, "true or false"),
     "gradient of whole numbers": (
         put("payload.many", {"$tensor": "vraxion_ckpt/payload/many/a", "requires_grad": True}),
         InconsistentError,
-        "[payload.many]: is no $tensor",
+        "[payload.many]: is not a valid $tensor entry",
     ),
     "gradient as text": (
         put("payload.many", {"$tensor": "vraxion_ckpt/payload/many/a", "requires_grad": "no"}),
         InconsistentError,
         "true or false",
     ),
-    # other kinds
-    "kind unknown": (put("payload.x", {"$set": [1]}), InconsistentError, "[payload.x]: is no $set of ours"),
+    # other kinds of entries
+    "kind unknown": (put("payload.x", {"$set": [1]}), InconsistentError, "[payload.x]: is not a valid $set entry"),
     "kind of no name": (put("payload.x", {"$": [1]}), InconsistentError, "[payload.x]"),
     "kind beside a key": (put("payload.x", {"a": 1, "$tuple": []}), InconsistentError, "[payload.x]"),
     "tuple of text": (put("payload.x", {"$tuple": "abc"}), InconsistentError, "[payload.x]"),
@@ -735,7 +747,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "dict an object": (put("payload.x", {"$dict": {"a": 1}}), InconsistentError, "[payload.x]"),
     "dict of text": (put("payload.x", {"$dict": ["ab"]}), InconsistentError, "[payload.x]"),
     "dict of keys alone": (put("payload.x", {"$dict": [["a"]]}), InconsistentError, "[payload.x]"),
-    "dict with a key twice": (put("payload.x", {"$dict": [[1, 2], [1, 3]]}), InconsistentError, "stands there twice"),
+    "dict with a key twice": (put("payload.x", {"$dict": [[1, 2], [1, 3]]}), InconsistentError, "occurs twice"),
     "dict with a float as key": (put("payload.x", {"$dict": [[1.0, 2]]}), InconsistentError, "[payload.x]"),
     "dict with true as key": (put("payload.x", {"$dict": [[True, 2]]}), InconsistentError, "[payload.x]"),
     "dict with null as key": (put("payload.x", {"$dict": [[None, 2]]}), InconsistentError, "[payload.x]"),
@@ -744,7 +756,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "attributes a list": (put("payload.many.attributes", [["a", 1]]), InconsistentError, "[payload.many]"),
     "attributes that hide a method": (put("payload.many.attributes", {"items": 1}), InconsistentError, "attributes"),
     "attributes by number": (put("payload.many.attributes", {"$dict": [[1, 2]]}), InconsistentError, "[payload.many]"),
-    # too much
+    # too large
     **{
         f"nested {depth} deep in {kind} at {place}": (
             put(place, json.loads(around[0] * depth + around[1] * depth)),
@@ -786,7 +798,7 @@ def copied(path: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_a_document_that_is_written_again_is_believed(form, sound, tmp_path):
-    """So that what is refused above is refused for what was changed."""
+    """Check that the documents above are rejected because of the change, and not because they were rewritten."""
     source = copied(sound / form, tmp_path)
     rewrite(source, lambda _: None)
     assert exact(vc.open(source).payload) == exact(vc.open(sound / form).payload)
@@ -805,8 +817,12 @@ TEXTS: dict[str, tuple[Callable[[str], str], type[CkptError], str]] = {
     "null": (lambda _: "null", InconsistentError, "[vraxion_ckpt"),
     "truncated": (lambda text: text[:-1], InconsistentError, "does not parse: is not JSON"),
     "more than JSON": (lambda text: text + "{}", InconsistentError, "does not parse: is not JSON"),
-    "NaN": (lambda text: text.replace('"step":7', '"step":NaN'), InconsistentError, "NaN is no JSON number"),
-    "infinite": (lambda text: text.replace('"step":7', '"step":1e999'), InconsistentError, "1e999 is no JSON number"),
+    "NaN": (lambda text: text.replace('"step":7', '"step":NaN'), InconsistentError, "NaN is not a JSON number"),
+    "infinite": (
+        lambda text: text.replace('"step":7', '"step":1e999'),
+        InconsistentError,
+        "1e999 is not a JSON number",
+    ),
     "5,000 digits": (lambda text: text.replace('"step":7', f'"step":{"7" * 5000}'), InconsistentError, "parse"),
     "key twice": (lambda text: text.replace('"step":7', '"step":6,"step":7'), InconsistentError, "key occurs twice"),
     "key twice, spelt \\u0073": (
@@ -833,7 +849,7 @@ def test_a_document_that_does_not_parse_is_refused(change, error, says, sound, t
 
 
 def test_values_that_only_look_few_are_counted_where_they_are_parsed(sound, tmp_path):
-    """In the header, the text of a document can be spelt so that no comma is seen there."""
+    """In the header, commas in the text of a document can be escaped."""
     source = copied(sound / "file", tmp_path)
     header = header_of(source)
     header["__metadata__"]["vraxion_ckpt"] = "@"
@@ -853,7 +869,7 @@ def test_training_state_without_its_document_is_no_state_dict(form, sound, tmp_p
         header = header_of(source)
         del header["__metadata__"]
         write_header(source, json.dumps(header).encode())
-    with pytest.raises(InconsistentError, match="the metadata that belongs to it was lost"):
+    with pytest.raises(InconsistentError, match="the metadata that describes it was lost"):
         vc.open(source)
 
 
@@ -862,7 +878,7 @@ PIECES += [{"$tensor": "theta"}, {"$tuple": [1]}, {"$dict": [[1, 2]]}, {"$ordere
 
 
 def walk(value: Any) -> list[Any]:
-    """List every container in a value, itself included, those with few entries as often as those with many."""
+    """List all containers in a value, including itself, such that small ones are as frequent as large ones."""
     found = [value]
     for entry in value.values() if isinstance(value, dict) else value:
         if isinstance(entry, dict | list):
@@ -900,7 +916,7 @@ def test_no_change_of_a_real_document_is_met_with_anything_but_an_error_of_ours(
     with bounded():
         try:
             vc.convert(source, folder / "out.pt")
-        except PluginError:  # which is how what a reader did not expect is wrapped
+        except PluginError:  # the message of unexpected exceptions
             raise
         except CkptError:
             pass

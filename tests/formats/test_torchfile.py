@@ -1,4 +1,4 @@
-"""Pickles that must not be believed: each is refused with the class that says why, soon, and runs nothing."""
+"""Hostile pickles: each is rejected quickly, with the right class of error, and runs no code."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from vraxion_ckpt.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from vraxion_ckpt.formats import torch_archive, torch_file
+from vraxion_ckpt.formats import torch_archive, torch_file, zip_directory
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write_pickle(path: Path, operations: bytes, storages: dict[str, bytes] | None = None) -> None:
-    """Write a file of torch.save whose pickle is given operation by operation."""
+    """Write a torch file whose pickle is given as a list of opcodes."""
     path.write_bytes(zip_bytes(archive(b"\x80\x02" + operations + b".", storages)))
 
 
@@ -109,11 +109,11 @@ def test_a_call_of_os_system_is_unsafe_and_never_runs(path: Path, tmp_path: Path
     proof = tmp_path / "proof"
     torch.save({"model": {"w": torch.zeros(2)}, "losses": [Evil(f"touch {proof}")]}, path)
     error = refused(path, UnsafeError, r"would call posix\.system")
-    assert "do not load it with anything" in str(error.hint)
+    assert "do not load this file" in str(error.hint)
     refused(path, UnsafeError, "module posix is blocked", allow_globals=["posix.system"])
     assert not proof.exists()
     torch.load(path, weights_only=False)
-    assert proof.exists()  # so the payload was a live one
+    assert proof.exists()  # the payload works outside of the reader
 
 
 def test_a_pickled_module_is_unsafe(path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_pickled_module_is_unsafe(path: Path) -> None:
 
 
 class Config:
-    """What a trainer may have put beside the model."""
+    """An object that a trainer may store beside the model."""
 
 
 def test_every_global_that_is_not_allowed_is_named(path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_name_that_was_allowed_for_one_file_is_not_allowed_for_the_next(path: 
     "name", ["torch.Tensor", "torch.FloatTensor", "torch.storage.UntypedStorage", "torch.cuda.FloatStorage"]
 )
 def test_memory_that_is_not_in_the_file_is_never_read(path: Path, name: str) -> None:
-    """torch allows these by default: called with a number, they return whatever the memory held before."""
+    """torch allows these classes by default; called with a number, they return uninitialised memory."""
     write_pickle(path, b"}" + text("w") + call(name, number(1000)) + b"s")
     refused(path, UnsafeError, "memory that is not in the file")
 
@@ -207,7 +207,7 @@ def test_what_a_converter_cannot_vouch_for_is_unsupported(path: Path, make: Call
 
 def test_another_pickle_protocol_is_unsupported(path: Path) -> None:
     torch.save({"model": {"w": torch.ones(2)}}, path, pickle_protocol=4)
-    refused(path, UnsupportedError, "not what torch.save writes")
+    refused(path, UnsupportedError, "torch.save does not write")
 
 
 # --- Limit ---
@@ -231,7 +231,7 @@ def test_torchs_own_expanded_and_overlapping_views_are_beyond_the_limit(path: Pa
 
 
 def bomb(levels: int) -> bytes:
-    """Lists that hold the list before them twice."""
+    """Nested lists, each of which holds the previous one twice."""
     memo = [struct.pack("<I", level) for level in range(levels)]
     return b"]r" + memo[0] + b"".join(b"](j" + below + b"j" + below + b"er" + own for below, own in pairwise(memo))
 
@@ -275,7 +275,7 @@ def test_deep_nesting_is_beyond_the_limit(path: Path, operations: bytes, allow_g
 @pytest.mark.parametrize("depth", [1, 1_000_000])
 @pytest.mark.parametrize("holder", ["dict", "OrderedDict", "attribute", "set", "Counter", "empty Counter"])
 def test_a_key_that_is_a_tuple_is_inconsistent_and_never_hashed(path: Path, holder: str, depth: int) -> None:
-    """C would hash the deep one until its stack overflows, which ends the process."""
+    """Hashing the deep one would overflow the C stack and end the process."""
     key = b"N" + b"\x85" * depth
     made = {
         "dict": b"}" + key + b"Ns",
@@ -292,13 +292,13 @@ def test_a_key_that_is_a_tuple_is_inconsistent_and_never_hashed(path: Path, hold
 def test_many_calls_that_copy_one_long_text_are_beyond_the_limit(path: Path) -> None:
     encode = call("_codecs.encode", b"h\0", text("latin1"))
     write_pickle(path, b"(" + text("a" * 10**6) + b"q\0" + encode * 20_000 + b"t")
-    refused(path, LimitError, "copies far more than it holds")
+    refused(path, LimitError, "copies far more data than it has")
 
 
 def test_many_attributes_copied_to_many_dicts_are_beyond_the_limit(path: Path) -> None:
     state = b"}q\0(" + b"".join(text(f"{i}") + b"N" for i in range(5000)) + b"u"
     write_pickle(path, b"(" + state + (call("collections.OrderedDict") + b"h\0b") * 5000 + b"t")
-    refused(path, LimitError, "copies far more than it holds")
+    refused(path, LimitError, "copies far more data than it has")
 
 
 def test_a_bytearray_is_refused_before_it_takes_its_memory(path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_bytearray_is_refused_before_it_takes_its_memory(path: Path) -> None:
         write_pickle(path, call(name, number(10**11)))
         refused(path, UnsafeError, r"builtins\.bytearray")
     write_pickle(path, b"\x96" + struct.pack("<Q", 10**11))
-    refused(path, UnsupportedError, "not what torch.save writes")
+    refused(path, UnsupportedError, "torch.save does not write")
 
 
 # --- Corrupt ---
@@ -319,14 +319,14 @@ def test_a_bytearray_is_refused_before_it_takes_its_memory(path: Path) -> None:
         (b"h\7", "pickle is damaged"),
         (b"\xff", "pickle is damaged"),
         (b"}" + text("a")[:-1], "pickle is damaged"),
-        (text("x") + b"Q", "no storage"),
-        (call("collections.OrderedDict", b"](](N\x85Nee"), "OrderedDict made of something"),
+        (text("x") + b"Q", "not a storage"),
+        (call("collections.OrderedDict", b"](](N\x85Nee"), "OrderedDict with arguments"),
         (tensor((5,), (1,)), "torch cannot read it"),
         (tensor((2, 2), (1, 3)), "torch cannot read it"),
         (tensor((-1,), (1,)), "torch cannot read it"),
         (tensor((4,), (-1,)), "torch cannot read it"),
-        (tensor((5,), (1,), held=5), "asks for 20 bytes, the storage has 16"),
-        (tensor((3,), (1,), held=3), "asks for 12 bytes, the storage has 16"),
+        (tensor((5,), (1,), held=5), "asks for 20 bytes, but its storage has 16"),
+        (tensor((3,), (1,), held=3), "asks for 12 bytes, but its storage has 16"),
         (tensor((4,), (1,)).replace(b"FloatS", b"QuadS"), "unknown storage type"),
         (tensor((4,), (1,)).replace(text("0"), text("1")), "storage is missing"),
     ],
@@ -336,7 +336,7 @@ def test_a_pickle_that_does_not_fit_its_storages_is_corrupt(path: Path, operatio
     refused(path, CorruptError, match)
 
 
-# --- Inconsistent: what the pipeline makes of a sound file ---
+# --- Inconsistent: valid files that are no checkpoints ---
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_payload_whose_parts_contradict_each_other_is_inconsistent(path: Path,
 
 
 def test_every_way_to_pickle_a_call_of_a_function_is_seen(path: Path, tmp_path: Path) -> None:
-    """Protocol 2 has three, and older ones more; none of them runs."""
+    """Protocol 2 has three ways, and older protocols have more; none of them may run."""
     proof = tmp_path / "proof"
     argument = text(f"touch {proof}")
     ways = {
@@ -411,7 +411,7 @@ MANY["view"] = MANY["large"][3:5].t()
 
 
 def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
-    """Wherever it stands: a reader may take it from the directory, from beside the bytes, or from before them."""
+    """Readers may use the checksum in the directory, or the one before or after the bytes."""
     torch_file.save_torch_file(MANY, path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as zipped:
@@ -437,7 +437,7 @@ def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
 def test_checksums_of_large_tensors_are_taken_while_they_are_written(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a release of torch writes a storage in other pieces, its checksum is still right, but costs a second look."""
+    """If a torch release writes storages in other pieces, checksums are still right, but the bytes are read again."""
     known: dict[tuple[int, int], int] = {}
     fill_in = torch_file.fill_in_checksums
     monkeypatch.setattr(torch_file, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
@@ -473,11 +473,11 @@ def test_why_a_write_failed_is_said(
 
 
 class _Signalled(BaseException):
-    """What a handler raises, as Python's own does for SIGINT."""
+    """The exception that the signal handler raises."""
 
 
 def signalled_at(line: int, work: Callable[[], object]) -> bool:
-    """Do `work` with a signal before the line of that number that runs in our module or in torch's; False: past it."""
+    """Do `work` with a signal before a line that runs in this package or torch; False if there are fewer."""
     left = line
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -524,11 +524,11 @@ def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
     assert line > 100
 
 
-# --- Checksums that were noted by someone who read the bytes anyway ---
+# --- Checksums that were computed elsewhere ---
 
 
 def test_every_storage_of_a_file_is_found_in_memory(path: Path) -> None:
-    """If a release of torch maps files otherwise, checksums are still verified, but by a pass of their own."""
+    """If a torch release maps files differently, checksums are still verified, but the file is read again."""
     for save in (torch.save, torch_file.save_torch_file):
         save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
         sources = Sources()
@@ -653,7 +653,7 @@ def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
 ) -> None:
     read_again: list[str] = []
 
-    def verify_members(_: Any, __: memoryview, members: Iterable[torch_archive.Member]) -> None:
+    def verify_members(_: Any, __: memoryview, members: Iterable[zip_directory.Member]) -> None:
         read_again.extend(member.name for member in members if member.size > 1000)
 
     torch.save(
@@ -663,4 +663,4 @@ def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
     vc.convert(tmp_path / "a.pt", tmp_path / "b.pt")
     assert not read_again
     vc.convert(tmp_path / "a.pt", tmp_path / "c.pt", dry_run=True)
-    assert len(read_again) == 3  # there nobody else reads them
+    assert len(read_again) == 3  # without a comparison, nothing else reads the bytes

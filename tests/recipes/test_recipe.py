@@ -245,7 +245,7 @@ loses: warn
         ("? [a, b]\n: c\nsource: in.pt\ntargets: [a.pt]\n", "a key must be plain text"),
         ("[" * 3000 + "]" * 3000, "nested too deeply"),
         ("vars: {n: }\nsource: in.pt\ntargets: ['a${n}.pt']\n", "has no value: pass --set n=…"),
-        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is no finite number"),
+        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is not a finite number"),
         ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a text"),
         ("vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n", "is the recipe's own folder"),
         ("source: in.pt\ntargets: ['a${ s }.pt']\n", "'${ s }' is no variable; write $${"),
@@ -354,7 +354,7 @@ def test_a_target_that_appears_meanwhile_is_told_with_what_was_written(monkeypat
 
     monkeypatch.setattr(convert, "publish", also)
     write("source: in.pt\ntargets: [a.pt, b.pt]\n")
-    with pytest.raises(UsageError, match=r"has appeared meanwhile; .*a\.pt was written, .*b\.pt was not"):
+    with pytest.raises(UsageError, match=r"was created by another process; .*a\.pt was written, .*b\.pt was not"):
         vc.run("recipe.yaml")
     assert Path("b.pt").read_text() == "somebody else's"
     assert vc.check("a.pt").sound

@@ -16,7 +16,7 @@ import scenarios
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Here runs are interrupted all the time, and the next one says so."""
+    """Ignore the warnings about interrupted runs, which are expected here."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("ignore::vraxion_ckpt.errors.CkptWarning"))
@@ -30,7 +30,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[scenarios.Scenario]:
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Make folders on a RAM disk, if there is one: what is tried thousands of times need not wait for a real one."""
+    """Make folders on a RAM disk, if there is one, because thousands of tries would be slow on a real disk."""
     disk = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="vraxion-", dir=disk if disk.is_dir() else tmp_path))
 

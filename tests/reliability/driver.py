@@ -1,4 +1,4 @@
-"""Do one edit of files that lie ready, with the commit layer alone and without torch; a child to be traced.
+"""Do one edit with the commit layer alone, without torch, from prepared files; run as a child process under strace.
 
 usage: driver.py TARGET NEW CHANGE, with NEW a copy of the new state and CHANGE as JSON.
 """
@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.file_marks import survey
+from vraxion_ckpt.commit.journal import FileChanges
 from vraxion_ckpt.commit.staging import exclusive, staged
-from vraxion_ckpt.commit.transaction import FileChanges, survey
 from vraxion_ckpt.errors import CkptError
 
 target, new = Path(sys.argv[1]), Path(sys.argv[2])
 facts = json.loads(sys.argv[3])
-change = FileChanges(facts["pivot"], tuple(facts["first"]), tuple(facts["later"]), tuple(facts["removed"]))
+change = FileChanges(facts["exchanged"], tuple(facts["first"]), tuple(facts["later"]), tuple(facts["removed"]))
 assert "torch" not in sys.modules
 try:
     with exclusive(target):
@@ -28,7 +29,7 @@ try:
                 (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
                 if not (target / name).exists() or (target / name).read_bytes() != content:
                     system_calls.write_new(stage.path / name, content)
-                elif change.pivot == ".":
+                elif change.exchanged == ".":
                     system_calls.link_or_copy(target / name, stage.path / name)
             stage.publish(watched=marks)
 except CkptError as error:

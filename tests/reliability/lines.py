@@ -1,6 +1,6 @@
-"""A real command, with a signal before one line of Python of its run; each is a fork of a process that has torch.
+"""Run the real command with a signal before one of its lines of Python; each run is a fork that has torch imported.
 
-``python lines.py FOLDER POINTS`` splits a checkpoint in FOLDER that many times, and prints what has become of it.
+``python lines.py FOLDER POINTS`` splits a checkpoint in FOLDER POINTS times, and prints the outcomes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import click
 import vraxion_ckpt as vc
 from vraxion_ckpt.cli import cli, main
 from vraxion_ckpt.commit import system_calls
-from vraxion_ckpt.commit.transaction import survey
+from vraxion_ckpt.commit.file_marks import survey
 
 SPLIT = ["-t", "mitosis_split:parent=0,addresses=[0]"]
-# Whose lines count: ours, and those that stand between ours and the end of the process, or of a ``with`` block.
+# Lines of these files count: this package, click and contextlib, which run before a ``with`` block or process ends.
 TRACED = (*(str(Path(str(module.__file__)).parent) for module in (vc, click)), contextlib.__file__)
 
 
 def edited(target: Path, said: Path, at: int, done: Callable[[int, int], None] = lambda *_: None) -> int:
-    """Edit in a fork, with SIGINT before line `at`; calls `done` there with how many there were, and at the commit."""
+    """Edit in a fork, with SIGINT before line `at`; `done` gets the numbers of lines in all and before the commit."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -70,10 +70,10 @@ def edited(target: Path, said: Path, at: int, done: Callable[[int, int], None] =
 
 
 def tried(folder: Path, points: int) -> dict[str, object]:
-    """Do it at random lines, half of them after the commit; count the ends, and list the bad ones."""
+    """Edit with a signal at random lines, half of them after the commit; count the outcomes, and list the bad ones."""
     source, target, said = folder / "source", folder / "alone" / "run", folder / "said"
     before, counts = read(source), folder / "counts"
-    with contextlib.redirect_stdout(io.StringIO()):  # it imports what it needs, once for all forks
+    with contextlib.redirect_stdout(io.StringIO()):  # imports everything once for all forks
         cli.main(["edit", str(shutil.copytree(source, folder / "first")), *SPLIT], standalone_mode=False)
     shutil.copytree(source, target)
     edited(target, said, 0, lambda *found: counts.write_text(json.dumps(found)) and None)

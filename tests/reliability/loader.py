@@ -1,8 +1,8 @@
-"""What a trainer makes of a checkpoint when it resumes: the field's loader, step by step, down to the values.
+"""The state with which a trainer resumes from a checkpoint, computed like VRAXION's loader does.
 
-It reads ``router.state``, then for each expert its shard if the file exists, then ``meta.json``, makes missing
-folders on the way, and skips whatever it cannot use without a word. So that it loads proves nothing: what counts is the
-values that the model ends up with. Written from the layouts' description and not from the package under test.
+It reads ``router.state``, then the shard of each expert if the file exists, then ``meta.json``. It makes missing
+folders, and silently skips everything that it cannot use. So a successful load proves nothing, and the tests compare
+the values of the model. Written from the description of the layouts, without code of the package under test.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-# Of a shard that is missing or cannot be used: the expert keeps the random numbers it was made with.
+# If a shard is missing or cannot be used, the expert keeps its random initial values.
 RANDOM = "random"
 
 
 def resume(path: Path) -> tuple[Any, ...] | None:
-    """Return what a trainer resumes with, comparable by ``==``; None if it cannot start."""
+    """Return the state with which a trainer resumes, comparable by ``==``; None if it cannot start."""
     if not path.is_dir():
         return (_values(path.read_bytes()),) if path.is_file() else None
     (path / "system").mkdir(exist_ok=True)
@@ -39,12 +39,12 @@ def _shard(path: Path) -> str:
         return RANDOM
     try:
         return _values(path.read_bytes())
-    except Exception:  # it is logged and ignored, whatever it is
+    except Exception:  # the loader logs and ignores all errors
         return RANDOM
 
 
 def _rows(path: Path, experts: int) -> tuple[Any, ...] | None:
-    """Return the lifecycle of the experts that the model has; rows are taken by their place."""
+    """Return the lifecycle rows of the experts of the model; rows are assigned by position."""
     try:
         rows = json.loads(path.read_text())["experts"]
     except (OSError, ValueError, KeyError):
@@ -55,14 +55,14 @@ def _rows(path: Path, experts: int) -> tuple[Any, ...] | None:
 
 @lru_cache(maxsize=4096)
 def _number_of_experts(content: bytes) -> int:
-    """Return how many experts have shards; a single head stands in router.state."""
+    """Return how many experts have shards; a single head is in router.state."""
     payload = torch.load(io.BytesIO(content), weights_only=True)
     return 0 if any(name.startswith("head.single.") for name in payload["model"]) else int(payload["num_experts"])
 
 
 @lru_cache(maxsize=4096)
 def _values(content: bytes) -> str:
-    """Return a digest of every value in a file of torch.save: of tensors, their type, shape and bits."""
+    """Return a digest of each value in a torch file; for tensors, of dtype, shape and bits."""
     digest = hashlib.sha256()
 
     def take(value: Any) -> None:

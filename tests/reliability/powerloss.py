@@ -1,8 +1,8 @@
-"""What a power loss can leave: every state that follows from a log of operations and of what was flushed.
+"""All states that a power loss can leave, computed from a log of operations and flushes.
 
-The model is harsher than most file systems: of everything that was not flushed, any part may be lost in any
-combination. A file whose bytes were not flushed may be empty; a change of a directory that was not flushed may not have
-happened. A rename or an exchange is one change, and happened as a whole or not at all.
+The model is harsher than most file systems: any combination of the changes that were not flushed may be lost. A file
+whose bytes were not flushed may be empty, and a change of a directory that was not flushed may be missing. A rename or
+an exchange is one change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_SUBSETS = 256
 
 @dataclass(frozen=True)
 class Entries:
-    """A change of directories: in each, a name now stands for another node, or for none."""
+    """A change of directories: names that now refer to another node, or to none."""
 
     changes: tuple[tuple[int, str, int | None], ...]
 
@@ -47,13 +47,13 @@ class Flush:
 
 @dataclass
 class Log:
-    """A disk below one folder, and what was done to it since.
+    """A folder on a disk, and the operations on it.
 
     Attributes:
-        start: the entries of every directory in the beginning, all of them flushed.
-        now: the entries as of now, flushed or not.
-        contents: the bytes of every file; None for a directory.
-        stamps: inode and time of the last change of every file, as the run has seen them.
+        start: the entries of each directory at the start, all flushed.
+        now: the current entries, flushed or not.
+        contents: the bytes of each file; None for a directory.
+        stamps: inode and modification time of each file, as the run has seen them.
     """
 
     root: Path
@@ -98,7 +98,7 @@ class Log:
         self.done.append(Entries(entries))
 
     def note(self, _: int, name: str, arguments: tuple[Path, ...]) -> None:
-        """Take down a call of the commit layer that has just been made."""
+        """Record a call of the commit layer that was just made."""
         path, *rest = arguments
         if name == "fsync":
             self.done.append(Flush(self._at(path)))
@@ -122,13 +122,13 @@ class Log:
         self._change((path, node))
         self.done.append(Content(node))
 
-    # --- what may be left ---
+    # --- possible states ---
 
     def states(self) -> Iterator[tuple[bool, frozenset[int], tuple[int, ...]]]:
-        """Yield each state once: whether it follows the last operation, empty files, and which changes have happened.
+        """Yield each state once: whether it follows the last operation, its empty files, and the changes in it.
 
-        Of too many combinations of what may be lost, the simplest and some at random are tried. First come those where
-        all is lost that can be.
+        If there are too many combinations, the simplest and some random ones are tried. States in which everything that
+        can be lost is lost come first.
         """
         seen = set()
         ends = [(end, self._pending(end)) for end in range(len(self.done) + 1)]
@@ -144,7 +144,7 @@ class Log:
                     yield key
 
     def _pending(self, end: int) -> list[int]:
-        """Return which of the first operations may be lost."""
+        """Return the changes among the first operations that may be lost."""
         pending = []
         for i, op in enumerate(self.done[:end]):
             nodes = {op.node} if isinstance(op, Content) else set()
@@ -156,7 +156,7 @@ class Log:
         return pending
 
     def lay(self, empty: frozenset[int], happened: tuple[int, ...], folder: Path) -> None:
-        """Make a state on a real disk; a journal in it speaks of the inodes that its files have there."""
+        """Write a state to a real disk, with the inodes in its journal replaced by those of the files written."""
         entries = {node: dict(names) for node, names in self.start.items()}
         for i in happened:
             op = self.done[i]
@@ -199,7 +199,7 @@ class Log:
 
 
 def _subsets(pending: list[int]) -> Iterator[tuple[int, ...]]:
-    """Yield what may be lost together."""
+    """Yield sets of changes that may be lost together."""
     if 2 ** len(pending) <= _MOST_SUBSETS:
         for keep in product((False, True), repeat=len(pending)):
             yield tuple(i for i, kept in zip(pending, keep, strict=True) if not kept)
@@ -213,7 +213,7 @@ def _subsets(pending: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def record(case: Scenario, folder: Path, *, left_out: Callable[[Path], bool] | None = None) -> Log:
-    """Run an edit, leaving out some calls of fsync, and take down what it does to the disk."""
+    """Run an edit without some of its calls of fsync, and record its operations."""
     folder.mkdir(parents=True)
     target = case.lay(folder)
     log = Log(folder)
@@ -226,10 +226,10 @@ def record(case: Scenario, folder: Path, *, left_out: Callable[[Path], bool] | N
 
 
 def bad_states(case: Scenario, log: Log, folder: Path) -> Iterator[str | None]:
-    """Yield, for each state that a power loss can leave, what is wrong with it, or None.
+    """Yield, for each state that a power loss can leave, what is wrong with it; None if nothing is.
 
-    A trainer must resume the old state or the new one, and only the new one after the run has ended; and whoever gets
-    the lock next must find just that, byte by byte, with nothing beside it but what was to be kept.
+    A trainer must resume the old state or the new one, and after the end of the run only the new one. The next run must
+    find exactly that state, with nothing beside it except the old state if it is kept.
     """
     for number, (ended, empty, happened) in enumerate(log.states()):
         place = folder / str(number)

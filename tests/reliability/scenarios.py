@@ -1,7 +1,7 @@
-"""One edit of each kind, as the commit layer sees it: files before, files after, and which of them change.
+"""One edit of each kind as input of the commit layer: the files before and after, and which of them change.
 
-The files are real: the package's own edits of the fixtures. What is tried a thousand times is the commit layer alone,
-with these bytes; `perform` does what an edit does once its tensors are written.
+The files come from real edits of the fixtures. Thousands of tries run the commit layer alone with these bytes;
+`perform` does what an edit does after its tensors are written.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from support import DATA
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.file_marks import survey
+from vraxion_ckpt.commit.journal import FileChanges
 from vraxion_ckpt.commit.staging import exclusive, staged
-from vraxion_ckpt.commit.transaction import FileChanges, survey
 
-Tree = Mapping[str, bytes]  # by path below the target; of a target that is a file, "."
+Tree = Mapping[str, bytes]  # by relative path; "." for a target that is a file
 
 SPLIT = "mitosis_split:parent=0,addresses=[0],noise=0"
 EARLIER = "mitosis_split:parent=0,addresses=[3],noise=0"
@@ -32,10 +33,10 @@ class Scenario:
     """An edit, or a conversion to a target that may exist.
 
     Attributes:
-        old: nothing if the target is new.
+        old: the files before; empty if the target is new.
         exchange: whether the file system can exchange two names.
         links: whether it has hard links.
-        touched: the call at which a trainer writes, the same bytes, if it does: the run must then give up.
+        touched: the call at which a trainer rewrites the same bytes, if it does; the run must then fail.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Scenario:
         return "." in self.new
 
     def lay(self, folder: Path) -> Path:
-        """Put the old state into an empty folder; return the target."""
+        """Write the old state into an empty folder; return the target."""
         target = folder / ("run.pt" if self.is_file else "run")
         if self.old:
             write_tree(target, self.old)
@@ -64,7 +65,7 @@ class Scenario:
         with exclusive(target):
             marks = survey(target) if self.old else {}
             with staged(target, directory=not self.is_file, overwrite=True, change=self.change) as stage:
-                whole = self.change.pivot == "."
+                whole = self.change.exchanged == "."
                 for name, content in self.new.items():
                     place = stage.path / name
                     for folder in reversed(place.relative_to(stage.path).parents[:-1]):
@@ -77,14 +78,14 @@ class Scenario:
                 stage.publish(watched=marks, keep_old=self.keep_old)
 
     def again(self, target: Path) -> None:
-        """Run once more after an end that was not foreseen, as somebody would who wants the new state."""
+        """Run again after an unexpected end, as a user would to get the new state."""
         with exclusive(target):
             pass
         if read_tree(target) != self.new:
             self.perform(target)
 
     def judge(self, target: Path) -> str:
-        """Say which state a trainer would resume: ``old``, ``new``, or what it would get instead."""
+        """Return which state a trainer would resume: ``old``, ``new``, or a description of another one."""
         found = resume(target)
         if not self.old and found is None:
             return "old"
@@ -94,7 +95,7 @@ class Scenario:
         return f"neither: {found}"
 
     def values(self, which: str) -> object:
-        """Return what a trainer resumes of the old or the new state."""
+        """Return what a trainer resumes from the old or the new state."""
         return _VALUES[self.name, which]
 
 
@@ -102,7 +103,7 @@ _VALUES: dict[tuple[str, str], object] = {}
 
 
 def write_tree(target: Path, tree: Tree) -> None:
-    """Write files, without any care."""
+    """Write files without flushing."""
     for name, content in tree.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(content)
@@ -116,7 +117,7 @@ def read_tree(target: Path) -> dict[str, bytes]:
 
 
 def beside(target: Path) -> list[str]:
-    """List what lies beside a target."""
+    """List the other files in the folder of a target."""
     return sorted(path.name for path in target.parent.iterdir() if path != target)
 
 
@@ -124,7 +125,7 @@ def beside(target: Path) -> list[str]:
 
 
 def _edit(folder: Path, stem: str, chain: list[str], *, first: list[str] | None = None, **options: object) -> Scenario:
-    """Run a real edit, after another one that prepares for it, and note what it did to which files."""
+    """Run a real edit, after an optional first one, and return the files that it changed."""
     source = DATA / stem
     target = folder / stem
     shutil.rmtree(target, ignore_errors=True)
@@ -133,18 +134,18 @@ def _edit(folder: Path, stem: str, chain: list[str], *, first: list[str] | None 
         vc.edit(target, transforms=first)
     old = read_tree(target)
     done = vc.edit(target, transforms=chain, **options)  # type: ignore[arg-type]
-    pivot = "system/router.state"
-    rest = tuple(name for name in done.written if name != pivot)
+    index = "system/router.state"
+    rest = tuple(name for name in done.written if name != index)
     change = {
-        "router only": FileChanges(pivot),
-        "grow": FileChanges(pivot, first=rest),
-        "shrink": FileChanges(pivot, later=rest, removed=done.removed),
+        "router only": FileChanges(index),
+        "grow": FileChanges(index, first=rest),
+        "shrink": FileChanges(index, later=rest, removed=done.removed),
     }.get(done.kind, FileChanges())
     return Scenario(f"{done.kind}: {stem}", old, read_tree(target), change)
 
 
 def build(folder: Path) -> list[Scenario]:
-    """Make all of them."""
+    """Make all scenarios."""
     prune = "prune_merge:merge_into=0,allow_tenured=true"
     renumber = "prune_merge:merge_from=1,merge_into=0,renumber=true,allow_tenured=true"
     grow = _edit(folder, "modular_experts3", [SPLIT])
@@ -152,7 +153,9 @@ def build(folder: Path) -> list[Scenario]:
     rewrite = _edit(folder, "modular_experts3", [renumber], first=[EARLIER])
     router = _edit(folder, "modular_experts3", [], optimizer="drop")
     file = _edit(folder, "wallclock_experts3.pt", [SPLIT])
-    over = _edit(folder, "trainers/modular_leftover_shard", [SPLIT])  # a new shard takes the name of one left over
+    over = _edit(
+        folder, "trainers/modular_leftover_shard", [SPLIT]
+    )  # the name of a new shard is in use by one of an earlier save
     assert over.change.first[0] in over.old
     cases = [
         grow,
@@ -192,7 +195,7 @@ def _variant(case: Scenario, how: str, **changes: object) -> Scenario:
     return Scenario(**{**vars(case), "name": f"{case.name}, {how}", **changes})  # type: ignore[arg-type]
 
 
-# --- the disk, seen and broken ---
+# --- recorded and failing system calls ---
 
 Hook = Callable[[int, str, tuple[Path, ...]], None]
 CALLS = (
@@ -204,7 +207,7 @@ CALLS = (
     "exchange",
     "link_or_copy",
     "copy",
-    "like",
+    "copy_mode_and_owner",
     "unlink",
     "rmdir",
 )
@@ -214,9 +217,9 @@ CALLS = (
 def watched_disk(
     hook: Hook, case: Scenario, *, after: Hook | None = None, left_out: Callable[[Path], bool] | None = None
 ) -> Iterator[None]:
-    """Call `hook` with a number, a name and arguments before every call of the commit layer that changes the disk.
+    """Call `hook` with number, name and arguments before each call of the commit layer that changes the disk.
 
-    `left_out` says which calls of fsync are not made.
+    `left_out` selects the calls of fsync that are not made.
     """
     number = 0
 
@@ -248,10 +251,10 @@ def watched_disk(
 
 
 def trainer_writes(case: Scenario, target: Path) -> Hook:
-    """Return a hook by which a trainer saves the same bytes once more: before the journal is written, or the commit."""
+    """Return a hook with which a trainer saves the same bytes again, before the journal or before the commit."""
 
     def write(_: int, name: str, arguments: tuple[Path, ...]) -> None:
-        moment = arguments[0].name == "journal.json" or arguments[-1] == target / case.change.pivot
+        moment = arguments[0].name == "journal.json" or arguments[-1] == target / case.change.exchanged
         if name == case.touched and moment:
             for file in [target] if case.is_file else target.rglob("*"):
                 if file.is_file():
@@ -261,7 +264,7 @@ def trainer_writes(case: Scenario, target: Path) -> Hook:
 
 
 def rewrite(file: Path) -> None:
-    """Save a file as trainers do: to a temporary name, then renamed over."""
+    """Save a file as trainers do: write a temporary file and rename it."""
     other = file.with_name(f".tmp.{file.name}")
     other.write_bytes(file.read_bytes())
     other.replace(file)

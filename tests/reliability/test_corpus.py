@@ -1,4 +1,4 @@
-"""Figure 7: whatever is wrong with an input, each command refuses it for what it is, soon, and does nothing else."""
+"""Figure 7: each command rejects each bad input quickly and with the right error, and has no other effect."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vraxion_ckpt.errors import BusyError, PluginError, SourceError, UnknownForm
 Cli = Callable[..., tuple[int, str]]
 Finding = tuple[str, str]
 
-# The codes of errors of ours and of none; a defect has another, also one of a format's plugin.
+# The exit codes of success and of expected errors. A defect, also in the adapter, has another one.
 OURS = {0, *range(UsageError.exit_code, BusyError.exit_code + 1)} - {PluginError.exit_code}
-# What may be found of a run; the figure says how often each was.
+# The kinds of faults that a run may have; the figure prints how often each was found.
 KINDS = {
     "code": "ran code",
     "outside": "opened a file outside",
@@ -34,7 +34,7 @@ KINDS = {
     "memory": f"took over 2 × input + {MEMORY >> 20} MiB",
     "wrote": "changed a file or left one",
 }
-# What an edit may write where the damage is in a shard that it does not open.
+# The files that an edit may write if the damage is in a shard that it does not open.
 WRITTEN = re.compile(r"(system|experts|system/router\.state|experts/meta\.json|experts/expert_[0-9]{3}\.pt)")
 
 
@@ -43,7 +43,7 @@ def split(parent: int) -> str:
 
 
 def runs_of(bad: Bad, path: Path, out: Path) -> Iterator[tuple[str, bool, tuple[object, ...]]]:
-    """Yield each command, whether it must see what is wrong, and its arguments; those that may write come last."""
+    """Yield each command, whether it must report the fault, and its arguments; commands that may write come last."""
     yield "convert", "convert" not in bad.unseen, ("convert", path, out / "new.pt")
     yield "inspect", "inspect" not in bad.unseen, ("inspect", path)
     yield "check", "convert" not in bad.unseen and issubclass(bad.error, SourceError), ("check", path)
@@ -88,7 +88,7 @@ def test_a_bad_input_is_refused_for_what_it_is_and_nothing_else_happens(kind, cl
 
 
 def get_warm(cli: Cli, folder: Path) -> None:
-    """Let all be imported that a run may need: whatever is opened after this is opened because of its input."""
+    """Import everything that a run may need, so that files opened later are opened because of the input."""
     path = directory(lambda _: None)(folder)
     for arguments in (
         ("inspect", path),
@@ -111,14 +111,14 @@ def ending(bad: Bad, path: Path, must_see: bool, code: int, said: str) -> Iterat
 
 
 def verdict(bad: Bad, must_see: bool, code: int, said: str) -> Iterator[Finding]:
-    """Yield what is wrong with the exit code of `check`, for which a fault is a finding and no error."""
+    """Yield what is wrong with the exit code of `check`, which reports faults as findings instead of errors."""
     expected = {bad.error.exit_code} if bad.error is UnknownFormatError else {1}
     if "Traceback" in said or code not in OURS | {1} or (must_see and code not in expected):
         yield "class", f"exit code {code}: {' '.join(said.split())[:500]}"
 
 
 def misdeeds(path: Path, out: Path, seen: Seen) -> Iterator[Finding]:
-    """Yield what else a run did that it should not."""
+    """Yield other effects of a run that are not allowed."""
     yield from (("code", what) for what in seen.ran)
     yield from (("outside", f"opened {place}") for place in seen.opened if not is_allowed(place, path, out))
     if seen.seconds > SECONDS:
@@ -128,9 +128,9 @@ def misdeeds(path: Path, out: Path, seen: Seen) -> Iterator[Finding]:
 
 
 def is_allowed(place: Path, path: Path, out: Path) -> bool:
-    """Tell whether a place is in the checkpoint, in the target's folder, or a lock or stage beside the checkpoint.
+    """Tell whether a path is in the checkpoint or the target's folder, or is a lock or stage beside the checkpoint.
 
-    A module that is first needed now may be imported, and the kernel be asked what is mounted where.
+    Files of modules that are imported now, and the kernel's table of mounts, are allowed too.
     """
     if str(place) == "/proc/self/mountinfo":
         return True
@@ -141,7 +141,7 @@ def is_allowed(place: Path, path: Path, out: Path) -> bool:
 
 
 def changes(path: Path, folder: Path, before: Snapshot, after: Snapshot, *, seen_through: bool) -> Iterator[Finding]:
-    """Yield what has changed; an edit that saw nothing wrong may write what is its own to write, and no shard."""
+    """Yield changed files that must not change; an edit that found no fault may write its files, but no shard."""
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) == after.get(name):
             continue
@@ -171,11 +171,11 @@ def test_what_trainers_leave_is_read_as_they_read_it_with_a_warning(odd, says, c
     code, said = cli(command, path, *arguments)
     assert (code, says in " ".join(said.split())) == (0, True)
     assert beside(path) == []
-    if command == "convert":  # of a directory without meta.json, the loader makes up rows
+    if command == "convert":  # without meta.json, the loader invents rows
         assert resume(tmp_path / "new")[1] == before[1]
 
 
-# --- wrong calls ---
+# --- usage errors ---
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_trainers_leave_is_read_as_they_read_it_with_a_warning(odd, says, c
 )
 @pytest.mark.parametrize("command", ["convert", "edit"])
 def test_a_wrong_transform_is_a_usage_error_and_nothing_is_read(command, transform, says, cli, tmp_path):
-    """The checkpoint is a bad one, too, so that whoever looks at it first says something else."""
+    """The checkpoint is bad too, so a command that read it first would report another error."""
     path = real(lambda content: content[:99])(tmp_path)
     before = snapshot(tmp_path, set())
     code, said = cli(command, path, *([tmp_path / "new.pt"] if command == "convert" else []), "-t", transform)

@@ -1,4 +1,4 @@
-"""Figures 5 to 7: no flipped bit is accepted with other contents, no prefix at all, and damage surprises no reader."""
+"""Figures 5 to 7: flipped bits, truncated files and random damage are rejected, or change nothing that is read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TO = {"pt": "pt", "safetensors": "safetensors", "shards": "safetensors:max_shard
 
 
 def look(path: Path, target: Path) -> None:
-    """Read all of a checkpoint in every way there is: as ``inspect`` does, and as a conversion to another format."""
+    """Read a checkpoint completely, as ``inspect`` does and as a conversion to another format does."""
     vc.inspect(path, values=True).as_json()
     vc.convert(path, target, dry_run=True, losses="ignore")
 
@@ -93,7 +93,7 @@ def test_every_proper_prefix_of_every_file_is_refused(kind, small, ram, figure):
             except CkptError:
                 refused[name] += 1
         write(path / name, whole)
-    vc.open(path).open_experts()  # so that nothing else was wrong
+    vc.open(path).open_experts()  # the untruncated file is accepted
     each = ", ".join(f"{count} of {name}" for name, count in refused.items()) if len(tree) > 1 else ""
     total = sum(map(len, tree.values()))
     figure(6, f"{kind}: {refused.total()} of {total} proper prefixes refused{each and f' ({each})'}")
@@ -102,7 +102,7 @@ def test_every_proper_prefix_of_every_file_is_refused(kind, small, ram, figure):
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a new file in place of another; memory that still maps the old one stays what it is."""
+    """Replace a file by a new one, so that memory maps of the old one do not change."""
     path.unlink()
     path.write_bytes(content)
 
@@ -151,7 +151,7 @@ def test_no_change_of_a_real_checkpoint_is_met_with_anything_but_an_error_of_our
             try:
                 look(path, folder / ("new.safetensors" if kind == "pt" else "new.pt"))
                 outcomes["read"] += 1
-            except PluginError:  # which is how what a reader did not expect is wrapped
+            except PluginError:  # the message of unexpected exceptions
                 raise
             except CkptError as error:
                 outcomes[type(error).__name__] += 1
@@ -169,7 +169,7 @@ def test_no_change_of_a_real_checkpoint_is_met_with_anything_but_an_error_of_our
 
 
 def changed(name: str, content: bytes, dice: Random) -> bytes:
-    """Change a file: its bytes, or what they mean with all lengths and checksums made right again."""
+    """Change a file: its bytes, or its content with all lengths and checksums updated."""
     ways: list[Callable[[bytes, Random], bytes]] = [bytes_changed]
     if name.endswith(".json"):
         ways += [json_changed] * 3
@@ -206,7 +206,7 @@ def bytes_changed(content: bytes, dice: Random) -> bytes:
 
 
 def tree_changed(value: Any, dice: Random, pieces: list[Any], keys: list[Any]) -> Any:
-    """Change a structure of dicts and lists in place: entries dropped, moved, doubled, renamed, replaced."""
+    """Change nested dicts and lists in place: drop, move, double, rename or replace entries."""
     for _ in range(dice.randint(1, 4)):
         containers = walk(value)
         at = dice.choice([container for container in containers if container] or [{"": None}])
@@ -252,7 +252,7 @@ def header_changed(content: bytes, dice: Random) -> bytes:
 
 
 def document_changed(content: bytes, dice: Random) -> bytes:
-    """Change the document within the header; of a shard, which has none, the header."""
+    """Change the document in the header; for a shard, which has no document, the header."""
 
     def change(raw: bytes) -> bytes:
         header = json.loads(raw)
@@ -265,7 +265,7 @@ def document_changed(content: bytes, dice: Random) -> bytes:
     return with_header(content, change)
 
 
-# --- files of torch.save ---
+# --- torch files ---
 
 NAMES = ["model", "optim", "state", "param_groups", "params", "step", "num_experts", "router_map", "vraxion_ckpt", 0, 7]
 NAMES += ["head.experts.0.weight", "head.experts.7.weight", "head.single.weight", "exp_avg", "x", ""]
@@ -282,7 +282,7 @@ def value_changed(content: bytes, dice: Random) -> bytes:
 
 
 def pickle_changed(content: bytes, dice: Random) -> bytes:
-    """Change the pickle, and put the archive together again."""
+    """Change the pickle, and rebuild the archive."""
     with zipfile.ZipFile(io.BytesIO(content)) as zipped:
         entries = [Entry(name, zipped.read(name)) for name in zipped.namelist()]
     for entry in entries:

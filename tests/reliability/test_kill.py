@@ -1,4 +1,4 @@
-"""Figures 1, 2 and 4: killed, or refused by the disk, at any call: old or new, and the next run succeeds unaided."""
+"""Figures 1, 2 and 4: after a kill or an error at any call, the state is old or new, and the next run succeeds."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
 def killed_at(case: Scenario, target: Path, number: int, *, half: bool = False, again: bool = False) -> bool:
-    """Run an edit in a process of its own that is killed before its call `number`, or in the middle of what it writes.
+    """Run an edit in another process that is killed before its call `number`, or in the middle of a write.
 
-    With `again`, it only cleans up what another run has left. Return false if it has ended before.
+    With `again`, it only recovers what another run has left. Return false if it ended before that call.
     """
     trainer = trainer_writes(case, target)
 
@@ -55,7 +55,7 @@ def killed_at(case: Scenario, target: Path, number: int, *, half: bool = False, 
 
 
 def wrong_after(case: Scenario, target: Path) -> str | None:
-    """Say what is wrong with what is left of a run, and with what the next run makes of it."""
+    """Return what is wrong with the files after a run, and after the next run."""
     which = case.judge(target)
     if which not in ("old", "new"):
         return f"a trainer resumes {which}"
@@ -95,7 +95,7 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new_one(cases, ram, figu
 
 
 def test_what_is_read_after_a_kill_is_what_a_trainer_resumes(cases, ram):
-    """Where a shard beyond num_experts is ignored, a killed run must not be taken for anything else."""
+    """Shards beyond num_experts are ignored; those of a killed run must not be read as part of another state."""
     seen = Counter()
     kinds = ("leftover", "grow: modular_experts3", "shrink")
     for case in (c for c in cases if c.old and not c.touched and any(kind in c.name for kind in kinds)):
@@ -133,7 +133,7 @@ def test_a_run_that_is_killed_while_it_cleans_up_is_cleaned_up_by_the_next(cases
             if not killed_at(case, target, first):
                 break
             second, alive = 0, False
-            while not alive and was_interrupted(target):  # each kill leaves the rest to the next
+            while not alive and was_interrupted(target):  # each run recovers a part until it is killed
                 second += 1
                 alive = not killed_at(case, target, min(second, 4), again=True)
                 points += not alive
@@ -173,7 +173,7 @@ def test_an_error_at_any_call_leaves_the_old_state_and_says_why(cases, ram, figu
 
 
 def _with_error_at(case: Scenario, target: Path, number: int, code: int) -> tuple[bool, str, str | None]:
-    """Run an edit whose call `number` fails; return whether it has that many, how it ended, and what is wrong."""
+    """Run an edit whose call `number` fails; return whether it has that many calls, how it ended, and what is wrong."""
     trainer = trainer_writes(case, target)
     reached: list[str] = []
 
@@ -191,7 +191,7 @@ def _with_error_at(case: Scenario, target: Path, number: int, code: int) -> tupl
         except (StorageError, ChangedError) as caught:
             error = caught
     which = case.judge(target)
-    if case.touched and beside(target):  # the second thing to go wrong, on the way back from the first
+    if case.touched and beside(target):  # a second error, while the first one is rolled back
         with exclusive(target):
             pass
     tree = read_tree(target) if target.exists() else {}

@@ -1,7 +1,7 @@
-"""The suite sees what it is for: without any single fsync, or with any two steps swapped, it fails.
+"""Mutation tests of this suite: without any one fsync, or with any two steps swapped, it fails.
 
-Each mutant of the commit layer lives in memory only: a call is left out where it is made, or the list of steps is
-another. It is killed by the first state, or the first run, that comes out wrong.
+Mutants of the commit layer exist in memory only: one call of fsync is left out, or the list of steps is changed. A
+mutant is detected by the first state or run that comes out wrong.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from powerloss import bad_states, record
 from scenarios import Scenario
 from trainer import saves_at_any_call
 
-from vraxion_ckpt.commit import staging, transaction
+from vraxion_ckpt.commit import durability, staging, transaction
 from vraxion_ckpt.commit.transaction import Transaction
 
-LAYER = (transaction, staging)
-Site = tuple[str, tuple[str, int]]  # the function that an fsync is needed by, and the module and line of the call
+LAYER = (durability, transaction, staging)
+Site = tuple[str, tuple[str, int]]  # the function that needs the fsync, and the module and line of the call
 
 
 def test_without_any_single_fsync_a_power_loss_can_leave_a_mix(cases, ram, figure):
@@ -39,7 +39,7 @@ def test_without_any_single_fsync_a_power_loss_can_leave_a_mix(cases, ram, figur
 
 
 def _sites(cases: list[Scenario], ram: Callable[[str], Path]) -> list[Site]:
-    """List where the commit layer flushes, in the runs of all cases."""
+    """List the places where the commit layer flushes, in the runs of all cases."""
     found: dict[Site, None] = {}
     for case in cases:
         record(case, ram(case.name) / "run", left_out=lambda path: bool(found.setdefault(_site(path))))
@@ -47,7 +47,7 @@ def _sites(cases: list[Scenario], ram: Callable[[str], Path]) -> list[Site]:
 
 
 def _site(path: Path) -> Site:
-    """Say who flushes: of what flushes files and folders alike, which; of what is shared, for whom."""
+    """Return the function and line that call fsync; for shared functions, with the kind of path, or the caller."""
     frame = sys._getframe()
     while frame.f_globals["__name__"] not in {module.__name__ for module in LAYER}:
         assert frame.f_back is not None
@@ -63,7 +63,7 @@ def _site(path: Path) -> Site:
 
 def _is_needed(site: Site, cases: list[Scenario], ram: Callable[[str], Path]) -> bool:
     logs = [(case, record(case, ram(case.name) / "run", left_out=lambda path: _site(path) == site)) for case in cases]
-    for most in (50, None):  # the worst states of all cases, then all states
+    for most in (50, None):  # first the worst states of all cases, then all states
         if any(any(islice(bad_states(case, log, ram(case.name)), most)) for case, log in logs):
             return True
     return False
@@ -89,11 +89,11 @@ def test_with_any_two_steps_swapped_something_is_lost(cases, ram, figure, monkey
 
 
 def _wrong(cases: list[Scenario], ram: Callable[[str], Path]) -> Iterator[object]:
-    """Yield what is wrong with a mutant, in the order in which it is soonest found."""
+    """Yield what is wrong with a mutant; the quickest checks come first."""
     for case in cases:
         try:
             log = record(case, ram(case.name) / "run")
-        except Exception as error:  # a run that does not even come to its end
+        except Exception as error:  # a run that fails
             yield error
             continue
         yield from bad_states(case, log, ram(case.name))

@@ -1,4 +1,4 @@
-"""Figure 3: whatever a power loss leaves is the old checkpoint or the new one, and every fsync is needed for that."""
+"""Figure 3: after a power loss, the checkpoint is the old one or the new one, and each fsync is needed for that."""
 
 from __future__ import annotations
 

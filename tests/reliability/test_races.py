@@ -1,4 +1,4 @@
-"""Figures 9 and 10: two runs at once, and sources that stay as they are."""
+"""Figures 9 and 10: two runs at the same time, and sources that are never changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_of_two_runs_at_once_one_works_and_one_is_busy(cases, ram, figure):
 
 
 def race(case: Scenario, target: Path) -> list[int]:
-    """Start two runs at the same moment; whichever gets the lock keeps it until the other has found it taken."""
+    """Start two runs at the same moment; the one that gets the lock holds it until the other has failed to get it."""
     start, go = os.pipe()
     told, tell = os.pipe()
     children = []
@@ -37,7 +37,7 @@ def race(case: Scenario, target: Path) -> list[int]:
         if not child:
             code = FAILED
             try:
-                os.close(go)  # or the other end of the pipe would never be at its end
+                os.close(go)  # otherwise the other end of the pipe would wait forever
                 os.read(start, 1)
                 with watched_disk(lambda now, *_: now == 1 and os.read(told, 1), case):
                     case.perform(target)
@@ -72,5 +72,5 @@ def test_no_conversion_changes_its_source(tmp_path, figure):
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
-    """Return what a file holds, when it was last written, and which file it is."""
+    """Return the content, modification time and inode of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns, path.stat().st_ino

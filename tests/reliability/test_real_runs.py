@@ -1,4 +1,4 @@
-"""The real command, killed and interrupted by real signals at random moments."""
+"""The real command, killed or interrupted by signals at random moments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support import DATA, EXPECTED
 import vraxion_ckpt as vc
 
 VISITS = EXPECTED / "wallclock_single.visits.json"
-# Two experts in a modular directory: where the demo ends.
+# Two experts in a modular directory: the final state of the demo.
 START = ["single_to_experts", f"arc_meta:visits={VISITS}", "mitosis_split:noise=0"]
 SPLITS = 5
 
@@ -42,7 +42,7 @@ def experts(target: Path) -> int:
 
 
 def stopped_at_random(run: list[str], target: Path, number: int, chance: random.Random) -> subprocess.Popen[str]:
-    """Start an edit, and send it a signal a random while after it has begun to write."""
+    """Start an edit, and send it a signal at a random time after it has begun to write."""
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while process.poll() is None and not any(name.endswith(".stage") for name in beside(target)):
@@ -63,7 +63,7 @@ def test_five_splits_that_are_killed_and_run_again_end_as_five_that_are_not(tmp_
     for number in range(SPLITS):
         vc.edit(quiet, transforms=[split(number)])
         stopped_at_random(edit(killed, number), killed, signal.SIGKILL, chance).communicate(timeout=120)
-        subprocess.run(command("edit", killed), check=True, capture_output=True)  # whatever it has left
+        subprocess.run(command("edit", killed), check=True, capture_output=True)  # recover from the kill
         if experts(killed) == number + 2:
             old += 1
             subprocess.run(edit(killed, number), check=True, capture_output=True)

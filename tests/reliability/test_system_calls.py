@@ -1,4 +1,4 @@
-"""Figures 1 and 2 once more, from outside: a real process, killed or refused by the kernel at its real system calls."""
+"""Figures 1 and 2 with real system calls: a process is killed at each of them, or the kernel lets it fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scenarios import Scenario, beside, read_tree, write_tree
 
 from vraxion_ckpt.commit.staging import exclusive
 
-# Whatever changes a file system, under each of the names it has on one processor or another.
+# All system calls that change a file system, under their names on all processors.
 CALLS = (
     "openat,write,pwrite64,writev,fsync,fdatasync,ftruncate,rename,renameat,renameat2,link,linkat,symlink,symlinkat,"
     "unlink,unlinkat,mkdir,mkdirat,rmdir,chmod,fchmod,fchmodat,chown,fchown,fchownat,flock"
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(not can_trace(), reason="needs strace, and leave
 
 
 def traced(case: Scenario, target: Path, new: Path, inject: str | None = None) -> tuple[int, str, list[str]]:
-    """Run an edit under strace; return its exit code, what it said, and its system calls one by one."""
+    """Run an edit under strace; return its exit code, its output on standard error, and its system calls."""
     log = target.parent.parent / "log"
     command = ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace=?{CALLS.replace(',', ',?')}"]
     if inject:
@@ -50,9 +50,9 @@ def traced(case: Scenario, target: Path, new: Path, inject: str | None = None) -
 
 
 def points(case: Scenario, ram: Callable[[str], Path]) -> tuple[Path, list[tuple[str, int]]]:
-    """Return the new state as files, and each call that an edit makes once it has found its target.
+    """Return the new state as files, and each call that an edit makes after it has found its target.
 
-    A call is named as strace does: by its name, and by how many of that name there were.
+    As in strace, a call is identified by its name and its number among the calls of that name.
     """
     new = ram("") / "new"
     write_tree(new, case.new)

@@ -1,4 +1,4 @@
-"""A trainer that saves meanwhile loses nothing, and no mix of its state with ours is left."""
+"""A trainer that saves during an edit loses nothing, and its state is never mixed with the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer that saves into the very checkpoint that is being edited, at any moment."""
+"""A trainer that saves into the checkpoint during an edit, at any moment."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vraxion_ckpt.errors import ChangedError
 
 
 def theirs(case: Scenario) -> dict[str, bytes]:
-    """Return what the trainer saves: every file of the old state, with other contents."""
+    """Return the files that the trainer saves: all files of the old state, with other contents."""
     return {name: content + b" " for name, content in case.old.items()}
 
 
 def save(target: Path, tree: dict[str, bytes], *, by_rename: bool) -> None:
-    """Save as the field's trainers do, to temporary names that are renamed, or as others do, right into the files."""
+    """Save as VRAXION's trainers do, to renamed temporary files, or as others do, directly into the files."""
     for name, content in tree.items():
         place = target / name
         if by_rename:
@@ -30,10 +30,10 @@ def save(target: Path, tree: dict[str, bytes], *, by_rename: bool) -> None:
 def saves_at_any_call(case: Scenario, ram: Callable[[str], Path]) -> Iterator[tuple[bool, str | None]]:
     """Let the trainer save before each call of a run in turn.
 
-    Yield whether the run gave up, and what is wrong with what is left. A save that comes before the commit makes it
-    give up, and nothing of the save may be lost; one that comes after it has the last word in what it writes.
-    Where two names cannot be exchanged, a rename replaces what was saved at that very moment, and the manual says so:
-    there, all that counts is that a save before that moment makes the run give up.
+    Yield whether the run failed, and what is wrong with the files afterwards. A save before the commit must make the
+    run fail, and no file of the save may be lost. Files that are saved after the commit must be kept. Where names
+    cannot be exchanged, the rename replaces a file that is saved at that very moment, as the manual states; there, only
+    saves before that moment must make the run fail.
     """
     for by_rename in (True, False):
         number, reached = 0, True
@@ -44,7 +44,7 @@ def saves_at_any_call(case: Scenario, ram: Callable[[str], Path]) -> Iterator[tu
 
             def hook(now: int, name: str, arguments: tuple[Path, ...], number: int = number) -> None:
                 nonlocal reached, before_commit, at_commit
-                commits = name in ("exchange", "rename") and arguments[-1] == target / case.change.pivot  # noqa: B023
+                commits = name in ("exchange", "rename") and arguments[-1] == target / case.change.exchanged  # noqa: B023
                 if now == number:
                     reached, at_commit = True, commits
                     save(target, theirs(case), by_rename=by_rename)  # noqa: B023 - called in this round only

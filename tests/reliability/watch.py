@@ -1,4 +1,4 @@
-"""What a run does beside what it says: files it opens, code it runs, time and memory it takes, what it changes."""
+"""Observe the effects of a run: files it opens, code it runs, time and memory it takes, files it changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEMORY = 256 * 2**20  # and twice the input
 
 _IN_OPEN, _IN_ISDIR = 0x20, 0x40000000
 _EVENT = struct.Struct("iIII")
-# What Python tells when it starts a process, or unpickles with anything but a reader of ours or torch's safe one.
+# Audit events when a process is started, or a class is looked up by an unpickler other than this package's or torch's.
 _RUNS = {
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"),
     *("subprocess.Popen", "pickle.find_class"),
@@ -31,13 +31,13 @@ _RUNS = {
 
 @dataclass
 class Seen:
-    """What was seen of a run.
+    """The observed effects of a run.
 
     Attributes:
-        opened: every file that Python opened, and every one beside the checkpoint, whoever opened it.
-        ran: processes started, and classes looked up for a pickle.
-        seconds: of processor time.
-        memory: the most that it took at a time, in bytes.
+        opened: all files that Python opened, and those in the folder of the checkpoint that any library opened.
+        ran: the processes started, and the classes looked up for a pickle.
+        seconds: processor time.
+        memory: the peak memory in bytes, minus the memory before.
     """
 
     opened: list[Path] = field(default_factory=list)
@@ -60,18 +60,18 @@ def _hear(event: str, arguments: tuple[object, ...]) -> None:
 
 @cache
 def _listen() -> None:
-    """Hook into Python, once: there is no way back."""
+    """Install the audit hook, once, because it cannot be removed."""
     sys.addaudithook(_hear)
 
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Seen]:
-    """Watch a run on a checkpoint in `folder`; one that does not come to an end fails."""
+    """Watch a run on a checkpoint in `folder`; fail if it does not end."""
     global _now
     _listen()
     seen = Seen()
     with _opened_in(folder, seen), _alarm():
-        Path("/proc/self/clear_refs").write_text("5")  # forget the most memory so far
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory
         before, start = _peak(), time.process_time()
         _now = seen
         try:
@@ -83,7 +83,7 @@ def watched(folder: Path) -> Iterator[Seen]:
 
 @contextmanager
 def _opened_in(folder: Path, seen: Seen) -> Iterator[None]:
-    """Note the files right in a folder that are opened, by libraries too, of which Python hears nothing."""
+    """Record the files directly in a folder that are opened, also by libraries outside of Python."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK)
     assert watch >= 0
@@ -111,10 +111,10 @@ def _events(watch: int) -> Iterator[str]:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """Fail what reads on and on, or waits at a FIFO."""
+    """Fail a run that reads without end or waits for a FIFO."""
 
     def stop(*_: object) -> None:
-        raise AssertionError("still reading")  # which no reader takes for an error of the file
+        raise AssertionError("still reading")  # a class that no reader catches
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(60)
@@ -131,14 +131,14 @@ def _peak() -> int:
 
 
 def size(path: Path) -> int:
-    """Return what a checkpoint takes on the disk, which of a file with holes is little."""
+    """Return the disk space of a checkpoint, without the holes of sparse files."""
     return sum(entry.lstat().st_blocks * 512 for entry in [path, *path.rglob("*")])
 
 
 def snapshot(folder: Path, locked: Collection[Path]) -> Snapshot:
-    """Return all that there is below a folder: names, kinds, modes, times, contents.
+    """Return the names, kinds, modes, times and contents of everything in a folder.
 
-    In the folders that are `locked`, lock files may have come and gone.
+    The state of the folders in `locked` is left out, because lock files are made in them.
     """
     found = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): () if path in locked else _state(path) for path in found}
@@ -149,6 +149,6 @@ def _state(path: Path) -> tuple[object, ...]:
     content: object = None
     if stat.S_ISLNK(status.st_mode):
         content = path.readlink()
-    elif stat.S_ISREG(status.st_mode) and status.st_size < 2**30:  # larger ones are holes
+    elif stat.S_ISREG(status.st_mode) and status.st_size < 2**30:  # larger files are sparse
         content = path.read_bytes()
     return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, content

@@ -1,4 +1,4 @@
-"""Errors carry facts; one that is to say more is built anew."""
+"""The text of errors, and copies of errors with other attributes."""
 
 import pytest
 

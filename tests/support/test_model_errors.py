@@ -1,4 +1,4 @@
-"""What pydantic refuses, in our words."""
+"""Pydantic's validation errors in the wording of this project."""
 
 from typing import Annotated, Literal
 

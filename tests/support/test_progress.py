@@ -1,4 +1,4 @@
-"""Progress: on a terminal, after a second, on standard error; anywhere else, nothing."""
+"""Progress is shown on standard error after a second if it is a terminal, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import forked
 import pytest
 from support import DATA, on_a_terminal
 
-# The clock goes on only where a piece is done.
+# The clock advances only when a piece is done.
 SLOW = """
 import time
 now = 0.0
@@ -27,7 +27,7 @@ print("done")
 
 
 def screen(written: str) -> list[str]:
-    """Return the lines that a terminal shows after all of this was written to it."""
+    """Return the lines that a terminal shows after this output."""
     lines, row = [""], 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", written):
         if part == "\n":

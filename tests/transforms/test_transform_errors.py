@@ -197,7 +197,7 @@ VISITS: dict[str, tuple[str, bytes, type[vc.CkptError], str]] = {
     "empty": ("v.json", b"[]", InconsistentError, r"\[visits\]"),
     "zero": ("v.json", json.dumps([0] * RING).encode(), InconsistentError, r"all values are zero"),
     "negative": ("v.json", numbers(a5=-1), InconsistentError, r"value 5 is negative"),
-    "NaN": ("v.json", numbers(a5=float("nan")), InconsistentError, r"NaN is no JSON number"),
+    "NaN": ("v.json", numbers(a5=float("nan")), InconsistentError, r"NaN is not a JSON number"),
     "text": ("v.json", numbers(a5="1"), InconsistentError, r"list of numbers"),
     "a bool": ("v.json", numbers(a5=True), InconsistentError, r"list of numbers"),
     "nested": ("v.json", numbers(a5=[1]), InconsistentError, r"list of numbers"),

@@ -1,7 +1,7 @@
-"""Manifests: the size and SHA-256 of every file of a checkpoint, so that a flipped bit is found in any format.
+"""Manifests: the size and SHA-256 of each file of a checkpoint, which detect any damage in any format.
 
-A manifest is a JSON file of its own, beside the checkpoint or wherever one keeps it. It holds nothing that differs
-between two identical checkpoints, so equal ones have equal manifests but for their name.
+A manifest is a separate JSON file. It holds no times and no absolute paths, so the manifests of equal checkpoints
+differ only in the checkpoint's name.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from vraxion_ckpt.support import json_files, progress
 from vraxion_ckpt.support.json_models import Fact, Facts
 from vraxion_ckpt.support.model_errors import refusals
 
-# The path of a checkpoint that is one file.
+# The relative path of a checkpoint that is a single file.
 SELF = "."
 
 
 class FileDigest(Fact):
-    """What a file's bytes are known by."""
+    """The size and digest of a file."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -36,19 +36,22 @@ class Manifest(Facts):
     kind_of_facts: ClassVar[str] = "manifest"
 
     checkpoint: str
-    """The checkpoint's name when it was written; it may have another one by now."""
+    """The checkpoint's name when the manifest was written."""
     format: str
     files: dict[str, FileDigest]
-    """By path below the checkpoint; ``.`` is a checkpoint that is one file."""
+    """By path relative to the checkpoint; ``.`` for a checkpoint that is a single file."""
 
 
 def make_manifest(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manifest:
-    """Read files and return their digests.
+    """Read the files of a checkpoint and return their digests.
 
     Args:
-        checkpoint: its name.
-        format_name: its format.
-        files: where each file lies, by its path below the checkpoint.
+        checkpoint: the checkpoint's name.
+        format_name: the checkpoint's format.
+        files: the files to read, by their path relative to the checkpoint.
+
+    Raises:
+        StorageError: a file cannot be read.
     """
     sizes = {name: file.stat().st_size for name, file in files.items()}
     with progress.progress_bar("digests", sum(sizes.values())) as count:
@@ -60,12 +63,12 @@ def make_manifest(checkpoint: str, format_name: str, files: Mapping[str, Path]) 
 
 
 def by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
-    """Return files by their path below a checkpoint."""
+    """Return files by their path relative to the checkpoint `root`."""
     return {SELF if file == root else file.relative_to(root).as_posix(): file for file in files}
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Return a manifest as it is written."""
+    """Return a manifest as JSON."""
     return (json.dumps(manifest.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -73,13 +76,16 @@ def load_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one.
-        CorruptError: it is no JSON.
-        InconsistentError: it is no manifest, or of a version that is not known, or names a file outside a checkpoint.
+        UsageError: the file does not exist or is not a regular file.
+        CorruptError: the file is not JSON.
+        InconsistentError: it is not a manifest of this version, or lists a path outside the checkpoint.
+        LimitError: the file is too large or nested too deeply.
+        StorageError: the file cannot be read.
     """
     data = json_files.load_json(path)
-    if not isinstance(data, dict) or data.pop("schema", None) != Manifest.schema_name():
-        raise InconsistentError("is no manifest", path=path, key="schema", hint=f"expected {Manifest.schema_name()}")
+    schema = Manifest.schema_name()
+    if not isinstance(data, dict) or data.pop("schema", None) != schema:
+        raise InconsistentError("is not a manifest of this version", path=path, key="schema", hint=f"expected {schema}")
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
@@ -87,12 +93,12 @@ def load_manifest(path: Path) -> Manifest:
         raise InconsistentError(first.what, path=path, key=first.key) from None
     for name in manifest.files:
         if not _is_below(name):
-            raise InconsistentError("is no path below a checkpoint", path=path, key=name)
+            raise InconsistentError("is not a path inside the checkpoint", path=path, key=name)
     return manifest
 
 
 def described_by(path: Path) -> str | None:
-    """Return the name of the checkpoint that a manifest describes; None if the file is no manifest."""
+    """Return the name of the checkpoint that a manifest describes; None if the file is not a manifest."""
     try:
         return load_manifest(path).checkpoint
     except CkptError:
@@ -111,12 +117,15 @@ def _is_below(name: str) -> bool:
 
 
 def compare_manifest(manifest: Manifest, root: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Yield the path and the fault of every file that is not as the manifest says.
+    """Yield the path of each file that differs from the manifest, and the difference.
 
     Args:
-        manifest: what the files should be.
-        root: the checkpoint.
-        files: the files that it has, other people's left out.
+        manifest: the expected files.
+        root: the path of the checkpoint.
+        files: the files that belong to the checkpoint.
+
+    Raises:
+        StorageError: a file cannot be read.
     """
     found = by_name(root, files)
     for name in sorted(found.keys() - manifest.files.keys()):
@@ -127,11 +136,11 @@ def compare_manifest(manifest: Manifest, root: Path, files: Iterable[Path]) -> I
             if file is None:
                 yield name, "is missing"
             elif file != root and not file.resolve().is_relative_to(root.resolve()):
-                yield name, "is a link that leads out of the checkpoint"
+                yield name, "is a link to a file outside the checkpoint"
             elif (size := file.stat().st_size) != expected.bytes:
-                yield name, f"has {size} bytes, the manifest says {expected.bytes}"
+                yield name, f"has {size} bytes, but {expected.bytes} in the manifest"
             elif _sha256(file) != expected.sha256:
-                yield name, "is not what it was: its sha256 differs"
+                yield name, "has another sha256 than in the manifest"
             count(expected.bytes)
 
 

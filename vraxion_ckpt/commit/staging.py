@@ -1,8 +1,8 @@
-"""Put a finished result in its place: the old state or the new one, never a mix.
+"""Stage a result beside its target, and commit it: afterwards the target has its old state or its new one.
 
-What is to come is staged beside its target, as ``.<name>.<txid>.stage/<name>``. A new target is renamed into place; one
-that exists is changed in a `vraxion_ckpt.commit.transaction`. One run at a time works on a target, and
-first brings to an end what dead ones have left. Imports nothing of torch.
+The result is written to ``.<name>.<txid>.stage/<name>``. A new target is renamed into place; an existing one is changed
+by a `vraxion_ckpt.commit.transaction`. A lock lets one run at a time work on a target; each run first recovers what
+killed runs have left. Imports without torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vraxion_ckpt.commit import system_calls
-from vraxion_ckpt.commit.transaction import JOURNAL, FileChanges, Mark, Transaction, committed, flush
+from vraxion_ckpt.commit.durability import flush
+from vraxion_ckpt.commit.file_marks import Mark
+from vraxion_ckpt.commit.journal import JOURNAL, FileChanges
+from vraxion_ckpt.commit.transaction import Transaction, committed
 from vraxion_ckpt.errors import (
     BusyError,
     CkptError,
@@ -35,7 +38,7 @@ from vraxion_ckpt.support import signals
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that cannot, or must not, be written; called before anything is read.
+    """Check, before anything is read, that a target may be written.
 
     Raises:
         UsageError: it exists and `overwrite` is false, or its folder is missing or not writable.
@@ -63,16 +66,16 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold the lock of a target, after what dead runs have left of it was brought to an end.
+    """Lock a target for the length of a ``with`` block, and recover what killed runs have left of it.
 
-    The lock is a file beside the target, since a directory's inode may be exchanged; it is gone afterwards.
+    The lock is a file beside the target, because the commit may exchange a directory's inode. It is removed at the end.
 
     Raises:
-        BusyError: another run holds it.
-        StorageError: the file system refuses, or has no locks.
+        BusyError: another run holds the lock.
+        StorageError: the file system refused or does not support locks, or a killed run cannot be recovered.
     """
     place = target.with_name(f".{target.name}.vraxion-ckpt.lock")
-    # Whoever comes after a run that was killed must be able to open the file that it has left.
+    # Other users must be able to open a lock file that a killed run has left.
     lock = FileLock(place, mode=0o666, fallback_to_soft=False, is_singleton=False, thread_local=False)
     held = False
     try:
@@ -80,40 +83,40 @@ def exclusive(target: Path) -> Iterator[None]:
             _acquire(lock, place, target)
             held = True
         for folder in leftovers(target):
-            if folder.stat().st_uid != os.geteuid():  # anybody could leave a journal where others may write
-                warnings.warn(f"{folder} is another user's and is left alone", CkptWarning, stacklevel=3)
-            elif how := settle(folder, target):
-                message = f"{target}: an edit that was interrupted has been {how}"
+            if folder.stat().st_uid != os.geteuid():  # another user's journal is not trusted
+                warnings.warn(f"{folder} belongs to another user and is left alone", CkptWarning, stacklevel=3)
+            elif outcome := recover(folder, target):
+                message = f"{target}: an interrupted edit was {outcome}"
                 warnings.warn(message, CkptWarning, stacklevel=3)
         yield
     finally:
         if held:
             with signals.deferred():
                 with suppress(OSError):
-                    _twice(system_calls.unlink, place)  # before the release: who has it open then sees that it is gone
+                    _twice(system_calls.unlink, place)  # before the release, so that a waiting run notices
                 lock.release()
 
 
 def _acquire(lock: FileLock, place: Path, target: Path) -> None:
-    """Take the lock at once, or not at all; a holder that has just removed its file is no reason to give up."""
-    there = os.path.lexists(place)
+    """Take the lock without waiting; try again if its holder was just about to remove the file."""
+    existed = os.path.lexists(place)
     for last in (False, False, True):
         try:
             lock.acquire(blocking=False)
             return
         except Timeout:
             if last:
-                _check_takes_files(target)  # filelock cannot tell a folder that takes none from a holder
+                _check_can_make_files(target)  # filelock reports a folder in which no file can be made as a held lock
                 hint = "wait for it to end; if none is running on this machine, one on another may be"
                 raise BusyError("another run is at work on it", path=target, hint=hint) from None
-        except Exception as error:  # a file system without locks: filelock has more than one class of error for that
-            if not there:
+        except Exception as error:  # filelock raises several classes where the file system has no locks
+            if not existed:
                 with suppress(OSError):
                     system_calls.unlink(place)
             raise _not_lockable(error, target) from error
 
 
-def _check_takes_files(target: Path) -> None:
+def _check_can_make_files(target: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -125,12 +128,12 @@ def _not_lockable(error: Exception, target: Path) -> StorageError:
     if is_out_of_memory(error):
         return OutOfMemoryError(path=target)
     reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    hint = "write to a file system that takes files and locks, such as that of your home folder"
-    return StorageError(f"it cannot be locked by a file beside it: {reason}", path=target, hint=hint)
+    hint = "write to a file system that supports file locks, such as the one of your home folder"
+    return StorageError(f"the lock file beside it cannot be locked: {reason}", path=target, hint=hint)
 
 
 def leftovers(target: Path) -> list[Path]:
-    """List the stages beside a target: those of a run that is at work, and those of dead ones."""
+    """List the stages beside a target, of a running process or of killed ones."""
     staged = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.stage")
     try:
         with os.scandir(target.parent) as entries:
@@ -141,67 +144,66 @@ def leftovers(target: Path) -> list[Path]:
 
 
 def was_interrupted(target: Path) -> bool:
-    """Tell whether a run has begun to change a target and has not brought it to an end."""
+    """Tell whether there is a journal of an unfinished change of a target."""
     try:
         return any((folder / JOURNAL).exists() for folder in leftovers(target))
     except StorageError:
         return False
 
 
-def settle(folder: Path, target: Path) -> str | None:
-    """Bring a stage to an end, whoever has left it: take back or finish what its journal says, and remove it.
+def recover(folder: Path, target: Path) -> str | None:
+    """Roll back or forward from the journal in a stage, then remove the stage.
 
     Returns:
-        What has become of it; None if there was no journal.
+        what was done, as part of a sentence; None if there was no journal.
 
     Raises:
-        StorageError: the target could be brought neither to the old state nor to the new one.
+        StorageError: the journal cannot be followed, or the file system refused; the stage is kept.
     """
     with signals.deferred():
-        how = None
+        outcome = None
         transaction = Transaction.load(folder, target)
         try:
             if transaction is not None:
                 if transaction.is_committed():
                     transaction.finish()
-                    how = "finished" if transaction.is_in_place() else "left as it is, for it has been saved since"
+                    saved = "left as it is, because the checkpoint has been saved since"
+                    outcome = "finished" if transaction.is_in_place() else saved
                 else:
                     transaction.undo()
-                    how = "taken back"
+                    outcome = "rolled back"
                 transaction.close()
         except OSError as error:
-            raise StorageError(
-                f"what an interrupted run has left could not be cleaned up: {error.strerror}",
-                path=error.filename or target,
-                hint=f"mend that and run again; the journal is {folder / JOURNAL}",
-            ) from error
+            message = f"an interrupted edit could not be rolled back or finished: {error.strerror}"
+            hint = f"remove the cause and run again; the journal is {folder / JOURNAL}"
+            raise StorageError(message, path=error.filename or target, hint=hint) from error
         try:
             _twice(system_calls.remove, folder)
         except OSError as error:
             warnings.warn(f"{folder} could not be removed: {error.strerror}", CkptWarning, stacklevel=2)
-    return how
+    return outcome
 
 
 def _twice(remove: Callable[[Path], None], path: Path) -> None:
-    """Remove what is of no use any more; one failure is no reason to leave it lying about."""
+    """Remove a file or folder; try a second time if that fails."""
     try:
         remove(path)
     except OSError:
         remove(path)
 
 
-# --- a result in the making ---
+# --- staged results ---
 
 
 @dataclass
 class Staged:
-    """A result in the making.
+    """A result that is written beside its target, and then committed.
 
     Attributes:
-        path: where to write it; for a file, nothing is there yet, for a directory, an empty one.
-        target: where it goes.
-        overwrite: whether a target that exists is replaced.
-        change: of a target that exists, which of its files; all of it if not given.
+        path: where to write the result: an empty directory, or the name of a file that does not exist yet.
+        target: the path to commit it to.
+        overwrite: whether an existing target is replaced.
+        change: which files of an existing target change; by default, the whole target is exchanged.
     """
 
     path: Path
@@ -210,10 +212,15 @@ class Staged:
     change: FileChanges = field(default_factory=FileChanges)
 
     def prepare(self) -> None:
-        """Flush it to disk, and refuse a target that has appeared: of several, all that can fail early."""
+        """Flush the result to disk. Called for each of several results before the first of them is published.
+
+        Raises:
+            UsageError: the target was created by another process.
+            OSError: the file system refused.
+        """
         if os.path.lexists(self.target) and not self.overwrite:
-            raise UsageError("has appeared meanwhile", path=self.target, written=())
-        flush(self.path, self.target, folders=self.change.pivot == ".")
+            raise self._created_by_another()
+        flush(self.path, self.target, folders=self.change.exchanged == ".")
 
     def publish(
         self,
@@ -222,25 +229,26 @@ class Staged:
         watched: Mapping[str, Mark] | None = None,
         keep_old: bool = False,
     ) -> Path | None:
-        """Flush it to disk and put it in its place: the commit.
+        """Flush the result to disk and commit it.
 
         Args:
-            check: called when all is flushed; raises if what was read to make the result has changed meanwhile.
-            watched: of a target that exists, what must not have changed meanwhile, as `survey` has found it.
-            keep_old: leave the previous state beside the target.
+            check: called after the flush; raises if a source of the result has changed since it was read.
+            watched: marks, from `survey`, of files of an existing target that must not have changed.
+            keep_old: keep the old state of an existing target beside it.
 
         Returns:
-            Where the previous state is kept.
+            where the old state is kept; None if it is not.
 
         Raises:
-            UsageError: the target has appeared meanwhile.
-            ChangedError: something that is watched has changed; the target is as whoever changed it left it.
-            StorageError: the file system refused; the target is as it was, or the message says that it is not.
+            UsageError: the target was created by another process.
+            ChangedError: a watched file has changed; the target is as the other process left it.
+            StorageError: the target cannot be changed in place.
+            OSError: the file system refused.
         """
         folder = self.path.parent
         if os.path.lexists(self.target):
             if not self.overwrite:
-                raise UsageError("has appeared meanwhile", path=self.target, written=())
+                raise self._created_by_another()
             transaction = Transaction(folder, self.target, self.change, keep_old, check, watched or {})
             transaction.run()
             return transaction.kept
@@ -255,32 +263,46 @@ class Staged:
                 committed.add(self.target)
                 system_calls.fsync(self.target.parent)
         except FileExistsError:
-            raise UsageError("has appeared meanwhile", path=self.target, written=()) from None
+            raise self._created_by_another() from None
         return None
+
+    def _created_by_another(self) -> UsageError:
+        return UsageError("was created by another process", path=self.target, written=())
 
 
 @contextmanager
 def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChanges | None = None) -> Iterator[Staged]:
-    """Make a place to write a result to; at the end it is gone, whatever has become of the result."""
+    """Make a stage for a result; remove it at the end of the ``with`` block, whether the result was published or not.
+
+    Args:
+        target: the path of the result.
+        directory: whether the result is a directory.
+        overwrite: see `Staged`.
+        change: see `Staged`.
+
+    Raises:
+        CkptError: errors of the block; their paths name the target instead of the stage.
+        StorageError: the file system refused.
+    """
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
     stage = Staged(folder / target.name, target, overwrite, change or FileChanges())
     committed.discard(target)
     try:
-        system_calls.mkdir(folder, 0o700)  # what is in it may be meant for fewer eyes than its mode bits say yet
+        system_calls.mkdir(folder, 0o700)  # staged files do not have the mode bits of the target's files yet
         if directory:
             system_calls.mkdir(stage.path)
         yield stage
     except BaseException as error:
-        named = _for_people(error, stage)
-        _settle_after(named, folder, target)
+        named = _naming_target(error, stage)
+        _recover_after(named, folder, target)
         if named is error:
             raise
         raise named from (error.__cause__ if isinstance(error, CkptError) else error)
-    settle(folder, target)
+    recover(folder, target)
 
 
-def _for_people(error: BaseException, stage: Staged) -> BaseException:
-    """Name the target instead of the place it is staged at, and say so if it has been written all the same."""
+def _naming_target(error: BaseException, stage: Staged) -> BaseException:
+    """Return an error that names the target instead of the stage, and says if the target was written nevertheless."""
     if is_out_of_memory(error):
         error = OutOfMemoryError(path=stage.target)
     elif isinstance(error, OSError):
@@ -293,12 +315,12 @@ def _for_people(error: BaseException, stage: Staged) -> BaseException:
     return error
 
 
-def _settle_after(error: BaseException, folder: Path, target: Path) -> None:
-    """Clean up behind an error, which remains what is told."""
+def _recover_after(error: BaseException, folder: Path, target: Path) -> None:
+    """Recover after an error. A second error becomes a warning and a note on the first."""
     if not folder.exists():
         return
     try:
-        settle(folder, target)
+        recover(folder, target)
     except (CkptError, OSError) as second:
         error.add_note(str(second))
-        warnings.warn(f"{second}; the next run on it tries again", CkptWarning, stacklevel=3)
+        warnings.warn(f"{second}; the next run on this target tries again", CkptWarning, stacklevel=3)

@@ -1,8 +1,8 @@
-"""The system calls that change a disk, as few and as small as the commit protocol needs them.
+"""The system calls with which the commit protocol changes the disk.
 
-Each function makes one change that a crash leaves either done or not done. `vraxion_ckpt.commit.staging` calls them by
-this module, and nothing else there touches the disk; so whoever replaces them sees, counts or breaks every step of it.
-Imports nothing of torch.
+After a crash, each change is either complete or not made at all; only `copy` and `remove` take several steps. The
+other modules change the disk through this module only, so tests can record each call or make it fail. Imports without
+torch.
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ from vraxion_ckpt.errors import StorageError
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
-# What renameat2(2) says where the file system, the kernel or the C library does not have it.
+# Errors of renameat2(2) if the file system, the kernel or the C library does not support it.
 _UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP)
-
-
-# What link(2) says where there are no links, or no more, or none for this user (fs.protected_hardlinks).
+# Errors of link(2) if links are not supported, too many, or forbidden to this user (fs.protected_hardlinks).
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class ExchangeUnavailableError(OSError):
-    """This file system cannot exchange two names in one step."""
+    """The file system cannot exchange two names in one step."""
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file that does not exist yet.
+    """Write a new file.
 
     Raises:
-        StorageError: it exists, or the file system refused.
+        StorageError: it exists already, or the file system refused.
     """
     try:
         with path.open("xb") as file:
@@ -50,7 +48,11 @@ def mkdir(path: Path, mode: int = 0o777) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file's bytes, or a directory's entries, to disk."""
+    """Flush a file's bytes, or a directory's entries, to disk.
+
+    Raises:
+        OSError: the flush failed; names `path`.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,12 +63,16 @@ def fsync(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file over another."""
+    """Rename a file, replacing `target` if it exists."""
     source.replace(target)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename to a name that must not exist; where the file system cannot promise that, look first."""
+    """Rename to a new name. Where the kernel cannot refuse an existing name atomically, test for it first.
+
+    Raises:
+        FileExistsError: the new name exists.
+    """
     try:
         _rename2(source, target, _RENAME_NOREPLACE)
     except ExchangeUnavailableError:
@@ -76,19 +82,16 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchange what two names stand for, files or directories, in one step.
+    """Exchange the names of two files or directories in one step.
 
     Raises:
-        ExchangeUnavailableError: the file system does not have that.
+        ExchangeUnavailableError: the file system does not support it.
     """
     _rename2(one, other, _RENAME_EXCHANGE)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; where links fail (too many, or none on this file system), copy it.
-
-    A symbolic link is linked as such.
-    """
+    """Make a hard link to a file, or a copy where hard links are not possible; symbolic links are not followed."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
@@ -98,15 +101,15 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file with its times and mode; a symbolic link is copied as such, and a pipe gets a second name."""
+    """Copy a file with its times and mode. Symbolic links are not followed; for a pipe, make a hard link."""
     if source.is_symlink() or source.is_file():
         shutil.copy2(source, target, follow_symlinks=False)
     else:
         os.link(source, target)
 
 
-def like(path: Path, model: Path) -> None:
-    """Give a file or directory the mode bits of another, and as far as this user may, its group and its owner."""
+def copy_mode_and_owner(path: Path, model: Path) -> None:
+    """Copy the mode bits of `model` to `path`, and its group and owner if this user has the right to."""
     wanted, found = model.stat(), path.stat()
     if wanted.st_gid != found.st_gid:
         with contextlib.suppress(OSError):
@@ -114,11 +117,11 @@ def like(path: Path, model: Path) -> None:
     if wanted.st_uid != found.st_uid:
         with contextlib.suppress(OSError):
             os.chown(path, wanted.st_uid, -1)
-    path.chmod(stat.S_IMODE(wanted.st_mode))  # last: a change of owner clears some bits
+    path.chmod(stat.S_IMODE(wanted.st_mode))  # last, because chown clears some bits
 
 
 def unlink(path: Path) -> None:
-    """Remove a file's name."""
+    """Remove a file."""
     path.unlink()
 
 
@@ -128,7 +131,7 @@ def rmdir(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory with all that is in it; nothing if there is nothing."""
+    """Remove a file, or a directory with its contents, if it exists."""
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():

@@ -26,9 +26,9 @@ from vraxion_ckpt.checkpoint.comparison import without_experts
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import size_of
 from vraxion_ckpt.commit import system_calls
+from vraxion_ckpt.commit.file_marks import mark_of, survey
 from vraxion_ckpt.commit.manifest import by_name
 from vraxion_ckpt.commit.staging import Staged, check_target, exclusive, staged
-from vraxion_ckpt.commit.transaction import mark_of, survey
 from vraxion_ckpt.conversion.edit_plan import EditKind, EditPlan, plan_edit, refuse_unwritable
 from vraxion_ckpt.conversion.stage_results import (
     Staging,
@@ -303,7 +303,7 @@ class _Edit:
     def _read_back(self, stage: Staged) -> None:
         """Read the new state as anyone would, and compare what has changed with what it was made from."""
         with quietly():
-            if self.plan.change.pivot != "." and isinstance(self.adapter, IncrementalDirectoryAdapter):
+            if self.plan.change.exchanged != "." and isinstance(self.adapter, IncrementalDirectoryAdapter):
                 removed = self.plan.removed
                 found = adapter_calls.read_overlay(self.adapter, self.target, stage.path, removed, self.allow_globals)
             else:

@@ -10,7 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.commit.transaction import FileChanges, Mark
+from vraxion_ckpt.commit.file_marks import Mark
+from vraxion_ckpt.commit.journal import FileChanges
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter, OutputFile
@@ -120,7 +121,7 @@ def refuse_unwritable(target: Path, work: EditPlan) -> None:
         message = "is, or holds, the current directory, which would be another one afterwards"
         raise UsageError(message, path=target, hint="cd out of it")
     names = (*work.change.first, *work.change.later, *work.change.removed)
-    for folder in sorted({(target / name).parent for name in (work.change.pivot, *names) if name != "."}):
+    for folder in sorted({(target / name).parent for name in (work.change.exchanged, *names) if name != "."}):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError("the folder is not writable", path=folder)
 

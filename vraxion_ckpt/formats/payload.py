@@ -1,118 +1,42 @@
-"""The payload dict of VRAXION's checkpoints ↔ the canonical checkpoint.
+"""VRAXION's payload dict, to and from the canonical checkpoint.
 
-A ``.pt`` monolith and a modular directory's ``router.state`` both hold one dict: the model, the optimizer, and
-training state under keys that differ from trainer to trainer. Its dialect is remembered, so that it is written
-back as its own trainer knows it. What the dict has no customary place for goes under one key of ours, which trainers
-ignore; a bare state dict has room only in its ``_metadata``, where torch ignores it.
+A ``.pt`` monolith and the ``router.state`` of a modular directory each hold one dict with the model, the optimizer, and
+training state. Its keys depend on the trainer, see `vraxion_ckpt.formats.payload_dialect`. `Extras` are stored under a
+key of their own, which trainers ignore; in a bare state dict, in its ``_metadata``, which torch ignores.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
-from vraxion_ckpt.checkpoint.head_names import VRAXION
-from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint
+from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
-from vraxion_ckpt.checkpoint.provenance import Origin, Record
+from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
+from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras
+from vraxion_ckpt.formats.payload_dialect import PayloadDialect
 from vraxion_ckpt.optimizer.binding import bind
 from vraxion_ckpt.optimizer.parameter_names import names_in_payload
-from vraxion_ckpt.support.model_errors import refusals
 
-OUR_KEY = "vraxion_ckpt"
 _OPTIMIZER_KEYS = ("optim", "optimizer")
-
-
-@dataclass(frozen=True)
-class PayloadDialect:
-    """How one payload dict is spelt.
-
-    Attributes:
-        bare: the dict is the state dict itself.
-        ordered: the state dict is an OrderedDict, as ``Module.state_dict()`` returns it.
-        optimizer_key: ``optim``, ``optimizer``, or None where there is none.
-        keys: every key in order.
-    """
-
-    bare: bool = False
-    ordered: bool = False
-    optimizer_key: str | None = None
-    keys: tuple[str, ...] = ("model",)
-
-    def as_router(self) -> PayloadDialect:
-        """Return the dialect in which a modular directory's trainer writes the same payload."""
-        keys = [key if key != self.optimizer_key else "optim" for key in ("model",) * self.bare + self.keys]
-        keys += [key for key in ("num_experts", "param_names") if key not in keys]
-        return replace(self, bare=False, optimizer_key=self.optimizer_key and "optim", keys=tuple(keys))
-
-    def implies(self, router: PayloadDialect, has_head: bool) -> bool:
-        """Tell whether `router` is just how a modular trainer would spell this, as far as there is a value to spell."""
-        unknown = {"param_names"} if has_head else {"param_names", "num_experts"}
-        known = tuple(key for key in self.as_router().keys if key not in unknown or key in router.keys)
-        return replace(self.as_router(), keys=known) == router
-
-    def __str__(self) -> str:
-        if self.bare:
-            return "a bare state dict"
-        return f"a payload dict of {', '.join(self.keys)}"
-
-
-_DIALECT = TypeAdapter(PayloadDialect)
-
-
-class Extras(BaseModel):
-    """What we keep under our own key; absent where everything has its default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1] = 1
-    history: tuple[Record, ...] = ()
-    plan: SplitPlan | None = None
-    lifecycle: dict[int, Lifecycle] = {}
-    deleted: tuple[int, ...] = ()
-    head_position: int | None = None
-    optimizer_names: tuple[str, ...] | None = None
-    optimizer_digest: str | None = None
-    optimizer_undecided: tuple[str, ...] = ()
-    dialects: dict[str, Any] = {}
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what differs from the defaults, in type and in bits: a 0 that stands for 0.0 is kept."""
-        found = self.model_dump(mode="json", exclude_defaults=True)
-        for i, row in self.lifecycle.items():
-            entries = {
-                name: value for name, value in vars(row).items() if repr(value) != repr(getattr(_ROW, name, None))
-            }
-            found["lifecycle"][str(i) if str(i) in found["lifecycle"] else i] = {
-                name: dict(value) if isinstance(value, Mapping) else value for name, value in entries.items()
-            }
-        return found
-
-
-_ROW = Lifecycle()
 
 
 @dataclass
 class Parsed:
-    """A payload dict taken apart: a checkpoint whose head is still to be found, and what belongs to it.
+    """A parsed payload dict. The head is not separated yet; `split_head` does that.
 
     Attributes:
-        checkpoint: its `core` is the whole state dict as it was found.
-        num_experts: as the payload states it, or None.
-        dialect: how this payload is spelt.
-        extras: what stood under our key.
+        checkpoint: its `core` is the whole state dict, in order.
+        num_experts: the number of experts in the payload; None if it is not stated.
+        dialect: the dialect of the payload.
+        extras: the extras in the payload.
     """
 
     checkpoint: Checkpoint
@@ -122,11 +46,11 @@ class Parsed:
 
 
 def parse_payload(payload: Any, path: Path) -> Parsed:
-    """Take a payload dict apart.
+    """Parse a payload dict; errors name `path`.
 
     Raises:
-        InconsistentError: not a dict, no model in it, or entries of the wrong type.
-        UnsupportedError: a state dict that holds something else than tensors, or extras of a newer version.
+        InconsistentError: it is not a dict, has no model, or has entries of the wrong type.
+        UnsupportedError: its state dict holds values other than tensors, or a newer version has written its extras.
     """
     with errors_at(path):
         return _parse(payload)
@@ -139,7 +63,7 @@ def _parse(payload: Any) -> Parsed:
     state = payload if bare else payload.get("model")
     if not isinstance(state, dict):
         found = ", ".join(map(repr, list(payload)[:8])) or "nothing"
-        raise InconsistentError("has no dict `model` and is no bare state dict", hint=f"it holds {found}")
+        raise InconsistentError("has no dict `model`, and is not a bare state dict", hint=f"it holds {found}")
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise InconsistentError("a state dict's keys must be text", key=f"model[{name!r}]")
@@ -185,7 +109,7 @@ def _parse(payload: Any) -> Parsed:
 def _stated_experts(payload: dict[str, Any]) -> int | None:
     stated = payload.get("num_experts")
     if stated is not None and (type(stated) is not int or stated < 1):
-        raise InconsistentError(f"must be a whole number ≥ 1, not {stated!r}", key="num_experts")
+        raise InconsistentError(f"must be an integer ≥ 1, not {stated!r}", key="num_experts")
     return stated
 
 
@@ -200,7 +124,7 @@ def _metadata_and_extras(
             raise InconsistentError("must be a dict", key=f"model._metadata[{module!r}]")
     others = sorted({*vars(state)} - {"_metadata"}) if isinstance(state, OrderedDict) else []
     if others or (not bare and isinstance(payload, OrderedDict) and vars(payload)):
-        raise UnsupportedError("carries Python attributes, which would be lost", key=(others or ["payload"])[0])
+        raise UnsupportedError("has Python attributes, which would be lost", key=(others or ["payload"])[0])
     metadata = dict(metadata) if metadata is not None else None
     raw = payload.get(OUR_KEY) if not bare else None
     if bare and metadata and OUR_KEY in metadata:
@@ -209,149 +133,16 @@ def _metadata_and_extras(
     return metadata, Extras() if raw is None else parse_extras(raw)
 
 
-def refuse_newer(raw: Any) -> None:
-    """Raise `UnsupportedError` for what a newer version wrote."""
-    if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > 1:
-        raise UnsupportedError(f"was written by a newer vraxion_ckpt (version {raw['version']})", key=OUR_KEY)
-
-
-def parse_extras(raw: Any) -> Extras:
-    """Check what stands under our key.
-
-    Raises:
-        InconsistentError: it is not what we write.
-        UnsupportedError: a newer version wrote it.
-    """
-    refuse_newer(raw)
-    try:
-        json.dumps(raw, allow_nan=False)
-        return Extras.model_validate(raw)  # not from the JSON text: half a surrogate pair is a key like any other
-    except (TypeError, ValueError, OverflowError) as error:
-        if not isinstance(error, ValidationError):
-            raise InconsistentError("holds something else than plain JSON", key=OUR_KEY) from error
-        first = refusals(error, Extras)[0]
-        raise InconsistentError(first.what, key=".".join(map(str, (OUR_KEY, *first.place)))) from None
-
-
-_EXPERT = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)")
-
-
-def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = frozenset()) -> Checkpoint:
-    """Take the head's tensors out of `core`.
-
-    Raises:
-        InconsistentError: both kinds of head, an expert without an id, or head tensors that do not stand together.
-    """
-    core: dict[str, Tensor] = {}
-    single: dict[str, Tensor] = {}
-    experts: dict[int, dict[str, Tensor]] = {}
-    places: list[int] = []
-    order: list[int] = []
-    for place, (name, tensor) in enumerate(checkpoint.core.items()):
-        if name.startswith(VRAXION.single):
-            single[name.removeprefix(VRAXION.single)] = tensor
-            places.append(place)
-        elif name.startswith(VRAXION.experts):
-            found = _EXPERT.fullmatch(name.removeprefix(VRAXION.experts))
-            if not found:
-                raise InconsistentError("an expert's tensor is called head.experts.<id>.<name>", path=path, key=name)
-            experts.setdefault(int(found[1]), {})[found[2]] = tensor
-            places.append(place)
-            order.append(int(found[1]))
-        else:
-            core[name] = tensor
-    if single and experts:
-        raise InconsistentError("holds both head.single.* and head.experts.*", path=path, key="model")
-    if not places:
-        return replace(checkpoint, core=core)
-    runs = 1 + sum(a != b for a, b in pairwise(order))
-    if places[-1] - places[0] != len(places) - 1 or (experts and runs != len(experts)):
-        raise InconsistentError("the tensors of the head do not stand together", path=path, key="model")
-    if single:
-        head = Head(HeadKind.SINGLE, {0: Expert(single)}, places[0])
-    else:
-        head = Head(HeadKind.EXPERTS, {i: Expert(tensors) for i, tensors in experts.items()}, places[0], deleted)
-    return with_head(replace(checkpoint, core=core), head)
-
-
-def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
-    """Return the checkpoint with its head; what the payload says of ``num_experts`` now follows from that."""
-    payload = {key: value for key, value in checkpoint.payload.items() if key != "num_experts"}
-    return replace(checkpoint, head=head, payload=payload)
-
-
-# Under these names, a checkpoint's origin records how its payload was written in each place that holds one. They are
-# in files that were written before, so they stay.
-MONOLITH = "pt"
-ROUTER = "router"
-
-
-def origin_of(format_name: str, path: Path, place: str, dialect: PayloadDialect, extras: Extras) -> Origin:
-    """Return the origin of a checkpoint that was read from a payload.
-
-    Args:
-        format_name: the adapter's name.
-        path: what was read.
-        place: `MONOLITH` or `ROUTER`, where the payload was found.
-        dialect: how the payload was written.
-        extras: what was recorded in the payload, the dialects of other formats among it.
-    """
-    return Origin(format_name, path, extras.dialects).with_dialect(place, _dump(dialect))
-
-
-def origin_of_state_dict(origin: Origin) -> Origin:
-    """Return an origin that says that the checkpoint was a bare state dict."""
-    return origin.with_dialect(MONOLITH, _dump(PayloadDialect(bare=True, ordered=True, keys=())))
-
-
-def recorded_dialect(checkpoint: Checkpoint, place: str) -> PayloadDialect | None:
-    """Return the payload dialect that is recorded for `MONOLITH` or `ROUTER`.
-
-    Raises:
-        InconsistentError: what is recorded is not a payload dialect.
-    """
-    raw = checkpoint.origin.dialects.get(place)
-    try:
-        return _DIALECT.validate_python(raw) if raw is not None else None
-    except ValidationError:
-        raise InconsistentError("is no payload dialect", key=f"{OUR_KEY}.dialects.{place}") from None
-
-
-def monolith_dialect(checkpoint: Checkpoint) -> tuple[PayloadDialect, Origin]:
-    """Return the dialect in which one file holds the payload, and the origin whose dialects are recorded in it."""
-    origin = checkpoint.origin.without_dialects(MONOLITH)
-    router = recorded_dialect(checkpoint, ROUTER)
-    dialect = recorded_dialect(checkpoint, MONOLITH) or router or PayloadDialect()
-    if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
-        dialect = router or PayloadDialect(ordered=dialect.ordered)  # it was bare before a trainer added to it
-    if router is None or dialect.implies(router, checkpoint.head is not None):
-        origin = origin.without_dialects(ROUTER)
-    return dialect, origin
-
-
-def router_dialect(checkpoint: Checkpoint) -> tuple[PayloadDialect, Origin]:
-    """Return the dialect in which ``router.state`` holds the payload, and the origin whose dialects it records."""
-    monolith = recorded_dialect(checkpoint, MONOLITH)
-    router = recorded_dialect(checkpoint, ROUTER) or (monolith or PayloadDialect()).as_router()
-    origin = checkpoint.origin.without_dialects(ROUTER)
-    return router, origin.without_dialects(MONOLITH) if monolith == router else origin
-
-
-def _dump(dialect: PayloadDialect) -> dict[str, Any]:
-    plain: dict[str, Any] = _DIALECT.dump_python(dialect, mode="json")
-    return plain
-
-
 def build_payload(
     checkpoint: Checkpoint, state: Mapping[str, Tensor], dialect: PayloadDialect, extras: Extras
 ) -> dict[str, Any]:
-    """Put a payload dict together in its dialect; the inverse of `parse_payload`.
+    """Return a payload dict; the inverse of `parse_payload`.
 
     Args:
-        checkpoint: gives everything but the model's tensors.
-        state: the tensors to store as the model.
-        dialect: entries that it does not list follow in their own order.
-        extras: stored under our key, unless it is all defaults.
+        checkpoint: the source of everything except the model's tensors.
+        state: the tensors of the model by name.
+        dialect: the dialect to write. Entries that it does not list follow in the order of the payload.
+        extras: stored under `OUR_KEY`, unless all fields have their defaults.
     """
     ours = extras.as_json()
     if ours:
@@ -382,12 +173,12 @@ def build_payload(
 
 
 def make_extras(checkpoint: Checkpoint, dialect: PayloadDialect, origin: Origin, **more: Any) -> Extras:
-    """Return what is recorded under our key beside a payload.
+    """Return the extras to write into a payload.
 
     Args:
-        checkpoint: what is written.
-        dialect: how the payload is written.
-        origin: its dialects are recorded.
+        checkpoint: the checkpoint.
+        dialect: the dialect of the payload.
+        origin: the origin whose dialects are recorded.
         more: further fields of `Extras`.
     """
     names = _names_to_record(checkpoint, dialect)
@@ -395,7 +186,7 @@ def make_extras(checkpoint: Checkpoint, dialect: PayloadDialect, origin: Origin,
 
 
 def _names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str, Any]:
-    """Return the extras that record the optimizer's names, if reading the result back would not find them again."""
+    """Return the fields that record the optimizer's names; none if a reader can bind them without."""
     if checkpoint.optimizer is None:
         return {}
     names, undecided = checkpoint.optimizer.params, checkpoint.optimizer.undecided

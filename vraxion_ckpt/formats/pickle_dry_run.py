@@ -1,9 +1,9 @@
-"""What the pickle of a ``.pt`` asks for, found out before torch runs it.
+"""Run the pickle of a ``.pt`` file with inert stubs, before torch runs it.
 
-``torch.load(weights_only=True)`` refuses code that a pickle brings along, but believes the sizes in it and calls
-some functions that return memory from elsewhere or take as much of it as they are told. Here the pickle runs first
-with every name replaced by something inert: each storage it asks for is compared with what the container holds,
-and what torch would do wrongly is refused. Imports nothing of torch.
+``torch.load(weights_only=True)`` does not run code from a pickle, but it trusts sizes in it, and calls functions that
+return uninitialised memory or allocate any amount of it. This module runs the pickle first with each class and function
+replaced by a stub. It compares each requested storage with the archive, and rejects what torch would not handle safely.
+Imports without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vraxion_ckpt.formats.torch_archive import Container
 
 
 class _Inert:
-    """Stands for any class or function that a pickle names; does nothing, whatever is done to it."""
+    """A stub for any class, function or object of a pickle; its methods do nothing."""
 
     def __call__(self, *_: Any) -> Any:
         return _Inert()
@@ -36,13 +36,13 @@ class _Inert:
 
 
 def _refuse_to_hash(key: Any) -> None:
-    # C hashes a tuple within a tuple within … until its stack overflows, here as in torch.
+    # Hashing deeply nested tuples overflows the C stack, here and in torch.
     if isinstance(key, tuple):
-        raise InconsistentError("has a key of type tuple, not text")
+        raise InconsistentError("has a key of type tuple; keys must be text")
 
 
 def _refuse_to_hash_state(state: Any) -> None:
-    # An object's state may also be spelt as pairs of a key and a value.
+    # The state of an object may also be a list of key-value pairs.
     for pair in state if isinstance(state, list | tuple) else ():
         if pair and isinstance(pair, list | tuple):
             _refuse_to_hash(pair[0])
@@ -50,20 +50,20 @@ def _refuse_to_hash_state(state: Any) -> None:
 
 @dataclass(frozen=True)
 class _Named(_Inert):
-    """A class or function, by its full name."""
+    """A stub for a class or function with its full name."""
 
     name: str
-    rehearsal: DryRun
+    dry_run: DryRun
 
     def __call__(self, *args: Any) -> Any:
-        return self.rehearsal.call(self.name, args)
+        return self.dry_run.call(self.name, args)
 
 
 @dataclass(eq=False)
 class _Dict(dict[Any, Any]):
-    """A dict or OrderedDict of the pickle."""
+    """A dict or OrderedDict in the pickle."""
 
-    rehearsal: DryRun
+    dry_run: DryRun
 
     def __setitem__(self, key: Any, value: Any) -> None:
         _refuse_to_hash(key)
@@ -71,10 +71,10 @@ class _Dict(dict[Any, Any]):
 
     def __setstate__(self, state: Any) -> None:
         _refuse_to_hash_state(state)
-        self.rehearsal.copy(state)
+        self.dry_run.copy(state)
 
 
-# What torch calls of itself, although its result is refused below and making it reaches further than that check.
+# Functions that torch allows. Their results are not plain data, and calling them is not safe.
 _NOT_PLAIN = {
     "torch._tensor._rebuild_from_type_v2": "a tensor subclass, or a tensor with attributes",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
@@ -98,7 +98,7 @@ _ITEMSIZES = {
 
 @dataclass(frozen=True)
 class _StorageType:
-    """The storage class that a persistent id names."""
+    """A stub for a storage class."""
 
     name: str
 
@@ -116,7 +116,7 @@ def _memory_from_elsewhere(name: str) -> UnsafeError:
     return UnsafeError(f"its pickle would call {name}, which returns memory that is not in the file")
 
 
-# What torch's own unpickler takes: pickle's protocol 2, less a few. Some of the others take memory or hash at will.
+# The opcodes that torch's unpickler accepts: most of protocol 2. Some others allocate memory or hash without limit.
 _OPCODES = {
     code[0]
     for code in (
@@ -131,10 +131,14 @@ _OPCODES = {
 }
 
 
-class DryRun(pickle._Unpickler):  # the pure-Python one: C's allocates whatever a memo index asks for
-    """Run a pickle with every name replaced by something inert, to see what it asks for.
+class DryRun(pickle._Unpickler):  # in pure Python: the C one allocates memory for any memo index
+    """An unpickler that replaces each class and function by a stub.
 
-    `load` raises a `CkptError` for what must not reach torch, and anything at all for a damaged pickle.
+    `load` raises a `SourceError` if the pickle is not safe or not supported, and any exception if it is damaged.
+
+    Args:
+        data: the pickle.
+        container: the archive that holds it.
     """
 
     stack: list[Any]
@@ -142,7 +146,7 @@ class DryRun(pickle._Unpickler):  # the pure-Python one: C's allocates whatever 
     def __init__(self, data: bytes, container: Container) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._container = container
-        # What torch.save writes copies only what stands in the pickle, and that once.
+        # A pickle of torch.save copies each of its own values at most once.
         self._copies_left = 1000 + 4 * len(data)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -160,39 +164,36 @@ class DryRun(pickle._Unpickler):  # the pure-Python one: C's allocates whatever 
             self.copy(arg)
         if name == "collections.OrderedDict":
             if args:
-                raise pickle.UnpicklingError("an OrderedDict made of something")
+                raise pickle.UnpicklingError("an OrderedDict with arguments")
             return _Dict(self)
         if name in ("builtins.set", "collections.Counter"):
             for key in (key for arg in args if isinstance(arg, list | tuple) for key in arg):
                 _refuse_to_hash(key)
         if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1":
             return args[0].encode("latin1")
-        # Given a number, a bytearray takes that much memory; some text encodings take hours for a megabyte.
+        # bytearray(n) allocates n bytes; some text encodings take hours for a megabyte.
         if name == "_codecs.encode" or (name == "builtins.bytearray" and not all(type(arg) is bytes for arg in args)):
-            raise UnsafeError(f"its pickle would call {name} for something else than bytes")
+            raise UnsafeError(f"its pickle would call {name} with arguments other than bytes")
         return _Inert()
 
     def copy(self, value: Any) -> None:
-        """Count what a call takes over: many calls may share one long list, each making a copy of it."""
+        """Count the values that a call copies, because many calls may each copy the same long list."""
         self._copies_left -= len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
         if self._copies_left < 0:
-            raise LimitError("its pickle copies far more than it holds")
+            raise LimitError("its pickle copies far more data than it has")
 
     def persistent_load(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise pickle.UnpicklingError("a persistent id that is no storage")
+            raise pickle.UnpicklingError("a persistent id that is not a storage")
         _, kind, key, _, count = pid
         if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(count) is not int:
             raise pickle.UnpicklingError("a damaged storage reference")
-        size = self._container.storage_size(key)
+        size, path = self._container.storage_size(key), self._container.path
         if size is None:
-            raise CorruptError("a tensor's storage is missing", path=self._container.path, key=f"data/{key}")
+            raise CorruptError("a tensor's storage is missing", path=path, key=f"data/{key}")
         if size != count * kind.itemsize:
-            raise CorruptError(
-                f"a tensor asks for {count * kind.itemsize} bytes, the storage has {size}",
-                path=self._container.path,
-                key=f"data/{key}",
-            )
+            message = f"a tensor asks for {count * kind.itemsize} bytes, but its storage has {size}"
+            raise CorruptError(message, path=path, key=f"data/{key}")
         return _Inert()
 
     def _empty_dict(self) -> None:
@@ -203,7 +204,7 @@ class DryRun(pickle._Unpickler):  # the pure-Python one: C's allocates whatever 
         self.stack[-1] = self.stack[-1](*args)
 
     def _other_opcode(self) -> None:
-        raise UnsupportedError("its pickle is not what torch.save writes unless told otherwise")
+        raise UnsupportedError("its pickle has opcodes that torch.save does not write by default")
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         **dict.fromkeys(pickle._Unpickler.dispatch, _other_opcode),

@@ -1,10 +1,10 @@
-"""The one door to safetensors' file format: look strictly, open mapped, write as a stream.
+"""Check, open and write safetensors files; the only module that does.
 
-A file is eight bytes (the header's length, little-endian), a JSON object of tensor name → dtype, shape and place,
-with text under ``__metadata__``, and then the tensors' bytes without a gap; see
-https://huggingface.co/docs/safetensors. The library opens it, after a look of ours at what it lets through, such
-as a key that stands there twice. It does not write it: its writer holds every copy that it needs at once, makes files
-that only their owner may read, and takes names that no reader accepts.
+A file has eight bytes with the header's length (little-endian), a JSON header, and the bytes of the tensors without
+gaps. The header holds the dtype, shape and offsets of each tensor, and text under ``__metadata__``; see
+https://huggingface.co/docs/safetensors. The safetensors library opens files, after a check for faults that it accepts,
+such as duplicate keys. It does not write them, because its writer keeps all copies of non-contiguous tensors in memory
+at once, makes files that only their owner can read, and accepts names that no reader accepts.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from vraxion_ckpt.errors import (
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.support import json_files, progress
+from vraxion_ckpt.wording import count
 
 _CODES = {
     torch.bool: "BOOL",
@@ -57,20 +58,21 @@ _CODES = {
 NATIVE_DTYPES = frozenset(_CODES)
 _BITS = {code: 8 * dtype.itemsize for dtype, code in _CODES.items()} | {"F4": 4}
 
-LARGEST_SAFETENSORS_HEADER = 100_000_000  # the library's own bound
+LARGEST_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
 _MOST_TENSORS = 200_000
-_MOST_ELEMENTS = 2**48  # of a tensor, were none of its dimensions empty
+_MOST_ELEMENTS = 2**48  # of a tensor; an empty dimension counts as 1
 _PIECE = 2**24
 _METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """The header of a file.
 
     Attributes:
-        sizes: each tensor's bytes, in the order of their places.
+        sizes: the size of each tensor in bytes, in the order of their offsets.
         metadata: text by key.
+        fingerprint: of the file when the header was read.
     """
 
     sizes: dict[str, int]
@@ -79,7 +81,11 @@ class Header:
 
 
 def starts_like_safetensors(path: Path) -> bool:
-    """Tell whether a file's first bytes could be a header's; never raises for a file that can be read."""
+    """Tell whether a file begins like a safetensors file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -87,7 +93,7 @@ def starts_like_safetensors(path: Path) -> bool:
 
 
 def is_tensor_name(name: str) -> bool:
-    """Tell whether a tensor may be called so: every reader finds it again."""
+    """Tell whether all readers accept a name for a tensor."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -96,14 +102,27 @@ def is_tensor_name(name: str) -> bool:
 
 
 def check_safetensors(path: Path) -> Header:
-    """Read a file's header and refuse whatever does not describe exactly the bytes that follow it.
+    """Read a file's header, and check that it describes exactly the bytes that follow it.
 
     Raises:
-        CorruptError: truncated, trailing bytes, holes, overlaps, sizes that do not fit, or a key that occurs twice.
-        InconsistentError: a tensor's name that no reader accepts, or metadata that is not text.
-        UnsupportedError: a dtype that torch does not have.
-        LimitError: a header, a shape or a number of tensors beyond reason.
+        CorruptError: the file is truncated, or has trailing bytes, holes, overlaps, wrong sizes or duplicate keys.
+        InconsistentError: a tensor has a name that no reader accepts, or the metadata is not text.
+        UnsupportedError: torch does not have the dtype of a tensor.
+        LimitError: the header, a shape or the number of tensors is too large.
+        StorageError: the file cannot be read.
     """
+    fingerprint, raw = _read_header(path)
+    header = _parse(raw, path)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise InconsistentError("must hold text by key", path=path, key=_METADATA)
+    if len(header) > _MOST_TENSORS:
+        raise LimitError(f"holds {len(header)} tensors; at most {_MOST_TENSORS} are supported", path=path)
+    sizes = _check_offsets(header, fingerprint.size - 8 - len(raw), path)
+    return Header(sizes, metadata, fingerprint)
+
+
+def _read_header(path: Path) -> tuple[Fingerprint, bytes]:
     try:
         if not path.is_file():
             raise CorruptError("is not a regular file", path=path)
@@ -113,70 +132,63 @@ def check_safetensors(path: Path) -> Header:
             if first == b"version ":
                 raise CorruptError("is a git-lfs pointer, not the file itself", path=path, hint="run `git lfs pull`")
             length = int.from_bytes(first, "little")
-            held = fingerprint.size - 8 - length
-            if fingerprint.size < 8 or held < 0:
-                raise CorruptError(
-                    "is no safetensors file, or a truncated one: "
-                    f"its header would take {length} of {fingerprint.size} bytes",
-                    path=path,
-                )
+            if fingerprint.size < 8 or length > fingerprint.size - 8:
+                fault = f"its header would take {length} of {fingerprint.size} bytes"
+                raise CorruptError(f"is not a safetensors file, or is truncated: {fault}", path=path)
             if length > LARGEST_SAFETENSORS_HEADER:
-                raise LimitError(
-                    f"has a header of {length} bytes; {LARGEST_SAFETENSORS_HEADER} is the format's bound", path=path
-                )
+                message = f"has a header of {length} bytes; the format allows {LARGEST_SAFETENSORS_HEADER}"
+                raise LimitError(message, path=path)
             raw = file.read(length)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     if not raw.startswith(b"{"):
         raise CorruptError("its header does not begin with {", path=path)
-    header = _parse(raw, path)
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise InconsistentError("must hold text by key", path=path, key=_METADATA)
-    if len(header) > _MOST_TENSORS:
-        raise LimitError(f"holds {len(header)} tensors; {_MOST_TENSORS} is the most", path=path)
-    places = sorted((*_place(name, entry, path), name) for name, entry in header.items())
+    return fingerprint, raw
+
+
+def _check_offsets(header: dict[str, Any], held: int, path: Path) -> dict[str, int]:
+    """Check that the tensors fill `held` bytes without gaps, and return their sizes in the order of their offsets."""
+    offsets = sorted((*_offsets(name, entry, path), name) for name, entry in header.items())
     end = 0
-    for start, stop, name in places:
+    for start, stop, name in offsets:
         if start != end:
-            kind = "overlaps the one before it" if start < end else "leaves a hole before it"
-            raise CorruptError(f"its place {kind}", path=path, key=name)
+            fault = "overlap the tensor before it" if start < end else "leave a hole before it"
+            raise CorruptError(f"its bytes {fault}", path=path, key=name)
         end = stop
     if end != held:
-        kind = f"{end - held} bytes are missing" if end > held else f"{held - end} bytes follow the last tensor"
-        raise CorruptError(f"does not hold what its header says: {kind}", path=path)
-    return Header({name: stop - start for start, stop, name in places}, metadata, fingerprint)
+        fault = "missing" if end > held else "left after the last tensor"
+        raise CorruptError(f"its size does not match its header: {count(abs(end - held), 'byte')} {fault}", path=path)
+    return {name: stop - start for start, stop, name in offsets}
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         header = json_files.parse_json(raw, path)
-    except (CorruptError, InconsistentError) as error:  # in a header it is damage: no writer makes such JSON
+    except (CorruptError, InconsistentError) as error:  # no writer makes such a header
         raise CorruptError(f"its header is damaged: {error.message}", path=path, key=error.key) from error
     if not isinstance(header, dict):
         raise CorruptError("its header is not a JSON object", path=path)
     return header
 
 
-def _place(name: str, entry: Any, path: Path) -> tuple[int, int]:
-    """Return where a tensor's bytes start and stop, counted from the header's end."""
+def _offsets(name: str, entry: Any, path: Path) -> tuple[int, int]:
+    """Return the offsets at which a tensor's bytes start and stop, relative to the end of the header."""
     if not is_tensor_name(name):
         raise InconsistentError(f"a tensor cannot be called {name!r}", path=path)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CorruptError("must have dtype, shape and data_offsets", path=path, key=name)
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise CorruptError("its dtype, shape or place is not one", path=path, key=name)
+        raise CorruptError("its dtype, shape or data_offsets are not valid", path=path, key=name)
     if code not in _BITS:
-        raise UnsupportedError(f"is of dtype {code}", path=path, key=name)
+        raise UnsupportedError(f"is of dtype {code}, which torch does not have", path=path, key=name)
     if len(shape) > 64 or math.prod(size or 1 for size in shape) > _MOST_ELEMENTS:
-        raise LimitError("has an absurd shape", path=path, key=name)
+        raise LimitError("has a shape with too many dimensions or elements", path=path, key=name)
     start, stop = offsets
     bits = math.prod(shape) * _BITS[code]
     if 8 * (stop - start) != bits:
-        raise CorruptError(
-            f"takes {stop - start} bytes, and its shape {shape} of {code} is {bits // 8}", path=path, key=name
-        )
+        message = f"takes {stop - start} bytes, but its shape {shape} of {code} needs {bits // 8}"
+        raise CorruptError(message, path=path, key=name)
     return start, stop
 
 
@@ -185,28 +197,31 @@ def _sizes(value: Any) -> bool:
 
 
 def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, Tensor]:
-    """Open the tensors of a file that was checked, mapped, in the order of their places.
+    """Return the memory-mapped tensors of a checked file by name, in the order of their offsets.
 
-    Each has a storage of its own. The file is registered in `sources`; the format has no checksum to verify.
+    Args:
+        path: the file. It is registered in `sources`; the format has no checksums.
+        header: the result of `check_safetensors`.
+        sources: the files read so far.
 
     Raises:
-        CorruptError: the library refuses it.
-        ChangedError: the file was replaced meanwhile.
+        CorruptError: the safetensors library rejects the file.
+        ChangedError: the file was replaced after it was checked.
+        StorageError: the file cannot be read.
     """
     try:
         with safetensors.safe_open(path, framework="torch") as file:
             tensors = {name: file.get_tensor(name) for name in header.sizes}
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
-    except Exception as error:  # the library's own, which derives from nothing more telling
+    except Exception as error:  # the library's own error class has no more specific base
         raise_if_out_of_memory(error, path)
         raise CorruptError(f"cannot be opened: {error}", path=path) from error
     opened = Sources()
     opened.add(path, header.fingerprint)
-    opened.check_unchanged()  # it was opened once more, by its name
+    opened.check_unchanged()  # the library has opened the file again by its name
     sources.files.extend(opened)
-    # Others may have written tensors at odd places, where not every operation may read them; and an empty one would
-    # lie at the address of the next.
+    # Copy tensors that are not aligned, which some operations need, and empty ones, which have the address of the next.
     return {
         name: tensor.clone() if not tensor.numel() or tensor.data_ptr() % tensor.itemsize else tensor
         for name, tensor in tensors.items()
@@ -214,29 +229,35 @@ def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, 
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write tensors of `NATIVE_DTYPES` and text to a new file; what is not contiguous is copied meanwhile.
+    """Write tensors of `NATIVE_DTYPES` and text to a new file. Non-contiguous tensors are copied in pieces.
 
-    Wide elements come first, so that all are aligned; otherwise the order is kept.
+    Tensors with larger elements come first, so that all are aligned; otherwise the order is kept.
 
     Raises:
+        InconsistentError: readers would not accept a name or text.
         LimitError: the header would be larger than readers accept.
-        StorageError: the file cannot be written; the message has the reason.
+        StorageError: the file cannot be written.
     """
     ordered = _in_order(tensors)
     with errors_at(path):
         raw = _header(ordered, metadata)
     try:
-        with path.open("xb") as file, progress.progress_bar("writing", size_of(dict(tensors))) as count:
+        with path.open("xb") as file, progress.progress_bar("writing", size_of(dict(tensors))) as advance:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
                 for (piece,) in in_pieces(bytes_of(tensor), size=_PIECE):
-                    count(file.write(piece.numpy().data))
+                    advance(file.write(piece.numpy().data))
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
 
 
 def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Return how many bytes `save_safetensors` would write."""
+    """Return how many bytes `save_safetensors` would write.
+
+    Raises:
+        InconsistentError: see `save_safetensors`.
+        LimitError: see `save_safetensors`.
+    """
     return 8 + len(_header(_in_order(tensors), metadata)) + size_of(dict(tensors))
 
 
@@ -255,8 +276,8 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     try:
         raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        raise InconsistentError("holds text that is not Unicode", key=_METADATA) from error
+        raise InconsistentError("has text that is not valid Unicode", key=_METADATA) from error
     raw += b" " * (-len(raw) % 8)
     if len(raw) > LARGEST_SAFETENSORS_HEADER:
-        raise LimitError(f"its header would take {len(raw)} bytes; {LARGEST_SAFETENSORS_HEADER} is the format's bound")
+        raise LimitError(f"its header would take {len(raw)} bytes; the format allows {LARGEST_SAFETENSORS_HEADER}")
     return raw

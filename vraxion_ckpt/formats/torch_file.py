@@ -1,8 +1,8 @@
-"""The one door to torch's file format: load safely and mapped, save.
+"""Load and save torch files; the only module that calls ``torch.load`` and ``torch.save``.
 
-Before torch sees a file, its container is checked (`vraxion_ckpt.formats.torch_archive`) and its pickle is rehearsed
-(`vraxion_ckpt.formats.pickle_dry_run`); after torch, whatever is not plain data is refused
-(`vraxion_ckpt.checkpoint.plain_data`). Nothing else in this project opens or writes a ``.pt``.
+Before torch reads a file, its archive is checked (`vraxion_ckpt.formats.torch_archive`) and its pickle is run without
+effects (`vraxion_ckpt.formats.pickle_dry_run`). Afterwards, everything that is not plain data is rejected
+(`vraxion_ckpt.checkpoint.plain_data`).
 """
 
 from __future__ import annotations
@@ -34,29 +34,36 @@ from vraxion_ckpt.errors import (
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.formats.pickle_dry_run import DryRun
-from vraxion_ckpt.formats.torch_archive import Container, check_archive, fill_in_checksums, mapped
+from vraxion_ckpt.formats.torch_archive import Container, check_archive
+from vraxion_ckpt.formats.zip_directory import fill_in_checksums, mapped
 from vraxion_ckpt.support import progress, signals
 
-# Modules that torch never lets a pickle call into, whatever is allowed.
+# Modules that torch never lets a pickle use, even with allow_globals.
 _NEVER_ALLOWED = frozenset({"builtins", "nt", "os", "posix", "subprocess", "sys"})
-_LARGE = 2**17  # what is worth being handed to another thread
+_LARGE = 2**17  # bytes from which a checksum is computed in another thread
 
 
 def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
-    """Load a file of ``torch.save``: safely, mapped, on the CPU, and only if it holds plain data.
+    """Load the plain data of a torch file onto the CPU, memory-mapped and without running code from it.
 
     Args:
-        path: the file; it is registered in `sources`, which later verifies the storages' checksums.
+        path: the file. It is registered in `sources`, which verifies the checksums of its storages later.
         sources: the files read so far.
-        allow_globals: full names of further classes or functions that its pickle may use, such as
-            ``numpy.dtype``; numpy scalars that come of it are turned into Python numbers.
+        allow_globals: full names of further classes or functions that the pickle may use, such as ``numpy.dtype``.
+            Numpy scalars become Python numbers.
 
     Returns:
-        dicts, lists, tuples, text, numbers, None and tensors; tensors are views of the mapped file.
+        dicts, lists, tuples, text, numbers, None and tensors; the tensors are views of the mapped file.
 
     Raises:
-        SourceError: see `check_archive`; also `UnsafeError` naming what the pickle would have called.
-        ChangedError: the file was replaced meanwhile.
+        CorruptError: see `check_archive`; or the pickle is damaged.
+        UnsafeError: the pickle uses other classes or functions; the message lists them.
+        UnsupportedError: see `check_archive`; or the file holds values that are not plain data.
+        LimitError: see `check_archive`; or the values are too many or nested too deeply.
+        InconsistentError: a dict has a key that is not text or a number.
+        ChangedError: the file was replaced while it was read.
+        StorageError: the file cannot be read.
+        UsageError: `allow_globals` has an unknown name, or torch is too old.
     """
     _require_torch()
     allowed = _find_globals(allow_globals)
@@ -83,7 +90,7 @@ def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] =
         raise CorruptError(f"torch cannot read it: {_first_line(error)}", path=path) from error
     opened = Sources()
     opened.add(path, container.fingerprint, container.verify)
-    opened.check_unchanged()  # torch has opened it once more, by its name
+    opened.check_unchanged()  # torch has opened the file again by its name
     if allow_globals:
         value = _plain(value, 0, path, {})
     check_plain(value, path)
@@ -93,9 +100,10 @@ def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] =
 
 
 def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPart]]:
-    """Find out which storage is which member: torch maps the whole file, so they lie in memory as in the file.
+    """Yield which part of the mapped file each storage is.
 
-    Where that is not so, less is found, and the checksums of the others are compared in a pass of their own.
+    torch maps the whole file, so storages have the same distances in memory as in the file. A storage that does not is
+    left out, and its checksum is verified by reading the file.
     """
     found = (tensor.untyped_storage() for _, tensor in named_tensors(value))
     storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
@@ -111,10 +119,8 @@ def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPar
 def _require_torch() -> None:
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if release < (2, 10):
-        raise UsageError(
-            f"torch {torch.__version__} is installed; 2.10 is needed to load files safely",
-            hint="pip install --upgrade torch",
-        )
+        message = f"torch {torch.__version__} is installed, but 2.10 or newer is needed to load files safely"
+        raise UsageError(message, hint="pip install --upgrade torch")
 
 
 def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
@@ -125,31 +131,28 @@ def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Calla
             found.append((getattr(import_module(module), attribute), name))
         except (ImportError, AttributeError, ValueError, TypeError):
             raise UsageError(f"--allow-global {name}: there is no such class or function") from None
-    if "numpy.dtype" in names:  # makes instances of these, which no pickle names
+    if "numpy.dtype" in names:  # it returns instances of these classes, which no pickle names
         found += [type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code not in "OV"]
     return found
 
 
 def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoReturn:
     try:
-        unsafe = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n not in allowed]
-    except Exception:  # torch's own look at the pickle failed too
+        unsafe = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*allowed})
+    except Exception:  # torch cannot parse the pickle either
         unsafe = []
     if unsafe:
-        raise UnsafeError(
-            f"its pickle would call {', '.join(sorted(unsafe))}",
-            path=path,
-            hint=_how_to_allow(sorted(unsafe)),
-        ) from error
-    # torch puts its reason between advice to load the file unsafely and where to read on.
+        message = f"its pickle would call {', '.join(unsafe)}"
+        raise UnsafeError(message, path=path, hint=_how_to_allow(unsafe)) from error
+    # torch's message has the reason between advice to load the file unsafely and a link.
     paragraphs = str(error).split("\n\n")
     reason = paragraphs[-2 if len(paragraphs) > 1 else 0].strip()
-    raise UnsafeError(f"torch refuses its pickle: {reason[:200]}", path=path) from error
+    raise UnsafeError(f"torch rejects its pickle: {reason[:200]}", path=path) from error
 
 
 def _how_to_allow(names: Sequence[str]) -> str:
     if any(name.split(".")[0] in _NEVER_ALLOWED for name in names):
-        return "it would run commands: do not load it with anything; --allow-global does not allow that"
+        return "it would run commands, which --allow-global cannot permit; do not load this file with any program"
     return "if you trust each of them: " + " ".join(f"--allow-global {name}" for name in names)
 
 
@@ -159,7 +162,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
-    """Turn numpy scalars into Python numbers of the same value, in new containers; `done` holds those, by id."""
+    """Return a copy of a value with Python numbers instead of numpy scalars; `done` has the copied containers by id."""
     if depth > DEEPEST:
         raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
     if id(value) in done:
@@ -181,18 +184,20 @@ def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
 
 
 def save_torch_file(value: Any, path: Path) -> None:
-    """Write plain data as ``torch.save`` does, to a new file; tensors are streamed, not copied.
+    """Write plain data to a new file with ``torch.save``; tensors are streamed, not copied.
 
-    The archive's inner name does not depend on `path`, so the same data gives the same bytes. The checksums are
-    ours: torch would compute each before it writes the bytes, here another thread does it meanwhile.
+    The name inside the archive does not depend on `path`, so equal data gives equal bytes. Checksums are computed in
+    another thread while the bytes are written; torch would compute them before.
 
     Raises:
-        UsageError: torch would read a file of that name with safetensors.
-        UnsupportedError: `value` holds something that is not plain data.
-        StorageError: the file cannot be written; the message has the reason.
+        UsageError: the name of the file ends in ``.safetensors``, which torch would read as another format.
+        UnsupportedError: `value` is not plain data.
+        StorageError: the file cannot be written.
     """
     if path.name.endswith(".safetensors"):
-        raise UsageError("torch takes a file of this name for another format", path=path, hint="call it *.pt")
+        raise UsageError(
+            "torch would read a file of this name as safetensors", path=path, hint="use a name that ends in .pt"
+        )
     check_plain(value)
     writer = None
     try:
@@ -200,7 +205,7 @@ def save_torch_file(value: Any, path: Path) -> None:
             path.open("xb") as file,
             ThreadPoolExecutor(1) as pool,
             progress.progress_bar("writing", size_of(value)) as count,
-            _as_a_whole(),
+            _uninterrupted(),
         ):
             writer = _Writer(file, pool, count)
             try:
@@ -211,7 +216,7 @@ def save_torch_file(value: Any, path: Path) -> None:
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     except RuntimeError as error:
-        # torch reports a failed write in words of its own; the reason is what the file said.
+        # torch hides why a write failed; `_Writer` has the reason.
         if writer is None or writer.error is None:
             raise_if_out_of_memory(error, path)
             raise
@@ -222,16 +227,20 @@ def save_torch_file(value: Any, path: Path) -> None:
 
 
 def torch_file_size(value: Any) -> int:
-    """Return how many bytes `save_torch_file` would write, without writing any."""
+    """Return how many bytes `save_torch_file` would write.
+
+    Raises:
+        UnsupportedError: `value` is not plain data.
+    """
     check_plain(value)
     counted = _Counter()
-    with _as_a_whole():
+    with _uninterrupted():
         torch.save(value, cast("BinaryIO", counted))
     return counted.size
 
 
 class _Counter:
-    """A file that goes nowhere."""
+    """A file that only counts bytes."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -244,10 +253,10 @@ class _Counter:
 
 
 @contextmanager
-def _as_a_whole() -> Iterator[None]:
-    """Let torch write without checksums of its own, and put off signals: `_Writer` lets them through.
+def _uninterrupted() -> Iterator[None]:
+    """Let torch write without computing checksums, and defer signals, which `_Writer` delivers between two writes.
 
-    An exception from anywhere else in torch makes it end the archive, and what that then says is all that is known.
+    An exception at any other place would make torch finish the archive, and would be lost.
     """
     with signals.deferred():
         before = torch.serialization.get_crc32_options()
@@ -259,10 +268,11 @@ def _as_a_whole() -> Iterator[None]:
 
 
 class _Writer:
-    """A file that takes checksums, and remembers why a write failed or was interrupted, since torch forgets.
+    """A file that computes checksums and records why a write failed, which torch does not report.
 
     Attributes:
-        checksums: the CRC-32 of the larger pieces that were written, by where each starts and its size.
+        checksums: the CRC-32 of the larger pieces written, by offset and size.
+        error: the exception of the write that failed, if one did.
     """
 
     def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor, count: Callable[[int], object]) -> None:
@@ -275,7 +285,7 @@ class _Writer:
         self.error: BaseException | None = None
 
     def end(self) -> None:
-        """Let further writes go nowhere: torch ends an archive even when it is cleaned up, and aborts if it cannot."""
+        """Ignore further writes: torch finishes an archive even after an error, and aborts if it cannot."""
         self._ended = True
 
     def write(self, data: memoryview) -> int:
@@ -290,10 +300,12 @@ class _Writer:
                 try:
                     self._file.write(data)
                 finally:
-                    self.checksums[self._size, len(data)] = crc.result()  # `data` is torch's again afterwards
+                    self.checksums[self._size, len(data)] = (
+                        crc.result()
+                    )  # before returning, because torch then reuses `data`
             self._size += len(data)
             self._count(len(data))
-        except BaseException as error:  # a signal's too
+        except BaseException as error:  # also from a signal
             self.error = error
             raise
         return len(data)

@@ -1,6 +1,6 @@
-"""JSON as we read it, strictly, and as we write it.
+"""Read JSON strictly, and write it.
 
-Python's parser lets the last of two equal keys win and accepts NaN; a file that holds either is refused here.
+Unlike Python's parser, these functions reject duplicate keys, NaN and infinite numbers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any, NoReturn
 from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError
 from vraxion_ckpt.support import text_files
 
-_LARGEST = 2**26  # bytes: rows of a hundred thousand experts, or the digests of as many files
-_MOST_VALUES = 5_000_000  # an empty list of two letters takes sixty bytes of memory
+_LARGEST = 2**26  # bytes: enough for a hundred thousand experts or files
+_MOST_VALUES = 5_000_000  # ``[]``, two bytes of text, takes sixty bytes of memory
 
 
 def load_json(path: Path, *, most: int = _LARGEST) -> Any:
     """Read a JSON file of at most `most` bytes.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one.
-        CorruptError: not JSON, or not UTF-8.
-        InconsistentError: a duplicate key, or a number that is not finite.
-        LimitError: larger, or nested too deeply.
+        UsageError: the file does not exist or is not a regular file.
+        CorruptError: the file is not JSON, or not UTF-8.
+        InconsistentError: it has a duplicate key, or a number that is not finite or has thousands of digits.
+        LimitError: it is larger, is nested too deeply, or has more than five million values.
         StorageError: the file cannot be read.
     """
     try:
@@ -34,10 +34,12 @@ def load_json(path: Path, *, most: int = _LARGEST) -> Any:
 
 
 def parse_json(text: str | bytes, path: Path | None = None) -> Any:
-    """Parse JSON text, or its bytes; `path` is named in errors.
+    """Parse JSON, given as text or as UTF-8; errors name `path`.
 
     Raises:
-        CkptError: as for `load_json`; LimitError also for more than five million values.
+        CorruptError: see `load_json`.
+        InconsistentError: see `load_json`.
+        LimitError: see `load_json`.
     """
     if isinstance(text, bytes):
         try:
@@ -56,7 +58,7 @@ def parse_json(text: str | bytes, path: Path | None = None) -> Any:
         return found
 
     def refuse(constant: str) -> NoReturn:
-        raise InconsistentError(f"{constant} is no JSON number", path=path)
+        raise InconsistentError(f"{constant} is not a JSON number", path=path)
 
     def finite(number: str) -> float:
         value = float(number)
@@ -69,12 +71,16 @@ def parse_json(text: str | bytes, path: Path | None = None) -> Any:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise CorruptError(f"is not JSON: {where}: {error.msg}", path=path) from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise InconsistentError("holds a whole number of thousands of digits", path=path) from error
+    except ValueError as error:  # an integer with thousands of digits
+        raise InconsistentError("has a number with thousands of digits", path=path) from error
     except RecursionError as error:
         raise LimitError("is nested too deeply", path=path) from error
 
 
 def dump_json(value: Any) -> bytes:
-    """Write JSON as VRAXION's tools do: indented by two, keys in the order given."""
+    """Return JSON as VRAXION's tools write it: indented by two, keys in the given order.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     return json.dumps(value, indent=2, allow_nan=False).encode()

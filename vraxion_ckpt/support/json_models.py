@@ -1,6 +1,6 @@
-"""What commands print with ``--json``: models that are their own documented, versioned JSON Schema.
+"""Base classes of the models that commands print with ``--json``, and of their versioned JSON Schemas.
 
-A new entry does not change the version; one that goes, or means something else, does.
+A new field does not change the version. Removing a field, or changing its meaning, does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _as_json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-# A number that may be infinite, or not one: JSON has no sign for those, so they are the texts inf, -inf and nan.
+# A number that may be infinite or NaN. JSON has no such numbers, so they are written as "inf", "-inf" and "nan".
 Number = Annotated[
     float,
     PlainSerializer(_as_json_number, when_used="json"),
@@ -26,7 +26,7 @@ Number = Annotated[
 
 
 def _as_plain(value: Any) -> Any:
-    """Return a value of a checkpoint as JSON-like data: tensors in words, numbers that JSON does not know as text."""
+    """Return a value of a checkpoint as JSON data: a scalar tensor as a number, any other as its dtype and shape."""
     if isinstance(value, float):
         return _as_json_number(value)
     if value is None or isinstance(value, bool | int | str):
@@ -40,29 +40,29 @@ def _as_plain(value: Any) -> Any:
     return str(value)
 
 
-# Any value that stands in a checkpoint.
+# Any value of a checkpoint.
 Plain = Annotated[Any, PlainSerializer(_as_plain, when_used="json")]
 
 
 class Fact(BaseModel):
-    """A part of what is printed; the text below each field describes it in the schema."""
+    """A part of the output of a command. The docstring of each field is its description in the schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
 
 class Facts(Fact):
-    """All that a command prints; ``schema`` names its kind and version."""
+    """The whole output of a command; the entry ``schema`` names its kind and version."""
 
     kind_of_facts: ClassVar[str]
     schema_version: ClassVar[int] = 1
 
     @classmethod
     def schema_name(cls) -> str:
-        """Return what stands under ``schema`` in the JSON."""
+        """Return the value of the entry ``schema``, such as ``vraxion-ckpt/inspect/1``."""
         return f"vraxion-ckpt/{cls.kind_of_facts}/{cls.schema_version}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return what ``--json`` prints, as plain data."""
+        """Return the output of ``--json`` as plain data."""
         return {"schema": self.schema_name(), **self.model_dump(mode="json")}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What pydantic refuses, in our words."""
+"""Pydantic's validation errors in the wording of this project."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from vraxion_ckpt.wording import did_you_mean, listed, plural
 
-# By pydantic's types of errors; what stands in braces is in their context.
+# By pydantic's error types; the fields in braces are in the context of the error.
 _WORDS = {
     "missing": "is required",
-    "string_type": "must be a text",
+    "string_type": "must be text",
     "path_type": "must be a path",
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
     **dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "must be a mapping"),
@@ -32,13 +32,13 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """One entry of some data that a model refuses.
+    """One invalid entry of some data.
 
     Attributes:
-        place: the keys and numbers that lead to it.
-        kind: pydantic's type of the error.
-        what: what is wrong with it.
-        given: what stands there.
+        place: the keys and indices that lead to the entry.
+        kind: pydantic's error type.
+        what: what is wrong with the entry.
+        given: the value of the entry.
     """
 
     place: tuple[str | int, ...]
@@ -48,17 +48,17 @@ class Refusal:
 
     @property
     def key(self) -> str:
-        """The place as text."""
+        """The place as text, like ``chain.1.seed``."""
         return ".".join(map(str, self.place))
 
 
 def refusals(error: ValidationError, model: type[BaseModel], noun: str = "entry") -> list[Refusal]:
-    """Return everything that a model refuses in some data.
+    """Return the invalid entries of some data.
 
     Args:
-        error: as pydantic raised it.
-        model: the model.
-        noun: what an entry is called.
+        error: the error that pydantic raised.
+        model: the model that the data does not fit.
+        noun: the name of an entry in messages, such as "option".
     """
     found = []
     for each in error.errors(include_url=False):
@@ -69,14 +69,14 @@ def refusals(error: ValidationError, model: type[BaseModel], noun: str = "entry"
             what = f"unknown {noun} {name!r}" + (f", {near}" if near else f" ({plural(noun)}: {listed(names, 20)})")
         elif kind in _WORDS:
             what = _WORDS[kind].format(**each.get("ctx", {}))
-        else:  # pydantic has a hundred types; of others than these, its own words must do
+        else:  # one of the other hundred error types of pydantic
             what = each["msg"]
         found.append(Refusal(place, kind, what, each["input"]))
     return found
 
 
 def _names_at(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
-    """Return the entries that the models at a place know; a part of it that is no entry, like a number, is skipped."""
+    """Return the names of the fields at a place. Parts of the place that are no field, such as indices, are skipped."""
     models = [model]
     for part in place:
         fields = [field for each in models for name, field in each.model_fields.items() if part in (name, field.alias)]

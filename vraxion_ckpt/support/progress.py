@@ -1,4 +1,4 @@
-"""Progress bars on standard error, for operations that take more than a second at a terminal."""
+"""Progress bars on standard error, for operations that take more than a second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-# Set by the commands; a library is silent.
+# The commands set this; the library itself shows no progress.
 wanted = False
 _shown: list[str] = []
 _DELAY = 1.0  # seconds before a bar appears
@@ -16,9 +16,14 @@ _INTERVAL = 0.1  # seconds between two drawings
 
 @contextmanager
 def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
-    """Show how many of `total` bytes, or other units, are done; call the yielded function to count them.
+    """Show progress during a ``with`` block; call the yielded function with each number of bytes, or units, done.
 
-    Nothing is shown off a terminal, within another bar, or before `_DELAY`. The bar is erased at the end.
+    The bar appears after `_DELAY`, if standard error is a terminal and no other bar is shown. It is erased at the end.
+
+    Args:
+        what: the label.
+        total: the number of bytes or units in all.
+        unit: the name of the unit; ``B`` for bytes.
     """
     if not wanted or _shown or not sys.stderr.isatty():
         yield lambda _: None
@@ -27,7 +32,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[i
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    # Hidden, the cursor would stay hidden after a process that is killed.
+    # rich hides the cursor, and a killed process could not show it again.
     console.show_cursor = lambda *_: False  # type: ignore[method-assign]
     counted = TextColumn("{task.completed}/{task.total} " + unit)
     progress = Progress(
@@ -36,7 +41,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[i
         DownloadColumn(binary_units=True) if unit == "B" else counted,
         TimeRemainingColumn(),
         console=console,
-        auto_refresh=False,  # no thread; `count` draws
+        auto_refresh=False,  # no extra thread: `count` draws
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
@@ -50,7 +55,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[i
         progress.advance(task, done)
         if time.monotonic() >= due:
             due = time.monotonic() + _INTERVAL
-            with suppress(OSError, SystemExit):  # the terminal may be gone, on which rich exits
+            with suppress(OSError, SystemExit):  # if the terminal is gone, rich exits
                 progress.start()
                 progress.refresh()
 

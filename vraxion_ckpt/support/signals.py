@@ -1,9 +1,9 @@
-"""Signals that end a run: raised where they arrive, but not where something must be done as a whole.
+"""Defer SIGINT, SIGTERM and SIGHUP during critical sections; otherwise raise them as exceptions.
 
-An exception that may come between any two instructions is no use to code that has to leave things tidy: it can come
-after a ``with`` block has ended and before what that has to do begins. So an operation that changes files is a
-`deferred` block from its beginning to its end, and what takes long in it, and can be given up, is `interruptible`.
-Imports nothing of torch.
+An exception that can be raised between any two instructions makes reliable cleanup impossible: it may be raised between
+the end of a ``with`` block and the start of its cleanup. So an operation that changes files runs in a `deferred` block
+from its start to its end, and long steps that can be aborted run in an `interruptible` block inside it. Imports without
+torch.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ _received: list[int] = []
 
 @dataclass(eq=False)
 class _Block:
-    """A `deferred` block that is under way: what handled the signals before, and which have come."""
+    """An active `deferred` block: the previous signal handlers, and the pending signals."""
 
-    usual: dict[int, Any] = field(default_factory=dict)
-    caught: list[int] = field(default_factory=list)
+    handlers: dict[int, Any] = field(default_factory=dict)
+    pending: list[int] = field(default_factory=list)
 
-    def note(self, number: int, _: FrameType | None) -> None:
-        self.caught.append(number)
+    def defer(self, number: int, _: FrameType | None) -> None:
+        self.pending.append(number)
 
 
-_blocks: list[_Block] = []  # the innermost last
+_blocks: list[_Block] = []  # the innermost one is the last
 
 
 class Interrupted(BaseException):
-    """A signal, raised where it arrived, so that everything staged is removed on the way out."""
+    """A signal, raised as an exception so that staged files are removed."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 def raise_on_signals() -> None:
-    """Let the signals that end a run raise `Interrupted`, from here on; for a program, not for a library."""
+    """Install handlers that raise `Interrupted` on SIGINT, SIGTERM and SIGHUP; for the program, not for library use."""
     _received.clear()
     for number in _ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a shell for what runs behind it, wants it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, or by a shell for a background job
             signal.signal(number, _raise)
 
 
 def ignore_signals() -> None:
-    """Let the signals that raise `Interrupted` do nothing any more: all is done, and the exit code is known."""
+    """Ignore the signals that raise `Interrupted`; called at the end, when the exit code is known."""
     for number in _ENDING:
         if signal.getsignal(number) is _raise:
             signal.signal(number, signal.SIG_IGN)
@@ -62,67 +62,71 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 
 def raise_pending() -> None:
-    """Raise again what was lost: Python prints and drops an exception that is raised while it cleans up an object."""
+    """Raise `Interrupted` again if it was lost: Python drops exceptions that are raised in a finalizer.
+
+    Raises:
+        Interrupted: a signal has arrived since `raise_on_signals`.
+    """
     if _received:
         raise Interrupted(_received[0])
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Put off signals to the end of a ``with`` block: what is in it is done, or fails, as a whole."""
-    if not _signals_come():
+    """Defer signals until the end of a ``with`` block, and deliver the first pending one there."""
+    if not _is_main_thread():
         yield
         return
     block = _Block()
     _blocks.append(block)
     try:
         for number in _ENDING:
-            if (handler := signal.getsignal(number)) is not None:  # None: not set by Python, nor to be set back by it
-                block.usual[number] = handler
-                signal.signal(number, block.note)
+            if (handler := signal.getsignal(number)) is not None:  # None: not set by Python, so it cannot be restored
+                block.handlers[number] = handler
+                signal.signal(number, block.defer)
         yield
     finally:
         _blocks.remove(block)
-        _handle(block.usual)
-    if block.caught:
-        signal.raise_signal(block.caught[0])
+        _install(block.handlers)
+    if block.pending:
+        signal.raise_signal(block.pending[0])
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let signals through again, in a stretch of the innermost `deferred`; first of all what has come before it."""
-    if not _signals_come() or not _blocks:
+    """Inside a `deferred` block, deliver pending signals and those that arrive during this ``with`` block."""
+    if not _is_main_thread() or not _blocks:
         yield
         return
     block = _blocks[-1]
-    outside: dict[int, Any] = {number: signal.getsignal(number) for number in block.usual}
+    deferring: dict[int, Any] = {number: signal.getsignal(number) for number in block.handlers}
     try:
-        _handle(block.usual)
-        while block.caught:
-            signal.raise_signal(block.caught.pop(0))
+        _install(block.handlers)
+        while block.pending:
+            signal.raise_signal(block.pending.pop(0))
         yield
     finally:
-        if block in _blocks:  # a signal at the very end of the stretch may leave this to the garbage collector
-            _handle(outside)
+        if block in _blocks:  # false if a signal leaves this to the garbage collector
+            _install(deferring)
 
 
 def deliver_pending() -> None:
-    """Let the signals through that have come, in a `deferred` block."""
-    if _signals_come() and _blocks and _blocks[-1].caught:
+    """Deliver the pending signals of the innermost `deferred` block."""
+    if _is_main_thread() and _blocks and _blocks[-1].pending:
         with interruptible():
             pass
 
 
-def _signals_come() -> bool:
-    """Tell whether this is the thread in which signals are handled; the blocks are its own."""
+def _is_main_thread() -> bool:
+    """Tell whether this is the main thread: Python runs signal handlers only there."""
     return threading.current_thread() is threading.main_thread()
 
 
-def _handle(handlers: Mapping[int, Any]) -> None:
+def _install(handlers: Mapping[int, Any]) -> None:
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    except BaseException:  # a signal, through the first of them; the others must not stay behind
+    except BaseException:  # from a handler that was just installed; install the others too
         for number, handler in handlers.items():
             signal.signal(number, handler)
         raise

@@ -1,6 +1,6 @@
-"""Small files that a user names: regular ones of bounded size only, opened without waiting.
+"""Read small files that a user names: only regular files of limited size, opened without blocking.
 
-Imports nothing of torch.
+Imports without torch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _PIECE = 2**20
 def opened(path: Path, *, most: int) -> Iterator[BinaryIO]:
     """Open a regular file of at most `most` bytes for reading.
 
-    A pipe, a device, a socket or a directory is refused at once: nothing waits for its other end.
+    Pipes, devices, sockets and directories are rejected without waiting for another process.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one.
-        LimitError: it is larger.
-        StorageError: it cannot be read.
+        UsageError: the file does not exist or is not a regular file.
+        LimitError: the file is larger.
+        StorageError: the file cannot be read.
     """
     try:
         descriptor = _descriptor(path)
@@ -52,26 +52,28 @@ def _descriptor(path: Path) -> int:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
             raise UsageError("is not a regular file", path=path) from error
         raise
-    except ValueError:  # NUL, or what is not UTF-8
-        raise UsageError(f"{str(path)!r} is no path") from None
+    except ValueError:  # a NUL character, or a lone surrogate
+        raise UsageError(f"{str(path)!r} is not a valid path") from None
 
 
 def read_text(path: Path, *, most: int, encoding: str = "utf-8") -> str:
-    """Return the text of a file.
+    """Return the text of a regular file of at most `most` bytes.
 
     Args:
-        path: as for `opened`.
-        most: as for `opened`.
-        encoding: ``utf-8``, or ``utf-8-sig`` to leave out a byte order mark.
+        path: the file.
+        most: the limit, in bytes.
+        encoding: ``utf-8``, or ``utf-8-sig`` to skip a byte order mark.
 
     Raises:
-        CkptError: as for `opened`.
-        UnicodeDecodeError: it is not UTF-8.
+        UsageError: see `opened`.
+        LimitError: see `opened`.
+        StorageError: see `opened`.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     content = bytearray()
     with opened(path, most=most) as file:
         while piece := file.read(_PIECE):
             content += piece
-            if len(content) > most:  # it grows, or has no size, like what is in /proc
+            if len(content) > most:  # the file grows, or reports no size, as in /proc
                 raise LimitError(f"is larger than {most} bytes", path=path)
     return content.decode(encoding)

@@ -1,7 +1,7 @@
-"""YAML as we read it, strictly: plain data, every key once, and the line that each entry stands in.
+"""Read YAML strictly: plain data without duplicate keys, with the line number of each entry.
 
-Plain scalars are those of YAML 1.2's core schema, but for octal and hexadecimal numbers: ``0001``, ``1:30``, ``yes``
-and ``0x10`` are texts, as they look. https://yaml.org/spec/1.2.2/#103-core-schema. Imports nothing of torch.
+Plain scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), without octal and
+hexadecimal numbers: ``0001``, ``1:30``, ``yes`` and ``0x10`` are text. Imports without torch.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import yaml
 from vraxion_ckpt.errors import LimitError, UsageError
 from vraxion_ckpt.support import text_files
 
-_LARGEST = 2**20  # bytes; whoever writes one by hand stays below
+_LARGEST = 2**20  # bytes
 _DEEPEST = 50
 _MOST_ENTRIES = 20_000  # keys, values and lists; PyYAML takes a second for so many
-_MOST_SHOWN = 200  # letters of a place in a message
+_MOST_SHOWN = 200  # characters of a place in a message
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?")
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
-    spelt: value for value, word in ((True, "true"), (False, "false")) for spelt in (word, word.title(), word.upper())
+    written: value
+    for value, word in ((True, "true"), (False, "false"))
+    for written in (word, word.title(), word.upper())
 }
 
-# Where something stands: keys and indices from the top.
+# The keys and indices that lead to an entry.
 Place = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong at a place; on no line, if it is not in the file."""
+    """A problem with an entry. `line` is None if the entry is not in the file."""
 
     place: Place
     what: str
@@ -41,11 +43,11 @@ class Problem:
 
     def __str__(self) -> str:
         line = f"line {self.line}: " if self.line is not None else ""
-        return f"{line}{spell(self.place)}: {self.what}" if self.place else f"{line}{self.what}"
+        return f"{line}{place_text(self.place)}: {self.what}" if self.place else f"{line}{self.what}"
 
 
-def spell(place: Place) -> str:
-    """Return a place for people: ``chain[1].arc_meta.visits``."""
+def place_text(place: Place) -> str:
+    """Return a place as text, like ``chain[1].arc_meta.visits``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     text = text.removeprefix(".")
     return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "…"
@@ -53,11 +55,13 @@ def spell(place: Place) -> str:
 
 @dataclass
 class Yaml:
-    """A file's content, and what is wrong with it as YAML.
+    """The content of a YAML file.
 
     Attributes:
-        lines: where each entry stands.
-        texts: what stands there, letter by letter, of each scalar.
+        value: the content as plain data.
+        lines: the line number of each entry.
+        texts: each scalar as written in the file.
+        problems: the entries that are not allowed, such as duplicate keys.
     """
 
     value: Any = None
@@ -66,17 +70,17 @@ class Yaml:
     problems: list[Problem] = field(default_factory=list)
 
     def line(self, place: Place) -> int | None:
-        """Return the line of an entry, or that of the nearest one around it."""
+        """Return the line of an entry; if it is not in the file, the line of the entry that would hold it."""
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place)
 
 
 def load(path: Path) -> Yaml:
-    """Read a file of one YAML document, without running or expanding anything.
+    """Read a file of one YAML document, without running code or expanding aliases.
 
     Raises:
-        UsageError: there is no such file, it is not a regular one, too large, not UTF-8, or not YAML at all.
+        UsageError: the file does not exist, is not a regular file, is too large, or is not UTF-8 or YAML.
         StorageError: the file cannot be read.
     """
     try:
@@ -96,32 +100,32 @@ def load(path: Path) -> Yaml:
 
 
 def scalar(text: str) -> Any:
-    """Return what a text is as a plain scalar: a number, true, false, null, or itself.
+    """Return the value of a plain scalar: a number, True, False, None, or the text itself.
 
     Raises:
-        ValueError: it is a number that is not finite.
+        ValueError: the number is not finite.
     """
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
         return int(text)
     if text.lower().lstrip("+-") in (".inf", ".nan"):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     if _FLOAT.fullmatch(text) and any(letter.isdigit() for letter in text):
         number = float(text)
         if not math.isfinite(number):
-            raise ValueError(f"{text} is no finite number")
+            raise ValueError(f"{text} is not a finite number")
         return number
     return text
 
 
 def _check_events(text: str, path: Path) -> None:
-    """Refuse what would take for ever, or all memory, to be put together."""
+    """Reject documents that would take too much time or memory to compose."""
     depth = entries = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 0
-        if isinstance(event, yaml.AliasEvent):  # a dozen lines of those can stand for a billion entries
-            raise UsageError(f"line {line}: aliases (*name) are not known here", path=path)
+        if isinstance(event, yaml.AliasEvent):  # a dozen lines with aliases can expand to a billion entries
+            raise UsageError(f"line {line}: aliases (*name) are not supported", path=path)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             raise UsageError(f"line {line}: is nested too deeply", path=path)
@@ -132,8 +136,8 @@ def _check_events(text: str, path: Path) -> None:
 
 def _syntax(error: BaseException) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"is no YAML: line {error.problem_mark.line + 1}: {error.problem}"
-    return "is no YAML: it is nested too deeply" if isinstance(error, RecursionError) else f"is no YAML: {error}"
+        return f"is not YAML: line {error.problem_mark.line + 1}: {error.problem}"
+    return "is not YAML: it is nested too deeply" if isinstance(error, RecursionError) else f"is not YAML: {error}"
 
 
 def _value(node: yaml.Node | None, place: Place, found: Yaml) -> Any:
@@ -145,8 +149,8 @@ def _value(node: yaml.Node | None, place: Place, found: Yaml) -> Any:
         return _mapping(node, place, found)
     if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
         return [_value(entry, (*place, i), found) for i, entry in enumerate(node.value)]
-    if not isinstance(node, yaml.ScalarNode) or not _is_usual(node):
-        found.problems.append(Problem(place, f"the tag {node.tag} is not known here", line))
+    if not isinstance(node, yaml.ScalarNode) or not _has_default_tag(node):
+        found.problems.append(Problem(place, f"the tag {node.tag} is not supported", line))
         return None
     found.texts[place] = str(node.value)
     if node.style is not None:  # quoted, or a block
@@ -158,8 +162,8 @@ def _value(node: yaml.Node | None, place: Place, found: Yaml) -> Any:
         return None
 
 
-def _is_usual(node: yaml.ScalarNode) -> bool:
-    """Tell whether a scalar has the tag that PyYAML gives to its text, and none that somebody wrote before it."""
+def _has_default_tag(node: yaml.ScalarNode) -> bool:
+    """Tell whether a scalar has the tag that PyYAML gives to its text, and no explicit one."""
     plain = node.style is None
     return bool(node.tag == yaml.SafeLoader("").resolve(yaml.ScalarNode, node.value, (plain, not plain)))  # type: ignore[no-untyped-call]
 

@@ -1,0 +1,197 @@
+"""Plain values and tensors as JSON, and back; used by `vraxion_ckpt.formats.document`.
+
+A value is written as the same JSON value, with these exceptions: ``{"$tensor": name}`` refers to a stored tensor;
+``{"$tuple": […]}`` is a tuple; ``{"$dict": [[key, value], …]}`` is a dict whose keys are not text, or begin with ``$``;
+``{"$ordered": [[key, value], …]}`` is an OrderedDict; and ``{"$float": "7ff8000000000001"}`` holds the bits of a number
+that is not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, dtype_name
+from vraxion_ckpt.checkpoint.shared_memory import view_of
+from vraxion_ckpt.errors import InconsistentError, LimitError, raise_if_out_of_memory
+from vraxion_ckpt.formats.extras import OUR_PREFIX
+
+_PLACE = 300  # characters of a place that are kept, so that a long key is not copied for every entry below it
+_MOST_DIMENSIONS = 64
+_MOST_ELEMENTS = 2**48  # of a tensor; an empty dimension counts as 1
+_DTYPES = {dtype_name(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_QUANTISED = "q"  # the names of quantised dtypes, which need a scale, begin with this
+
+
+class TensorStore:
+    """Tensors to store, by name. A tensor that is put twice is stored once.
+
+    Args:
+        dtypes: the dtypes that the format can hold; tensors of others are stored as bytes.
+        is_name: whether the format can hold a tensor of a name.
+    """
+
+    def __init__(self, dtypes: Collection[torch.dtype], is_name: Callable[[str], bool]) -> None:
+        self.by_name: dict[str, Tensor] = {}
+        self._dtypes = dtypes
+        self._is_name = is_name
+        self._known: dict[Any, str] = {}
+
+    def put(self, tensor: Tensor, wanted: str) -> dict[str, Any]:
+        """Store a tensor, as `wanted` if that name is valid and free, and return the JSON that refers to it."""
+        view = view_of(tensor)
+        name = self._known.get(view) if tensor.numel() else None
+        native = tensor.dtype in self._dtypes
+        if name is None:
+            name = self._free(wanted)
+            self._known[view] = name
+            self.by_name[name] = tensor if native else bytes_of(tensor)
+        found: dict[str, Any] = {"$tensor": name}
+        if not native:
+            found |= {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        if isinstance(tensor, nn.Parameter):
+            found["parameter"] = tensor.requires_grad
+        elif tensor.requires_grad:
+            found["requires_grad"] = True
+        return found
+
+    def _free(self, wanted: str) -> str:
+        if self._is_name(wanted) and wanted not in self.by_name:
+            return wanted
+        number = len(self.by_name)
+        while f"{OUR_PREFIX}{number}" in self.by_name:
+            number += 1
+        return f"{OUR_PREFIX}{number}"
+
+
+def encode_value(value: Any, place: str, tensors: TensorStore) -> Any:
+    """Return a plain value as JSON data, and store the tensors in it under names that begin with `place`."""
+    if isinstance(value, Tensor):
+        return tensors.put(value, OUR_PREFIX + place)
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": struct.pack(">d", value).hex()}
+    if isinstance(value, list | tuple):
+        entries = [encode_value(entry, f"{place}/{i}", tensors) for i, entry in enumerate(value)]
+        return {"$tuple": entries} if isinstance(value, tuple) else entries
+    if isinstance(value, dict):
+        pairs = [[key, encode_value(entry, f"{place}/{key}"[:_PLACE], tensors)] for key, entry in value.items()]
+        if isinstance(value, OrderedDict):
+            found: dict[str, Any] = {"$ordered": pairs}
+            if vars(value):
+                found["attributes"] = encode_value(vars(value), place, tensors)
+            return found
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return dict(pairs)
+        return {"$dict": pairs}
+    return value
+
+
+class ValueDecoder:
+    """Turns JSON data back into plain values.
+
+    Attributes:
+        used: the names of the stored tensors that were referred to.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.used: set[str] = set()
+        # An empty tensor may have strides that do not allow a view as another dtype.
+        self._tensors = {n: t if t.numel() else torch.empty(t.shape, dtype=t.dtype) for n, t in tensors.items()}
+        self._made: dict[str, Tensor] = {}
+
+    def decode(self, value: Any, place: str, depth: int = 0) -> Any:
+        """Return the plain value of JSON data; errors name `place`.
+
+        Raises:
+            InconsistentError: the data is not what `encode_value` returns, or refers to a missing tensor.
+            LimitError: it is nested too deeply.
+        """
+        if depth > DEEPEST:
+            raise LimitError(f"is nested deeper than {DEEPEST}", key=place)
+        if isinstance(value, list):
+            return [self.decode(entry, f"{place}[{i}]", depth + 1) for i, entry in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        special = next((key for key in value if key.startswith("$")), None)
+        if special is None:
+            return {key: self.decode(entry, f"{place}.{key}"[:_PLACE], depth + 1) for key, entry in value.items()}
+        try:
+            return self._special(special, value, place, depth)
+        except (TypeError, ValueError, KeyError, AttributeError, struct.error, RuntimeError) as error:
+            raise_if_out_of_memory(error)
+            raise InconsistentError(f"is not a valid {special[:_PLACE]} entry: {error}", key=place) from error
+
+    def _special(self, kind: str, value: dict[str, Any], place: str, depth: int) -> Any:
+        inside = value[kind]
+        if kind == "$tensor":
+            return self._tensor(value, place)
+        if kind == "$ordered" and value.keys() <= {kind, "attributes"}:
+            ordered = OrderedDict(self._pairs(inside, place, depth))
+            attributes = self.decode(value.get("attributes", {}), place, depth + 1)
+            if not isinstance(attributes, dict) or any(hasattr(OrderedDict, name) for name in attributes):
+                raise ValueError("its attributes must be a dict, and not hide any of OrderedDict's")
+            vars(ordered).update(attributes)
+            return ordered
+        if len(value) != 1:
+            raise ValueError("it has further entries")
+        if kind == "$dict":
+            return dict(self._pairs(inside, place, depth))
+        if kind == "$tuple" and isinstance(inside, list):
+            return tuple(self.decode(inside, place, depth))
+        if kind == "$float":
+            return struct.unpack(">d", bytes.fromhex(inside))[0]
+        raise ValueError("there is no such kind of entry")
+
+    def _pairs(self, pairs: Any, place: str, depth: int) -> list[tuple[Any, Any]]:
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise ValueError("it must list pairs of key and value")
+        if not all(type(key) in (str, int) for key, _ in pairs) or len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key is neither text nor an integer, or occurs twice")
+        return [(key, self.decode(entry, f"{place}.{key}"[:_PLACE], depth + 1)) for key, entry in pairs]
+
+    def _tensor(self, found: dict[str, Any], place: str) -> Tensor:
+        if not found.keys() <= {"$tensor", "dtype", "shape", "parameter", "requires_grad"}:
+            raise ValueError("it has further entries")
+        name = found["$tensor"]
+        if name not in self._tensors:
+            raise InconsistentError(f"refers to the tensor {name!r}, which does not exist", key=place)
+        self.used.add(name)
+        key = json.dumps(found)
+        if key not in self._made:  # equal references become the same tensor object
+            if not all(type(found.get(flag, True)) is bool for flag in ("parameter", "requires_grad")):
+                raise ValueError("`parameter` and `requires_grad` must be true or false")
+            foreign = "dtype" in found or "shape" in found
+            tensor = self._from_bytes(name, found["dtype"], found["shape"]) if foreign else self._tensors[name]
+            if "parameter" in found:
+                tensor = nn.Parameter(tensor, found["parameter"])
+            elif found.get("requires_grad"):
+                tensor = tensor.detach().requires_grad_()
+            self._made[key] = tensor
+        return self._made[key]
+
+    def _from_bytes(self, name: str, dtype_name: str, shape: list[int]) -> Tensor:
+        """Return a tensor that is stored as bytes, because the format cannot hold its dtype."""
+        tensor, dtype = self._tensors[name], _DTYPES[dtype_name]
+        if tensor.dtype != torch.uint8 or tensor.ndim != 1 or dtype_name.startswith(_QUANTISED):
+            raise ValueError("it is not stored as bytes")
+        if not _is_shape(shape):
+            raise ValueError("its shape is not valid")
+        if tensor.data_ptr() % dtype.itemsize:  # stored bytes may not be aligned, which some operations need
+            tensor = self._tensors[name] = tensor.clone()
+        return tensor.view(dtype).view(shape)
+
+
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_DIMENSIONS
+        and all(type(size) is int and size >= 0 for size in value)
+        and math.prod(size or 1 for size in value) <= _MOST_ELEMENTS
+    )

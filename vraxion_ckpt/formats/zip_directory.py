@@ -1,0 +1,238 @@
+"""Read the directory of a zip archive strictly, and fill in its checksums.
+
+Format: PKWARE APPNOTE 6.3.10 (zip and zip64). Imports without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vraxion_ckpt.errors import CorruptError, LimitError, StorageError, UnsupportedError
+
+_MOST_MEMBERS = 200_000
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_END64_LOCATOR = struct.Struct("<4sIQI")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
+
+
+@dataclass(frozen=True)
+class Member:
+    """An uncompressed member of an archive: where its bytes start in the file, their number, and their CRC-32."""
+
+    name: str
+    start: int
+    size: int
+    crc: int
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """Memory-map a file read-only for the length of a ``with`` block.
+
+    Raises:
+        CorruptError: the file is empty.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error
+    except ValueError:
+        raise CorruptError("is empty", path=path) from None
+    with memoryview(mapping) as view:
+        yield view
+
+
+class ZipDirectory:
+    """A strict parser of a zip file's central directory and local headers."""
+
+    def __init__(self, path: Path, data: memoryview) -> None:
+        self._path = path
+        self._data = data
+        self._compressed: list[str] = []
+
+    def members(self) -> list[Member]:
+        """Return the members in the order of their bytes.
+
+        Raises:
+            CorruptError: headers contradict each other, or members overlap or occur twice.
+            UnsupportedError: a member is compressed.
+            LimitError: there are too many members, or a compressed one is larger than the file.
+        """
+        count, start, end = self.end_of_directory()
+        if count > _MOST_MEMBERS:
+            raise LimitError(f"has {count} members; at most {_MOST_MEMBERS} are supported", path=self._path)
+        found: list[tuple[int, Member]] = []
+        seen = set()
+        for _, offset, member in self.entries(count, start, end):
+            # torch ignores case when it looks up a member.
+            if member.name.lower() in seen:
+                self._corrupt("occurs twice", member.name)
+            seen.add(member.name.lower())
+            found.append((offset, member))
+        if self._compressed:  # after the loop, which finds zip bombs behind harmless members
+            hint = "save the file again with torch.save"
+            raise UnsupportedError("is compressed", path=self._path, key=self._compressed[0], hint=hint)
+        found.sort(key=lambda pair: pair[0])
+        reached = 0
+        for offset, member in found:
+            if offset < reached:
+                self._corrupt("overlaps the member before it", member.name)
+            reached = member.start + member.size
+        if reached > start:
+            self._corrupt("the last member overlaps the directory")
+        return [member for _, member in found]
+
+    def entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, int, Member]]:
+        """Yield the offset of each directory entry, the offset of its local header, and the member."""
+        at = start
+        for _ in range(count):
+            after, offset, member = self._central_entry(at, end, start)
+            yield at, offset, member
+            at = after
+        if at != end:
+            self._corrupt("the directory's size does not match its entries")
+
+    def end_of_directory(self) -> tuple[int, int, int]:
+        """Return the number of entries, and the offsets at which the directory starts and ends."""
+        size = len(self._data)
+        if size < _END.size or bytes(self._data[size - _END.size :][:4]) != b"PK\x05\x06":
+            self._corrupt("is truncated, or has bytes after its end")
+        at = size - _END.size
+        _, disk, directory_disk, here, count, length, start, comment = self._unpack(_END, at)
+        if disk or directory_disk or here != count or comment:
+            self._corrupt("its end record is damaged")
+        locator = at - _END64_LOCATOR.size
+        if locator >= 0 and bytes(self._data[locator : locator + 4]) == b"PK\x06\x07":
+            _, locator_disk, at64, disks = self._unpack(_END64_LOCATOR, locator)
+            if locator_disk or disks > 1 or at64 + _END64.size != locator:
+                self._corrupt("its zip64 locator is damaged")
+            signature, length64, _, _, d1, d2, here64, count64, size64, start64 = self._unpack(_END64, at64)
+            short = ((count, count64, 0xFFFF), (length, size64, 0xFFFFFFFF), (start, start64, 0xFFFFFFFF))
+            agree = all(value in (full, limit) for value, full, limit in short)
+            if signature != b"PK\x06\x06" or length64 != 44 or d1 or d2 or here64 != count64 or not agree:
+                self._corrupt("its zip64 end record is damaged")
+            at, count, length, start = at64, count64, size64, start64
+        if start + length != at:
+            self._corrupt("its directory is not where its end record says")
+        return count, start, at
+
+    def _central_entry(self, at: int, end: int, directory: int) -> tuple[int, int, Member]:
+        if at + _CENTRAL.size > end:
+            self._corrupt("the directory's size does not match its entries")
+        signature, _, _, flags, method, _, _, crc, packed, size, *rest = self._unpack(_CENTRAL, at)
+        n_name, n_extra, n_comment, disk, _, attributes, offset = rest
+        name_at = at + _CENTRAL.size
+        after = name_at + n_name + n_extra + n_comment
+        if signature != b"PK\x01\x02" or after > end:
+            self._corrupt("a directory entry is damaged")
+        raw_name = bytes(self._data[name_at : name_at + n_name])
+        name = self._decode(raw_name)
+        extra = bytes(self._data[name_at + n_name : name_at + n_name + n_extra])
+        size, packed, offset = self._zip64(extra, size, packed, offset, name)
+        if method:
+            if size > len(self._data):
+                raise LimitError("is compressed and would inflate beyond the file", path=self._path, key=name)
+            self._compressed.append(name)
+            return after, offset, Member(name, offset, 0, crc)
+        if flags & ~(_HAS_DESCRIPTOR | _UTF8) or packed != size or disk:
+            self._corrupt("is encrypted, or its header is damaged", name)
+        if name.endswith("/") or attributes & 0x10:
+            self._corrupt("is marked as a directory", name)
+        if offset + _LOCAL.size > directory:
+            self._corrupt("lies beyond the directory", name)
+        start = self._check_local(offset, raw_name, flags, crc, size, name)
+        if start + size > directory:
+            self._corrupt("reaches into the directory", name)
+        return after, offset, Member(name, start, size, crc)
+
+    def _zip64(self, extra: bytes, size: int, packed: int, offset: int, name: str) -> tuple[int, int, int]:
+        """Return the sizes and the offset, read from the zip64 extra field if they do not fit 32 bits."""
+        values = {"size": size, "packed": packed, "offset": offset}
+        wanted = [key for key, value in values.items() if value == 0xFFFFFFFF]
+        at = 0
+        while wanted and at + 4 <= len(extra):
+            kind, length = struct.unpack_from("<2H", extra, at)
+            if kind == 1 and length >= 8 * len(wanted) and at + 4 + length <= len(extra):
+                for i, key in enumerate(wanted):
+                    (values[key],) = struct.unpack_from("<Q", extra, at + 4 + 8 * i)
+                wanted = []
+            at += 4 + length
+        if wanted:
+            self._corrupt("its zip64 sizes are missing", name)
+        return values["size"], values["packed"], values["offset"]
+
+    def _check_local(self, offset: int, raw_name: bytes, flags: int, crc: int, size: int, name: str) -> int:
+        """Compare a local header with its directory entry, and return the offset of the member's bytes."""
+        fields = self._unpack(_LOCAL, offset)
+        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = fields
+        name_at = offset + _LOCAL.size
+        if signature != b"PK\x03\x04" or bytes(self._data[name_at : name_at + n_name]) != raw_name:
+            self._corrupt("its local header names another member", name)
+        if method or local_flags != flags:
+            self._corrupt("its local header contradicts the directory", name)
+        if not flags & _HAS_DESCRIPTOR:
+            allowed = {size, 0xFFFFFFFF} if size >= 0xFFFFFFFF else {size}
+            if local_crc != crc or packed not in allowed or full not in allowed:
+                self._corrupt("its local header contradicts the directory", name)
+        return int(name_at + n_name + n_extra)
+
+    def _unpack(self, record: struct.Struct, at: int) -> tuple[Any, ...]:
+        if at < 0 or at + record.size > len(self._data):
+            self._corrupt("is truncated")
+        return record.unpack_from(self._data, at)
+
+    def _decode(self, raw: bytes) -> str:
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            name = ""
+        if not name or "\0" in name:
+            self._corrupt("a member's name is damaged")
+        return name
+
+    def _corrupt(self, message: str, member: str | None = None) -> NoReturn:
+        raise CorruptError(message, path=self._path, key=member)
+
+
+def fill_in_checksums(path: Path, known: Mapping[tuple[int, int], int]) -> None:
+    """Write the CRC-32 of each member into an archive that was written without checksums.
+
+    Args:
+        path: the archive; no other process may have opened it.
+        known: the CRC-32 of members, by offset and size of their bytes. For other members, the bytes are read.
+
+    Raises:
+        CorruptError: the archive is not valid.
+        StorageError: it cannot be read.
+        OSError: it cannot be written.
+    """
+    patches: list[tuple[int, int]] = []
+    with mapped(path) as data:
+        directory = ZipDirectory(path, data)
+        for at, offset, member in directory.entries(*directory.end_of_directory()):
+            end = member.start + member.size
+            crc = known.get((member.start, member.size))
+            if crc is None:
+                crc = zlib.crc32(data[member.start : end])
+            (flags,) = struct.unpack_from("<H", data, at + 8)
+            if flags & _HAS_DESCRIPTOR:
+                local = end + 4 if bytes(data[end : end + 4]) == b"PK\x07\x08" else end
+            else:
+                local = offset + 14
+            patches += [(local, crc), (at + 16, crc)]
+    with path.open("r+b") as file:
+        for place, crc in patches:
+            file.seek(place)
+            file.write(struct.pack("<I", crc))
