@@ -324,7 +324,7 @@ def test_shards_beside_a_single_head_are_left_over(tmp_path):
 def test_a_name_that_no_trainer_writes_is_refused_also_beyond_the_experts(name, tmp_path):
     target = lay(tmp_path, LEFTOVER)
     shard(target, 2).rename(target / "experts" / name)
-    with pytest.raises(InconsistentError, match="a shard is called"):
+    with pytest.raises(InconsistentError, match="a shard must be named"):
         vc.open(target)
 
 

@@ -356,7 +356,7 @@ def test_a_folder_that_holds_two_checkpoints_is_not_guessed_at(tmp_path):
         shutil.copy(folder / INDEX, folder / f"{name}.safetensors.index.json")
     assert_foreign(folder)  # the usual name goes before others, as in Hugging Face's own tools
     (folder / INDEX).unlink()
-    with pytest.raises(InconsistentError, match="name the one to read"):
+    with pytest.raises(InconsistentError, match="give the path of the one to read"):
         vc.open(folder)
     assert_foreign(folder / "a.safetensors.index.json")
 
@@ -703,7 +703,7 @@ def test_a_path_in_an_index_is_refused_before_anything_is_opened(file, tmp_path,
         monkeypatch.setattr(safetensors_file, name, lambda path, *_: opened.append(path))
     monkeypatch.setattr(safetensors, "safe_open", lambda path, *_, **__: opened.append(path))
     index_says(file)(folder)
-    assert_refused(cli, folder, InconsistentError, "[theta]: is said to be in")
+    assert_refused(cli, folder, InconsistentError, "[theta]: the index lists the tensor in")
     assert opened == []
 
 
@@ -778,22 +778,22 @@ INDEXES: dict[str, tuple[Callable[[Path], Any], type[CkptError], str]] = {
     "key not in its file": (
         resave(3, lambda t: t.pop("theta")),
         InconsistentError,
-        f"[theta]: is not in {LAST}",
+        f"[theta]: the index lists the tensor in {LAST}, which lacks it",
     ),
     "key said to be in another file": (
         index_says("model-00001-of-00003.safetensors"),
         InconsistentError,
-        f"[theta]: is in {LAST}, and the index says model-00001",
+        f"[theta]: the tensor is in {LAST}, but the index lists it in model-00001",
     ),
     "key in two files": (
         resave(1, lambda t: t.update(theta=torch.ones(2))),
         InconsistentError,
-        f"[theta]: is in model-00001-of-00003.safetensors, and the index says {LAST}",
+        f"[theta]: the tensor is in model-00001-of-00003.safetensors, but the index lists it in {LAST}",
     ),
     "key not listed": (
         resave(1, lambda t: t.update(more=torch.ones(2))),
         InconsistentError,
-        "[more]: is in model-00001-of-00003.safetensors, and the index does not list it",
+        "[more]: the tensor is in model-00001-of-00003.safetensors, but the index does not list it",
     ),
     "a file linked twice": (
         lambda folder: [
@@ -801,10 +801,10 @@ INDEXES: dict[str, tuple[Callable[[Path], Any], type[CkptError], str]] = {
             os.link(folder / LAST, folder / "model-00001-of-00003.safetensors"),
         ],
         InconsistentError,
-        "and the index says",
+        "but the index lists it in",
     ),
-    "total size too large": (stated(10**6), InconsistentError, "[metadata.total_size]: is 1000000"),
-    "total size as text": (stated("5"), InconsistentError, "[metadata.total_size]: is '5'"),
+    "total size too large": (stated(10**6), InconsistentError, "[metadata.total_size]: total_size is 1000000"),
+    "total size as text": (stated("5"), InconsistentError, "[metadata.total_size]: total_size is '5'"),
     "total size null": (stated(None), InconsistentError, "[metadata.total_size]"),
     "no weight_map": (of_index(lambda i: i.pop("weight_map") and None), InconsistentError, "weight_map"),
     "weight_map a list": (of_index(lambda i: i.update(weight_map=[])), InconsistentError, "weight_map"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import DATA, assert_same, load
 from torch import nn
-from vraxion_ckpt_adapters.safetensors_file import SafetensorsAdapter
+from vraxion_ckpt_adapters.safetensors import SafetensorsAdapter
 from work import bounded
 
 import vraxion_ckpt as vc

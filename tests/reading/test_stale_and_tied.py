@@ -195,7 +195,7 @@ def test_narrow_router_maps_are_filled_and_redirected_rightly(dtype, tmp_path):
 
 def test_a_router_map_too_narrow_for_the_next_id_is_refused(tmp_path):
     torch.save({"model": {**experts(128), "router_map": torch.zeros(4, dtype=torch.int8)}}, tmp_path / "a.pt")
-    with pytest.raises(vc.TransformError, match="cannot name expert 128"):
+    with pytest.raises(vc.TransformError, match="cannot hold expert id 128"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
 
 

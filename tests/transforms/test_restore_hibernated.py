@@ -302,7 +302,7 @@ def fitting(**more: torch.Tensor) -> dict:
             TransformError,
             "has down.weight; only expert 0 has",
         ),
-        (fitting(weight=torch.zeros(8, 16), bias=torch.zeros(8)), TransformError, "all zero, too"),
+        (fitting(weight=torch.zeros(8, 16), bias=torch.zeros(8)), TransformError, "also all zero"),
         ({"weight": 1.0, "bias": torch.ones(8)}, InconsistentError, "dict of leaf name"),
         ([torch.ones(8, 16)], InconsistentError, "dict of leaf name"),
     ],
