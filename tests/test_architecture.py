@@ -247,7 +247,7 @@ def public_names(path: Path) -> Iterator[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
-            names = [] if "click.command" in decorators else [node.name]
+            names = [] if decorators & {"click.command", "command"} else [node.name]
         elif isinstance(node, ast.Assign):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -699,8 +699,11 @@ def test_a_path_in_an_index_is_refused_before_anything_is_opened(file, tmp_path,
     for place in (tmp_path / "outside.safetensors", folder / ".outside.safetensors"):
         save_file({"theta": foreign_model()["theta"]}, place)
     opened: list[Path] = []
-    for name in ("check_safetensors", "load_safetensors"):
-        monkeypatch.setattr(safetensors_file, name, lambda path, *_: opened.append(path))
+    for name in (
+        "vraxion_ckpt_adapters.safetensors_file.check_safetensors",
+        "vraxion_ckpt.formats.safetensors_file.load_safetensors",
+    ):
+        monkeypatch.setattr(name, lambda path, *_: opened.append(path))
     monkeypatch.setattr(safetensors, "safe_open", lambda path, *_, **__: opened.append(path))
     index_says(file)(folder)
     assert_refused(cli, folder, InconsistentError, "[theta]: the index lists the tensor in")

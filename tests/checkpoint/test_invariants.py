@@ -11,10 +11,10 @@ from support import DATA, DIRECTORIES, MONOLITHS, bits, load
 import vraxion_ckpt as vc
 from vraxion_ckpt.checkpoint.invariants import (
     Preservation,
-    findings,
+    invariant_findings,
     preservation,
     router_owners,
-    shared_memory,
+    shared_names,
     sharing_findings,
 )
 from vraxion_ckpt.checkpoint.model import Checkpoint, Expert, HeadKind, Lifecycle
@@ -41,8 +41,8 @@ def with_expert(checkpoint: Checkpoint, number: int, **tensors: torch.Tensor | N
 @pytest.mark.parametrize("path", [*MONOLITHS, *DIRECTORIES], ids=lambda path: path.name)
 def test_a_real_checkpoint_has_no_findings(path):
     checkpoint = vc.open(path)
-    assert list(findings(checkpoint)) == []
-    assert shared_memory(checkpoint) == []
+    assert list(invariant_findings(checkpoint)) == []
+    assert shared_names(checkpoint) == []
 
 
 def owners(*values, dtype=torch.int64):
@@ -131,25 +131,25 @@ def state_of_another_shape(checkpoint):
 def test_what_is_not_true_is_found_and_named(spoil, named):
     checkpoint = opened()
     spoil(checkpoint)
-    found = list(findings(checkpoint))
+    found = list(invariant_findings(checkpoint))
     assert any(all(word in line for word in named) for line in found), found
 
 
 def test_experts_with_inner_layers_may_differ_in_their_width():
     checkpoint = opened("wallclock_adapter_experts.pt")
     assert len({checkpoint.head.experts[i]["down.weight"].shape for i in range(3)}) > 1
-    assert list(findings(checkpoint)) == []
+    assert list(invariant_findings(checkpoint)) == []
     with_expert(checkpoint, 1, **{"down.weight": torch.zeros(2, 3, 4)})
-    assert any("expert 1" in line and "down.weight" in line for line in findings(checkpoint))
+    assert any("expert 1" in line and "down.weight" in line for line in invariant_findings(checkpoint))
 
 
 def test_an_expert_that_is_not_open_stays_closed():
     checkpoint = vc.open(DATA / "modular_experts3")
     closed = [i for i, expert in checkpoint.head.experts.items() if not expert.is_open]
     assert closed
-    list(findings(checkpoint))
+    list(invariant_findings(checkpoint))
     list(sharing_findings(checkpoint, checkpoint.copy()))
-    shared_memory(checkpoint)
+    shared_names(checkpoint)
     assert [i for i, expert in checkpoint.head.experts.items() if not expert.is_open] == closed
 
 
@@ -184,7 +184,7 @@ def test_two_slots_on_one_storage_are_found():
 def test_a_tie_that_a_chain_cuts_is_found():
     before = opened()
     before.core["tied"] = before.core["theta_ptr_reduced"]
-    assert shared_memory(before) == [("theta_ptr_reduced", "tied")]
+    assert shared_names(before) == [("theta_ptr_reduced", "tied")]
     after = before.copy()
     assert list(sharing_findings(before, after)) == []
     after.core["tied"] = after.core["tied"].clone()
@@ -198,7 +198,7 @@ def test_shared_memory_is_seen_across_model_optimizer_and_payload():
     tensor = checkpoint.head.experts[0]["weight"]
     checkpoint.optimizer.state[E0]["master"] = tensor
     checkpoint.payload["average"] = {"w": tensor}
-    ((*names,),) = shared_memory(checkpoint)
+    ((*names,),) = shared_names(checkpoint)
     assert names[:2] == [E0, f"{E0}.master"]
     assert names[2].startswith("payload.average")
 

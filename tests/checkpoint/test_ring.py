@@ -76,8 +76,12 @@ def test_the_automatic_arc_length(ring_len, experts, length):
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=50))
-def test_runs_cover_the_ring_with_one_owner_each(owners):
-    rebuilt = [owner for _, length, owner in ring.runs(np.array(owners)) for _ in range(length)]
+def test_arcs_cover_the_ring_with_one_owner_each(owners):
+    rebuilt: list[int | None] = [None] * len(owners)
+    for start, length, owner in ring.arcs(np.array(owners)):
+        for address in range(start, start + length):
+            assert rebuilt[address % len(owners)] is None
+            rebuilt[address % len(owners)] = owner
     assert rebuilt == owners
 
 

@@ -138,7 +138,7 @@ PLACES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "around": ("a/system/router.state", "a/", {"overwrite": True}, r"the source lies inside the target"),
     "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"files that are no part.*notes.txt"),
     "no folder": ("a.pt", "none/new.pt", {}, r"no such folder.*\n.*mkdir -p"),
-    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"no such folder"),
+    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"a\.pt: is not a folder"),
     "no suffix": ("a.pt", "new", {}, r"does not tell the format\n.*\.pt → pt"),
     "unknown suffix": ("a.pt", "new.onnx", {}, r"does not tell the format"),
     "file, not a directory": ("a", "a.pt", {"to": "modular", "overwrite": True}, r"modular is a directory"),
@@ -221,3 +221,86 @@ def test_a_folder_of_shards_is_not_given_the_name_of_a_file(cli, tmp_path):
     assert code == 2
     assert "is a directory, and the name is that of a file" in said
     assert not target.exists()
+
+
+# --- Arguments of the wrong type ---
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"transforms": None}, "transforms"),
+        ({"transforms": 5}, "transforms"),
+        ({"transforms": [5]}, "transforms"),
+        ({"transforms": [("mitosis_split",)]}, "transforms"),
+        ({"transforms": [(5, {})]}, "transforms"),
+        ({"losses": None}, "losses"),
+        ({"losses": 5}, "losses"),
+        ({"from_": 5}, "format"),
+        ({"to": []}, "format"),
+        ({"optimizer": None}, "optimizer"),
+        ({"companions": []}, "companions"),
+        ({"param_names": 5}, "param_names"),
+        ({"result_order": "ab"}, "result_order"),
+        ({"optimizer_order": 5}, "optimizer_order"),
+        ({"allow_globals": "os.system"}, "allow_globals"),
+        ({"allow_globals": 5}, "allow_globals"),
+        ({"manifest": 5}, "path"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_the_wrong_type_is_named(options, names, tmp_path):
+    for call in (lambda: vc.convert(EXPERTS3, tmp_path / "a.pt", **options), lambda: vc.edit(EXPERTS3, **options)):
+        with pytest.raises(UsageError, match=names):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [5, None, b"a.pt", []], ids=str)
+def test_a_path_of_the_wrong_type_is_named(path):
+    calls = [
+        lambda: vc.open(path),
+        lambda: vc.convert(path, "a.pt"),
+        lambda: vc.convert(EXPERTS3, path),
+        lambda: vc.edit(path),
+        lambda: vc.inspect(path),
+        lambda: vc.check(path),
+        lambda: vc.diff(path, EXPERTS3),
+        lambda: vc.diff(EXPERTS3, path),
+        lambda: vc.run(path),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="path"):
+            call()
+
+
+# --- A folder of checkpoints ---
+
+
+def test_a_folder_of_checkpoints_is_refused_with_a_list_of_them(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(EXPERTS3, folder / f"{i}.pt")
+    shutil.copytree(DATA / "modular_single", folder / "a_directory")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UnknownFormatError) as refused:
+        vc.open(folder)
+    assert "0.pt, 1.pt, 2.pt, a_directory/" in refused.value.message
+    assert "notes.txt" not in str(refused.value)
+    assert f"'{folder}/0.pt'" in refused.value.hint
+
+
+def test_of_many_checkpoints_in_a_folder_the_first_five_are_listed(tmp_path):
+    for i in range(9):
+        shutil.copy(EXPERTS3, tmp_path / f"{i}.pt")
+    with pytest.raises(UnknownFormatError) as refused:
+        vc.open(tmp_path)
+    assert refused.value.message.endswith("0.pt, 1.pt, 2.pt, 3.pt, 4.pt, …")
+
+
+def test_a_folder_without_checkpoints_is_of_no_known_format(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    os.mkfifo(tmp_path / "pipe.pt")  # which nothing waits for
+    with pytest.raises(UnknownFormatError, match="no known format"):
+        vc.open(tmp_path)

@@ -609,11 +609,11 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "version null": (put("version", None), InconsistentError, "[vraxion_ckpt.version]"),
     "no version": (drop("version"), InconsistentError, "[vraxion_ckpt.version]"),
     # the model
-    "no model": (drop("model"), InconsistentError, "[vraxion_ckpt.checkpoint.model]"),
-    "model an object": (put("model", {}), InconsistentError, "[vraxion_ckpt.checkpoint.model]"),
-    "model's entry a number": (put("model.0", 3), InconsistentError, "[vraxion_ckpt.checkpoint.model.0"),
-    "model's entry too short": (put("model.0", ["theta"]), InconsistentError, "[vraxion_ckpt.checkpoint.model.0"),
-    "model's entry too long": (put("model.0", ["theta", 1, 2]), InconsistentError, "[vraxion_ckpt.checkpoint.model.0"),
+    "no model": (drop("model"), InconsistentError, "[vraxion_ckpt.model]"),
+    "model an object": (put("model", {}), InconsistentError, "[vraxion_ckpt.model]"),
+    "model's entry a number": (put("model.0", 3), InconsistentError, "[vraxion_ckpt.model.0"),
+    "model's entry too short": (put("model.0", ["theta"]), InconsistentError, "[vraxion_ckpt.model.0"),
+    "model's entry too long": (put("model.0", ["theta", 1, 2]), InconsistentError, "[vraxion_ckpt.model.0"),
     "model's entry no tensor": (put("model.0", ["theta", 1.5]), InconsistentError, "[model.theta]: is no tensor"),
     "model's entry a list": (put("model.0", ["theta", [{"$tensor": "theta"}]]), InconsistentError, "is no tensor"),
     "model's tensor missing": (put("model.0", "thetA"), InconsistentError, "'thetA' that is not there"),
@@ -623,7 +623,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "metadata a list": (put("metadata", []), InconsistentError, OURS),
     "metadata of no dicts": (put("metadata", {"": 1}), InconsistentError, "[model._metadata]"),
     # the payload
-    "no payload": (drop("payload"), InconsistentError, "[vraxion_ckpt.formats.payload]"),
+    "no payload": (drop("payload"), InconsistentError, "[vraxion_ckpt.payload]"),
     "payload null": (put("payload", None), InconsistentError, OURS),
     "payload a list": (put("payload", []), InconsistentError, OURS),
     "payload ordered": (put("payload", {"$ordered": []}), InconsistentError, OURS),
@@ -671,7 +671,7 @@ DOCUMENTS: dict[str, tuple[Change, type[CkptError], str]] = {
     "row's step as text": (put("extras.lifecycle.0", {"created_step": "x"}), InconsistentError, "created_step"),
     "deleted as text": (put("extras.deleted", "1"), InconsistentError, "[vraxion_ckpt.deleted"),
     "deleted lives": (put("extras.deleted", [1]), InconsistentError, "both live and deleted"),
-    "plan of no parts": (put("extras.plan", {}), InconsistentError, "[vraxion_ckpt.checkpoint.split_plan"),
+    "plan of no parts": (put("extras.plan", {}), InconsistentError, "[vraxion_ckpt.plan"),
     "dialect unknown": (put("extras.dialects.safetensors", 1), InconsistentError, "dialects.safetensors"),
     # tensors
     "tensor missing": (

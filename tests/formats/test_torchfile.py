@@ -590,7 +590,7 @@ def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
         whole[member.start + 1 if damage == "bytes" else in_the_directory] ^= 1
         path.write_bytes(whole)
 
-    monkeypatch.setattr(torch_file, "save_torch_file", save_badly)
+    monkeypatch.setattr("vraxion_ckpt_adapters.pt.save_torch_file", save_badly)
     with pytest.raises(error):
         vc.convert(DATA / "named_experts3.pt", tmp_path / "new.pt")
     assert not list(tmp_path.iterdir())

@@ -297,7 +297,7 @@ def test_third_way_out_saving_with_names(ambiguous, tmp_path):
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["before", "head.single.weight"], "2 names in given names, 3 parameters in the optimizer"),
+        (["before", "head.single.weight"], "2 in given names, 3 in the optimizer"),
         (["before", "head.single.bias", "head.single.weight"], "shape"),
         (["before", "before", "head.single.weight"], "twice"),
         (["nowhere", "head.single.weight", "head.single.bias"], "nowhere"),

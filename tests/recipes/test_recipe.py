@@ -16,6 +16,7 @@ from support import DATA, EXPECTED, ROOT, files_below
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import CkptError, LossError, StorageError, UsageError
+from vraxion_ckpt.recipes.option_keys import RECIPE_KEYS
 from vraxion_ckpt.recipes.recipe import json_schema
 
 EXAMPLE = ROOT / "examples" / "refinement"
@@ -259,7 +260,7 @@ loses: warn
             "chain[0].arc_meta.output: holds",
         ),
         ('vars: {m: "\\0"}\nsource: in.pt\ntargets: ["${m}.pt"]\n', "line 1: vars.m: holds NUL"),
-        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "the source lies inside it"),
+        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "'' is no path"),
         ("source: in.pt\ntargets: [a.pt, ./a.pt]\n", "is to be written twice"),
     ],
 )
@@ -330,12 +331,11 @@ def test_nothing_is_written_if_one_target_is_refused(here):
 
 
 def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_first(here, monkeypatch):
-    from vraxion_ckpt.formats import safetensors_file
 
     def full(*_):
         raise StorageError("No space left on device", path="b.safetensors")
 
-    monkeypatch.setattr(safetensors_file, "save_safetensors", full)
+    monkeypatch.setattr("vraxion_ckpt_adapters.safetensors_file.save_safetensors", full)
     write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
     before = files_below(here)
     with pytest.raises(StorageError, match="No space left"):
@@ -456,3 +456,45 @@ def test_the_example_makes_the_directory_of_the_runbook(tmp_path, monkeypatch, r
     assert code == 2
     assert "ckpt_post_split.pt" in complained
     assert run_cli(*arguments, "--overwrite")[0] == 0
+
+
+# --- keys in the wrong place, and options that a recipe has keys for ---
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "optimizer: drop\nsource: in.pt\ntargets: [a.pt]\n",
+            "line 1: optimizer: is not known here; it is a key of source",
+        ),
+        (
+            "source: in.pt\ntargets: [a.pt]\noverwrite: true\n",
+            "line 3: overwrite: is not known here; it is a key of targets",
+        ),
+        (
+            "source: {path: in.pt, companions: keep}\ntargets: [a.pt]\n",
+            "line 1: source.companions: is not known here; it is a key of the top level",
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(text, line):
+    assert refused(text) == [f"  {line}"]
+
+
+def test_a_refused_recipe_names_the_keys_that_stand_for_options(run_cli):
+    text = 'source: in.pt\ntargets: [{path: a.safetensors, to: "safetensors:weights_only=true"}]\n'
+    with pytest.raises(LossError) as refused:
+        vc.run(write(text))
+    assert refused.value.__notes__ == ["in a recipe, --losses is the key losses"]
+    code, _, said = run_cli("run", "recipe.yaml")
+    assert code == LossError.exit_code
+    assert "in a recipe, --losses is the key losses" in said
+
+
+def test_every_key_for_an_option_is_one_of_a_recipe():
+    schema = json_schema()
+    entries = {"source": schema["$defs"]["Source"], "targets": schema["$defs"]["Output"]}
+    for key in RECIPE_KEYS.values():
+        entry, _, inner = key.rpartition(".")
+        assert inner in entries.get(entry, schema)["properties"], key

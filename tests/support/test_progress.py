@@ -16,7 +16,7 @@ SLOW = """
 import time
 now = 0.0
 time.time = time.monotonic = time.perf_counter = lambda: now
-from vraxion_ckpt import progress
+from vraxion_ckpt.support import progress
 progress.wanted = {wanted}
 with progress.progress_bar("writing", 400) as count:
     for _ in range(4):
@@ -86,7 +86,7 @@ def test_work_goes_on_when_its_terminal_is_closed():
 @pytest.mark.parametrize("options", [[], ["--no-progress"], ["-q"]])
 def test_the_commands_want_it_unless_they_are_told_not_to(options):
     script = (
-        "import sys; from vraxion_ckpt import progress; from vraxion_ckpt.cli import main\n"
+        "import sys; from vraxion_ckpt.support import progress; from vraxion_ckpt.cli import main\n"
         "try: main(sys.argv[1:])\nfinally: print(progress.wanted, file=sys.stderr)"
     )
     command = [forked.python(), "-c", script, *options, "diff", DATA / "named_experts3.pt", DATA / "named_experts3.pt"]

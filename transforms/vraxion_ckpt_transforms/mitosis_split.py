@@ -140,7 +140,7 @@ class MitosisSplit(Transform):
         if len(foreign) and self.foreign_addresses == "refuse":
             raise TransformError(
                 f"address {foreign[0]} belongs to expert {owners[foreign[0]]}, not to {parent} "
-                f"({count(len(foreign), 'such address')})",
+                f"(listed addresses of other experts: {len(foreign)})",
                 hint="leave them out, or pass foreign_addresses=allow",
             )
         if len(taken) - len(foreign) == int((owners == parent).sum()) and not self.allow_empty_parent:

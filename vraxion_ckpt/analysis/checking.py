@@ -389,5 +389,4 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
     others = [path for path in foreign if path.is_file() and path not in files]
     if others:
         names = listed([path.relative_to(root) for path in others], 4)
-        what = f"{count(len(others), 'file')} in it, not of the checkpoint: {names}"
-        yield Finding.note("foreign files", what)
+        yield Finding.note("foreign files", f"the directory holds {count(len(others), 'other file')}: {names}")

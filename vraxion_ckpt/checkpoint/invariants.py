@@ -81,8 +81,8 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
         wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
         if len(wrong):
             yield (
-                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, of "
-                f"{count(checkpoint.num_experts, 'expert')}; {count(len(wrong), 'address')} in all"
+                f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but the number of experts is "
+                f"{checkpoint.num_experts}; {count(len(wrong), 'address')} in all"
             )
 
 

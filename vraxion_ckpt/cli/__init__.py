@@ -18,7 +18,7 @@ import click
 
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.cli import about, change, completion, look
-from vraxion_ckpt.cli.command import Group, exit_at_closed_pipe, follow_global_options, global_options
+from vraxion_ckpt.cli.command import Program, exit_at_closed_pipe, follow_global_options, global_options
 from vraxion_ckpt.cli.output import drop_output, say, show_warning
 from vraxion_ckpt.errors import CkptError, CkptWarning, OutOfMemoryError, StorageError, UsageError, is_out_of_memory
 from vraxion_ckpt.support import signals
@@ -65,7 +65,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return UsageError.exit_code
     except CkptError as error:
         _debug()
-        say("error", str(error), "red")
+        notes = [f"  → {note}" for note in getattr(error, "__notes__", ())]
+        say("error", "\n".join([str(error), *notes]), "red")
         return error.exit_code
     except click.Abort:
         return _stopped(signal.SIGINT)
@@ -95,7 +96,9 @@ def _debug() -> None:
         traceback.print_exc()
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"})
+@click.group(
+    cls=Program, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VRAXION_CKPT"}
+)
 @click.version_option(__version__, prog_name="vraxion-ckpt")
 @global_options
 @click.pass_context

@@ -46,7 +46,7 @@ class _Command(click.Command):
             formatter.write_text(f"The global options {names} are taken here as well.")
 
 
-class Group(_Command, click.Group):
+class Program(_Command, click.Group):
     """The program: its commands, and the global options."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:

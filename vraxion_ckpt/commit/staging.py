@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +46,12 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise UsageError("exists already", path=target, hint=hint)
     folder = target.parent
     if not folder.is_dir():
-        raise UsageError("there is no such folder to write into", path=folder, hint=f"mkdir -p {folder}")
+        nearest = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
+        if os.path.lexists(nearest) and not nearest.is_dir():
+            raise UsageError("is not a folder to write into", path=nearest, hint="choose another path")
+        raise UsageError(
+            "there is no such folder to write into", path=folder, hint=f"create it: mkdir -p {shlex.quote(str(folder))}"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         if os.statvfs(folder).f_flag & os.ST_RDONLY:
             raise StorageError("the file system is read-only", path=target)

@@ -164,7 +164,7 @@ def convert_to_all(
         reads: further files that must not be written over.
     """
     started = time.monotonic()
-    with signals.deferred(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
+    with signals.deferred(), os_errors_named(src, *_places_given(targets)), ExitStack() as stack:
         with signals.interruptible():
             chain = resolve_chain(transforms)
             source = Path(src)
@@ -218,6 +218,11 @@ def convert_to_all(
             )
             for result, manifest, size in zip(results, manifests, staging.sizes, strict=True)
         )
+
+
+def _places_given(targets: Sequence[Target]) -> list[PathLike]:
+    manifests = [target.manifest for target in targets if target.manifest is not None]
+    return [*(target.path for target in targets), *manifests]
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,8 @@ def _check_names_in_groups(raw: RawOptimizer, given: Sequence[str] | None) -> No
 def _check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
     if len(names) != len(raw.ids):
         raise BindingError(
-            f"{count(len(names), 'name')} in {whose}, {count(len(raw.ids), 'parameter')} in the optimizer",
+            f"the number of names differs from that of parameters: {len(names)} in {whose}, "
+            f"{len(raw.ids)} in the optimizer",
             hint=WAYS_OUT,
         )
     seen: set[str] = set()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Unpack, get_args
@@ -37,6 +38,9 @@ from vraxion_ckpt.wording import listed
 
 PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
+
+_MOST_LISTED = 5  # checkpoints of a folder that are named in a message
+_MOST_SEARCHED = 1000  # entries of a folder that are looked at for them
 
 
 @memory_errors()
@@ -79,7 +83,8 @@ def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy =
 
 def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
     """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
-    place = Path(path)
+    with os_errors_named(path):
+        place = Path(path)
     try:
         with os_errors_named(path):
             adapter = detect_source(place, options.from_)
@@ -125,8 +130,31 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
     for adapter_class in known.values():
         adapter_calls.detect(adapter_class, path)  # one that fails could be the one; it is to blame, not the file
+    inside = _checkpoints_in(path) if path.is_dir() else []
+    if inside:
+        names = ", ".join(inside[:_MOST_LISTED]) + (", …" if inside[_MOST_LISTED:] else "")
+        hint = f"name one of them, such as {shlex.quote(os.path.join(path, inside[0]))}"  # noqa: PTH118 - with its slash
+        raise UnknownFormatError(
+            f"is a folder of checkpoints, not a checkpoint; it holds {names}", path=path, hint=hint
+        )
     looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
     raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """Return the names of the first checkpoints in a folder, those of directories with a slash at the end."""
+    found: list[str] = []
+    with suppress(OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CkptWarning)
+        if any(detects(kind, folder.absolute().parent) for kind in adapters().values()):
+            return []  # its files are parts of a checkpoint
+        for entry in islice(sorted(folder.iterdir()), _MOST_SEARCHED):
+            # A pipe or a device could block.
+            if (entry.is_file() or entry.is_dir()) and any(detects(kind, entry) for kind in adapters().values()):
+                found.append(entry.name + "/" * entry.is_dir())
+            if len(found) > _MOST_LISTED:
+                break
+    return found
 
 
 def detects(adapter: type[Adapter], path: Path) -> bool:
@@ -180,6 +208,8 @@ def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> lis
 def os_errors_named(*paths: PathLike) -> Iterator[None]:
     """Turn what the operating system says of a path, wherever it says it, into an error of ours."""
     for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"a path must be text or a pathlib.Path, not {path!r:.60}")
         if not os.fspath(path) or "\0" in str(path):
             raise UsageError(f"{os.fspath(path)!r} is no path")
         try:

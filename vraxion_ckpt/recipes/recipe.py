@@ -24,8 +24,9 @@ from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.optimizer.binding import OptimizerOrder
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
-from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike
+from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named
 from vraxion_ckpt.reading.read_options import ReadOptions
+from vraxion_ckpt.recipes.option_keys import keys_for
 from vraxion_ckpt.recipes.variables import Filling
 from vraxion_ckpt.support.json_models import Facts
 from vraxion_ckpt.support.model_errors import Refusal, refusals
@@ -134,7 +135,8 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     Raises:
         UsageError: everything that is wrong with it, a line each.
     """
-    place = Path(path)
+    with os_errors_named(path):
+        place = Path(path)
     yaml = load(place)
     if not isinstance(yaml.value, dict):
         raise UsageError("must be a mapping with source, chain and targets", path=place)
@@ -187,17 +189,22 @@ def run(
 def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
     """Run a recipe that was prepared."""
     source = ready.source
-    results = convert_to_all(
-        source.path,
-        ready.targets,
-        transforms=ready.chain,
-        options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
-        optimizer=source.optimizer,
-        policy=chain_policy(ready.companions, ready.result_order),
-        dry_run=dry_run,
-        record=ready.record,
-        reads=[ready.path],
-    )
+    try:
+        results = convert_to_all(
+            source.path,
+            ready.targets,
+            transforms=ready.chain,
+            options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
+            optimizer=source.optimizer,
+            policy=chain_policy(ready.companions, ready.result_order),
+            dry_run=dry_run,
+            record=ready.record,
+            reads=[ready.path],
+        )
+    except CkptError as error:
+        for option, key in keys_for(f"{error.message} {error.hint or ''}"):
+            error.add_note(f"in a recipe, {option} is the key {key}")
+        raise
     return Ran(recipe=ready.path, dry_run=dry_run, results=results)
 
 
@@ -221,7 +228,9 @@ def _from_refusal(yaml: Yaml, refusal: Refusal) -> Problem | None:
     # Where a text or a mapping may stand, pydantic names which it took it for; that is no place in the file.
     place = tuple(part for part in refusal.place if part not in ("text", "entry"))
     what = refusal.what
-    if refusal.kind == "string_type" and place in (("source",), ("targets", place[-1])):
+    if refusal.kind == "extra_forbidden" and (homes := _homes(str(place[-1]))):
+        what = f"is not known here; it is a key of {' and of '.join(homes)}"
+    elif refusal.kind == "string_type" and place in (("source",), ("targets", place[-1])):
         what = "must be a text, or a mapping with `path`"
     elif refusal.kind == "missing" and place == ("targets",):
         what = "is required; to change a checkpoint in place, use `edit`"
@@ -230,6 +239,13 @@ def _from_refusal(yaml: Yaml, refusal: Refusal) -> Problem | None:
             return None  # there are some, and what is wrong with them is told
         what = "must name at least one; to change a checkpoint in place, use `edit`"
     return Problem(place, what, yaml.line(place))
+
+
+def _homes(key: str) -> list[str]:
+    """Return the mappings of a recipe that have a key."""
+    entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output, "the top level": Recipe}
+    fields = {name: entry.model_fields.items() for name, entry in entries.items()}
+    return [name for name, found in fields.items() if key in {field.alias or each for each, field in found}]
 
 
 def _checked_chain(yaml: Yaml, chain: Any, problems: list[Problem]) -> tuple[TransformLike, ...]:
