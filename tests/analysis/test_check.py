@@ -154,7 +154,7 @@ def test_invariants_are_all_told(tmp_path):
     payload["model"]["head.experts.1.bias"] = payload["model"]["head.experts.1.bias"].double()
     torch.save(payload, tmp_path / "a.pt")
     errors = " ".join(told(vc.check(tmp_path / "a.pt")))
-    assert "says 4, the model has 3" in errors
+    assert "num_experts is 4, but the model has 3" in errors
     assert "address 3 to expert 7" in errors
     assert "bias is float64 [4] in expert 1" in errors
 

@@ -225,7 +225,7 @@ def test_the_environment_that_the_runtime_reads_is_recorded_with_the_plan(runtim
 def test_weights_that_do_not_match_the_runtimes_are_named(runtime):
     body = vc.open(DATA / "wallclock_experts3.pt")
     body.core["vault_up.weight"] = torch.ones(2, 2)
-    with pytest.warns(vc.CkptWarning, match=r"1 weight of the checkpoint not taken .*\(vault_up.weight\)"):
+    with pytest.warns(vc.CkptWarning, match=r"1 weight of the checkpoint not used .*\(vault_up.weight\)"):
         discovery.run_probes(body)
     runtime.AbsoluteHallway.parts = {"think_gru.weight": (2, 2), "head.experts.0.weight": (2, 2)}
     with pytest.warns(

@@ -157,16 +157,16 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 REFUSED = [
     ("no head", r"^\[experts_to_single\]: the model has no head"),
     ("single", r"single already\n.*leave this step out"),
-    ("one deleted", r"expert 1 was deleted; .*\n.*prune_merge"),
-    ("two deleted", r"expert 1 was deleted; .*\n.*prune_merge"),
+    ("one deleted", r"expert 1 was deleted, .*\n.*prune_merge"),
+    ("two deleted", r"expert 1 was deleted, .*\n.*prune_merge"),
     ("experts", r"experts 0 and 1 differ in weight; .*\n.*prune_merge"),
     ("adapter experts", r"experts 0 and 1 differ in down.weight"),
     ("third unlike", r"experts 0 and 2 differ in weight"),
     ("unlike in sign", r"experts 0 and 1 differ in weight"),
-    ("state unlike", r"alike, but not the optimizer's state of their weight\n.*prune_merge"),
-    ("state of 1 only", r"not the optimizer's state of their weight"),
-    ("groups unlike", r"not the optimizer's param group of their weight"),
-    ("0 frozen", r"not the optimizer's param group of their weight"),
+    ("state unlike", r"identical, but the optimizer's state for weight is not\n.*prune_merge"),
+    ("state of 1 only", r"the optimizer's state for weight is not"),
+    ("groups unlike", r"the optimizer's param group for weight is not"),
+    ("0 frozen", r"the optimizer's param group for weight is not"),
     ("tied", rf"\[{W1}\]: is tied to {W0}"),
 ]
 

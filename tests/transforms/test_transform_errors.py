@@ -253,8 +253,8 @@ PLANS: dict[str, tuple[Any, type[vc.CkptError], str]] = {
     "parent as text": ({"parent_expert": "0"}, InconsistentError, r"\[parent_expert\]"),
     "addresses as text": ({"hot_addresses": ["0"]}, InconsistentError, r"\[hot_addresses\]"),
     "parent below 0": ({"parent_expert": -1}, TransformError, r"no expert -1"),
-    "off the ring": ({"hot_addresses": [10**30]}, TransformError, r"off the ring"),
-    "no addresses": ({"hot_addresses": []}, TransformError, r"no addresses"),
+    "off the ring": ({"hot_addresses": [10**30]}, TransformError, r"outside the ring"),
+    "no addresses": ({"hot_addresses": []}, TransformError, r"list of addresses is empty"),
 }
 
 

@@ -88,7 +88,7 @@ def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
             f"step is {meta['step']!r}, but {step!r} in router.state: the files are parts of two saves",
             path=path,
             key="step",
-            hint="the trainer was probably killed while it saved; use an older checkpoint",
+            hint="a trainer was probably killed while saving; use an older checkpoint",
         )
 
 
