@@ -1,6 +1,6 @@
-"""Modular directories that must not be believed: each is refused, by name, and leaves nothing behind.
+"""Damaged and hostile modular directories are refused with a precise message, and nothing is left behind.
 
-Shards are opened when they are needed, so what judges here is a whole conversion.
+Shards are opened lazily, so each test runs a whole conversion.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shard_path(root: Path, expert: int) -> Path:
 
 
 def shard(expert: int, change: Callable[[dict[str, Any]], Any]) -> Damage:
-    """Store what `change` returns instead of the shard's dict; the dict itself if that is None."""
+    """Replace a shard's dict with the result of `change`, or store it again if that is None."""
     return lambda root: resave(shard_path(root, expert), change)
 
 
@@ -106,7 +106,7 @@ def folder(relative: str) -> Damage:
 
 
 def move_out_and_link(relative: str) -> Damage:
-    """Move a part out of the directory and leave a link to it."""
+    """Move a file or folder out of the directory, and leave a link to it."""
 
     def damage(root: Path) -> None:
         outside = root.parent / f"outside_{Path(relative).name}"
@@ -243,7 +243,7 @@ def damaged(stem: str, folder: Path, damage: Damage) -> Path:
 
 
 def refusal(root: Path, target: str, error: type[vc.CkptError], **options: Any) -> str:
-    """Convert to a new target, which must fail with exactly `error` and leave its folder empty."""
+    """Convert to a new target. Expect exactly the class `error` and an empty folder. Return the message."""
     out = root.parent.parent / "out"
     out.mkdir()
     with pytest.raises(vc.CkptError) as refused:
@@ -342,7 +342,7 @@ def test_directories_of_other_kinds_are_held_to_the_same(stem, damage, says, tmp
 
 @pytest.mark.parametrize("target", ["new.pt", "new/"])
 def test_a_shard_that_does_not_fit_the_optimizers_state_is_refused(target, tmp_path):
-    """Experts with inner layers differ in width, so only the optimizer knows what this one's shape must be."""
+    """Experts with inner layers may differ in width, so only the optimizer's state shows the right shape."""
     damage = shard(1, lambda s: s.update({"down.weight": torch.zeros(4, 3)}))
     assert "experts.1" in refusal(damaged("modular_adapter_experts", tmp_path, damage), target, InconsistentError)
 

@@ -1,4 +1,4 @@
-"""Where visits come from, both policies, and the probe of the VRAXION runtime."""
+"""Sources of visits, both policies, and the probe of the VRAXION runtime."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_kind_of_file_gives_the_original_plan(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
 def test_topk_loss_weighs_by_loss_and_keeps_the_addresses_with_the_highest_mean(kind, tmp_path):
-    """Against the specification read aloud, with numbers that are exact in binary."""
+    """Compare with a direct implementation of the specification, on numbers that are exact in binary."""
     rng = np.random.default_rng(5)
     visits = rng.integers(0, 5, 64).tolist()
     losses = [v * float(rng.integers(1, 64)) / 8 for v in visits]
@@ -115,7 +115,7 @@ def test_a_plan_waits_in_the_checkpoint_until_it_is_carried_out(tmp_path):
 
 @pytest.fixture
 def probe():
-    """Let a test register a probe as a plugin does, for its own length."""
+    """Return a function that registers a probe for the duration of the test."""
     manager = discovery.registry().manager
     registered = []
 
@@ -154,7 +154,7 @@ def test_a_probe_that_fails_is_named(probe):
 
 @pytest.fixture
 def runtime(monkeypatch):
-    """A stand-in for VRAXION's runtime, with the interface that the probe relies on."""
+    """Install a fake of VRAXION's runtime with the interface that the probe uses."""
 
     class AbsoluteHallway(torch.nn.Module):
         built: ClassVar[list] = []

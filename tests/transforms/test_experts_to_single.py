@@ -1,4 +1,4 @@
-"""Experts that do not differ become a single head, and what was a single head is one again, bit by bit."""
+"""Identical experts become a single head. The inverse of `single_to_experts` is exact."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_an_earlier_tool_left_of_a_pruned_expert_goes(tmp_path):
 
 
 def alike(*experts: int, **changes: float) -> dict[str, torch.Tensor]:
-    """A state dict of experts that are bit-identical, with a NaN; `e1=5.0` changes expert 1."""
+    """Return a state dict of bit-identical experts with a NaN. `e1=5.0` changes expert 1."""
     state = state_of(*experts, leaves=("weight",))
     for i in experts:
         state[f"head.experts.{i}.weight"] = torch.tensor([[1.0, float("nan")], [0.0, changes.get(f"e{i}", 4.0)]])

@@ -1,4 +1,4 @@
-"""Hibernated experts: seen, not cloned unasked, and put back from their snapshots."""
+"""Hibernated experts are detected, not cloned by default, and restored from their snapshots."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_snapshot_is_put_back_bit_by_bit_and_all_else_stays(tmp_path, run_cli)
 
 @restoring
 def test_it_resumes_as_the_expert_that_was_never_away(tmp_path):
-    """Against torch: a linear head with the snapshot's weights gives the same output."""
+    """Compare with torch: a linear head with the snapshot's weights gives the same output."""
     vc.convert(HIBERNATED, tmp_path / "b.pt", transforms=[*restore(), "mitosis_split:parent=0,addresses=[0],noise=0"])
     head = torch.nn.Linear(16, 8)
     head.load_state_dict(load(SNAPSHOTS / "expert_0.pt"))
@@ -365,7 +365,7 @@ def test_a_snapshot_that_is_damaged_changes_or_asks_for_code_is_not_used(tmp_pat
 
 
 class Retouch(vc.Transform):
-    """Give a snapshot another time stamp while the chain runs."""
+    """Change the time stamp of a snapshot while the chain runs."""
 
     name = "retouch"
     path: Path

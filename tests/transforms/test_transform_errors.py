@@ -1,4 +1,4 @@
-"""What transforms refuse, and files of visits and plans: with the right error, and nothing is written."""
+"""Errors of transforms and of files with visits and plans. Nothing may be written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Step = str | tuple[str, dict[str, Any]]
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """Give the folder that results go to; it must be empty in the end."""
+    """Return the folder for results. It must be empty after the test."""
     folder = tmp_path / "out"
     folder.mkdir()
     yield folder
@@ -33,7 +33,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 
 def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain: Step, **options: Any) -> str:
-    """Convert, which must fail with exactly `error`; return what it says."""
+    """Convert. Expect exactly the class `error`. Return its text."""
     with pytest.raises(vc.CkptError) as refused:
         vc.convert(source, target, transforms=chain, **options)
     assert type(refused.value) is error, refused.value
@@ -44,7 +44,7 @@ def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain:
 
 
 def variant(source: Path, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], Path]:
-    """Say how to make a changed copy of a monolith in a folder."""
+    """Return a function that makes a changed copy of a monolith in a folder."""
 
     def make(folder: Path) -> Path:
         payload = load(source)
@@ -179,7 +179,7 @@ def test_what_is_refused_by_default_can_be_allowed(chain, moved, tmp_path, monke
 
 
 def npy(array: Any, **header: Any) -> bytes:
-    """Return a .npy file, its header perhaps with other entries than the array's."""
+    """Return a .npy file. Entries of `header` replace those that describe the array."""
     file = io.BytesIO()
     described = {**np.lib.format.header_data_from_array_1_0(array), **header}
     np.lib.format.write_array_header_1_0(file, described)
@@ -192,7 +192,7 @@ def table(*changes: tuple[int, str], header: str = "address,visits", skip: int |
 
 
 def numbers(**at: Any) -> bytes:
-    """Return a JSON list of ones, with other values at the places `a5=…`."""
+    """Return a JSON list of ones. `a5=…` sets the value at index 5."""
     return json.dumps([at.get(f"a{a}", 1) for a in range(RING)]).encode()
 
 
