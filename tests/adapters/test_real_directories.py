@@ -1,7 +1,7 @@
 """Modular directories of VRAXION's trainers and tools are read as their loader reads them.
 
-The loader reads ``router.state``, then the shard of each expert if the file exists, then ``meta.json``. The tests compute
-its result with torch alone.
+The loader reads ``router.state``, then the shard of each expert if the file exists, then ``meta.json``. The tests
+compute its result with torch alone.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def test_an_edit_keeps_a_shard_left_over(kind, damage, tmp_path):
     assert far.lstat().st_mode == was.st_mode
     if damage in (garbage, empty):
         assert far.read_bytes() == (b"no archive" if damage is garbage else b"")
-    # Of two left over, the one stays whose name no new shard takes.
+    # Of the two old shards, the one whose name no new shard has is kept.
     if kind in ("grow", "kept"):
         assert same_values(load(near), load(shard(target, 0)))
     else:

@@ -87,7 +87,7 @@ def assert_same_checkpoint(ours: Path, theirs: Path, made_from: str) -> None:
             continue
         mine, wanted = json.loads((ours / file).read_text()), json.loads((theirs / file).read_text())
         if "source_checkpoint" in wanted:
-            # This names what the directory was made from, which now is another file.
+            # This is the name of the source, which differs here.
             assert mine["source_checkpoint"] == made_from
             wanted["source_checkpoint"] = made_from
         assert json.dumps(mine) == json.dumps(wanted)
@@ -929,7 +929,7 @@ def test_files_of_others_in_a_folder_of_shards_are_not_deleted_with_it(name, tmp
     vc.convert(SOURCE, tmp_path / "many", to=SHARDS)
     (tmp_path / "many" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "many" / name).write_text("precious")
-    # An index that names a folder makes it no shard.
+    # A folder is not a shard, even if an index names it.
     change_index(tmp_path / "many", lambda i: i["weight_map"].update({"x": "named.safetensors"}))
     with pytest.raises(UsageError, match="no part of a safetensors checkpoint"):
         vc.convert(SOURCE, tmp_path / "many", to=SHARDS, overwrite=True)
@@ -1034,7 +1034,7 @@ def test_weights_alone_lose_nothing_of_what_is_weights_alone(tmp_path):
     assert_same(load(tmp_path / "back.pt"), load(DATA / "raw_state_dict.pt"))
     save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata={"author": "someone"})
     vc.convert(tmp_path / "theirs.safetensors", tmp_path / "y.safetensors", to=WEIGHTS)
-    # A split leaves a note in the payload, so that there is something to leave out.
+    # A split adds an entry to the payload, so there is something to leave out.
     options: dict[str, Any] = {"to": WEIGHTS, "transforms": [SPLIT.replace(",3", "")], "losses": "ignore"}
     assert vc.convert(tmp_path / "theirs.safetensors", tmp_path / "z.safetensors", **options).losses
     for name in ("y.safetensors", "z.safetensors"):

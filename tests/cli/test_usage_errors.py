@@ -74,7 +74,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_every_wrong_option_of_the_whole_chain_is_told_at_once_and_first_of_all(chain, says, tmp_path):
-    # The source does not even exist: options are judged before anything is read.
+    # The source does not exist, because options are checked before anything is read.
     message = refusal(OptionError, Path("nowhere.pt"), tmp_path / "new.pt", *chain)
     assert [part for part in says if part not in message] == [], message
     assert list(tmp_path.iterdir()) == []

@@ -27,13 +27,13 @@ pytestmark = pytest.mark.slow
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = (ROOT / "vraxion_ckpt", ROOT / "adapters/vraxion_ckpt_adapters", ROOT / "transforms/vraxion_ckpt_transforms")
 NAME = f"vraxion_ckpt-{__version__}"
-# Whoever runs the tests from a clone has none of these set for it.
+# These must not be inherited from the environment of the tests.
 SURROUNDINGS = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VRAXION_CKPT"))}
 
 EXTRAS = {
     Requirement(text).name for extra in ("report", "png", "testing") for text in PROJECT["optional-dependencies"][extra]
 }
-# Every module; one may miss what an extra is for, and nothing else.
+# Import every module. Only the dependencies of extras may be missing.
 IMPORT_ALL = """
 import sys
 from importlib import import_module
@@ -179,7 +179,7 @@ def lend_dependencies(site: Path) -> None:
 
 
 def test_it_installs_into_a_fresh_environment_and_works_there(wheel, described, exhaustive, tmp_path):
-    # Torch takes a gigabyte: it must not stay with what pytest keeps.
+    # Torch takes a gigabyte, so it must not stay in the folders that pytest keeps.
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path)
         python, command = Path(folder, "bin/python"), Path(folder, "bin/vraxion-ckpt")

@@ -101,7 +101,7 @@ def _serve(place: str) -> None:
         if child == 0:
             break
         caller.close()
-        # Waiting for them is also what adds their time to that of the tests.
+        # Waiting for them also adds their time to that of the tests.
         running = {process for process in {*running, child} if os.waitpid(process, os.WNOHANG)[0] == 0}
     listener.close()
     size = int(_received(caller, 16))

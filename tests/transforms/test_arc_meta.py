@@ -88,11 +88,11 @@ def test_the_trainers_request_is_taken_if_there_is_no_file(tmp_path):
     assert (plan.parent, plan.addresses, plan.arc) == (1, (61, 1, 4), (61, 8))
     from_file = planned({"visits": write("json", tmp_path, VISITS)}, vc.open(tmp_path / "asks.pt"))
     assert from_file.parent == THEIRS["parent_expert"]
-    # mitosis_split alone takes it too, and leaves what it did in its place.
+    # mitosis_split alone also uses it, and replaces it by a record of the split.
     vc.convert(tmp_path / "asks.pt", tmp_path / "done.pt", transforms=["mitosis_split:noise=0"])
     done = load(tmp_path / "done.pt")
     assert done["mitosis"] == {"parent": 1, "child": 3, "addresses": [61, 1, 4], "noise": 0.0}
-    # What was done is no request for doing it again.
+    # That record is not a request for another split.
     with pytest.raises(vc.TransformError, match="there is no plan"):
         vc.convert(tmp_path / "done.pt", tmp_path / "again.pt", transforms=["mitosis_split"])
 
@@ -176,7 +176,7 @@ def runtime(monkeypatch):
             self.built.append((input_dim, num_classes, ring_len, slot_dim, module.EXPERT_HEADS))
 
         def forward(self, x):
-            # Steps off the ring at both ends, to be clamped.
+            # Some positions are outside the ring at both ends, to be clamped.
             self.last_ptr_int = (x.sum(dim=(1, 2)) * 4 + 32).round().long()
             assert not self.training
             assert float(self.theta_ptr_reduced.abs().sum()) > 0

@@ -1,4 +1,4 @@
-"""The files of a modular directory: which there are, and where each lies."""
+"""The paths of a modular directory's files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckpointFiles:
     removed: frozenset[str] = frozenset()
 
     def path(self, name: str) -> Path:
-        """Return where a file lies, given its path below the directory."""
+        """Return the path of a file, given its path relative to the directory."""
         over = self.staged / name if self.staged else None
         return over if over is not None and over.exists() else self.root / name
 
@@ -41,7 +41,7 @@ class CheckpointFiles:
         """Reject folders and files that are links to a place outside the directory.
 
         Raises:
-            InconsistentError: there is such a link.
+            InconsistentError: a link leads out of the directory.
         """
         for place in (self.root / "system", self.path(ROUTER_STATE), self.root / "experts", self.path(META)):
             if place.is_symlink() and not place.resolve().is_relative_to(self.root.resolve()):

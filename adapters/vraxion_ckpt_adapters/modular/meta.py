@@ -206,7 +206,7 @@ def meta_of(checkpoint: Checkpoint) -> dict[str, Any]:
     origin = checkpoint.origin
     dialect = _recorded_meta(origin)
     single = checkpoint.head is not None and checkpoint.head.kind is HeadKind.SINGLE
-    # The exploder writes no row for a single head. Rows that somebody has stated are kept.
+    # The exploder writes no row for a single head. Known rows are written nevertheless.
     without_rows = single and checkpoint.has_no_rows and "step" not in dialect.keys
     rows = {} if without_rows else checkpoint.lifecycle
     deleted = checkpoint.head.deleted if checkpoint.head else frozenset()
