@@ -189,8 +189,8 @@ class ModularAdapter(IncrementalDirectoryAdapter):
             other = of_another_size(expert, tensors, shards)
             if not reference and other is not None:
                 more = load_shard(shards[other], other, leaves.get(other), context)
-                (one, its), (two, others) = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
-                check_fit(shards[two], two, others, one, its)
+                first, second = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
+                check_fit(shards[second[0]], *second, *first)
             reference[:] = reference or [(expert, tensors)]
             check_fit(path, expert, tensors, *reference[0])
             return tensors
