@@ -127,8 +127,8 @@ def samples() -> dict[str, Checkpoint]:
         "no_router": _no_router(),
         "bare": _bare(),
         "tied": _tied(),
-        "dtypes": _dtypes(),
-        "shapes": _shapes(),
+        "dtypes": _with(_dtypes()),
+        "shapes": _with(_shapes()),
         "odd_payload": _odd_payload(),
     }
 
@@ -190,22 +190,24 @@ def _tied() -> Checkpoint:
     return checkpoint
 
 
-def _dtypes() -> Checkpoint:
+def _with(tensors: dict[str, Tensor]) -> Checkpoint:
     checkpoint = make()
-    checkpoint.core |= {f"as_{dtype}".replace("torch.", ""): arbitrary_tensor(dtype, (2, 3), 7) for dtype in DTYPES}
+    checkpoint.core |= tensors
     return checkpoint
 
 
-def _shapes() -> Checkpoint:
-    checkpoint = make()
-    checkpoint.core |= {
+def _dtypes() -> dict[str, Tensor]:
+    return {f"as_{dtype}".replace("torch.", ""): arbitrary_tensor(dtype, (2, 3), 7) for dtype in DTYPES}
+
+
+def _shapes() -> dict[str, Tensor]:
+    return {
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 3),
         "transposed": torch.arange(6.0).reshape(2, 3).t(),
         "strided": torch.arange(10)[::3],
         "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),
     }
-    return checkpoint
 
 
 def _odd_payload() -> Checkpoint:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,6 +122,18 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         order = list(checkpoint.state_dict())
         checkpoint.param_names = tuple(sorted(checkpoint.optimizer.params, key=order.index))
     return checkpoint
+
+
+def run_on_generated(test: Callable[[Checkpoint], None], examples: int) -> None:
+    """Run a test on generated checkpoints, which are the same in every run."""
+    fixed = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,  # pytest does not show the notes of grouped failures
+    )
+    fixed(given(checkpoints())(test))()
 
 
 @st.composite

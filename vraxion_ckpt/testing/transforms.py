@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
@@ -27,7 +26,7 @@ from vraxion_ckpt.plugins.options import configure, resolved
 from vraxion_ckpt.plugins.transform import Step, Transform
 from vraxion_ckpt.testing.cases import assert_none, case
 from vraxion_ckpt.testing.samples import samples
-from vraxion_ckpt.testing.strategies import checkpoints
+from vraxion_ckpt.testing.strategies import run_on_generated
 from vraxion_ckpt.testing.watch import changed_files, contents, untouched, written
 
 Case = tuple[Mapping[str, Any], str]
@@ -188,20 +187,12 @@ class TransformTests:
                 self._sound_or_refused(options, samples()[sample])
 
     def test_generated_checkpoints_are_transformed_soundly_or_refused(self) -> None:
-        @settings(
-            max_examples=self.examples,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-            report_multiple_bugs=False,  # pytest does not show the notes of grouped failures
-        )
-        @given(checkpoints())
         def sound_or_refused(checkpoint: Checkpoint) -> None:
             for options, _ in self.accepted:
                 with self.case(options):
                     self._sound_or_refused(options, checkpoint)
 
-        sound_or_refused()
+        run_on_generated(sound_or_refused, self.examples)
 
     def _sound_or_refused(self, options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         before = replace(checkpoint)
