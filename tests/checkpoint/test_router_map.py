@@ -7,12 +7,16 @@ import torch
 from support import DATA, load
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.plugin_api import Effect
 
 
 class GiveAway(vc.Transform):
     """Give address 5 to expert 1."""
 
     name = "give_away"
+
+    def effect(self) -> Effect:
+        return Effect.changed()
 
     def apply(self, checkpoint: vc.Checkpoint) -> vc.Checkpoint:
         owners = checkpoint.router_map.clone()

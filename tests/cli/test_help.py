@@ -11,12 +11,12 @@ from pathlib import Path
 
 import forked
 import pytest
-from support import DATA, load
+from support import DATA, ROOT, load
 
 from vraxion_ckpt.cli import cli
 
 EXPERTS3 = DATA / "named_experts3.pt"
-DEMO = Path(__file__).parents[1] / "vraxion_ckpt" / "demo_data"
+DEMO = ROOT / "vraxion_ckpt" / "demo_data"
 EVERY = sorted(cli.commands)
 
 

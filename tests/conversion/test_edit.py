@@ -357,8 +357,14 @@ class Whole(vc.Adapter):
     """The modular directory, written as a whole."""
 
     name: ClassVar[str] = "modular"
-    is_directory = True
-    detect = ModularAdapter.detect
+
+    @property
+    def is_directory(self) -> bool:
+        return True
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return ModularAdapter.detect(path)
 
     def read(self, path: Path, context: ReadContext) -> vc.Checkpoint:
         return ModularAdapter().read(path, context)

@@ -25,6 +25,7 @@ from vraxion_ckpt.conversion.targets import (
     say_what_names_deny,
 )
 from vraxion_ckpt.errors import CkptWarning, UsageError
+from vraxion_ckpt.plugin_api import Effect
 from vraxion_ckpt.plugins.discovery import resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.transform import Step
 
@@ -37,6 +38,9 @@ class Reads(vc.Transform):
     name: ClassVar[str] = "reads"
     path: Path
     output: Path | None = None
+
+    def effect(self):
+        return Effect.exact()
 
     def apply(self, checkpoint):
         return checkpoint

@@ -37,7 +37,7 @@ class TestForgetful(AdapterTests):
 TRANSFORM = '''
 import torch
 from pydantic import Field
-from vraxion_ckpt import Expert, Transform, TransformError
+from vraxion_ckpt.plugin_api import Effect, Expert, Transform, TransformError
 from vraxion_ckpt.testing import TransformTests
 
 RUNS = []
@@ -48,8 +48,8 @@ class Broken(Transform):
     name = "broken"
     expert: int = Field(description="which")
 
-    def function_noise(self):
-        return 0.0
+    def effect(self):
+        return Effect.exact()
 
     def apply(self, checkpoint):
         if self.expert == 2:

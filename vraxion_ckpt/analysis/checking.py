@@ -82,8 +82,9 @@ def check(
         UsageError: there is no such file, or no such manifest.
         UnknownFormatError: it is of no known format.
     """
-    root, options = Path(path), ReadOptions(**reading)
+    options = ReadOptions(**reading)
     with os_errors_named(path):
+        root = Path(path)
         adapter = detect_source(root, options.from_)
         check_allowed(adapter, options.allow_globals)
         listed = manifests.load_manifest(Path(manifest)) if manifest is not None else None

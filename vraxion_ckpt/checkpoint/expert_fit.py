@@ -26,10 +26,12 @@ def unfit(
     Yields:
         the leaf, and what does not fit; the leaf is None where the two have different leaves.
     """
-    pairs = zip(whose, (expert.keys() - sibling.keys(), sibling.keys() - expert.keys()), strict=True)
-    only = [f"only {holder} has {', '.join(sorted(map(str, leaves)))}" for holder, leaves in pairs if leaves]
-    if only:
-        yield None, "; ".join(only)
+    lacking = ((*whose, sibling.keys() - expert.keys()), (*reversed(whose), expert.keys() - sibling.keys()))
+    lines = [
+        f"{one} lacks {', '.join(sorted(map(str, found)))}, which {other} has" for one, other, found in lacking if found
+    ]
+    if lines:
+        yield None, "; ".join(lines)
         return
     for leaf, tensor in expert.items():
         other = sibling[leaf]
