@@ -700,7 +700,9 @@ def test_a_path_in_an_index_is_refused_before_anything_is_opened(file, tmp_path,
         save_file({"theta": foreign_model()["theta"]}, place)
     opened: list[Path] = []
     for name in (
-        "vraxion_ckpt_adapters.safetensors_file.check_safetensors",
+        "vraxion_ckpt_adapters.safetensors.adapter.check_safetensors",
+        "vraxion_ckpt_adapters.safetensors.files.check_safetensors",
+        "vraxion_ckpt_adapters.safetensors.shards.check_safetensors",
         "vraxion_ckpt.formats.safetensors_file.load_safetensors",
     ):
         monkeypatch.setattr(name, lambda path, *_: opened.append(path))

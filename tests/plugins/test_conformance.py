@@ -48,7 +48,7 @@ class TestSingleToExperts(TransformTests):
         ({"experts": "3", "route": "modulo"}, "single"),
         ({"experts": 2, "noise": 0.01, "optimizer": "reset"}, "single"),
     ]
-    refused: ClassVar = [({}, "experts", "has 3 experts already"), ({}, "headless", "has no head")]
+    refused: ClassVar = [({}, "experts", "already has 3 experts"), ({}, "headless", "has no head")]
 
 
 class TestMitosisSplit(TransformTests):

@@ -318,7 +318,7 @@ def test_what_cannot_be_restored_is_refused(tmp_path):
     for options, says in (
         ({"experts": [3]}, "no expert 3"),
         ({"experts": [-1]}, "no expert -1"),
-        ({"experts": []}, "names none"),
+        ({"experts": []}, "list of experts is empty"),
         ({"experts": [1], "replace": True}, "no snapshot of expert 1"),
     ):
         with pytest.raises(TransformError, match=says):
