@@ -1,15 +1,17 @@
-"""What conversions cost, as ratios to something simple that is measured beside them in the same run.
+"""Measure the cost of conversions, as ratios to a simple operation that is measured in the same run.
 
-Each ratio is a median over alternating repeats (this, that, this, that, …), for machines are noisy. A conversion has a
-process of its own, and its time is that of `convert` with all checks on; imports and the search for plugins are not
-part of it, nor are imports of what it is compared with. Before each of them the memory that its result takes is taken
-and given back, so that neither waits for a virtual machine's host to find it. Of commands all is measured. Peak
-anonymous memory is `RssAnon` of ``/proc/self/status``, where pages of mapped files are not counted, looked at every few
-milliseconds. Its bound is the process with torch imported, plus 64 MiB, plus the bytes of the tensors that a transform
-creates.
+Each ratio is a median over alternating repeats (ours, the other, ours, the other, …), because machines are noisy. Each
+conversion runs in its own process. Its time is the time of `convert` with all checks on. Imports and the search for
+plugins are excluded, also for the operation that it is compared with. Before each measurement, as much memory as the
+result needs is allocated and freed, so that neither waits for the host of a virtual machine to provide it. For
+commands, the whole process is timed.
 
-Times depend on the machine, and small sizes make fixed costs look large: a ratio that is not met is only said. Memory
-does not: the exit code is 1 if a bound on it is broken.
+Peak anonymous memory is `RssAnon` of ``/proc/self/status``, sampled every few milliseconds. It excludes pages of mapped
+files. Its bound is the memory of the process after importing torch, plus 64 MiB, plus the bytes of the tensors that a
+transform creates.
+
+Times depend on the machine, and small sizes make fixed costs look large. So a missed ratio is only printed, but the
+exit code is 1 if a memory bound is exceeded.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MIB = 2**20
-ROWS, WIDTH, EXPERTS, RING = 512, 1024, 3, 4096  # of the checkpoint that is converted
-CREATED = 3 * 4 * ROWS * (WIDTH + 1) + 8 * RING  # by its split: the clone, its two moments, the router map
+ROWS, WIDTH, EXPERTS, RING = 512, 1024, 3, 4096  # the checkpoint that is converted
+CREATED = 3 * 4 * ROWS * (WIDTH + 1) + 8 * RING  # bytes that its split creates: clone, two moments, router map
 SPLIT = f"mitosis_split:parent=0,addresses=[{','.join(str(a) for a in range(0, RING, 2 * EXPERTS))}]"
-SHARD = round(100e9 / 4096)  # bytes of each expert that is inspected
+SHARD = round(100e9 / 4096)  # bytes of each inspected expert
 TORCH = [sys.executable, "-c", "import torch"]
 COMMAND = [sys.executable, "-m", "vraxion_ckpt.cli"]
 
@@ -60,11 +62,11 @@ class Row:
         return f"{self.what:<39} {measured} ≤ {to_reach} {verdict:>9}"
 
 
-# --- In a process of its own ---
+# --- Measurements in a child process ---
 
 
 def anonymous_bytes() -> int:
-    """Return this process's anonymous memory now."""
+    """Return the current anonymous memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -72,7 +74,7 @@ def anonymous_bytes() -> int:
 
 
 def find_memory(size: int) -> None:
-    """Take `size` bytes of memory and give them back."""
+    """Allocate `size` bytes of memory, touch every page, and free them."""
     if size:
         with mmap.mmap(-1, size) as memory:
             for at in range(0, size, mmap.PAGESIZE):
@@ -80,7 +82,7 @@ def find_memory(size: int) -> None:
 
 
 def watched(work: Callable[[], object]) -> dict[str, float]:
-    """Run `work`; return its seconds, and the peak of anonymous memory that another thread has seen."""
+    """Run `work`. Return its seconds and the peak of anonymous memory in bytes, sampled by another thread."""
     peak, done = anonymous_bytes(), threading.Event()
 
     def watch() -> None:
@@ -94,15 +96,15 @@ def watched(work: Callable[[], object]) -> dict[str, float]:
         started = time.perf_counter()
         work()
         seconds = time.perf_counter() - started
-    finally:  # or the watcher would keep a process that has failed
+    finally:  # else the thread would keep a failed process alive
         done.set()
         watcher.join()
     return {"seconds": seconds, "peak": max(peak, anonymous_bytes())}
 
 
 def convert(source: str, target: str, *transforms: str) -> dict[str, float]:
-    """Convert, all checks on."""
-    import torch  # noqa: F401 - the base line is a process that has torch
+    """Convert with all checks on."""
+    import torch  # noqa: F401 - the baseline is a process with torch imported
 
     before = anonymous_bytes()
     import vraxion_ckpt.conversion.convert
@@ -115,7 +117,7 @@ def convert(source: str, target: str, *transforms: str) -> dict[str, float]:
 
 
 def naive(source: str, target: str) -> dict[str, float]:
-    """Do the split by hand: read all, edit, save; no checks."""
+    """Split with torch alone: load everything, edit and save, without checks."""
     import torch
 
     def split() -> None:
@@ -136,7 +138,7 @@ def naive(source: str, target: str) -> dict[str, float]:
 
 
 def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
-    """Plan a split of a ring, given visits as ``.npy``, and beside it sum them up once with numpy."""
+    """Plan a split of a ring from visits in a ``.npy`` file; compare with one `numpy.cumsum` of them."""
     import numpy as np
     import torch
 
@@ -159,7 +161,7 @@ def arc_meta(folder: str, ring: str, repeat: str) -> dict[str, float]:
 
 
 def edit(root: str, address: str) -> dict[str, float]:
-    """Split expert 0 of a modular directory in place; count what is opened, read and written of it."""
+    """Split expert 0 of a modular directory in place. Count the files that are opened, the bytes read and written."""
     import vraxion_ckpt.conversion.edit
     import vraxion_ckpt.plugins.discovery
 
@@ -189,7 +191,7 @@ def edit(root: str, address: str) -> dict[str, float]:
 
 
 def _bytes_written() -> int:
-    """Return how many bytes this process has written so far."""
+    """Return the number of bytes that this process has written."""
     return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
 
 
@@ -201,11 +203,11 @@ CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-# --- What is converted ---
+# --- Checkpoints to convert ---
 
 
 def make_monolith(path: Path, gib: float) -> None:
-    """Write a checkpoint of about `gib`: a body of 16 MiB layers with Adam moments, three experts, a ring."""
+    """Write a checkpoint of about `gib` GiB: 16 MiB layers with Adam moments, three experts, a ring."""
     import torch
 
     layers = max(1, round(gib * 1024 / (3 * 16)))
@@ -223,10 +225,10 @@ def make_monolith(path: Path, gib: float) -> None:
 
 
 def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, ring: int = 0) -> None:
-    """Write a modular directory whose shards together seem to hold `size` bytes: a one, and zeros that take no room.
+    """Write a modular directory with sparse shards: `size` bytes together, but almost nothing on disk.
 
-    The model has `core` rows outside its experts, and a ring of `ring` addresses or 16 for each expert. The optimizer
-    has no state, as plain SGD: where it has, ``router.state`` holds tensors of every expert.
+    The model has `core` rows outside its experts, and a ring of `ring` addresses, or 16 for each expert. The optimizer
+    has no state, as plain SGD. Otherwise ``router.state`` would hold tensors of every expert.
     """
     import torch
 
@@ -243,10 +245,10 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
     meta = {"num_experts": experts, "step": 4, "experts": [{"id": i, **row} for i in range(experts)], "deleted": []}
     (root / "experts" / "meta.json").write_text(json.dumps(meta))
 
-    # One shard in full, whose bytes before and after the tensor then frame a hole in each of the others.
+    # Write one shard in full. The others get its bytes before and after the tensor, with a hole between them.
     model_shard = root / "shard"
     weight = torch.zeros(max(1, size // experts // 4 // WIDTH), WIDTH)
-    weight[0, 0] = 1  # or all experts would count as hibernated
+    weight[0, 0] = 1  # else all experts would count as hibernated
     torch.save({"weight": weight}, model_shard)
     (hole,) = torch_archive.check_archive(model_shard).storages()
     with zip_directory.mapped(model_shard) as data:
@@ -263,7 +265,7 @@ def make_sparse_directory(root: Path, experts: int, size: int, core: int = 64, r
 
 
 class Bench:
-    """Measures in a folder of its own, and prints each row when it is known."""
+    """The measurements. Each row is printed as soon as it is known."""
 
     def __init__(self, folder: Path, repeat: int) -> None:
         self.folder = folder
@@ -271,7 +273,7 @@ class Bench:
         self.rows: list[Row] = []
 
     def conversions(self, gib: float) -> None:
-        """Convert between the formats, each time beside a plain copy."""
+        """Compare conversions between formats with a plain copy."""
         source, modular, tensors = self.folder / "a.pt", self.folder / "a", self.folder / "a.safetensors"
         make_monolith(source, gib)
         self.conversion(".pt → .pt, a split", source, "b.pt", [SPLIT], CREATED, by_hand=True)
@@ -295,7 +297,7 @@ class Bench:
         *,
         by_hand: bool = False,
     ) -> None:
-        """Measure one conversion against `cp`, and its memory against its bound."""
+        """Compare one conversion's time with `cp`, and its memory with its bound."""
         path = self.folder / target
         where = str(path) + ("/" if target.endswith("/") else "")
         copies, ours, hands = [], [], []
@@ -316,7 +318,7 @@ class Bench:
         self.add(Row(f"{what}, peak memory", max(each["peak"] for each in ours) / MIB, bound / MIB, "MiB"))
 
     def editing(self, gib: float, experts: int) -> None:
-        """Grow a modular directory of few and of many experts in place, its router.state of the same size."""
+        """Grow modular directories with few and many experts in place. Their router.state has the same size."""
         few = min(64, experts)
         core = max(64, round(gib * 2**30 / 4 / WIDTH))
         seconds: dict[int, list[float]] = {few: [], experts: []}
@@ -334,7 +336,7 @@ class Bench:
         self.add(Row("edit, grow: many / few experts, time", _ratio(seconds[experts], seconds[few]), 1))
 
     def commands(self, experts: int) -> None:
-        """Measure commands that open little or nothing, against the import of torch."""
+        """Compare commands that open few files or none with the import of torch."""
         many = self.folder / "many"
         make_sparse_directory(many, experts, experts * SHARD)
         self.command("inspect, many experts / import torch", ["inspect", many], 1.5)
@@ -360,13 +362,13 @@ class Bench:
         self.add(Row("arc_meta / numpy.cumsum", found["ratio"], 20))
 
     def add(self, row: Row) -> None:
-        """Print a row and keep it."""
+        """Print and store a row."""
         self.rows.append(row)
         print(row, flush=True)
 
 
 def child(kind: str, *arguments: object) -> dict[str, float]:
-    """Measure in a new process."""
+    """Measure in a new process. Raise RuntimeError if it fails."""
     command = [sys.executable, __file__, "--child", kind, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -376,7 +378,7 @@ def child(kind: str, *arguments: object) -> dict[str, float]:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that `work` takes."""
+    """Return the duration of `work` in seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -398,7 +400,7 @@ def _remove(path: Path) -> None:
 
 
 def main() -> int:
-    """Print the table; return 1 if a memory bound is broken."""
+    """Print the table. Return 1 if a memory bound is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=0.5, help="size of the checkpoint to convert (default: 0.5)")
     parser.add_argument("--experts", type=int, default=4096, help="experts to inspect, of 24 MB each (default: 4096)")

@@ -1,1 +1,1 @@
-"""The formats that ship with vraxion-ckpt, one file each."""
+"""The formats that ship with vraxion-ckpt: one module or package for each."""

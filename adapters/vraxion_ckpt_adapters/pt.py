@@ -1,7 +1,7 @@
 """Monolithic ``.pt``: one file of ``torch.save``, holding one payload dict.
 
-Four dialects are found in the field and written back as they came: the wall-clock trainer's (``optim``), the step
-trainer's (``optimizer``), evolution's, and a bare state dict. See `vraxion_ckpt.formats.payload_dialect`.
+There are four dialects, and each is written back as it was read: the wall-clock trainer's (``optim``), the step
+trainer's (``optimizer``), the evolution trainer's, and a bare state dict. See `vraxion_ckpt.formats.payload_dialect`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PtAdapter(Adapter):
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        # A modular directory's router.state is such a file too, but alone it lacks the experts.
+        # router.state of a modular directory is also such a file, but does not contain the experts.
         return is_archive(path) and path.name != "router.state"
 
     def read(self, path: Path, context: ReadContext) -> Checkpoint:
@@ -61,7 +61,7 @@ class PtAdapter(Adapter):
         return opened[0]
 
     def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
-        """Return what the file holds, and how many experts it says that there are."""
+        """Return the checkpoint and the file's entry `num_experts`, unchecked."""
         parsed = parse_payload(context.load_torch(path), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
@@ -84,7 +84,7 @@ class PtAdapter(Adapter):
 
 
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the file holds, in its own dialect."""
+    """Return the payload in the dialect of the source."""
     dialect, origin = monolith_dialect(checkpoint)
     extras = make_extras(
         checkpoint,
@@ -98,25 +98,32 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:
     if number is not None and found.head and found.num_experts != number:
-        raise InconsistentError(f"says {number}, the model has {found.num_experts}", path=path, key="num_experts")
+        raise InconsistentError(
+            f"num_experts is {number}, but the model has {found.num_experts}", path=path, key="num_experts"
+        )
 
 
 def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:
-    """Return the recorded rows of experts that are still there; a trainer may have carried them along and gone on."""
+    """Return the recorded lifecycle rows of existing experts.
+
+    A trainer that resumed may have copied the rows of an earlier checkpoint without updating them.
+    """
     if extras.lifecycle and extras.lifecycle.keys() != rows.keys():
         stated = count(len(extras.lifecycle), "expert")
-        message = f"{path}: its lifecycle rows are for {stated}, it has {len(rows)}; some are new"
+        message = (
+            f"{path}: there are lifecycle rows for {stated}, but the model has {len(rows)}; missing rows are assumed"
+        )
         warnings.warn(message, CkptWarning, stacklevel=2)
     return {i: row for i, row in extras.lifecycle.items() if i in rows}
 
 
 def _worth_keeping(checkpoint: Checkpoint) -> bool:
-    """Tell whether the lifecycle rows are more than what reading a monolith without any gives."""
+    """Return whether the lifecycle rows differ from those that are assumed for a file without any."""
     fresh = Lifecycle.fresh(checkpoint.step)
     return bool(checkpoint.history) or any(row != fresh for row in checkpoint.lifecycle.values())
 
 
 @hookimpl
 def register_adapters() -> list[type[Adapter]]:
-    """Offer the format."""
+    """Register the format."""
     return [PtAdapter]

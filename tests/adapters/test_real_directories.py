@@ -1,7 +1,7 @@
-"""Modular directories as VRAXION's trainers and tools leave them: read as their loader reads them.
+"""Modular directories of VRAXION's trainers and tools are read as their loader reads them.
 
-The loader reads ``router.state``, then for each expert its shard if the file exists, then ``meta.json``. What it ends
-up with is computed here with torch alone.
+The loader reads ``router.state``, then the shard of each expert if the file exists, then ``meta.json``. The tests
+compute its result with torch alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_reader_waits_for_ever")
 
 @pytest.fixture(autouse=True)
 def odd_is_no_error() -> Iterator[None]:
-    """Let warnings of ours be warnings here; each test that is about one asks for it."""
+    """Do not turn our warnings into errors. Tests about a warning expect it explicitly."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CkptWarning)
         yield
@@ -57,7 +57,7 @@ def list_as_deleted(root: Path, ids: list[int]) -> None:
 
 
 def resumed(root: Path) -> dict[str, torch.Tensor]:
-    """Return the model that VRAXION's loader ends up with; every expert must have a shard."""
+    """Return the model that VRAXION's loader would build. Every expert must have a shard."""
     payload = load(root / ROUTER)
     model = dict(payload["model"])
     if "head.single.weight" not in model:
@@ -262,7 +262,7 @@ def test_an_edit_keeps_a_shard_left_over(kind, damage, tmp_path):
     assert far.lstat().st_mode == was.st_mode
     if damage in (garbage, empty):
         assert far.read_bytes() == (b"no archive" if damage is garbage else b"")
-    # Of two left over, the one stays whose name no new shard takes.
+    # Of the two old shards, the one whose name no new shard has is kept.
     if kind in ("grow", "kept"):
         assert same_values(load(near), load(shard(target, 0)))
     else:
@@ -306,7 +306,7 @@ def test_a_conversion_over_a_directory_replaces_its_shards_left_over(tmp_path):
 
 
 def test_shards_beside_a_single_head_are_left_over(tmp_path):
-    """As after the exploder's ``--force`` into a directory that had held experts."""
+    """The exploder's ``--force`` leaves such a directory if the target had experts."""
     target = lay(tmp_path, EXPLODED)
     for expert in range(3):
         shutil.copy(shard(TRAINERS / LEFTOVER, expert), shard(target, expert))
@@ -324,7 +324,7 @@ def test_shards_beside_a_single_head_are_left_over(tmp_path):
 def test_a_name_that_no_trainer_writes_is_refused_also_beyond_the_experts(name, tmp_path):
     target = lay(tmp_path, LEFTOVER)
     shard(target, 2).rename(target / "experts" / name)
-    with pytest.raises(InconsistentError, match="a shard is called"):
+    with pytest.raises(InconsistentError, match="a shard must be named"):
         vc.open(target)
 
 

@@ -1,4 +1,4 @@
-"""safetensors, one file and shards: there and back, files of others, and files that must not be believed."""
+"""safetensors files and shards: round trips, files of other software, and damaged or hostile files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("no_reader_waits_for_ever")
 
 
 def model_of(source: Path) -> dict[str, torch.Tensor]:
-    """Return a state dict as torch itself reads it, that of a modular directory from all of its shards."""
+    """Return a state dict read with torch alone. For a modular directory, it includes all shards."""
     if source.is_file():
         payload = load(source)
         return dict(payload.get("model", payload))
@@ -66,7 +66,7 @@ def model_of(source: Path) -> dict[str, torch.Tensor]:
 
 
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """Load every shard that an index names, with nothing of the package."""
+    """Load every shard that an index names, without using the package."""
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     found: dict[str, torch.Tensor] = {}
     for file in sorted(set(weight_map.values())):
@@ -77,7 +77,7 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_checkpoint(ours: Path, theirs: Path, made_from: str) -> None:
-    """Compare a ``.pt`` or every file of a modular directory, as torch and json read them."""
+    """Compare ``.pt`` files, or all files of modular directories, as read by torch and json."""
     if theirs.is_file():
         return assert_same(load(ours), load(theirs))
     assert files_below(ours) == files_below(theirs)
@@ -87,7 +87,7 @@ def assert_same_checkpoint(ours: Path, theirs: Path, made_from: str) -> None:
             continue
         mine, wanted = json.loads((ours / file).read_text()), json.loads((theirs / file).read_text())
         if "source_checkpoint" in wanted:
-            # This names what the directory was made from, which now is another file.
+            # This is the name of the source, which differs here.
             assert mine["source_checkpoint"] == made_from
             wanted["source_checkpoint"] = made_from
         assert json.dumps(mine) == json.dumps(wanted)
@@ -165,7 +165,7 @@ def test_every_tensor_lies_where_any_reader_may_map_it(tmp_path):
 
 
 def without_names_of_sources(payload: Any) -> Any:
-    """The history says which file each step read; nothing else may depend on that."""
+    """The history names the file that each step read. Nothing else may depend on the file name."""
     for record in payload["vraxion_ckpt"]["history"]:
         del record["source"]
     return payload
@@ -225,7 +225,7 @@ EXPERTS = 12
 
 
 def foreign_model() -> dict[str, torch.Tensor]:
-    """Return a state dict whose order the library takes apart: it sorts by dtype first, then by name as text."""
+    """Return a state dict whose order safetensors changes: it sorts by dtype, then by name."""
     random_bits = torch.Generator().manual_seed(3)
     model = OrderedDict(embed=torch.randn(5, 4, generator=random_bits).bfloat16())
     model["router_map"] = torch.arange(24) % EXPERTS
@@ -238,7 +238,7 @@ def foreign_model() -> dict[str, torch.Tensor]:
 
 
 def hf_folder(folder: Path, prefix: str = "model", **metadata: Any) -> Path:
-    """Write three shards and an index as Hugging Face's tools do, with the files that lie beside them."""
+    """Write three shards and an index as Hugging Face's tools do, with their usual other files."""
     folder.mkdir()
     model = foreign_model()
     names, weight_map = sorted(model), {}
@@ -254,7 +254,7 @@ def hf_folder(folder: Path, prefix: str = "model", **metadata: Any) -> Path:
 
 
 def assert_foreign(path: Path) -> None:
-    """Hold what was read to the state dict it was made of: values, and a head that stands together, in order of ids."""
+    """Compare the checkpoint with the state dict it was made from. The head must be contiguous, sorted by id."""
     model, found = foreign_model(), vc.open(path)
     assert found.num_experts == EXPERTS
     assert list(found.head.experts) == list(range(EXPERTS))
@@ -356,7 +356,7 @@ def test_a_folder_that_holds_two_checkpoints_is_not_guessed_at(tmp_path):
         shutil.copy(folder / INDEX, folder / f"{name}.safetensors.index.json")
     assert_foreign(folder)  # the usual name goes before others, as in Hugging Face's own tools
     (folder / INDEX).unlink()
-    with pytest.raises(InconsistentError, match="name the one to read"):
+    with pytest.raises(InconsistentError, match="give the path of the one to read"):
         vc.open(folder)
     assert_foreign(folder / "a.safetensors.index.json")
 
@@ -515,7 +515,7 @@ BAD: dict[str, tuple[bytes, type[CkptError], str]] = {
 
 
 def assert_refused(cli: Any, source: Path, error: type[CkptError], says: str, *options: object) -> None:
-    """Convert with the command line, which must fail with the code of `error` and leave nothing behind."""
+    """Convert with the command line. Expect the exit code of `error`, and no files left behind."""
     out = source.parent / "out"
     out.mkdir()
     code, said = cli("convert", source, out / "new.pt", *options)
@@ -538,14 +538,14 @@ def test_a_bad_header_has_its_error_and_its_exit_code(content, error, says, tmp_
 
 
 def test_a_sound_file_of_the_same_making_is_accepted(tmp_path):
-    """So that what is refused above is refused for what is wrong with it."""
+    """The undamaged file is accepted, so the refusals above are due to the damage."""
     for content in (one(), file_of({"a": tensor(), "b": tensor(4, 8), "c": tensor(8, 8, [0, 2**48])}, bytes(8))):
         (tmp_path / "good.safetensors").write_bytes(content)
         assert vc.open(tmp_path / "good.safetensors").state_dict()
 
 
 def bytes_read() -> int:
-    """Return how many bytes this process has read, as the operating system counts them."""
+    """Return the number of bytes that this process has read, as counted by the operating system."""
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
@@ -700,13 +700,15 @@ def test_a_path_in_an_index_is_refused_before_anything_is_opened(file, tmp_path,
         save_file({"theta": foreign_model()["theta"]}, place)
     opened: list[Path] = []
     for name in (
-        "vraxion_ckpt_adapters.safetensors_file.check_safetensors",
+        "vraxion_ckpt_adapters.safetensors.adapter.check_safetensors",
+        "vraxion_ckpt_adapters.safetensors.files.check_safetensors",
+        "vraxion_ckpt_adapters.safetensors.shards.check_safetensors",
         "vraxion_ckpt.formats.safetensors_file.load_safetensors",
     ):
         monkeypatch.setattr(name, lambda path, *_: opened.append(path))
     monkeypatch.setattr(safetensors, "safe_open", lambda path, *_, **__: opened.append(path))
     index_says(file)(folder)
-    assert_refused(cli, folder, InconsistentError, "[theta]: is said to be in")
+    assert_refused(cli, folder, InconsistentError, "[theta]: the index lists the tensor in")
     assert opened == []
 
 
@@ -719,7 +721,7 @@ def fifo(name: str) -> Callable[[Path], None]:
 
 
 def link(name: str, to: str) -> Callable[[Path], None]:
-    """Move a file out of the folder and leave a link, `to` being the target as the link spells it."""
+    """Move a file out of the folder, and leave a link whose text is `to`."""
 
     def damage(folder: Path) -> None:
         (folder / name).rename(folder.parent / "outside.safetensors")
@@ -781,22 +783,22 @@ INDEXES: dict[str, tuple[Callable[[Path], Any], type[CkptError], str]] = {
     "key not in its file": (
         resave(3, lambda t: t.pop("theta")),
         InconsistentError,
-        f"[theta]: is not in {LAST}",
+        f"[theta]: the index lists the tensor in {LAST}, which lacks it",
     ),
     "key said to be in another file": (
         index_says("model-00001-of-00003.safetensors"),
         InconsistentError,
-        f"[theta]: is in {LAST}, and the index says model-00001",
+        f"[theta]: the tensor is in {LAST}, but the index lists it in model-00001",
     ),
     "key in two files": (
         resave(1, lambda t: t.update(theta=torch.ones(2))),
         InconsistentError,
-        f"[theta]: is in model-00001-of-00003.safetensors, and the index says {LAST}",
+        f"[theta]: the tensor is in model-00001-of-00003.safetensors, but the index lists it in {LAST}",
     ),
     "key not listed": (
         resave(1, lambda t: t.update(more=torch.ones(2))),
         InconsistentError,
-        "[more]: is in model-00001-of-00003.safetensors, and the index does not list it",
+        "[more]: the tensor is in model-00001-of-00003.safetensors, but the index does not list it",
     ),
     "a file linked twice": (
         lambda folder: [
@@ -804,10 +806,10 @@ INDEXES: dict[str, tuple[Callable[[Path], Any], type[CkptError], str]] = {
             os.link(folder / LAST, folder / "model-00001-of-00003.safetensors"),
         ],
         InconsistentError,
-        "and the index says",
+        "but the index lists it in",
     ),
-    "total size too large": (stated(10**6), InconsistentError, "[metadata.total_size]: is 1000000"),
-    "total size as text": (stated("5"), InconsistentError, "[metadata.total_size]: is '5'"),
+    "total size too large": (stated(10**6), InconsistentError, "[metadata.total_size]: total_size is 1000000"),
+    "total size as text": (stated("5"), InconsistentError, "[metadata.total_size]: total_size is '5'"),
     "total size null": (stated(None), InconsistentError, "[metadata.total_size]"),
     "no weight_map": (of_index(lambda i: i.pop("weight_map") and None), InconsistentError, "weight_map"),
     "weight_map a list": (of_index(lambda i: i.update(weight_map=[])), InconsistentError, "weight_map"),
@@ -843,7 +845,7 @@ def test_a_folder_whose_one_file_leads_out_of_it_is_refused(tmp_path):
 
 @pytest.mark.parametrize("payload", ["bare", "trained"])
 def test_shards_of_two_saves_are_not_mixed(payload, tmp_path):
-    """Saves that differ in the tensors' values alone, as two of one run do that keeps no step."""
+    """The saves differ only in values, like two saves of a run that stores no step."""
     for name, value in (("a", 0.0), ("b", 1.0)):
         model = OrderedDict({f"t{i}": torch.full((600,), 7.0) for i in range(4)})
         model["t2"][599] = value
@@ -929,7 +931,7 @@ def test_files_of_others_in_a_folder_of_shards_are_not_deleted_with_it(name, tmp
     vc.convert(SOURCE, tmp_path / "many", to=SHARDS)
     (tmp_path / "many" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "many" / name).write_text("precious")
-    # An index that names a folder makes it no shard.
+    # A folder is not a shard, even if an index names it.
     change_index(tmp_path / "many", lambda i: i["weight_map"].update({"x": "named.safetensors"}))
     with pytest.raises(UsageError, match="no part of a safetensors checkpoint"):
         vc.convert(SOURCE, tmp_path / "many", to=SHARDS, overwrite=True)
@@ -959,7 +961,7 @@ def test_everything_is_flushed_before_it_is_published(to, tmp_path, monkeypatch)
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """A limit on the size of files stands in for a full disk: writes beyond it fail in the same place."""
+    """A limit on the file size simulates a full disk: writes fail in the same place."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -1028,13 +1030,13 @@ def test_weights_alone_hold_no_tensor_of_ours_and_keep_router_head_and_history(t
 
 
 def test_weights_alone_lose_nothing_of_what_is_weights_alone(tmp_path):
-    """Neither its dialect nor what others wrote into its metadata."""
+    """Neither the dialect nor the metadata of other software."""
     assert vc.convert(DATA / "raw_state_dict.pt", tmp_path / "x.safetensors", to=WEIGHTS).losses == ()
     vc.convert(tmp_path / "x.safetensors", tmp_path / "back.pt")
     assert_same(load(tmp_path / "back.pt"), load(DATA / "raw_state_dict.pt"))
     save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata={"author": "someone"})
     vc.convert(tmp_path / "theirs.safetensors", tmp_path / "y.safetensors", to=WEIGHTS)
-    # A split leaves a note in the payload, so that there is something to leave out.
+    # A split adds an entry to the payload, so there is something to leave out.
     options: dict[str, Any] = {"to": WEIGHTS, "transforms": [SPLIT.replace(",3", "")], "losses": "ignore"}
     assert vc.convert(tmp_path / "theirs.safetensors", tmp_path / "z.safetensors", **options).losses
     for name in ("y.safetensors", "z.safetensors"):

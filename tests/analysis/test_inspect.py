@@ -264,7 +264,7 @@ def test_experts_in_an_unknown_layout_are_said_to_be_unknown(name, tmp_path, run
     assert (facts.head, facts.num_experts, facts.experts) == (None, 0, ())
     code, said, _ = run_cli("inspect", tmp_path / "a.pt")
     assert code == 0
-    assert "not in a layout known here: 1 tensor" in said
+    assert "not in a known layout: 1 tensor" in said
     assert name in said.replace("\n" + 12 * " ", "")
     assert json.loads(run_cli("inspect", tmp_path / "a.pt", "--json")[1])["unknown_experts"]["tensors"] == 1
 

@@ -220,7 +220,7 @@ def test_a_plan_and_a_step_that_is_not_known_do_not_match(tmp_path):
     visits = EXPECTED / "wallclock_experts3.visits.json"
     vc.convert(NAMED, tmp_path / "a.pt", transforms=[("arc_meta", {"visits": visits})])
     torch.save({**load(tmp_path / "a.pt"), "step": "5"}, tmp_path / "b.pt")
-    with pytest.raises(vc.CkptError, match="made at step 4, the checkpoint is at no known step"):
+    with pytest.raises(vc.CkptError, match="made at step 4, but the checkpoint has no known step"):
         vc.convert(tmp_path / "b.pt", tmp_path / "c.pt", transforms=["mitosis_split"])
 
 

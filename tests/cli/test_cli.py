@@ -1,4 +1,4 @@
-"""The commands as people and scripts see them."""
+"""The output, errors and exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_link_to_the_target_stays_a_link(tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
-    """A limit on the size of files stands in for a full disk: writes beyond it fail in the same place."""
+    """A limit on the file size simulates a full disk: writes fail in the same place."""
     old = (DATA / "named_experts3.pt").read_bytes()
     (tmp_path / "old.pt").write_bytes(old)
     script = (
@@ -150,7 +150,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_conversion_leaves_nothing(number, code, tmp_path):
-    """The probe below sleeps while the result is being staged, so that the signal arrives in the middle."""
+    """The probe below sleeps while the result is being staged, so the signal arrives at that time."""
     script = (
         "import sys, time, vraxion_ckpt.formats.torch_file as t; save = t.save_torch_file\n"
         "def slow(value, path):\n"
@@ -225,7 +225,7 @@ def test_a_summary_that_cannot_be_printed_says_that_the_target_was_written(tmp_p
     fork = command.replace(sys.executable, forked.python())
     full = subprocess.run(f"{fork} > /dev/full", shell=True, capture_output=True, text=True, check=False)
     assert full.returncode == 14
-    assert "a.pt was written, but not this summary: No space left on device" in full.stderr
+    assert "a.pt was written, but the summary could not be printed: No space left on device" in full.stderr
     closed = subprocess.run(f"{command} --overwrite >&-", shell=True, capture_output=True, text=True, check=False)
     assert (closed.returncode, closed.stderr) == (0, "")
     assert load(tmp_path / "a.pt")["num_experts"] == 3

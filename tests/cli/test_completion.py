@@ -1,4 +1,4 @@
-"""Shell completion, as a shell asks for it, and in real shells: keys go in, the line is read back."""
+"""Shell completion: requests as a shell makes them, and keys typed in real shells."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ warnings.warn("hello")
 
 
 def offered(*words: str) -> list[str]:
-    """Return what is offered for the last of some words."""
+    """Return the completions of the last word."""
     *complete, incomplete = words
     shell = ShellComplete(cli, {}, "vraxion-ckpt", "_VRAXION_CKPT_COMPLETE")
     return [item.value for item in shell.get_completions(complete, incomplete)]
@@ -117,7 +117,7 @@ def test_describe_is_offered_every_plugin():
 
 
 def plugin(folder: Path, name: str, code: str) -> None:
-    """Put a plugin where Python finds it, as an installed package."""
+    """Install a plugin as a package on Python's path."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.py").write_text(code)
     about = folder / f"{name}-1.0.dist-info"
@@ -127,7 +127,7 @@ def plugin(folder: Path, name: str, code: str) -> None:
 
 
 def ask(line: str | None, *command: object, site: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Ask as the script of a shell does."""
+    """Request completions as a shell's script does."""
     environment = {**os.environ, "_VRAXION_CKPT_COMPLETE": "bash_complete"}
     if line is not None:
         environment["COMP_LINE"] = line
@@ -220,7 +220,7 @@ FILES = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ".config/fish/config.fish"}
 
 
 class Terminal:
-    """A shell at a terminal of its own, in a folder that is its home."""
+    """A shell with a terminal of its own and a folder as its home."""
 
     def __init__(self, shell: str, home: Path) -> None:
         if shutil.which(shell) is None:
@@ -240,7 +240,7 @@ class Terminal:
             shown += self._read(self._terminal)
 
     def line_after(self, keys: str) -> str:
-        """Type something, and return what stands on the line then."""
+        """Type some keys. Return the resulting line."""
         os.write(self._terminal, f"{keys}\x14".encode())
         line = b""
         while not line.endswith(b"\n"):
@@ -248,7 +248,7 @@ class Terminal:
         return line.decode().removesuffix("\n")
 
     def _read(self, wanted: int) -> bytes:
-        """Read from one of the two, and throw away what the terminal shows meanwhile."""
+        """Read from the pipe or the terminal, and discard other output of the terminal."""
         while True:
             ready, _, _ = select.select([self._terminal, self._told], [], [], 60)
             assert ready, "the shell says nothing any more"

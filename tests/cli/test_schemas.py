@@ -1,4 +1,4 @@
-"""Everything that is printed as JSON is valid under the schema that is published for it."""
+"""All JSON output is valid under its published schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VISITS = EXPECTED / "wallclock_experts3.visits.json"
 
 
 def validate(said: str) -> dict:
-    """Validate a printed document under the schema that it names."""
+    """Validate a printed document with the schema that it names."""
     facts = json.loads(said, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     name = facts["schema"].split("/")[1]
     published = schema_of(name)

@@ -1,4 +1,4 @@
-"""Calls that are wrong in themselves: options, names and places. Nothing is read into a result, nothing written."""
+"""Usage errors: invalid options, names and paths. Nothing may be written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPERTS3 = DATA / "wallclock_experts3.pt"
 
 
 def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain: Any, **options: Any) -> str:
-    """Convert, which must fail with exactly `error`; return what it says."""
+    """Convert. Expect exactly the class `error`. Return its text."""
     with pytest.raises(vc.CkptError) as refused:
         vc.convert(source, target, transforms=chain, **options)
     assert type(refused.value) is error, refused.value
@@ -39,7 +39,7 @@ def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain:
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """Note everything in a folder: names, kinds, contents and times."""
+    """Return the names, kinds, contents and times of everything in a folder."""
     return {
         str(path): (path.lstat().st_mode, path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns))
         for path in folder.rglob("*")
@@ -74,7 +74,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_every_wrong_option_of_the_whole_chain_is_told_at_once_and_first_of_all(chain, says, tmp_path):
-    # The source does not even exist: options are judged before anything is read.
+    # The source does not exist, because options are checked before anything is read.
     message = refusal(OptionError, Path("nowhere.pt"), tmp_path / "new.pt", *chain)
     assert [part for part in says if part not in message] == [], message
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_a_call_that_means_nothing_is_refused(chain, options, says, tmp_path):
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """Give a folder with a monolith `a.pt` and a directory `a/`; nothing in it may change, come or go."""
+    """Return a folder with a monolith `a.pt` and a directory `a/`. Nothing in it may change."""
     folder = tmp_path / "place"
     shutil.copytree(DATA / "modular_experts3", folder / "a")
     shutil.copy(EXPERTS3, folder / "a.pt")
@@ -169,7 +169,7 @@ def test_overwrite_does_not_replace_what_is_no_file(tmp_path):
 
 @pytest.mark.parametrize("target", ["new.pt", "new/"])
 def test_a_folder_without_write_permission_is_refused(target):
-    """The command gives its rights up where it has root's, which no folder stops."""
+    """The command drops root's privileges, because root may write to any folder."""
     script = (
         "import os, sys; from vraxion_ckpt import convert; from vraxion_ckpt.cli import main, show_changes\n"
         "from vraxion_ckpt.plugins.discovery import registry; registry()\n"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from support import assert_same, files_below, load
 from vraxion_ckpt_adapters.modular import ModularAdapter
 from vraxion_ckpt_adapters.pt import PtAdapter
-from vraxion_ckpt_adapters.safetensors_file import SafetensorsAdapter
+from vraxion_ckpt_adapters.safetensors import SafetensorsAdapter
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences

@@ -1,6 +1,6 @@
-"""The manual does what it says: every block of every page runs, and the reference is all that there is.
+"""Every block of the manual runs with the shown output, and the reference is complete.
 
-What a page may say, and how it is run, stands in `blocks`.
+The docstring of `blocks` describes how pages are run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_a_page_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows(page):
 
 
 def in_order() -> list[Path]:
-    """Return the README and all pages of the manual, as a reader meets them: in the order of the index."""
+    """Return the README and all pages of the manual in the order of the index."""
     index = (DOCS / "index.md").read_text()
     trees = re.findall(r"^```\{toctree\}\n(?::[^\n]*\n)*(.*?)^```", index, re.MULTILINE | re.DOTALL)
     return [README, *(DOCS / f"{name}.md" for tree in trees for name in tree.split())]
@@ -116,7 +116,7 @@ def test_every_file_is_used_by_a_later_block(page):
 
 @every_page
 def test_a_block_leaves_the_shell_as_it_is(page):
-    """Blocks are run one by one, but copied into one shell."""
+    """Tests run the blocks one by one, but readers copy them into one shell."""
     for block in blocks(page.read_text()):
         changes = re.search(r"^\s*(cd|pushd|export|set|exit|exec|trap)\b", block.text, re.MULTILINE)
         assert block.language != "sh" or not changes, f"line {block.line}"
@@ -130,7 +130,7 @@ def test_what_is_to_be_copied_fits_on_the_page(page):
 
 @every_page
 def test_links_lead_somewhere_on_disk_too(page):
-    """As on GitHub; that the manual's own links work, Sphinx sees."""
+    """Check links as on GitHub. Sphinx checks those in the built manual."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
         assert (page.parent / target).exists(), target
@@ -164,7 +164,7 @@ def test_the_messages_to_recover_from_are_messages():
 
 @pytest.fixture(scope="module")
 def manual(tmp_path_factory):
-    """The manual as `make docs` builds it, warnings as errors."""
+    """Build the manual as `make docs` does, with warnings as errors."""
     if importlib.util.find_spec("sphinx") is None:
         pytest.skip("Sphinx is not installed")
     folder = tmp_path_factory.mktemp("manual")
@@ -175,7 +175,7 @@ def manual(tmp_path_factory):
 
 
 def words(page: Path) -> str:
-    """Return a built page's text, without its tags."""
+    """Return the text of a built page without tags."""
     body = re.search(r"<article.*?</article>", page.read_text(), re.DOTALL)
     assert body is not None
     return html.unescape(re.sub(r"<[^>]+>", "", body[0]))

@@ -1,4 +1,4 @@
-"""The example package and the template, as somebody who installs them meets them: in a fresh environment."""
+"""The example package and the template work in a fresh environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*command: object, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """The template, rendered with names of somebody's own."""
+    """Render the template with other names than the defaults."""
     folder = tmp_path_factory.mktemp("rendered")
     wishes = {"project": "acme-ckpt", "format": "acme", "transform": "acme_scale"}
     return Path(cookiecutter(str(TEMPLATE), no_input=True, extra_context=wishes, output_dir=str(folder)))
@@ -32,7 +32,7 @@ def rendered(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory, rendered):
-    """A new environment with both packages in it; torch and the rest are lent to it, since they take minutes."""
+    """Make an environment with both packages. It shares torch and other dependencies, which take minutes to install."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"

@@ -1,4 +1,4 @@
-"""The README: its blocks run and print what it shows, its picture is what the program draws, and its targets exist."""
+"""The README's blocks run with the shown output, its picture is current, and its make targets exist."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import DATA, assert_same, load
 from torch import nn
-from vraxion_ckpt_adapters.safetensors_file import SafetensorsAdapter
+from vraxion_ckpt_adapters.safetensors import SafetensorsAdapter
 from work import bounded
 
 import vraxion_ckpt as vc
@@ -406,7 +406,7 @@ def test_tensors_that_share_a_part_of_their_memory_are_a_declared_loss(kind, nam
     with pytest.raises(LossError, match="shared memory"):
         vc.convert(tmp_path / "source.pt", tmp_path / "refused.safetensors")
     assert not (tmp_path / "refused.safetensors").exists()
-    with pytest.warns(vc.CkptWarning, match="each is written whole"):
+    with pytest.warns(vc.CkptWarning, match="each is written separately"):
         back = there_and_back(payload, tmp_path, "safetensors", losses="warn")
     assert exact(back) == exact(payload)
 

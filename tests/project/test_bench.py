@@ -1,4 +1,4 @@
-"""The benchmark measures every row of its table, however small its sizes."""
+"""The benchmark measures every row of its table, even with small sizes."""
 
 from __future__ import annotations
 

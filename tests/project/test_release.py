@@ -1,6 +1,6 @@
-"""What is released: sdist and wheel as `make dist` makes them, and the wheel in a fresh environment.
+"""The sdist and wheel of `make dist` are complete, and the wheel works in a fresh environment.
 
-With ``--exhaustive``, that environment gets its dependencies from the package index, torch included, as a user's does.
+With ``--exhaustive``, that environment installs its dependencies, including torch, from the package index.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.slow
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = (ROOT / "vraxion_ckpt", ROOT / "adapters/vraxion_ckpt_adapters", ROOT / "transforms/vraxion_ckpt_transforms")
 NAME = f"vraxion_ckpt-{__version__}"
-# Whoever runs the tests from a clone has none of these set for it.
+# These must not be inherited from the environment of the tests.
 SURROUNDINGS = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VRAXION_CKPT"))}
 
 EXTRAS = {
     Requirement(text).name for extra in ("report", "png", "testing") for text in PROJECT["optional-dependencies"][extra]
 }
-# Every module; one may miss what an extra is for, and nothing else.
+# Import every module. Only the dependencies of extras may be missing.
 IMPORT_ALL = """
 import sys
 from importlib import import_module
@@ -60,7 +60,7 @@ def run(*command: object, cwd: Path) -> str:
 
 
 def build(folder: Path, *what: str) -> Path:
-    """Build from the tree; isolated, it would want the package index."""
+    """Build without isolation, which would need the package index."""
     run(sys.executable, "-m", "build", "--no-isolation", *what, "--outdir", folder, ROOT, cwd=folder)
     return folder
 
@@ -81,7 +81,7 @@ def described(wheel):
 
 
 def package_files() -> set[str]:
-    """List what belongs into the packages, by its path in the wheel."""
+    """Return the files that belong in the packages, by their path in the wheel."""
     return {
         f"{package.name}/{path.as_posix()}"
         for package in PACKAGES
@@ -91,7 +91,7 @@ def package_files() -> set[str]:
 
 
 def is_leftover(path: PurePath) -> bool:
-    """Tell a cache, a result, or what is hidden."""
+    """Return whether a path is a cache, a build result or hidden."""
     return any(part in ("__pycache__", "build", "dist") or part.startswith(".") for part in path.parts)
 
 
@@ -164,7 +164,7 @@ def test_the_entry_points_are_those_of_the_project(described):
 
 
 def lend_dependencies(site: Path) -> None:
-    """Link what the project says it needs, and nothing else, from where the tests run into another environment."""
+    """Link only the declared dependencies from the tests' environment into another one."""
     wanted, lent = [Requirement(text) for text in PROJECT["dependencies"]], set()
     while wanted:
         requirement = wanted.pop()
@@ -179,7 +179,7 @@ def lend_dependencies(site: Path) -> None:
 
 
 def test_it_installs_into_a_fresh_environment_and_works_there(wheel, described, exhaustive, tmp_path):
-    # Torch takes a gigabyte: it must not stay with what pytest keeps.
+    # Torch takes a gigabyte, so it must not stay in the folders that pytest keeps.
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path)
         python, command = Path(folder, "bin/python"), Path(folder, "bin/vraxion-ckpt")

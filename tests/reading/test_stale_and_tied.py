@@ -112,7 +112,7 @@ def test_an_optimizer_without_an_expert_is_refused_unless_told_that_it_is_frozen
 def test_a_plan_of_an_earlier_step_is_not_carried_out(tmp_path):
     vc.convert(DATA / "wallclock_experts3.pt", tmp_path / "a.pt", transforms=[("arc_meta", {"visits": VISITS})])
     torch.save({**load(tmp_path / "a.pt"), "step": 500}, tmp_path / "b.pt")
-    with pytest.raises(InconsistentError, match="made at step 4, the checkpoint is at 500"):
+    with pytest.raises(InconsistentError, match="made at step 4, but the checkpoint is at step 500"):
         vc.convert(tmp_path / "b.pt", tmp_path / "c.pt", transforms=["mitosis_split"])
 
 
@@ -129,7 +129,7 @@ def test_rows_of_a_model_that_has_grown_since_are_completed_with_a_warning(tmp_p
         payload["model"][f"head.experts.3.{leaf}"] = torch.zeros_like(payload["model"][f"head.experts.0.{leaf}"])
     payload |= {"num_experts": 4, "optim": None, "step": 9}
     torch.save(payload, tmp_path / "b.pt")
-    with pytest.warns(vc.CkptWarning, match="for 3 experts, it has 4"):
+    with pytest.warns(vc.CkptWarning, match="for 3 experts, but the model has 4"):
         rows = vc.open(tmp_path / "b.pt").lifecycle
     assert rows[0].contrib == 12.0
     assert rows[3] == vc.Lifecycle(created_step=9, last_used_step=9)
@@ -195,7 +195,7 @@ def test_narrow_router_maps_are_filled_and_redirected_rightly(dtype, tmp_path):
 
 def test_a_router_map_too_narrow_for_the_next_id_is_refused(tmp_path):
     torch.save({"model": {**experts(128), "router_map": torch.zeros(4, dtype=torch.int8)}}, tmp_path / "a.pt")
-    with pytest.raises(vc.TransformError, match="cannot name expert 128"):
+    with pytest.raises(vc.TransformError, match="cannot hold expert id 128"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
 
 

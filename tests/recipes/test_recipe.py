@@ -335,7 +335,7 @@ def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_firs
     def full(*_):
         raise StorageError("No space left on device", path="b.safetensors")
 
-    monkeypatch.setattr("vraxion_ckpt_adapters.safetensors_file.save_safetensors", full)
+    monkeypatch.setattr("vraxion_ckpt_adapters.safetensors.adapter.save_safetensors", full)
     write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
     before = files_below(here)
     with pytest.raises(StorageError, match="No space left"):

@@ -1,4 +1,4 @@
-"""`report`: a page that works by itself, looked at by a real browser with the network off; and a picture."""
+"""`report`: the page, also in a real browser without network, and the picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split(folder: Path, source: Path = SOURCE, visits: Path = VISITS) -> Path:
 
 
 def ringed(path: Path, experts: int, router: torch.Tensor) -> Path:
-    """Write a checkpoint with so many experts and such a router map."""
+    """Write a checkpoint with the given number of experts and router map."""
     payload = load(DATA / "wallclock_single.pt")
     model = {name: tensor for name, tensor in payload["model"].items() if not name.startswith("head.")}
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def norms(page: Path) -> dict:
 
 
 def colours(page: Path) -> dict:
-    """Return the colours of the experts in a page: those of the key, held against those of the rings and the norms."""
+    """Return the colours of the experts in the key, which must equal those in the rings and the norms."""
     shown = re.findall(r"<i style=\"background:(#\w+);color:#\w+\">(\d+)</i>", page.read_text())
     pairs = [(int(expert), colour) for colour, expert in shown]
     drawn = figures(page)
@@ -74,7 +74,7 @@ def colours(page: Path) -> dict:
 
 
 def body(page: Path) -> str:
-    """Return what a reader reads, without scripts and tags."""
+    """Return the visible text, without scripts and tags."""
     text = re.sub(r"<script.*?</script>|<style.*?</style>|<wbr>", "", page.read_text(), flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
@@ -260,7 +260,7 @@ def test_experts_of_unusual_dtypes_have_norms_and_cosines(dtype, tmp_path):
 
 
 def rerouted(path: Path, moves: dict[int, int], source: Path = SOURCE) -> Path:
-    """Write a checkpoint in which some addresses have other owners."""
+    """Write a copy of a checkpoint with other owners for some addresses."""
     payload = load(source)
     for address, owner in moves.items():
         payload["model"]["router_map"][address] = owner
@@ -367,7 +367,7 @@ def test_no_load_and_no_hot_arc_has_the_colour_of_an_expert(tmp_path):
 
 
 def as_seen_without(missing: str, colour: str) -> np.ndarray:
-    """Return a colour in Oklab, as someone without one kind of cones sees it (Machado, Oliveira and Fernandes 2009)."""
+    """Return a colour in Oklab as seen without one kind of cones (Machado, Oliveira and Fernandes 2009)."""
     simulated = {
         "none": np.eye(3),
         "L": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
@@ -429,7 +429,7 @@ EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert
 
 @pytest.fixture
 def hostile(tmp_path) -> Path:
-    """A page of a checkpoint that tries to run scripts from every text that it holds."""
+    """Return a page of a checkpoint in which every text contains a script."""
     payload = load(EXPECTED / "named_experts3.split.pt")
     record = {
         "name": EVIL, "options": {EVIL: EVIL}, "distribution": EVIL, "version": EVIL, "source": EVIL, "summary": EVIL,
@@ -565,7 +565,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Open a page with the network off; return it, and lists of what it complained of and asked for."""
+    """Open a page without network. Return it, its errors and its requests."""
     contexts = []
 
     def visit(path: Path, **options):

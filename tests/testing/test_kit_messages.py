@@ -101,7 +101,7 @@ def _raised(text: str) -> str:
         ),
         (
             "adapter",
-            "test_what_is_lost_was_declared[experts]",
+            "test_every_loss_is_declared[experts]",
             ["sample: experts", "`losses` declares nothing", "step"],
         ),
         (
@@ -112,17 +112,17 @@ def _raised(text: str) -> str:
         ("adapter", "test_generated_checkpoints_come_back_bit_for_bit", ["depth=7", "came back changed"]),
         (
             "transform",
-            "test_what_is_to_work_works",
+            "test_accepted_calls_give_a_consistent_result",
             ["plugin: broken, options: expert=1, sample: experts", "theta has changed"],
         ),
         (
             "transform",
             "test_a_second_run_gives_the_same",
-            ["options: expert=0, sample: single", "a second run gave something else", "runs"],
+            ["options: expert=0, sample: single", "a second run gave another result", "runs"],
         ),
         (
             "transform",
-            "test_what_is_to_be_refused_is_refused",
+            "test_refused_calls_raise_the_given_message",
             ["options: expert=2, sample: two_groups", "'no expert 2'", "I would rather not"],
         ),
         (

@@ -1,8 +1,7 @@
-"""Python with torch at hand: a process that has imported everything forks for each call.
+"""Run Python in a fork of a process that has imported torch.
 
-To import torch takes seconds, longer than most of what is run does. What is run is the same; the arguments, the
-environment and the open files are the caller's. A test that is about the start of a process, its signals or its closed
-streams needs a real one.
+Importing torch takes seconds, longer than most calls. A fork runs the same code with the caller's arguments,
+environment and open files. Tests about starting a process, signals or closed streams need a real process.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ sys.exit(int(server.recv(16) or 70))
 
 @cache
 def _server() -> Path:
-    """Start the process that forks, and return the folder in which it listens."""
+    """Start the process that forks. Return the folder of its socket."""
     folder = tempfile.TemporaryDirectory(prefix="forked")
     place = Path(folder.name)
     process = subprocess.Popen(
@@ -66,7 +65,7 @@ def python() -> str:
 
 
 def install(command: Path, packages: Path) -> None:
-    """Write ``vraxion-ckpt`` into an environment whose packages it sees beside those of this one."""
+    """Write a ``vraxion-ckpt`` script that sees the packages of the given environment and of this one."""
     _write(command, COMMAND, packages)
 
 
@@ -102,7 +101,7 @@ def _serve(place: str) -> None:
         if child == 0:
             break
         caller.close()
-        # Waiting for them is also what adds their time to that of the tests.
+        # Waiting for them also adds their time to that of the tests.
         running = {process for process in {*running, child} if os.waitpid(process, os.WNOHANG)[0] == 0}
     listener.close()
     size = int(_received(caller, 16))

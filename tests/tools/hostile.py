@@ -1,4 +1,4 @@
-"""How the tests of ``.pt`` files make files that must not be believed, and see what is made of them."""
+"""Make damaged and hostile ``.pt`` files, and read them as a conversion does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vraxion_ckpt.formats.torch_file import load_torch_file
 
 
 def read(path: Path, allow_globals: Sequence[str] = ()) -> Any:
-    """Read a file as a conversion does: its checksums are compared last."""
+    """Read a file as a conversion does: checksums are compared last."""
     sources = Sources()
     value = load_torch_file(path, sources, allow_globals)
     sources.verify()
@@ -29,7 +29,7 @@ def read(path: Path, allow_globals: Sequence[str] = ()) -> Any:
 def refused(
     path: Path, error: type[CkptError], match: str | None = None, allow_globals: Sequence[str] = ()
 ) -> CkptError:
-    """Read a file that must be refused with exactly this class, soon, and without filling the memory."""
+    """Read a file. Expect exactly this class of error, quickly and without much memory."""
     before = _peak()
     with bounded(), pytest.raises(CkptError, match=match) as caught:
         read(path, allow_globals)
@@ -45,7 +45,7 @@ def _peak() -> int:
 
 @dataclass
 class Entry:
-    """A member of a zip archive; `local` and `central` replace what its two headers would truly say."""
+    """A member of a zip archive. `local` and `central` replace fields of its two headers."""
 
     name: str
     data: bytes = b""
@@ -66,7 +66,7 @@ def archive(pickled: bytes, storages: dict[str, bytes] | None = None, **replaced
 
 
 def zip_bytes(entries: Sequence[Entry], count: int | None = None) -> bytes:
-    """Put a zip archive together; its end record speaks of `count` members."""
+    """Return a zip archive whose end record states `count` members."""
     body, directory = bytearray(), bytearray()
     for entry in entries:
         true = {

@@ -1,7 +1,7 @@
 """Print the lowest versions that pyproject.toml allows, as constraints for pip.
 
-torch alone is taken from the command line, or else from constraints.txt: on the package index, the lowest one comes
-with gigabytes of CUDA. Packages without a lower bound are left to pip.
+The version of torch comes from the command line or from constraints.txt, because the lowest one on the package index
+includes gigabytes of CUDA. Packages without a lower bound are left to pip.
 """
 
 from __future__ import annotations

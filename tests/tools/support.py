@@ -1,4 +1,4 @@
-"""What several test files need: the fixtures' place, and a comparison that uses nothing of the package."""
+"""Paths of the test data, and a comparison that does not use the package."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def on_a_terminal(*arguments: object, python: str = "", columns: int = 80, **environment: str) -> str:
-    """Run Python at a pseudo-terminal of some width; return what it wrote there. Without `python`, it is a fork."""
+    """Run Python in a pseudo-terminal with the given width. Return its output. Without `python`, use a fork."""
     command = [python or forked.python(), *map(str, arguments)]
     surroundings = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     surroundings |= {"COLUMNS": str(columns), "TERM": "xterm-256color", **environment}

@@ -1,4 +1,4 @@
-"""How much work something takes, as a multiple of a fixed piece of work: neither load nor a slow machine changes it."""
+"""Measure work as a multiple of a fixed piece of work, independent of load and of the machine's speed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MOST = 150
 
 @dataclass
 class Work:
-    """The work of a block of code."""
+    """The measured work of a block of code."""
 
     units: float = 0
 
 
 @cache
 def _unit() -> float:
-    """Return the processor time of one unit."""
+    """Return the processor time of one unit of work."""
 
     def once() -> float:
         start = time.process_time()
@@ -43,7 +43,7 @@ def measured() -> Iterator[Work]:
 
 @contextmanager
 def bounded(most: float = MOST) -> Iterator[None]:
-    """Fail if a block takes more than some units of work."""
+    """Fail if a block takes more than the given units of work."""
     with measured() as work:
         yield
     assert work.units < most

@@ -1,4 +1,4 @@
-"""Where visits come from, both policies, and the probe of the VRAXION runtime."""
+"""Sources of visits, both policies, and the probe of the VRAXION runtime."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_kind_of_file_gives_the_original_plan(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
 def test_topk_loss_weighs_by_loss_and_keeps_the_addresses_with_the_highest_mean(kind, tmp_path):
-    """Against the specification read aloud, with numbers that are exact in binary."""
+    """Compare with a direct implementation of the specification, on numbers that are exact in binary."""
     rng = np.random.default_rng(5)
     visits = rng.integers(0, 5, 64).tolist()
     losses = [v * float(rng.integers(1, 64)) / 8 for v in visits]
@@ -88,11 +88,11 @@ def test_the_trainers_request_is_taken_if_there_is_no_file(tmp_path):
     assert (plan.parent, plan.addresses, plan.arc) == (1, (61, 1, 4), (61, 8))
     from_file = planned({"visits": write("json", tmp_path, VISITS)}, vc.open(tmp_path / "asks.pt"))
     assert from_file.parent == THEIRS["parent_expert"]
-    # mitosis_split alone takes it too, and leaves what it did in its place.
+    # mitosis_split alone also uses it, and replaces it by a record of the split.
     vc.convert(tmp_path / "asks.pt", tmp_path / "done.pt", transforms=["mitosis_split:noise=0"])
     done = load(tmp_path / "done.pt")
     assert done["mitosis"] == {"parent": 1, "child": 3, "addresses": [61, 1, 4], "noise": 0.0}
-    # What was done is no request for doing it again.
+    # That record is not a request for another split.
     with pytest.raises(vc.TransformError, match="there is no plan"):
         vc.convert(tmp_path / "done.pt", tmp_path / "again.pt", transforms=["mitosis_split"])
 
@@ -115,7 +115,7 @@ def test_a_plan_waits_in_the_checkpoint_until_it_is_carried_out(tmp_path):
 
 @pytest.fixture
 def probe():
-    """Let a test register a probe as a plugin does, for its own length."""
+    """Return a function that registers a probe for the duration of the test."""
     manager = discovery.registry().manager
     registered = []
 
@@ -154,7 +154,7 @@ def test_a_probe_that_fails_is_named(probe):
 
 @pytest.fixture
 def runtime(monkeypatch):
-    """A stand-in for VRAXION's runtime, with the interface that the probe relies on."""
+    """Install a fake of VRAXION's runtime with the interface that the probe uses."""
 
     class AbsoluteHallway(torch.nn.Module):
         built: ClassVar[list] = []
@@ -176,7 +176,7 @@ def runtime(monkeypatch):
             self.built.append((input_dim, num_classes, ring_len, slot_dim, module.EXPERT_HEADS))
 
         def forward(self, x):
-            # Steps off the ring at both ends, to be clamped.
+            # Some positions are outside the ring at both ends, to be clamped.
             self.last_ptr_int = (x.sum(dim=(1, 2)) * 4 + 32).round().long()
             assert not self.training
             assert float(self.theta_ptr_reduced.abs().sum()) > 0
@@ -225,7 +225,7 @@ def test_the_environment_that_the_runtime_reads_is_recorded_with_the_plan(runtim
 def test_weights_that_do_not_match_the_runtimes_are_named(runtime):
     body = vc.open(DATA / "wallclock_experts3.pt")
     body.core["vault_up.weight"] = torch.ones(2, 2)
-    with pytest.warns(vc.CkptWarning, match=r"1 weight of the checkpoint not taken .*\(vault_up.weight\)"):
+    with pytest.warns(vc.CkptWarning, match=r"1 weight of the checkpoint not used .*\(vault_up.weight\)"):
         discovery.run_probes(body)
     runtime.AbsoluteHallway.parts = {"think_gru.weight": (2, 2), "head.experts.0.weight": (2, 2)}
     with pytest.warns(

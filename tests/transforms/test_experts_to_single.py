@@ -1,4 +1,4 @@
-"""Experts that do not differ become a single head, and what was a single head is one again, bit by bit."""
+"""Identical experts become a single head. The inverse of `single_to_experts` is exact."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_an_earlier_tool_left_of_a_pruned_expert_goes(tmp_path):
 
 
 def alike(*experts: int, **changes: float) -> dict[str, torch.Tensor]:
-    """A state dict of experts that are bit-identical, with a NaN; `e1=5.0` changes expert 1."""
+    """Return a state dict of bit-identical experts with a NaN. `e1=5.0` changes expert 1."""
     state = state_of(*experts, leaves=("weight",))
     for i in experts:
         state[f"head.experts.{i}.weight"] = torch.tensor([[1.0, float("nan")], [0.0, changes.get(f"e{i}", 4.0)]])
@@ -157,16 +157,16 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 REFUSED = [
     ("no head", r"^\[experts_to_single\]: the model has no head"),
     ("single", r"single already\n.*leave this step out"),
-    ("one deleted", r"expert 1 was deleted; .*\n.*prune_merge"),
-    ("two deleted", r"expert 1 was deleted; .*\n.*prune_merge"),
+    ("one deleted", r"expert 1 was deleted, .*\n.*prune_merge"),
+    ("two deleted", r"expert 1 was deleted, .*\n.*prune_merge"),
     ("experts", r"experts 0 and 1 differ in weight; .*\n.*prune_merge"),
     ("adapter experts", r"experts 0 and 1 differ in down.weight"),
     ("third unlike", r"experts 0 and 2 differ in weight"),
     ("unlike in sign", r"experts 0 and 1 differ in weight"),
-    ("state unlike", r"alike, but not the optimizer's state of their weight\n.*prune_merge"),
-    ("state of 1 only", r"not the optimizer's state of their weight"),
-    ("groups unlike", r"not the optimizer's param group of their weight"),
-    ("0 frozen", r"not the optimizer's param group of their weight"),
+    ("state unlike", r"identical, but the optimizer's state for weight is not\n.*prune_merge"),
+    ("state of 1 only", r"the optimizer's state for weight is not"),
+    ("groups unlike", r"the optimizer's param group for weight is not"),
+    ("0 frozen", r"the optimizer's param group for weight is not"),
     ("tied", rf"\[{W1}\]: is tied to {W0}"),
 ]
 

@@ -1,4 +1,4 @@
-"""Hibernated experts: seen, not cloned unasked, and put back from their snapshots."""
+"""Hibernated experts are detected, not cloned by default, and restored from their snapshots."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_snapshot_is_put_back_bit_by_bit_and_all_else_stays(tmp_path, run_cli)
     )
     assert code == 0
     assert "the weights of expert 0 were replaced" in warned
-    assert "carries no step" in warned
+    assert "do not record their step" in warned
     assert "expert 0 replaced" in " ".join(said.split())
     before, after = load(HIBERNATED), load(tmp_path / "b.pt")
     snapshot = load(SNAPSHOTS / "expert_0.pt")
@@ -185,7 +185,7 @@ def test_a_snapshot_is_put_back_bit_by_bit_and_all_else_stays(tmp_path, run_cli)
 
 @restoring
 def test_it_resumes_as_the_expert_that_was_never_away(tmp_path):
-    """Against torch: a linear head with the snapshot's weights gives the same output."""
+    """Compare with torch: a linear head with the snapshot's weights gives the same output."""
     vc.convert(HIBERNATED, tmp_path / "b.pt", transforms=[*restore(), "mitosis_split:parent=0,addresses=[0],noise=0"])
     head = torch.nn.Linear(16, 8)
     head.load_state_dict(load(SNAPSHOTS / "expert_0.pt"))
@@ -302,7 +302,7 @@ def fitting(**more: torch.Tensor) -> dict:
             TransformError,
             "has down.weight, but expert 0 does not",
         ),
-        (fitting(weight=torch.zeros(8, 16), bias=torch.zeros(8)), TransformError, "all zero, too"),
+        (fitting(weight=torch.zeros(8, 16), bias=torch.zeros(8)), TransformError, "also all zero"),
         ({"weight": 1.0, "bias": torch.ones(8)}, InconsistentError, "dict of leaf name"),
         ([torch.ones(8, 16)], InconsistentError, "dict of leaf name"),
     ],
@@ -318,7 +318,7 @@ def test_what_cannot_be_restored_is_refused(tmp_path):
     for options, says in (
         ({"experts": [3]}, "no expert 3"),
         ({"experts": [-1]}, "no expert -1"),
-        ({"experts": []}, "names none"),
+        ({"experts": []}, "list of experts is empty"),
         ({"experts": [1], "replace": True}, "no snapshot of expert 1"),
     ):
         with pytest.raises(TransformError, match=says):
@@ -344,7 +344,7 @@ def test_what_is_no_file_of_the_directory_is_refused(kind, tmp_path, no_reader_w
         os.mkfifo(place)
     else:
         place.mkdir()
-    with pytest.raises(TransformError, match="regular file in that directory"):
+    with pytest.raises(TransformError, match="regular file in the given directory"):
         vc.convert(HIBERNATED, tmp_path / "b.pt", transforms=restore(tmp_path / "s"))
 
 
@@ -365,7 +365,7 @@ def test_a_snapshot_that_is_damaged_changes_or_asks_for_code_is_not_used(tmp_pat
 
 
 class Retouch(vc.Transform):
-    """Give a snapshot another time stamp while the chain runs."""
+    """Change the time stamp of a snapshot while the chain runs."""
 
     name = "retouch"
     path: Path

@@ -1,4 +1,4 @@
-"""What transforms refuse, and files of visits and plans: with the right error, and nothing is written."""
+"""Errors of transforms and of files with visits and plans. Nothing may be written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Step = str | tuple[str, dict[str, Any]]
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """Give the folder that results go to; it must be empty in the end."""
+    """Return the folder for results. It must be empty after the test."""
     folder = tmp_path / "out"
     folder.mkdir()
     yield folder
@@ -33,7 +33,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 
 def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain: Step, **options: Any) -> str:
-    """Convert, which must fail with exactly `error`; return what it says."""
+    """Convert. Expect exactly the class `error`. Return its text."""
     with pytest.raises(vc.CkptError) as refused:
         vc.convert(source, target, transforms=chain, **options)
     assert type(refused.value) is error, refused.value
@@ -44,7 +44,7 @@ def refusal(error: type[vc.CkptError], source: Path, target: Path | str, *chain:
 
 
 def variant(source: Path, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], Path]:
-    """Say how to make a changed copy of a monolith in a folder."""
+    """Return a function that makes a changed copy of a monolith in a folder."""
 
     def make(folder: Path) -> Path:
         payload = load(source)
@@ -97,7 +97,7 @@ def split(**options: Any) -> Step:
 ONES, BY_LOSS = "ones.json", "loss.json"  # files that every test of this table finds in its folder
 
 REFUSED: list[tuple[str, list[Step], type[vc.CkptError], str]] = [
-    ("experts", ["single_to_experts"], TransformError, r"has 3 experts already"),
+    ("experts", ["single_to_experts"], TransformError, r"already has 3 experts"),
     ("both heads", ["single_to_experts"], InconsistentError, r"both head.single.* and head.experts"),
     ("no head", ["single_to_experts"], TransformError, r"no head"),
     ("single, no ring", ["single_to_experts"], TransformError, r"no router_map\n.*ring_len=N"),
@@ -112,7 +112,7 @@ REFUSED: list[tuple[str, list[Step], type[vc.CkptError], str]] = [
     ("experts", [arc_meta(visits=ONES, policy="topk_loss")], TransformError, r"needs the loss.*\n.*loss_sum"),
     ("experts", [arc_meta(visits=BY_LOSS, policy="topk_loss", parent=2)], TransformError, r"no address of expert 2"),
     ("asks for no expert", ["arc_meta"], TransformError, r"no expert 7"),
-    ("asks off the ring", ["arc_meta"], InconsistentError, r"off the ring"),
+    ("asks off the ring", ["arc_meta"], InconsistentError, r"outside the ring"),
     ("asks for all", ["arc_meta"], TransformError, r"takes all 21 addresses of expert 1"),
     ("asks for text", ["arc_meta"], InconsistentError, r"hot_addresses\]: must be a list"),
     ("asks of text", ["arc_meta"], InconsistentError, r"parent_expert\]: must be an integer"),
@@ -125,15 +125,20 @@ REFUSED: list[tuple[str, list[Step], type[vc.CkptError], str]] = [
     ("was split", ["mitosis_split"], TransformError, r"there is no plan"),
     ("experts", [split(parent=3, addresses=[0])], TransformError, r"no expert 3; there are 3"),
     ("expert 1 deleted", [split(parent=1, addresses=[1])], TransformError, r"expert 1 was deleted"),
-    ("experts", [split(parent=0, addresses=[])], TransformError, r"no addresses to give away"),
+    ("experts", [split(parent=0, addresses=[])], TransformError, r"list of addresses is empty"),
     ("experts", [split(parent=0, addresses=[0, 3, 0])], TransformError, r"address 0 is listed twice"),
-    ("experts", [split(parent=0, addresses=[0, 64])], TransformError, r"address 64 is off the ring of 64"),
-    ("experts", [split(parent=0, addresses=[-1])], TransformError, r"address -1 is off the ring"),
-    ("experts", [split(parent=0, addresses=[10**30])], TransformError, r"off the ring"),
+    (
+        "experts",
+        [split(parent=0, addresses=[0, 64])],
+        TransformError,
+        r"address 64 is outside the ring of 64 addresses",
+    ),
+    ("experts", [split(parent=0, addresses=[-1])], TransformError, r"address -1 is outside the ring"),
+    ("experts", [split(parent=0, addresses=[10**30])], TransformError, r"outside the ring"),
     ("experts", [split(parent=0, addresses=[0, 4])], TransformError, r"address 4 belongs to expert 1, not to 0"),
     ("experts", [split(parent=1, addresses=ALL_OF_1)], TransformError, r"expert 1 would be left without"),
     ("asks for no expert", ["mitosis_split"], TransformError, r"no expert 7"),
-    ("asks off the ring", ["mitosis_split"], TransformError, r"address 64 is off the ring"),
+    ("asks off the ring", ["mitosis_split"], TransformError, r"address 64 is outside the ring"),
     (
         "single",
         [arc_meta(visits=ONES), "single_to_experts:experts=2,route=modulo", "mitosis_split"],
@@ -174,7 +179,7 @@ def test_what_is_refused_by_default_can_be_allowed(chain, moved, tmp_path, monke
 
 
 def npy(array: Any, **header: Any) -> bytes:
-    """Return a .npy file, its header perhaps with other entries than the array's."""
+    """Return a .npy file. Entries of `header` replace those that describe the array."""
     file = io.BytesIO()
     described = {**np.lib.format.header_data_from_array_1_0(array), **header}
     np.lib.format.write_array_header_1_0(file, described)
@@ -187,7 +192,7 @@ def table(*changes: tuple[int, str], header: str = "address,visits", skip: int |
 
 
 def numbers(**at: Any) -> bytes:
-    """Return a JSON list of ones, with other values at the places `a5=…`."""
+    """Return a JSON list of ones. `a5=…` sets the value at index 5."""
     return json.dumps([at.get(f"a{a}", 1) for a in range(RING)]).encode()
 
 
@@ -248,8 +253,8 @@ PLANS: dict[str, tuple[Any, type[vc.CkptError], str]] = {
     "parent as text": ({"parent_expert": "0"}, InconsistentError, r"\[parent_expert\]"),
     "addresses as text": ({"hot_addresses": ["0"]}, InconsistentError, r"\[hot_addresses\]"),
     "parent below 0": ({"parent_expert": -1}, TransformError, r"no expert -1"),
-    "off the ring": ({"hot_addresses": [10**30]}, TransformError, r"off the ring"),
-    "no addresses": ({"hot_addresses": []}, TransformError, r"no addresses"),
+    "off the ring": ({"hot_addresses": [10**30]}, TransformError, r"outside the ring"),
+    "no addresses": ({"hot_addresses": []}, TransformError, r"list of addresses is empty"),
 }
 
 

@@ -1,1 +1,1 @@
-"""The transforms that ship with vraxion-ckpt, one file each."""
+"""The transforms that ship with vraxion-ckpt: one module for each."""

@@ -1,7 +1,7 @@
 """Choose which expert to split and which addresses its child takes; changes no tensor.
 
-The result is a plan attached to the checkpoint, and with `output` a ``mitosis_meta_v1`` file, equal to what VRAXION's
-own planner writes plus two predictions.
+The plan is attached to the checkpoint. With `output` it is also written as a ``mitosis_meta_v1`` file, which equals the
+file of VRAXION's own planner plus two predictions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _HOW_TO_SUPPLY = (
 
 
 def _about_runtime() -> str:
-    """Return what to add to a hint where VRAXION's runtime, which could count visits, cannot be imported."""
+    """Return a sentence for hints if VRAXION's runtime, which can count visits, is not importable; else empty."""
     try:
         found = find_spec("vraxion") is not None
     except (ImportError, ValueError):
@@ -75,7 +75,7 @@ class ArcMeta(Transform):
 
     visits: Path | None = Field(None, description="visits per address: .json, .npy or .csv")
     policy: Literal["ptr_hist_arc", "topk_loss"] = Field(
-        "ptr_hist_arc", description="weigh addresses by visits, or by summed loss and then keep the top_k"
+        "ptr_hist_arc", description="rank addresses by visits, or by summed loss, keeping the top_k"
     )
     parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
     arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
@@ -83,8 +83,8 @@ class ArcMeta(Transform):
         description="addresses in the arc; auto: max(16, ring // (2 * experts))",
         json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "null"}, {"const": "auto"}], "default": "auto"},
     )
-    top_k: int = Field(256, ge=1, description="for topk_loss: how many addresses to take at most")
-    allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent no address")
+    top_k: int = Field(256, ge=1, description="for topk_loss: the largest number of addresses")
+    allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent without addresses")
     output: Path | None = Field(None, description="also write the plan to this JSON file")
 
     def effect(self) -> Effect:
@@ -109,14 +109,14 @@ class ArcMeta(Transform):
         return {self.output: dump_json(plan_as_json(checkpoint.plan))}
 
     def _refuse_idle_options(self, requested: int) -> None:
-        """The trainer's request says which addresses to take; an option that would choose others must not be idle."""
+        """Raise TransformError if options are given that have no effect because the trainer requests a split."""
         idle = sorted(self.model_fields_set & {"policy", "arc_len", "top_k"})
         if self.parent not in (None, requested):
             idle.append("parent")
         if idle:
             raise TransformError(
-                f"the trainer's `mitosis` request decides here (expert {requested}), not {', '.join(idle)}",
-                hint="give visits=FILE to choose otherwise",
+                f"the trainer's `mitosis` request (expert {requested}) makes these options useless: {', '.join(idle)}",
+                hint="leave them out, or give visits=FILE to ignore the request",
             )
 
     def _visits(self, checkpoint: Checkpoint, ring_len: int) -> Visits:
@@ -136,10 +136,10 @@ class ArcMeta(Transform):
                 found.note,
             )
         except ValueError as error:
-            raise InconsistentError(f"a probe's visits: {error}") from None
+            raise InconsistentError(f"a probe_visits hook returned invalid visits: {error}") from None
         if len(probed.visits) != ring_len:
             raise InconsistentError(
-                f"a probe returned {count(len(probed.visits), 'visit')} for {count(ring_len, 'address')}"
+                f"a probe_visits hook returned {count(len(probed.visits), 'visit')} for {count(ring_len, 'address')}"
             )
         return probed
 
@@ -173,7 +173,7 @@ class ArcMeta(Transform):
         )
 
     def _hottest(self, addresses: Ints, visits: Visits) -> Ints:
-        """Keep the `top_k` visited addresses with the highest mean loss, in arc order; ties go to the first."""
+        """Return the `top_k` visited addresses with the highest mean loss, in arc order. Of equals, the first wins."""
         assert visits.loss_sum is not None
         seen = addresses[visits.visits[addresses] > 0]
         means = visits.loss_sum[seen] / visits.visits[seen]
@@ -182,7 +182,7 @@ class ArcMeta(Transform):
 
     def _guard(self, hot: Ints, parent: int, owned: int) -> None:
         if not len(hot):
-            raise TransformError(f"no address of expert {parent} can be given away")
+            raise TransformError(f"no address of expert {parent} qualifies for the split")
         if len(hot) == owned and not self.allow_empty_parent:
             raise TransformError(
                 f"the plan takes all {count(owned, 'address')} of expert {parent}",
@@ -190,10 +190,12 @@ class ArcMeta(Transform):
             )
 
     def _adopt(self, request: tuple[int, tuple[int, ...]], checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
-        """Take the split that the trainer asks for as the plan."""
+        """Return the split that the trainer requests, as a plan."""
         parent, addresses = request
         if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
-            raise InconsistentError("the trainer asks for addresses off the ring, or for none", key="payload.mitosis")
+            raise InconsistentError(
+                "the trainer's request has no addresses, or one outside the ring", key="payload.mitosis"
+            )
         check_expert(head_of(checkpoint), parent, hint="pass parent=")
         owned = owners == parent
         hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
@@ -202,7 +204,7 @@ class ArcMeta(Transform):
 
 
 class _Shares:
-    """Shares of the visits, of all that fall to a valid expert: now, and after the split."""
+    """Shares of all visits to addresses with a valid owner, before and after the split."""
 
     def __init__(self, visits: Weights, owners: Ints, parent: int, hot: Ints, experts: int) -> None:
         totals = total_by_owner(visits, owners, experts)
@@ -216,5 +218,5 @@ class _Shares:
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [ArcMeta]

@@ -1,4 +1,4 @@
-"""Experts that do not differ become ``head.single.*``: the way back from `single_to_experts`."""
+"""Rename identical experts to ``head.single.*``: the inverse of `single_to_experts`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vraxion_ckpt.plugin_api import (
     same_bits,
 )
 
-_HOW_TO_REMOVE = "remove it before this step with prune_merge, which tells who takes over its addresses"
+_HOW_TO_REMOVE = "remove it first with prune_merge, which lets another expert take over its addresses"
 
 
 class ExpertsToSingle(Transform):
@@ -34,8 +34,8 @@ class ExpertsToSingle(Transform):
 
     name: ClassVar[str] = "experts_to_single"
 
-    allow_zero: bool = Field(False, description="allow it although the weights of all experts are all zero")
-    allow_nan: bool = Field(False, description="allow it although weights of all experts are NaN or infinite")
+    allow_zero: bool = Field(False, description="allow experts whose weights are all zero")
+    allow_nan: bool = Field(False, description="allow experts with weights that are NaN or infinite")
 
     def effect(self) -> Effect:
         return Effect.exact()
@@ -51,7 +51,7 @@ class ExpertsToSingle(Transform):
             refuse_unhealthy(checkpoint, 0, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         inner = next((leaf for leaf in head.experts[0] if "." in leaf), None)
         if inner is not None:
-            message = f"a single head with inner layers ({inner}) is loaded by no VRAXION runtime"
+            message = f"no VRAXION runtime can load a single head with inner layers ({inner})"
             warnings.warn(message, CkptWarning, stacklevel=2)
         for other in range(head.num_experts - 1, 0, -1):
             remove_expert(checkpoint, other, into=0)
@@ -65,7 +65,7 @@ class ExpertsToSingle(Transform):
             raise TransformError("the head is single already", hint="leave this step out")
         if head.deleted:
             raise TransformError(
-                f"expert {min(head.deleted)} was deleted; whether it was like the others cannot be told",
+                f"expert {min(head.deleted)} was deleted, so it cannot be compared with the others",
                 hint=_HOW_TO_REMOVE,
             )
         return head
@@ -75,11 +75,12 @@ class ExpertsToSingle(Transform):
         for leaf in dict.fromkeys([*first, *second]):
             if leaf not in first or leaf not in second or not same_bits(first[leaf], second[leaf]):
                 raise TransformError(
-                    f"experts 0 and {other} differ in {leaf}; one head cannot be both", hint=_HOW_TO_REMOVE
+                    f"experts 0 and {other} differ in {leaf}; only identical experts can become one head",
+                    hint=_HOW_TO_REMOVE,
                 )
 
     def _check_optimizer(self, other: int, head: Head, optimizer: Optimizer) -> None:
-        """Refuse to lose what the optimizer knows of the other expert alone."""
+        """Raise TransformError if the optimizer's state or param group of the two experts differs."""
         groups = {name: number for number, group in enumerate(optimizer.groups) for name in group.params}
         for leaf in head.experts[other]:
             kept, lost = head.prefix(0) + leaf, head.prefix(other) + leaf
@@ -90,11 +91,12 @@ class ExpertsToSingle(Transform):
             else:
                 continue
             raise TransformError(
-                f"experts 0 and {other} are alike, but not the optimizer's {what} of their {leaf}", hint=_HOW_TO_REMOVE
+                f"experts 0 and {other} are identical, but the optimizer's {what} for {leaf} is not",
+                hint=_HOW_TO_REMOVE,
             )
 
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [ExpertsToSingle]

@@ -39,34 +39,36 @@ class MitosisSplit(Transform):
     name: ClassVar[str] = "mitosis_split"
 
     parent: int | None = Field(None, ge=0, description="expert to clone; from the plan if not given")
-    addresses: IntList | None = Field(None, description="addresses the clone takes, like [1,3,8-15]; from the plan")
-    meta: Path | None = Field(None, description="JSON with parent_expert and hot_addresses, instead of the plan")
+    addresses: IntList | None = Field(
+        None, description="addresses the clone takes, like [1,3,8-15]; from the plan if not given"
+    )
+    meta: Path | None = Field(None, description="JSON file with parent_expert and hot_addresses, instead of the plan")
     noise: float = Field(1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clone")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
     optimizer: StatePolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
     foreign_addresses: Literal["refuse", "allow"] = Field(
-        "refuse", description="what to do about addresses that the parent does not own"
+        "refuse", description="refuse or allow addresses that the parent does not own"
     )
-    allow_empty_parent: bool = Field(False, description="allow a split that leaves the parent no address")
-    allow_zero: bool = Field(False, description="allow it although the weights of the parent are all zero")
-    allow_nan: bool = Field(False, description="allow it although weights of the parent are NaN or infinite")
+    allow_empty_parent: bool = Field(False, description="allow a split that leaves the parent without addresses")
+    allow_zero: bool = Field(False, description="allow a parent whose weights are all zero")
+    allow_nan: bool = Field(False, description="allow a parent with weights that are NaN or infinite")
 
     def effect(self) -> Effect:
         return Effect.within_noise(self.noise) if self.foreign_addresses == "refuse" else Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head, owners = self._head_and_owners(checkpoint)
-        parent, addresses = self._who_and_what(checkpoint)
+        parent, addresses = self._parent_and_addresses(checkpoint)
         self._check(parent, addresses, head, owners)
         refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         child = head.num_experts
         dtype = checkpoint.core[head.names.router_map].dtype
         if child > torch.iinfo(dtype).max:
-            raise TransformError(f"the router_map is of {dtype} and cannot name expert {child}")
+            raise TransformError(f"the router_map has dtype {dtype}, which cannot hold expert id {child}")
 
         clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
         router = checkpoint.core[head.names.router_map]
-        moved = router.to(torch.int64, copy=True)  # not every integer type can be indexed
+        moved = router.to(torch.int64, copy=True)  # torch does not index every integer dtype
         moved[torch.tensor(addresses)] = child
         checkpoint.router_map = moved.to(router.dtype)
         checkpoint.plan = None
@@ -83,8 +85,8 @@ class MitosisSplit(Transform):
         assert checkpoint.router_map is not None
         return head, router_owners(checkpoint.router_map)
 
-    def _who_and_what(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
-        """Return parent and addresses: explicit, else from `meta`, the attached plan, or the trainer's request."""
+    def _parent_and_addresses(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
+        """Return parent and addresses: from options, else from `meta`, the attached plan, or the trainer's request."""
         parent, addresses = self.parent, self.addresses
         if parent is None or addresses is None or self.meta is not None:
             planned = self._planned(checkpoint)
@@ -106,9 +108,9 @@ class MitosisSplit(Transform):
                     hint="put arc_meta right before this step",
                 )
             if attached.step != checkpoint.step:
-                now = "is at no known step" if checkpoint.known_step is None else f"is at {checkpoint.step}"
+                now = "has no known step" if checkpoint.known_step is None else f"is at step {checkpoint.step}"
                 raise InconsistentError(
-                    f"the attached plan was made at step {attached.step}, the checkpoint {now}",
+                    f"the attached plan was made at step {attached.step}, but the checkpoint {now}",
                     hint="put arc_meta right before this step",
                 )
             return attached.parent, attached.addresses
@@ -126,10 +128,10 @@ class MitosisSplit(Transform):
     def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
         check_expert(head, parent)
         if not addresses:
-            raise TransformError("there are no addresses to give away")
+            raise TransformError("the list of addresses is empty")
         off = [address for address in addresses if not 0 <= address < len(owners)]
         if off:
-            raise TransformError(f"address {off[0]} is off the ring of {len(owners)}")
+            raise TransformError(f"address {off[0]} is outside the ring of {len(owners)} addresses")
         taken = np.asarray(addresses, dtype=np.int64)
         values, counts = np.unique(taken, return_counts=True)
         if len(values) < len(taken):
@@ -144,11 +146,11 @@ class MitosisSplit(Transform):
         if len(taken) - len(foreign) == int((owners == parent).sum()) and not self.allow_empty_parent:
             raise TransformError(
                 f"expert {parent} would be left without an address",
-                hint="give away fewer, or pass allow_empty_parent=true",
+                hint="move fewer addresses, or pass allow_empty_parent=true",
             )
 
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [MitosisSplit]

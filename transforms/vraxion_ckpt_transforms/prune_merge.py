@@ -26,12 +26,12 @@ class PruneMerge(Transform):
 
     name: ClassVar[str] = "prune_merge"
 
-    merge_from: int | None = Field(None, ge=0, description="expert to remove; that with the highest id if not given")
+    merge_from: int | None = Field(None, ge=0, description="expert to remove; the one with the highest id if not given")
     merge_into: int = Field(ge=0, description="expert that takes over its addresses")
-    renumber: bool = Field(False, description="allow removing one that is not the last: ids above it move down by one")
+    renumber: bool = Field(False, description="allow removing another than the last: the ids above it move down by one")
     allow_tenured: bool = Field(False, description="allow removing a tenured expert")
-    allow_zero: bool = Field(False, description="allow it although the weights of merge_into are all zero")
-    allow_nan: bool = Field(False, description="allow it although weights of merge_into are NaN or infinite")
+    allow_zero: bool = Field(False, description="allow a merge_into whose weights are all zero")
+    allow_nan: bool = Field(False, description="allow a merge_into with weights that are NaN or infinite")
 
     def effect(self) -> Effect:
         return Effect.changed()
@@ -57,7 +57,9 @@ class PruneMerge(Transform):
             raise TransformError("the only expert cannot be removed", hint="experts_to_single makes it a single head")
         check_expert(head, removed, deleted=True)
         if removed == self.merge_into:
-            raise TransformError(f"expert {removed} cannot take over from itself", hint="pass another merge_from=")
+            raise TransformError(
+                f"merge_from and merge_into are both expert {removed}", hint="pass another merge_from="
+            )
         check_expert(head, self.merge_into, hint="pass another merge_into=")
         row = checkpoint.lifecycle.get(removed)
         if row is not None and row.tenured and not self.allow_tenured:
@@ -71,5 +73,5 @@ class PruneMerge(Transform):
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [PruneMerge]

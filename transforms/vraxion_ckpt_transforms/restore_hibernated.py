@@ -1,7 +1,7 @@
-"""Put the snapshot of a hibernated expert back: the checkpoint holds zeros where the trainer had moved it out.
+"""Restore hibernated experts, which the checkpoint holds as zeros, from the trainer's snapshots.
 
-VRAXION's trainers write ``expert_<id>.pt`` when an expert is idle: a dict of leaf name → tensor, without a step. A
-later hibernation of the same expert overwrites it, so a snapshot may be older or newer than the checkpoint.
+When an expert is idle, VRAXION's trainers write ``expert_<id>.pt``: a dict of leaf name → tensor, without a step. The
+next hibernation of the same expert overwrites it, so a snapshot may be older or newer than the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ from vraxion_ckpt.plugin_api import (
 
 
 class RestoreHibernated(Transform):
-    """Put snapshots of hibernated experts back in place of their zeros."""
+    """Replace the zeros of hibernated experts with their snapshots."""
 
     name: ClassVar[str] = "restore_hibernated"
 
-    snapshots: Path = Field(description="directory that holds expert_<id>.pt, as a trainer's hibernation writes them")
-    experts: IntList | None = Field(None, description="experts to restore, like [0,2]; all that are zero if not given")
-    replace: bool = Field(False, description="allow replacing an expert whose weights are not all zero")
+    snapshots: Path = Field(description="directory with the files expert_<id>.pt that the trainer has written")
+    experts: IntList | None = Field(
+        None, description="experts to restore, like [0,2]; all whose weights are zero if not given"
+    )
+    replace: bool = Field(False, description="allow replacing experts whose weights are not all zero")
     allow_nan: bool = Field(False, description="allow snapshots with weights that are NaN or infinite")
 
     def effect(self) -> Effect:
@@ -58,7 +60,7 @@ class RestoreHibernated(Transform):
             raise UsageError("no such directory", path=self.snapshots)
         chosen = self._chosen(head)
         restored = {i: self._restored(i, head.experts[i], checkpoint) for i in chosen}
-        # Assigned only now: an error for one of them leaves all as they are.
+        # Assigned after all are read, so that an error changes nothing.
         head.experts = {i: restored.get(i, expert) for i, expert in head.experts.items()}
         self._warn(restored)
         return checkpoint
@@ -70,7 +72,9 @@ class RestoreHibernated(Transform):
                 raise TransformError("there is no expert whose weights are all zero")
             return found
         if not self.experts:
-            raise TransformError("experts names none", hint="leave it out to restore all that are zero")
+            raise TransformError(
+                "the list of experts is empty", hint="leave it out to restore all whose weights are zero"
+            )
         chosen = sorted(set(self.experts))
         for i in chosen:
             check_expert(head, i)
@@ -82,7 +86,7 @@ class RestoreHibernated(Transform):
         return chosen
 
     def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
-        """Read the snapshot of an expert; refuse one that does not fit in the expert's place."""
+        """Return an expert with the tensors of its snapshot, which must have the same names, shapes and dtypes."""
         path = self._snapshot(expert)
         snapshot = load_torch_file(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
@@ -90,11 +94,11 @@ class RestoreHibernated(Transform):
         for leaf, what in unfit(snapshot, old, ("the snapshot", f"expert {expert}"), same_widths=True):
             raise TransformError(f"{leaf} {what}" if leaf else what, path=path)
         if is_zero(snapshot):
-            raise TransformError(f"the snapshot of expert {expert} is all zero, too", path=path)
+            raise TransformError(f"the snapshot of expert {expert} is also all zero", path=path)
         if has_nonfinite(snapshot) and not self.allow_nan:
             message = f"the snapshot of expert {expert} has weights that are NaN or infinite"
             raise TransformError(message, path=path, hint="pass allow_nan=true to restore it")
-        return Expert({leaf: _alone(snapshot, leaf, like=tensor) for leaf, tensor in old.items()})
+        return Expert({leaf: _unshared(snapshot, leaf, like=tensor) for leaf, tensor in old.items()})
 
     def _snapshot(self, expert: int) -> Path:
         path = self.snapshots / f"expert_{expert}.pt"
@@ -105,24 +109,23 @@ class RestoreHibernated(Transform):
             )
         inside = Path(os.path.realpath(path)).parent == Path(os.path.realpath(self.snapshots))
         if not path.is_file() or not inside:
-            raise TransformError("a snapshot must be a regular file in that directory", path=path)
+            raise TransformError("a snapshot must be a regular file in the given directory", path=path)
         return path
 
     def _warn(self, restored: Mapping[int, Expert]) -> None:
         odd = [i for i, expert in restored.items() if has_nonfinite(expert)]
-        told = [
+        sentences = [
             f"the weights of {numbered('expert', restored)} were replaced by "
             f"{'snapshots' if len(restored) > 1 else 'a snapshot'} from {self.snapshots}",
-            "A snapshot carries no step and is overwritten by each later hibernation, so it is not known which step it "
-            "is of",
-            "The optimizer's state is the checkpoint's",
-            *([f"In the snapshot of {numbered('expert', odd)}, weights are NaN or infinite"] if odd else []),
+            "Snapshots do not record their step, so they may be older or newer than the checkpoint",
+            "The optimizer's state was not changed",
+            *([f"Snapshots with weights that are NaN or infinite: {numbered('expert', odd)}"] if odd else []),
         ]
-        warnings.warn(". ".join(told), CkptWarning, stacklevel=3)
+        warnings.warn(". ".join(sentences), CkptWarning, stacklevel=3)
 
 
-def _alone(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
-    """Return a tensor of the snapshot, of the type of `like`, that has its storage for itself."""
+def _unshared(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
+    """Return a tensor of the snapshot with a storage of its own, as a parameter if `like` is one."""
     tensor = snapshot[leaf].detach()
     shares = any(name == leaf for group in sharing(snapshot.items()) for name, _ in group)
     if shares or not fills_storage(tensor):
@@ -132,5 +135,5 @@ def _alone(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [RestoreHibernated]

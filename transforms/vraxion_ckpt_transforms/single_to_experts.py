@@ -1,4 +1,4 @@
-"""``head.single.*`` becomes expert 0: what a model with one head needs before its first split."""
+"""Rename ``head.single.*`` to expert 0, so that the model can be split."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ class SingleToExperts(Transform):
 
     name: ClassVar[str] = "single_to_experts"
 
-    experts: int = Field(
-        1, ge=1, le=4096, description="how many experts to make; 1 only renames, for a split to follow"
-    )
+    experts: int = Field(1, ge=1, le=4096, description="number of experts to make; 1 only renames the head")
     route: Literal["keep", "modulo"] = Field(
-        "keep", description="keep the router map (all 0), or modulo: address % experts, as a fresh model"
+        "keep", description="keep the router map (all 0), or modulo: address % experts, as in a new model"
     )
     noise: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clones")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
     optimizer: StatePolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
-    ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, where there is no router map")
-    allow_zero: bool = Field(False, description="allow it although the weights of the single head are all zero")
-    allow_nan: bool = Field(False, description="allow it although weights of the single head are NaN or infinite")
+    ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, if the model has no router map")
+    allow_zero: bool = Field(False, description="allow a single head whose weights are all zero")
+    allow_nan: bool = Field(False, description="allow a single head with weights that are NaN or infinite")
 
     def effect(self) -> Effect:
         return Effect.within_noise(self.noise)
@@ -49,7 +47,7 @@ class SingleToExperts(Transform):
         head = head_of(checkpoint)
         if head.kind is HeadKind.EXPERTS:
             raise TransformError(
-                f"the head has {count(head.num_experts, 'expert')} already", hint="leave this step out"
+                f"the head already has {count(head.num_experts, 'expert')}", hint="leave this step out"
             )
         if checkpoint.router_map is None:
             if self.ring_len is None:
@@ -68,7 +66,9 @@ class SingleToExperts(Transform):
         router = checkpoint.router_map
         if self.route == "modulo" and router is not None:
             if self.experts - 1 > torch.iinfo(router.dtype).max:
-                raise TransformError(f"the router_map is of {router.dtype}, too narrow")
+                raise TransformError(
+                    f"the router_map has dtype {router.dtype}, which cannot hold expert id {self.experts - 1}"
+                )
             owners = torch.arange(len(router), dtype=torch.int64) % self.experts
             checkpoint.router_map = owners.to(router.dtype)
         return checkpoint
@@ -76,5 +76,5 @@ class SingleToExperts(Transform):
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [SingleToExperts]

@@ -1,8 +1,9 @@
-"""Count the ring addresses that a VRAXION model visits, by running it; silent where its runtime is not importable.
+"""Count the ring addresses that a VRAXION model visits, by running the model on random input.
 
-The model is built on the CPU from the shapes in the checkpoint, with its own weights except the head's, and fed random
-input. What else it consists of, and how its pointer moves, the runtime reads from environment variables; those are
-recorded with the result. The random state and the runtime's global expert count are as before afterwards.
+Without VRAXION's runtime, the probe returns None. The model is built on the CPU from the shapes in the checkpoint, with
+the checkpoint's weights except those of the head. The runtime reads the remaining settings of the model and its pointer
+from environment variables, which are recorded with the result. Torch's random state and the runtime's global expert
+count are restored afterwards.
 """
 
 from __future__ import annotations
@@ -29,13 +30,20 @@ from vraxion_ckpt.plugin_api import (
 )
 
 RUNTIME = "vraxion.instnct.absolute_hallway"
-_SETTINGS = "VRX_"  # what the names of the runtime's environment variables begin with
+_SETTINGS = "VRX_"  # prefix of the runtime's environment variables
 _SEED, _SAMPLES, _BATCH, _SEQUENCE = 1337, 4096, 64, 16
 
 
 @hookimpl
 def probe_visits(checkpoint: Checkpoint) -> Visits | None:
-    """Run the model on random input and count where its pointer ends; None if this is not such a model."""
+    """Run the model on random input and count the addresses at which its pointer ends.
+
+    Returns:
+        The visits. None if this is not a VRAXION model with a head, or the runtime is not installed.
+
+    Raises:
+        PluginError: the runtime cannot be imported, or does not build the checkpoint's model.
+    """
     router, projection = checkpoint.router_map, checkpoint.core.get("input_proj.weight")
     if router is None or projection is None or projection.ndim != 2 or checkpoint.head is None:
         return None
@@ -50,10 +58,10 @@ def probe_visits(checkpoint: Checkpoint) -> Visits | None:
 
 
 def _import_runtime() -> Any | None:
-    """Import the runtime; None if there is none.
+    """Return the runtime's module, or None if it is not installed.
 
     Raises:
-        PluginError: there is one, and importing it fails.
+        PluginError: it is installed, but importing it fails.
     """
     try:
         return import_module(RUNTIME)
@@ -62,7 +70,7 @@ def _import_runtime() -> Any | None:
         if missing and f"{RUNTIME}.".startswith(f"{missing}."):
             return None
         raise PluginError(
-            f"VRAXION's runtime is there, but cannot be imported: {type(error).__name__}: {error}",
+            f"VRAXION's runtime is installed, but cannot be imported: {type(error).__name__}: {error}",
             key="vraxion_probe",
             hint="repair it, take it off PYTHONPATH, or give the visits as a file",
         ) from error
@@ -70,7 +78,7 @@ def _import_runtime() -> Any | None:
 
 @contextmanager
 def _expert_heads(runtime: Any, number: int) -> Iterator[None]:
-    """Set the runtime's global expert count for a while."""
+    """Set the runtime's global expert count within the block."""
     before = getattr(runtime, "EXPERT_HEADS", None)
     runtime.EXPERT_HEADS = number
     try:
@@ -80,7 +88,7 @@ def _expert_heads(runtime: Any, number: int) -> Iterator[None]:
 
 
 def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, input_dim: int) -> Any:
-    """Build the model and give it the checkpoint's weights outside the head; warn of those that do not match."""
+    """Build the model and load the checkpoint's weights, except the head's. Warn of names that do not match."""
     torch.manual_seed(_SEED)  # weights that the checkpoint lacks stay as they are initialised
     model = runtime.AbsoluteHallway(
         input_dim=input_dim, num_classes=_output_rows(checkpoint), ring_len=ring_len, slot_dim=slot_dim
@@ -88,15 +96,15 @@ def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, i
     body = {name: t.detach().clone() for name, t in checkpoint.core.items() if not name.startswith("head.")}
     try:
         unmatched = model.load_state_dict(body, strict=False)
-    except RuntimeError as error:  # of another shape
+    except RuntimeError as error:  # shapes differ
         raise PluginError(
             f"VRAXION's runtime builds another model than the checkpoint's: {error}",
             key="vraxion_probe",
-            hint=f"set the environment variables of the training run; now {_settings()}",
+            hint=f"set the environment variables of the training run; currently {_settings()}",
         ) from error
-    _warn(unmatched.unexpected_keys, "of the checkpoint not taken by VRAXION's runtime")
+    _warn(unmatched.unexpected_keys, "of the checkpoint not used by VRAXION's runtime")
     lacking = [name for name in unmatched.missing_keys if not name.startswith("head.")]
-    _warn(lacking, "of VRAXION's runtime not in the checkpoint, and random")
+    _warn(lacking, "of VRAXION's runtime not in the checkpoint, and therefore random")
     model.eval()
     return model
 
@@ -105,20 +113,20 @@ def _warn(names: Sequence[str], what: str) -> None:
     if names:
         message = (
             f"{count(len(names), 'weight')} {what} ({listed(names)}); "
-            f"the visits it counts may not be those of the trained model. "
-            f"Set the environment variables of the training run; now {_settings()}"
+            f"the counted visits may differ from those of the trained model. "
+            f"Set the environment variables of the training run; currently {_settings()}"
         )
         warnings.warn(message, CkptWarning, stacklevel=2)
 
 
 def _settings() -> str:
-    """Tell which environment variables set the runtime's options."""
+    """Describe the environment variables that configure the runtime."""
     found = [f"{name}={value[:80]}" for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)]
     return f"with {', '.join(found)}" if found else f"no {_SETTINGS}* environment variable is set"
 
 
 def _count(model: Any, ring_len: int, input_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Feed random input and count at which address the pointer ends, shape ``[ring_len]``."""
+    """Feed random input. Return how often the pointer ends at each address, shape ``[ring_len]``."""
     visits = np.zeros(ring_len, dtype=np.int64)
     torch.manual_seed(_SEED)
     for _ in range(math.ceil(_SAMPLES / _BATCH)):
@@ -134,5 +142,5 @@ def _output_rows(checkpoint: Checkpoint) -> int:
     expert = next(iter(checkpoint.head.experts.values()))
     weights = [tensor for leaf, tensor in expert.items() if leaf.endswith("weight")]
     if not weights:
-        raise PluginError("the head has no weight to tell the number of classes from", key="vraxion_probe")
+        raise PluginError("the head has no weight, so the number of classes is unknown", key="vraxion_probe")
     return int(weights[-1].shape[0])

@@ -1,6 +1,6 @@
-"""The commands: parse, call, print. Torch is imported only by a command that needs it.
+"""The command line: parse arguments, call the library, print the result.
 
-Data goes to stdout, everything else to stderr.
+Data goes to stdout, everything else to stderr. Only commands that need torch import it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INTERNAL_ERROR = 70
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the code of what happened."""
+    """Run the command line, and exit with the code of the result or error."""
     signals.raise_on_signals()
     try:
         code = _run_with_warnings(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run_with_warnings(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an arrow must not fail on a terminal that has none
+            stream.reconfigure(errors="replace")  # characters that the terminal lacks must not be errors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", CkptWarning)
@@ -82,7 +82,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             say("error", str(OutOfMemoryError()), "red")
             return OutOfMemoryError.exit_code
         say("internal error", f"{type(error).__name__}: {error}", "red")
-        say("", "  → please report it; VRAXION_CKPT_DEBUG=1 shows where it happened", "")
+        say("", "  → please report it; VRAXION_CKPT_DEBUG=1 prints the traceback", "")
         return _INTERNAL_ERROR
 
 
@@ -105,10 +105,10 @@ def _debug() -> None:
 def cli(context: click.Context, /, **_: bool) -> None:
     """Offline surgery on the checkpoints of mixture-of-experts models.
 
-    Convert between formats, turn a single head into experts, plan and carry out splits. The optimizer state goes
-    along. What cannot be done right is refused.
+    Convert between formats, turn a single head into experts, plan and carry out splits. The optimizer state is carried
+    along. Operations that would give an inconsistent checkpoint are refused.
 
-    The options -q, -v, --no-progress and --json may stand before or after the command.
+    The options -q, -v, --no-progress and --json may be given before or after the command.
     """
     follow_global_options(context)
 

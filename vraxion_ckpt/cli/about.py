@@ -20,7 +20,7 @@ def plugins(as_json: bool) -> None:
     from vraxion_ckpt.cli import show_plugins
     from vraxion_ckpt.plugins.catalogue import list_plugins
 
-    arguments.tell(list_plugins(), show_plugins.print_plugins, as_json=as_json)
+    arguments.print_facts(list_plugins(), show_plugins.print_plugins, as_json=as_json)
 
 
 @command(short_help="Show a plugin's options.")
@@ -31,7 +31,7 @@ def describe(name: str, as_json: bool) -> None:
     from vraxion_ckpt.cli import show_plugins
     from vraxion_ckpt.plugins import catalogue
 
-    arguments.tell(catalogue.describe_plugin(name), show_plugins.print_description, as_json=as_json)
+    arguments.print_facts(catalogue.describe_plugin(name), show_plugins.print_description, as_json=as_json)
 
 
 @command(short_help="Inspect, convert and split a bundled checkpoint.")

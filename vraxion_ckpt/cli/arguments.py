@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and how a command prints what it found."""
+"""Arguments that several commands share, and printing of results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _S = TypeVar("_S", bound="Facts")
 
 
 def as_json(option: _F) -> _F:
-    """Take ``--json``, here or before the command."""
+    """Add ``--json``, which may also be given before the command."""
     return click.option(
         "--json", "as_json", is_flag=True, callback=_here_or_before, help="Print the same facts as JSON."
     )(option)
@@ -41,7 +41,7 @@ def _taking(command: _F, *options: Callable[[_F], _F]) -> _F:
 
 
 def read_options(command: _F) -> _F:
-    """Take the options that say how to read a source."""
+    """Add the options for reading a source."""
     return _taking(
         command,
         click.option(
@@ -66,7 +66,7 @@ def read_options(command: _F) -> _F:
             "--allow-global",
             "allow_globals",
             multiple=True,
-            allow_from_autoenv=False,  # only the call itself may allow classes, never the environment
+            allow_from_autoenv=False,  # an environment variable must not allow classes
             metavar="NAME",
             help="Full name of a class that the source's pickle may use; repeatable.",
         ),
@@ -74,7 +74,7 @@ def read_options(command: _F) -> _F:
 
 
 def chain_options(command: _F) -> _F:
-    """Take a chain of transforms, and the options that say what may be lost."""
+    """Add the options for a chain of transforms and for losses."""
     return _taking(
         command,
         click.option(
@@ -89,22 +89,22 @@ def chain_options(command: _F) -> _F:
             type=click.Choice(["keep", "drop", "complete", "partial"]),
             default="keep",
             show_default=True,
-            help="keep: carry the optimizer along; drop: leave it out; complete: add experts that it lacks, without "
-            "state; partial: carry it along although it lacks experts.",
+            help="keep: keep the optimizer; drop: leave it out; complete: add missing experts to it, without state; "
+            "partial: keep it although experts are missing.",
         ),
         click.option(
             "--result-order",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Like --param-names, for the optimizer of the result, if no rule gives its order.",
+            help="Like --param-names, but for the optimizer of the result, if no rule determines its order.",
         ),
         click.option(
             "--companions",
             type=click.Choice(["grow", "keep", "drop"]),
             default="grow",
             show_default=True,
-            help="If the head changes: grow: change averages of the model and other copies along with it; keep: leave "
-            "them unchanged; drop: leave them out.",
+            help="When the head changes: grow: change averages and other copies of the model in the same way; "
+            "keep: leave them unchanged; drop: leave them out.",
         ),
         click.option(
             "-t",
@@ -113,20 +113,20 @@ def chain_options(command: _F) -> _F:
             multiple=True,
             metavar="NAME[:k=v,…]",
             shell_complete=complete_transform,
-            help="Transform to run; repeatable, run from left to right.",
+            help="Transform to run; repeatable. They run from left to right.",
         ),
     )
 
 
 def manifest(command: _F) -> _F:
-    """Take ``--manifest``."""
+    """Add ``--manifest``."""
     return click.option(
         "--manifest", type=click.Path(), metavar="FILE", help="Write the digests of all files to FILE, for `check`."
     )(command)
 
 
 def visits_options(command: _F) -> _F:
-    """Take files of visits before a split and after training resumed, and the checkpoint before the split."""
+    """Add the files of visits before and after a split, and the checkpoint before it."""
     return _taking(
         command,
         click.option("--against", type=click.Path(), metavar="OLD", help="The checkpoint before the split."),
@@ -146,26 +146,29 @@ def visits_options(command: _F) -> _F:
 
 
 def must_exist(path: str) -> None:
-    """Refuse a missing source before torch is imported."""
+    """Raise UsageError for a missing source, before torch is imported."""
     if not Path(path).exists():
         raise UsageError("no such file or directory", path=path)
 
 
-_MOST_NAMES = 2**26  # bytes of them
+_MOST_NAMES = 2**26  # largest size in bytes of a file of names
 
 
 def load_names(path: Path | None, option: str = "--param-names") -> list[str] | None:
-    """Read a file of names that an option gives: one name per line, or a JSON list.
+    """Read the file of names that an option gives: one name per line, or a JSON list.
+
+    Returns:
+        The names, or None if `path` is None.
 
     Raises:
-        UsageError: the file does not exist, or is not a regular text file.
+        UsageError: the file does not exist, or does not contain names in UTF-8.
     """
     if path is None:
         return None
     try:
         text = text_files.read_text(path, most=_MOST_NAMES, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{option}: is not UTF-8 text", path=path) from error
+        raise UsageError(f"{option}: the file is not UTF-8 text", path=path) from error
     except OutOfMemoryError:
         raise
     except CkptError as error:
@@ -176,15 +179,15 @@ def load_names(path: Path | None, option: str = "--param-names") -> list[str] | 
 
     names = json_files.parse_json(text, path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"{option}: must be a list of names", path=path)
+        raise UsageError(f"{option}: the JSON must be a list of names", path=path)
     return list(names)
 
 
-def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
-    """Print facts to standard output: as JSON, or for people by `show`.
+def print_facts(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
+    """Print facts to standard output, as JSON or by calling `show`.
 
     Raises:
-        BrokenPipeError: whoever read standard output has closed it.
+        BrokenPipeError: the reader of standard output has closed it.
     """
     if as_json:
         click.echo(json.dumps(facts.as_json(), indent=2, allow_nan=False))
@@ -194,9 +197,9 @@ def tell(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
         sys.stdout.flush()
 
 
-def tell_result(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
-    """Do what `tell` does, for a command whose exit code says more than that its facts were printed."""
+def print_result(facts: _S, show: Callable[[_S], None], *, as_json: bool) -> None:
+    """Print facts as `print_facts` does, but ignore a closed pipe, so that the exit code shows the result."""
     try:
-        tell(facts, show, as_json=as_json)
+        print_facts(facts, show, as_json=as_json)
     except BrokenPipeError:
         output.drop_output()

@@ -34,11 +34,11 @@ _S = TypeVar("_S", "Summary", "Edited", "Ran")
     "--to",
     metavar="F[:k=v]",
     shell_complete=complete_format,
-    help="Format of the target; without it, DST decides: .pt, .safetensors, or a / at the end.",
+    help="Format of the target; without it, the end of DST decides: .pt, .safetensors, or / for a directory.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing target, in one step, at the end.")
 @arguments.manifest
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@click.option("--dry-run", is_flag=True, help="Do everything except writing.")
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
@@ -66,7 +66,7 @@ def convert(
     names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(dst):
         done = run(src, dst, param_names=names, result_order=order, **options)
-        _tell(context, done, show_changes.print_conversion, as_json=as_json)
+        _print_summary(context, done, show_changes.print_conversion, as_json=as_json)
 
 
 @command(short_help="Change a checkpoint in place, through a chain of transforms.")
@@ -76,9 +76,9 @@ def convert(
     "--to",
     metavar="F[:k=v]",
     shell_complete=complete_format,
-    help="The same format as PATH has, with options for writing.",
+    help="The format of PATH, with options for writing.",
 )
-@click.option("--keep-old", is_flag=True, help="Keep the previous state beside PATH, as PATH.old.")
+@click.option("--keep-old", is_flag=True, help="Keep the previous state as PATH.old.")
 @arguments.manifest
 @click.option("--dry-run", is_flag=True, help="Print which files would be written and removed, and write nothing.")
 @arguments.read_options
@@ -109,7 +109,7 @@ def edit(
     names, order = arguments.load_names(param_names), arguments.load_names(result_order, "--result-order")
     with output.unless_too_late(path):
         done = run(path, param_names=names, result_order=order, **options)
-        _tell(context, done, show_changes.print_edit, as_json=as_json)
+        _print_summary(context, done, show_changes.print_edit, as_json=as_json)
 
 
 def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -120,13 +120,13 @@ def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: boo
         context.exit()
 
 
-@command(short_help="Run a conversion that is written down in YAML.")
+@command(short_help="Run a conversion that is described in a YAML file.")
 @click.argument("recipe", type=click.Path())
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a variable of the recipe; repeatable."
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing targets, each in one step, at the end.")
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@click.option("--dry-run", is_flag=True, help="Do everything except writing.")
 @click.option(
     "--print-schema",
     is_flag=True,
@@ -166,7 +166,7 @@ def run(
     ready = prepare(recipe, given, overwrite=overwrite)
     with output.unless_too_late(*(os.fspath(target.path) for target in ready.targets)):
         done = carry_out(ready, dry_run=dry_run)
-        _tell(context, done, show_changes.print_run, as_json=as_json)
+        _print_summary(context, done, show_changes.print_run, as_json=as_json)
 
 
 def _given(settings: Sequence[str]) -> dict[str, str]:
@@ -181,21 +181,22 @@ def _given(settings: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def _tell(context: click.Context, done: _S, show: Callable[..., None], *, as_json: bool) -> None:
-    """Print a summary; if that fails, say that the target was written."""
+def _print_summary(context: click.Context, done: _S, show: Callable[..., None], *, as_json: bool) -> None:
+    """Print a summary. If that fails, the error says that the target was written."""
     options = context.find_root().params
     try:
         if as_json or not options["quiet"]:
-            arguments.tell_result(done, partial(show, verbose=options["verbose"]), as_json=as_json)
+            arguments.print_result(done, partial(show, verbose=options["verbose"]), as_json=as_json)
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
         output.drop_output()
         targets = ", ".join(str(each.target) for each in _summaries(done))
-        what = "nothing was to be written" if done.dry_run else f"{targets} was written"
-        raise StorageError(f"{what}, but not this summary: {error.strerror}", path="the output") from error
+        what = "the dry run succeeded" if done.dry_run else f"{targets} was written"
+        message = f"{what}, but the summary could not be printed: {error.strerror}"
+        raise StorageError(message, path="the output") from error
     finally:
-        signals.ignore_signals()  # all is done, and said
+        signals.ignore_signals()  # the target is complete, so a signal must not change the exit code
 
 
 def _summaries(done: Summary | Ran) -> Sequence[Summary]:

@@ -1,4 +1,4 @@
-"""The class of all commands: global options after the command, and errors that say where an option belongs."""
+"""The base class of commands. It accepts global options after the command, and explains misplaced options."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vraxion_ckpt.support import progress
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Without --json, which only some commands have.
+# --json is not in this list, because only some commands have it.
 _AFTER_EVERY_COMMAND = ("quiet", "verbose", "no_progress")
 
 
 class _Command(click.Command):
-    """A command that takes the global options after its name, too."""
+    """A command that also accepts the global options after its name."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
@@ -43,11 +43,11 @@ class _Command(click.Command):
         if ctx.parent is not None:
             names = ", ".join(option.opts[0] for option in _global_options(ctx))
             formatter.write_paragraph()
-            formatter.write_text(f"The global options {names} are taken here as well.")
+            formatter.write_text(f"The global options {names} may also be given here.")
 
 
 class Program(_Command, click.Group):
-    """The program: its commands, and the global options."""
+    """The program, with its commands and the global options."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with exit_at_closed_pipe():  # --help and --version print here
@@ -60,14 +60,16 @@ class Program(_Command, click.Group):
 
 @contextmanager
 def exit_at_closed_pipe() -> Iterator[None]:
-    """Exit with the code of a program that SIGPIPE has ended, where standard output is a pipe that was closed.
+    """Exit with the code for SIGPIPE if standard output is a closed pipe.
 
-    click and rich would exit with 1, which is an answer of `check` and `diff`.
+    click and rich would exit with 1, but `check` and `diff` use 1 for their results.
     """
     try:
         yield
     except (BrokenPipeError, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):  # rich raises it so
+        if isinstance(stop, SystemExit) and not isinstance(
+            stop.__context__, BrokenPipeError
+        ):  # rich turns a BrokenPipeError into SystemExit
             raise
         output.drop_output()
         raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
@@ -77,16 +79,16 @@ command = partial(click.command, cls=_Command)
 
 
 def global_options(group: _F) -> _F:
-    """Take the options that may stand before and after every command; ``--json``, where the command has it."""
+    """Add the options that are accepted before and after every command. ``--json`` needs a command that has it."""
     for option in (
         click.option(
             "--json",
             "as_json",
             is_flag=True,
             allow_from_autoenv=False,
-            help="Print facts as JSON; for commands that have --json.",
+            help="Print facts as JSON, for commands that have --json.",
         ),
-        click.option("--no-progress", is_flag=True, help="Show no progress; logs and pipes never get any."),
+        click.option("--no-progress", is_flag=True, help="Show no progress. It is never shown in logs and pipes."),
         click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did."),
         click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings."),
     ):
@@ -95,7 +97,7 @@ def global_options(group: _F) -> _F:
 
 
 def follow_global_options(ctx: click.Context) -> None:
-    """Turn the progress bars off, or on again."""
+    """Turn progress bars on or off, as the global options say."""
     given = ctx.find_root().params
     progress.wanted = not (given["quiet"] or given["no_progress"])
 
@@ -106,7 +108,7 @@ def _global_options(ctx: click.Context) -> list[click.Option]:
 
 
 def _repeated(option: click.Option) -> click.Option:
-    """Return a global option as a command takes it: it sets that of the program."""
+    """Return a hidden option for a command that sets the global option of the same name."""
     return click.Option(
         option.opts,
         is_flag=True,
@@ -148,7 +150,7 @@ def _other_commands(option: str, ctx: click.Context) -> str:
 
 
 def _owners(option: str, ctx: click.Context) -> list[str]:
-    """Return the commands that have an option."""
+    """Return the names of the commands that have an option."""
     program = ctx.find_root().command
     commands = program.commands if isinstance(program, click.Group) else {}
     return [name for name, each in commands.items() if _has(each, option)]

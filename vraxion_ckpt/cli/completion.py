@@ -1,6 +1,7 @@
 """Shell completion: the scripts to source, and the completions for plugins and their options.
 
-A script runs this command at every press of the key. Nothing but the answer may be printed then, whatever goes wrong.
+A script runs this command whenever the completion key is pressed. It must print nothing but the completions, even if an
+error occurs.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ _COMMAND = "vraxion-ckpt"
 _VARIABLE = "_VRAXION_CKPT_COMPLETE"
 
 
-# --- what may stand where ---
+# --- completions of plugins and options ---
 
 
 def complete_transform(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Complete a transform, and after ``NAME:`` its options."""
+    """Complete the name of a transform and, after ``NAME:``, its options."""
     from vraxion_ckpt.plugins.discovery import registry
 
     return _name_and_options(_usable(registry().transforms), incomplete)
 
 
 def complete_format(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Complete a format, and after ``NAME:`` its options."""
+    """Complete the name of a format and, after ``NAME:``, its options."""
     from vraxion_ckpt.plugins.discovery import registry
 
     return _name_and_options(_usable(registry().adapters), incomplete)
@@ -79,13 +80,13 @@ def _name_and_options(plugins: Mapping[str, type[Plugin]], text: str) -> list[Co
 
 
 def _options(name: str, fields: Mapping[str, FieldInfo], text: str) -> list[CompletionItem[str]]:
-    """Complete the last option of ``key=value,key=value``: its name if it was not used, or its value."""
+    """Complete the last option of ``key=value,key=value``: an unused name, or the value."""
     from vraxion_ckpt.plugins.options import parse_call
 
     done, comma, last = text.rpartition(",")
     try:
         _, used = parse_call(f"{name}:{done}")
-    except UsageError:  # that comma stands in a list or in quotes
+    except UsageError:  # the comma is inside a list or quotes
         return []
     start = f"{name}:{done}{comma}"
     key, equals, value = last.partition("=")
@@ -112,23 +113,24 @@ def _choices(annotation: Any) -> list[str]:
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
-# --- between the shell and this command ---
+# --- protocol between the shell and this command ---
 
 
 class _Completion(ShellComplete):
-    """What all shells have in common.
+    """The part of completion that is the same for all shells.
 
-    The script passes the line up to the cursor as ``COMP_LINE``, as it was typed: bash's own words end at every ``:``
-    and ``=``. It gets back a line for each possibility: its kind, what stands there, what would follow, a text about
-    it. The kinds are ``word``; ``open``, which no space ends; ``file`` and ``dir``, which the shell finds itself.
+    The script passes the line up to the cursor as ``COMP_LINE``, exactly as typed, because bash would split words at
+    ``:`` and ``=``. It receives one line for each completion, with four fields: its kind, the text before it, the text
+    to add, and a description. The kinds are ``word``; ``open``, which is not followed by a space; and ``file`` and
+    ``dir``, which the shell completes itself.
     """
 
     def complete(self) -> str:
-        """Print the answer, and return nothing more to print."""
+        """Print the completions. Return an empty text, because click would print it."""
         with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape") as shell:
             nowhere = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
-                os.dup2(nowhere, stream)  # plugins are imported, and may print or ask, even at the end of the run
+                os.dup2(nowhere, stream)  # imported plugins may print or read, even at exit
             with suppress(BaseException), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 shell.writelines(list(self._lines()))
@@ -150,15 +152,15 @@ class _Completion(ShellComplete):
             yield "\x1f".join((kind, there, following, " ".join((item.help or "").split()))) + "\n"
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Return the complete arguments, and the word that the cursor stands at the end of."""
-        # With a mark at the end, the last word is there even if it is empty.
+        """Return the arguments before the cursor, and the word that ends at the cursor."""
+        # The added character keeps an empty last word.
         *words, last = split_arg_string(os.environ["COMP_LINE"] + "|")
         return words[1:], last[:-1]
 
 
 @add_completion_class
 class _Bash(_Completion):
-    """Bash replaces what is typed after the last ``:`` or ``=``, as typed; that is its second argument."""
+    """Bash replaces the text after the last ``:`` or ``=``. It passes that text as the second argument."""
 
     name = "bash"
     source_template = r"""
@@ -181,7 +183,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 @add_completion_class
 class _Zsh(_Completion):
-    """Zsh leaves what is typed as it is, and adds to it."""
+    """Zsh keeps the typed text and appends to it."""
 
     name = "zsh"
     source_template = r"""
@@ -215,7 +217,7 @@ fi
 
 @add_completion_class
 class _Fish(_Completion):
-    """Fish takes whole words, and adds no space after ``=`` or ``:`` by itself."""
+    """Fish expects whole words. It adds no space after ``=`` or ``:``."""
 
     name = "fish"
     source_template = r"""

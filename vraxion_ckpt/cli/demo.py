@@ -1,4 +1,4 @@
-"""The refinement loop on a bundled real checkpoint, and the proof of what it says."""
+"""Run the refinement loop on a bundled real checkpoint, and verify the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vraxion_ckpt.plugins.discovery import TransformLike
 from vraxion_ckpt.printable import printable, printable_facts
 from vraxion_ckpt.reading.opening import read
 
-# The results, by their names below the directory, and their formats.
+# File name → format of the results.
 _RESULTS = {"ckpt_post_split.pt": "pt", "ckpt_post_split_modular": "modular"}
 
 
@@ -37,8 +37,8 @@ def run_demo(directory: Path | None) -> None:
     """Inspect, convert and split the bundled ``head.single`` checkpoint, to ``.pt`` and to a modular directory.
 
     Raises:
-        UsageError: `directory` holds something under the name of a result that is not exactly what a demo writes.
-        InvariantError: the result is not what the loop promises.
+        UsageError: `directory` has a file with the name of a result that no earlier demo has written.
+        InvariantError: a result fails its verification.
     """
     out = console()
     folder = directory or Path(tempfile.mkdtemp(prefix="vraxion-ckpt-demo-"))
@@ -79,7 +79,7 @@ def run_demo(directory: Path | None) -> None:
 
 
 def _refuse_others(target: Path, write: Callable[[Path], object]) -> None:
-    """Refuse to replace anything but what an earlier demo has written, perhaps one of another version."""
+    """Raise UsageError unless the target is the result of an earlier demo, possibly of another version."""
     with tempfile.TemporaryDirectory(prefix="vraxion-ckpt-demo-") as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = Path(name) / target.name
@@ -91,8 +91,8 @@ def _refuse_others(target: Path, write: Callable[[Path], object]) -> None:
         except CkptError:
             same = False
     if not same:
-        hint = "name another directory, or move that away"
-        raise UsageError("is not what this demo has written, and is not replaced", path=target, hint=hint)
+        hint = "give another directory, or move the file away"
+        raise UsageError("was not written by this demo, so it is not replaced", path=target, hint=hint)
 
 
 def _without_versions(checkpoint: Checkpoint) -> Checkpoint:
@@ -120,9 +120,9 @@ def _prove(before: Checkpoint, after: Checkpoint, target: Path) -> None:
 
 
 def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
-    """Load model and optimizer into torch, as a trainer does, take a step, and return for how many parameters."""
+    """Load model and optimizer into torch as a trainer does, and take a step. Return the number of parameters."""
     if checkpoint.optimizer is None or checkpoint.param_names is None:
-        raise InvariantError("the optimizer got lost", path=target)
+        raise InvariantError("the optimizer is missing", path=target)
     model = _model_of_shape(checkpoint)
     model.load_state_dict(checkpoint.state_dict(), strict=True)
     optimizer = torch.optim.Adam(model.parameters())
@@ -130,25 +130,25 @@ def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
     names = dict(model.named_parameters())
     for name, slots in checkpoint.optimizer.state.items():
         if not torch.equal(optimizer.state[names[name]]["exp_avg"], slots["exp_avg"]):
-            raise InvariantError("a moment was resumed for another parameter", path=target, key=name)
+            raise InvariantError("the optimizer resumed a moment of another parameter", path=target, key=name)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     stepped = optimizer.state[names["head.experts.1.weight"]]["step"]
     if stepped != checkpoint.optimizer.state["head.experts.1.weight"]["step"] + 1:
-        raise InvariantError("the child's step count is wrong after a step", path=target)
+        raise InvariantError("the child's step count is wrong after a training step", path=target)
     return len(checkpoint.optimizer.state)
 
 
 def _saved_optimizer(target: Path) -> dict[str, object]:
-    """Return the optimizer exactly as it lies on disk."""
+    """Return the optimizer's state dict exactly as it is on disk."""
     file = target / "system" / "router.state" if target.is_dir() else target
     saved: dict[str, object] = torch_file.load_torch_file(file, Sources())["optim"]
     return saved
 
 
 def _model_of_shape(checkpoint: Checkpoint) -> nn.Module:
-    """Build a torch module with exactly this checkpoint's parameters and buffers, in their order."""
+    """Build a torch module with the same parameters and buffers as the checkpoint, in the same order."""
     root = nn.Module()
     for name, tensor in checkpoint.state_dict().items():
         *path, leaf = name.split(".")

@@ -13,37 +13,37 @@ from vraxion_ckpt.cli.completion import complete_format
 from vraxion_ckpt.support import signals
 
 
-@command(short_help="Show what a checkpoint is and holds.")
+@command(short_help="Show the contents of a checkpoint.")
 @click.argument("path", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor: dtype, shape, bytes.")
-@click.option("--values", is_flag=True, help="Read all data, too: minimum, maximum, number of NaN and infinite values.")
+@click.option("--values", is_flag=True, help="Also read all data: minimum, maximum, number of NaN and infinite values.")
 @arguments.visits_options
 @arguments.read_options
 @arguments.as_json
 def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
-    """Show what PATH holds: experts, ring, optimizer and how it is bound, history.
+    """Show the contents of PATH: experts, ring, optimizer, history.
 
-    The data of tensors is only read with --values.
+    Tensor data is only read with --values.
     """
     arguments.must_exist(path)
     from vraxion_ckpt.analysis.inspection import inspect as run
     from vraxion_ckpt.cli import show_inspection
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)
-    arguments.tell(facts, show_inspection.print_inspection, as_json=as_json)
+    arguments.print_facts(facts, show_inspection.print_inspection, as_json=as_json)
 
 
 @command(short_help="Compare two checkpoints.")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option(
-    "--from-b", metavar="F[:k=v]", shell_complete=complete_format, help="Format of B; --from gives that of A."
+    "--from-b", metavar="F[:k=v]", shell_complete=complete_format, help="Format of B; --from is the format of A."
 )
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
 def diff(context: click.Context, /, a: str, b: str, param_names: Path | None, as_json: bool, **options: Any) -> int:
-    """Compare A and B, of any two formats: tensors bit by bit, experts, ring, optimizer, payload, rows, history.
+    """Compare A and B, in any two formats: tensors bit by bit, experts, ring, optimizer, payload, rows, history.
 
     The exit code is 0 if they are identical, and 1 if anything differs.
     """
@@ -54,11 +54,11 @@ def diff(context: click.Context, /, a: str, b: str, param_names: Path | None, as
 
     facts = run(a, b, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
-        arguments.tell_result(facts, show_difference.print_difference, as_json=as_json)
+        arguments.print_result(facts, show_difference.print_difference, as_json=as_json)
     return 0 if facts.identical else 1
 
 
-@command(short_help="Check a checkpoint for damage and contradictions.")
+@command(short_help="Check a checkpoint for damage and inconsistencies.")
 @click.argument("path", type=click.Path())
 @click.option("--manifest", type=click.Path(), metavar="FILE", help="Compare the files with the digests in a manifest.")
 @arguments.read_options
@@ -75,7 +75,7 @@ def check(context: click.Context, /, path: str, param_names: Path | None, as_jso
 
     facts = run(path, param_names=arguments.load_names(param_names), **options)
     if as_json or not context.find_root().params["quiet"]:
-        arguments.tell_result(facts, show_findings.print_findings, as_json=as_json)
+        arguments.print_result(facts, show_findings.print_findings, as_json=as_json)
     return 0 if facts.sound else 1
 
 
@@ -84,12 +84,12 @@ def check(context: click.Context, /, path: str, param_names: Path | None, as_jso
 @arguments.visits_options
 @click.option("-o", "--output", "page", type=click.Path(), metavar="OUT.html", help="Write the page to this file.")
 @click.option("--png", "picture", type=click.Path(), metavar="OUT.png", help="Write the picture to this file.")
-@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @arguments.read_options
 @arguments.as_json
 @click.pass_context
 def report(context: click.Context, /, path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
-    """Draw PATH: the ring before and after, shares of the visits, how similar the experts are, what has changed.
+    """Draw PATH: the ring before and after, shares of the visits, similarity of the experts, changes.
 
     The page is one file and works offline. It needs the extra [report]; the picture needs the extra [png].
     """
@@ -101,7 +101,7 @@ def report(context: click.Context, /, path: str, param_names: Path | None, as_js
     with output.unless_too_late(*filter(None, (options["page"], options["picture"]))):
         facts = run(path, param_names=names, **options)
         if as_json or not context.find_root().params["quiet"]:
-            arguments.tell_result(facts, show_report.print_report, as_json=as_json)
+            arguments.print_result(facts, show_report.print_report, as_json=as_json)
         signals.ignore_signals()
 
 

@@ -1,4 +1,4 @@
-"""Print messages to standard error: whole lines to a log, wrapped at words on a terminal."""
+"""Print messages to standard error. They are wrapped on a terminal, but not in a log."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def say(label: str, message: str, colour: str) -> None:
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning, unless ``--quiet`` is given."""
+    """Print a warning unless ``--quiet`` is given."""
     context = click.get_current_context(silent=True)
     if not (context and context.find_root().params.get("quiet")):
         say("warning", str(message), "yellow")
 
 
 def drop_output() -> None:
-    """Point standard output to the null device, so that the interpreter can flush it at exit without an error."""
+    """Redirect standard output to the null device, so that flushing it at exit cannot fail."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def unless_too_late(*targets: str) -> Iterator[None]:
-    """Exit with 0, with a warning, if a signal arrives when all targets are already in their new state.
+    """Exit with 0 and a warning if a signal arrives when all targets are already committed.
 
-    The block must end with `signals.ignore_signals`, since after it nothing looks at the state of the targets.
+    The block must end with `signals.ignore_signals`, because a later signal would be reported as an interruption.
     """
     try:
         yield

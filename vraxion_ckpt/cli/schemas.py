@@ -23,10 +23,10 @@ SCHEMAS: dict[str, type[Facts]] = {
 
 
 def schema_of(name: str) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of what a command prints with ``--json``.
+    """Return the JSON Schema (2020-12) of a command's ``--json`` output, or of a manifest.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no schema of that name.
     """
     if name not in SCHEMAS:
         raise UsageError(f"there is no schema {name!r}", hint=f"one of {', '.join(SCHEMAS)}")

@@ -1,4 +1,4 @@
-"""Print what `convert`, `run` and `edit` did."""
+"""Print the summaries of `convert`, `run` and `edit`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HOW = {
     EditKind.REPLACE: "replace: the file, by a rename",
     EditKind.ROUTER_ONLY: "router only: one file, by a rename",
     EditKind.GROW: "grow: new files first, then the router",
-    EditKind.SHRINK: "shrink: the router first, then what it no longer names",
+    EditKind.SHRINK: "shrink: the router first, then remove files that it no longer needs",
     EditKind.REWRITE: "rewrite: a whole new directory, exchanged with the old one",
 }
 

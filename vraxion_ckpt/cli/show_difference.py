@@ -1,4 +1,4 @@
-"""Print what `diff` finds."""
+"""Print the result of `diff`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {"changed": "yellow", "renamed": "cyan", "added": "green", "removed":
 
 
 def print_difference(facts: Difference) -> None:
-    """Print a summary of what differs, then the first entries of each section."""
+    """Print a summary of the differences, then the first entries of each section."""
     lines: list[Line] = [("a", _side(facts.before)), ("b", _side(facts.after))]
     if facts.not_bound:
         lines.append(("note", f"optimizer compared by position, not by name: {facts.not_bound}"))

@@ -1,4 +1,4 @@
-"""Print what `check` finds."""
+"""Print the result of `check`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOT
 
 
 def print_findings(facts: Checked) -> None:
-    """Print the findings, the worst first, and whether the checkpoint is sound."""
+    """Print the findings, errors first, and whether the checkpoint is sound."""
     if facts.findings:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(no_wrap=True)
@@ -28,11 +28,11 @@ def print_findings(facts: Checked) -> None:
             table.add_row("…", f"{len(facts.findings) - _MOST_ROWS} more, see --json")
         put(table)
     counts = Counter(finding.severity for finding in facts.findings)
-    told = ", ".join(count(counts[severity], severity) for severity in Severity)
+    parts = ", ".join(count(counts[severity], severity) for severity in Severity)
     checksums = f"compared with {facts.manifest}" if facts.manifest else "without a manifest"
     print_lines(
         [
-            ("sound" if facts.sound else "NOT SOUND", f"{facts.path} ({facts.format}): {told}"),
+            ("sound" if facts.sound else "NOT SOUND", f"{facts.path} ({facts.format}): {parts}"),
             ("read", f"{count(facts.tensors, 'tensor')}, {byte_size(facts.bytes)}, in {count(facts.files, 'file')}"),
             ("files", checksums),
         ]

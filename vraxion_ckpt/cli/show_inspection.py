@@ -1,4 +1,4 @@
-"""Print what `inspect` finds."""
+"""Print the result of `inspect`."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def print_inspection(facts: Inspection) -> None:
 
 def _head_in_words(facts: Inspection) -> str:
     if facts.head is None:
-        return "none that is known here" if facts.unknown_experts else "none"
+        return "none in a known layout" if facts.unknown_experts else "none"
     if facts.head is HeadKind.SINGLE:
-        return "single (head.single.*): put single_to_experts before a first split"
+        return "single (head.single.*): run single_to_experts before the first split"
     deleted = [expert.id for expert in facts.experts if expert.deleted]
     gone = f", deleted: {listed(deleted)}" if deleted else ""
     return f"{count(facts.num_experts, 'expert')} (head.experts.*){gone}"
@@ -82,11 +82,11 @@ def _unknown_lines(unknown: UnknownExperts | None) -> list[Line]:
         return []
     held = f"{count(unknown.tensors, 'tensor')} with names like {unknown.example}"
     handled = "treated as ordinary tensors; transforms cannot split or merge them"
-    return [("experts", Text(f"not in a layout known here: {held}; {handled}", style="yellow"))]
+    return [("experts", Text(f"not in a known layout: {held}; {handled}", style="yellow"))]
 
 
 def _loss_lines(losses: Mapping[str, Sequence[Loss]]) -> list[Line]:
-    """Return what each format would lose; the formats that would lose nothing are one line."""
+    """Return a line for each format that would lose something, and one for those that would not."""
     lossless = [name for name, lost in losses.items() if not lost]
     lines: list[Line] = [("would lose", f"nothing as {_alternatives(lossless)}")] if lossless else []
     for name, lost in losses.items():
@@ -112,7 +112,7 @@ def _ring_lines(ring: RingFacts | None, width: int) -> list[Line]:
 
 
 def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
-    """Return lines on an optimizer: its state, its groups, and how it is bound to parameter names."""
+    """Return lines that describe an optimizer: state, groups, and how it is bound to parameter names."""
     if optimizer is None:
         return [("optimizer", "none")]
     slots = ", ".join(optimizer.slots) or "no slots"
@@ -129,16 +129,16 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
         lines.append(("", f"… {len(optimizer.groups) - MOST_ROWS} more groups"))
     if optimizer.bound:
         lines.append(("bound by", optimizer.how))
-        lines.append(("order", optimizer.order or "explained by no rule, or by several"))
+        lines.append(("order", optimizer.order or "follows no known rule, or several"))
     else:
         lines.append(("NOT BOUND", Text(optimizer.how, style="yellow")))
     return lines
 
 
 def _options_in_words(options: Mapping[str, Any]) -> str:
-    """Return a group's options, without those that are off or not set."""
-    told = [f"{key} {value}" for key, value in options.items() if value is not None and value is not False]
-    return ", ".join(told) or "no options"
+    """Return a group's options, except those that are None or False."""
+    parts = [f"{key} {value}" for key, value in options.items() if value is not None and value is not False]
+    return ", ".join(parts) or "no options"
 
 
 def _print_experts(experts: tuple[ExpertFacts, ...]) -> None:
@@ -197,7 +197,10 @@ def _print_tree(tensors: TensorTree) -> None:
 
 
 def _nested(named: Mapping[str, TensorFacts]) -> dict[str, Any]:
-    """Return tensors by the parts of their names; one name may be the beginning of another."""
+    """Return the tensors as nested dicts, keyed by the parts of their names.
+
+    Keys of modules end in a dot, because a tensor may have the same name as a module.
+    """
     root: dict[str, Any] = {}
     for name, tensor in named.items():
         module = root
@@ -217,7 +220,7 @@ def _grow(tree: Tree, module: dict[str, Any]) -> None:
         if isinstance(entry, TensorFacts):
             tree.add(_leaf(name, entry))
             continue
-        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # a chain of single modules is one line
+        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # nested single modules share a line
             (more, entry) = next(iter(entry.items()))
             name += more
         _grow(tree.add(Text(name.removesuffix("."))), entry)

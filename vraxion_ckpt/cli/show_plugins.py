@@ -9,7 +9,7 @@ from vraxion_ckpt.plugins.catalogue import Description, OptionEntry, PluginList
 
 
 def print_plugins(facts: PluginList) -> None:
-    """Print every format, transform and probe, and what is broken."""
+    """Print every format, transform and probe, and the plugins that cannot be loaded."""
     rows: list[tuple[str | Text, ...]] = []
     for entry in facts.plugins:
         note = "NAME USED TWICE, cannot be used: " if entry.clash else ""
@@ -21,7 +21,7 @@ def print_plugins(facts: PluginList) -> None:
 
 
 def print_description(facts: Description) -> None:
-    """Print what a plugin does, and its options."""
+    """Print a plugin's summary and options."""
     put(Text(f"{facts.name}  ({facts.distribution} {facts.version})", style="bold"))
     put(Text(facts.summary))
     if not facts.options:

@@ -1,4 +1,4 @@
-"""Print where a report was written."""
+"""Print the result of `report`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from vraxion_ckpt.reporting import Reported
 
 
 def print_report(facts: Reported) -> None:
-    """Print the files of a report, and its headline."""
+    """Print the files and the headline of a report."""
     lines: list[Line] = []
     if facts.page:
         lines.append(("page", f"{facts.page}, {byte_size(facts.page_bytes)}"))
     if facts.picture:
         lines.append(("picture", f"{facts.picture}, {byte_size(facts.picture_bytes)}"))
-    print_lines([*lines, ("it says", facts.headline)])
+    print_lines([*lines, ("headline", facts.headline)])

@@ -19,14 +19,14 @@ from vraxion_ckpt.reporting.colours import expert_colour, text_colour
 Line = tuple[str, str | Text]
 
 MOST_ROWS = 16
-# Between columns, and what is not broken within them.
+# Spaces between columns, and the longest word that is not broken within a column.
 _GAP = 2
 _LONGEST_WORD = 18
 _OWNER_SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def console() -> Console:
-    """Return the console for data; it has no colours off a terminal, or if NO_COLOR is set."""
+    """Return the console for data. It has no colours if it is not a terminal or NO_COLOR is set."""
     return Console(highlight=False)
 
 
@@ -45,8 +45,8 @@ def band(owners: Ints, width: int) -> Text:
 
     Args:
         owners: the expert of each address, shape ``[L]``.
-        width: how many cells there may be; with more addresses, a cell is a part of the ring and shows the expert that
-            owns most of it.
+        width: the largest number of cells. If there are more addresses, a cell stands for several and shows the expert
+            that owns most of them.
     """
     shown = [Counter(cell.tolist()).most_common(1)[0][0] for cell in np.array_split(owners, min(width, len(owners)))]
     text = Text()
@@ -56,13 +56,13 @@ def band(owners: Ints, width: int) -> Text:
 
 
 def style_of(expert: int) -> Style:
-    """Return an expert's colour, the same as in a report, as a background with readable text."""
+    """Return a style with the expert's colour, as in reports, as the background of readable text."""
     colour = expert_colour(expert)
     return Style(color=text_colour(colour), bgcolor=colour)
 
 
 def put(*renderables: RenderableType) -> None:
-    """Print to standard output; off a terminal, without trailing blanks."""
+    """Print to standard output. If it is not a terminal, omit trailing blanks."""
     out = console()
     if out.is_terminal:
         out.print(*renderables, sep="\n")
@@ -74,7 +74,7 @@ def put(*renderables: RenderableType) -> None:
 
 
 def print_lines(lines: Iterable[Line]) -> None:
-    """Print labelled lines; the labels are a column."""
+    """Print labelled lines, with the labels in a column of their own."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -84,17 +84,17 @@ def print_lines(lines: Iterable[Line]) -> None:
 
 
 def put_section(title: str, *renderables: RenderableType) -> None:
-    """Print below an empty line and a heading."""
+    """Print an empty line, a heading and the content."""
     put(Text(f"\n{title}", style="bold"), *renderables)
 
 
 def put_table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]], numbers: Collection[int] = ()) -> None:
-    """Print a table, or, on a terminal that is too narrow for its words, each row as labelled lines.
+    """Print a table. If the terminal is too narrow, print each row as labelled lines.
 
     Args:
-        headings: of the columns.
-        rows: of cells.
-        numbers: the columns that are aligned to the right and not broken.
+        headings: the headings of the columns.
+        rows: the cells of each row.
+        numbers: indices of the columns that are right-aligned and never wrapped.
     """
     columns = [[heading, *map(str, cells)] for heading, *cells in zip(headings, *rows, strict=True)]
     widths = [max(len(cell) if place in numbers else _widest(cell) for cell in column)
@@ -120,5 +120,5 @@ def put_table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]], num
 
 
 def _widest(cell: str) -> int:
-    """Return the width of the longest word; long names may be broken."""
+    """Return the width of the longest word, limited because long names may be broken."""
     return min(_LONGEST_WORD, max(map(len, cell.split()), default=0))

@@ -58,24 +58,24 @@ def report(
     overwrite: bool = False,
     **reading: Unpack[ReadKeywords],
 ) -> Reported:
-    """Draw a checkpoint: its ring, its experts and what changed, as a page, a picture, or both.
+    """Draw a checkpoint as a page, a picture, or both: its ring, its experts and what changed.
 
     Args:
         path: a checkpoint, usually after a split.
-        page: where to write the HTML page; this needs the extra ``report``.
-        picture: where to write the PNG; this needs the extra ``png``.
+        page: path of the HTML page to write. It needs the extra ``report``.
+        picture: path of the PNG to write. It needs the extra ``png``.
         against: the checkpoint before the split.
-        visits: visits counted before the split, see `vraxion_ckpt.checkpoint.visits`.
-        visits_after: visits counted after training was resumed.
-        overwrite: replace files that exist.
-        reading: what the files do not tell, see `ReadOptions`.
+        visits: file with visits counted before the split, see `vraxion_ckpt.checkpoint.visits`.
+        visits_after: file with visits counted after training was resumed.
+        overwrite: whether to replace existing files.
+        reading: how to read the checkpoints, see `ReadOptions`.
 
     Returns:
-        Where the report was written, and its headline.
+        The paths and sizes of the files, and the headline.
 
     Raises:
         UsageError: no output is given, an extra is missing, or an output exists or is one of the inputs.
-        SourceError: a checkpoint cannot be read; the message says what is wrong, and where.
+        SourceError: a checkpoint cannot be read.
     """
     options = ReadOptions(**reading)
     given = [Path(place) for place in (page, picture) if place is not None]
@@ -110,11 +110,11 @@ def report(
 
 
 def _check_arguments(page: PathLike | None, picture: PathLike | None) -> None:
-    """Refuse a report without outputs, or without what makes them; warn of misleading file names."""
+    """Check that there is an output and that the extras are installed. Warn of misleading file names."""
     if page is None and picture is None:
-        raise UsageError("no output is given", hint="name a page, a picture, or both")
+        raise UsageError("no output is given", hint="give a page, a picture, or both")
     if page is not None and Path(page).suffix.lower() == ".png":
-        raise UsageError("the page is HTML, but its name is that of a picture", path=page, hint="--png makes a picture")
+        raise UsageError("the page is HTML, but its name ends in .png", path=page, hint="use --png for a picture")
     for place, kind, own in ((page, "HTML", "text/html"), (picture, "PNG", "image/png")):
         if place is not None:
             _warn_of_other_suffix(Path(place), kind, own)
@@ -124,7 +124,7 @@ def _check_arguments(page: PathLike | None, picture: PathLike | None) -> None:
 
 
 def _check_places(places: Sequence[Path], counted: Sequence[PathLike], *, overwrite: bool) -> None:
-    """Refuse outputs that are the same, exist, or are files of visits."""
+    """Raise UsageError if outputs are the same file, already exist, or are inputs."""
     check_several(places)
     check_inputs(places, (), {}, {Path(os.path.realpath(file)) for file in counted})
     for place in places:
@@ -132,21 +132,21 @@ def _check_places(places: Sequence[Path], counted: Sequence[PathLike], *, overwr
 
 
 def _check_against_sources(places: Sequence[Path], read: Sequence[Checkpoint]) -> None:
-    """Refuse outputs that are directories or belong to a checkpoint that is read."""
+    """Raise UsageError if an output is a directory or belongs to one of the checkpoints."""
     for place in places:
         if place.is_dir():
-            raise UsageError("is a directory, not a file to write", path=place)
+            raise UsageError("the output is a directory; give the path of a file", path=place)
         for one in read:
             check_apart(place, one)
 
 
 def _warn_of_other_suffix(place: Path, kind: str, own: str) -> None:
-    """Warn of a file whose suffix is that of another kind of file; an unknown suffix is no problem."""
+    """Warn if a file's suffix belongs to another kind of file. Unknown suffixes are accepted."""
     named, packed = guess_type(place.name)
     formats = formats_named(place.name)
     if formats or packed or named not in (None, own, "application/xhtml+xml"):
         other = " or ".join(formats) or packed or named
-        message = f"{place} is written as {kind}, although its name is that of {other}"
+        message = f"{place} is written as {kind}, although its suffix means {other}"
         warnings.warn(message, CkptWarning, stacklevel=4)
 
 
@@ -175,7 +175,7 @@ def _gathered(
 def _page(subject: Subject) -> bytes:
     from vraxion_ckpt.reporting.page import render
 
-    return render(subject).encode(errors="backslashreplace")  # half a surrogate pair is no character
+    return render(subject).encode(errors="backslashreplace")  # lone surrogates cannot be encoded
 
 
 def _picture(subject: Subject) -> bytes:

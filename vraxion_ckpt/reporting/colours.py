@@ -6,8 +6,8 @@ terminal.
 
 from __future__ import annotations
 
-# Each colour is as far as possible from those before it, for people with any kind of colour vision, on white and on
-# near-black. All of them are entries of the 256-colour palette of terminals, so a terminal shows exactly the same.
+# Each colour differs as much as possible from those before it, for all kinds of colour vision, on white and near-black.
+# All are in the 256-colour palette of terminals, so a terminal shows exactly the same colours.
 _EXPERTS = (
     "#005faf", "#d75f00", "#5fd7ff", "#8787ff", "#ffaf00", "#af87af", "#005f00", "#afd787", "#af5f5f", "#87afff",
     "#87af87", "#875f87", "#875fd7", "#ffafd7", "#ff8700", "#d787d7", "#af5faf", "#afaf5f", "#5f87d7", "#ff87af",
@@ -18,12 +18,12 @@ NUM_COLOURS = len(_EXPERTS)
 
 HOT_ARC = "#d70087"
 VISITS = "#808080"
-# Shares of the visits (before, predicted, measured), or of the addresses (before, after); "now" of a single checkpoint.
+# Shares of visits are before, predicted or measured; shares of addresses are before or after. One checkpoint has "now".
 LOADS = {"before": "#b2b2b2", "predicted": "#767676", "measured": "#00875f", "after": "#767676", "now": "#767676"}
 
 
 def expert_colour(expert: int) -> str:
-    """Return the colour of an expert as ``#rrggbb``; from `NUM_COLOURS` experts on, colours repeat."""
+    """Return the colour of an expert as ``#rrggbb``. Colours repeat after `NUM_COLOURS` experts."""
     return _EXPERTS[expert % NUM_COLOURS]
 
 

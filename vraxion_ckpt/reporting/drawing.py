@@ -1,4 +1,4 @@
-"""Turn rings and shares into shapes, colours and texts; shared by the page and the picture."""
+"""Convert rings and shares to shapes, colours and texts, for the page and the picture."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from vraxion_ckpt.reporting.colours import HOT_ARC, NUM_COLOURS, VISITS, expert_
 from vraxion_ckpt.reporting.gather import Hot, Ring, Subject
 from vraxion_ckpt.wording import count
 
-# Curves may lie on top of each other.
+# Different dashes keep curves visible where they overlap.
 DASHES = {"before": "solid", "predicted": "dash", "measured": "dot", "after": "dash", "now": "solid"}
 
-# Radii: the hot arc is drawn inside the owners, visits outside.
+# Radii. The hot arc is inside the ring of owners, the visits are outside.
 _HOT, _INNER, _OUTER, _VISITS, _TALLEST, _ROOM = 0.49, 0.62, 1.0, 1.04, 0.42, 0.06
 _THICKNESS = 0.08
-# A shorter hot arc, in degrees, is drawn as long as this.
+# Hot arcs shorter than this, in degrees, are drawn with this length.
 _SHORTEST_MARK = 3.0
-# Shares of more experts are drawn as a curve.
+# The shares of more experts are drawn as a curve.
 MOST_BARS = 32
 _MOST_SECTORS = 1440
 _MOST_OUTLINED = 360
 _MOST_BINS = 720
-# A sector is labelled with its expert's id from this part of the ring on.
+# Sectors smaller than this part of the ring have no label.
 _LABELLED = 1 / 42
-# Of more experts, a key lists only those of the split.
+# With more experts, the key lists only those of the split.
 _MOST_KEYS = 64
 
 
 @dataclass(frozen=True)
 class Sector:
-    """A part of the ring, from address `start` on.
+    """A part of the ring that begins at address `start`.
 
     Attributes:
-        owner: the expert in whose colour it is drawn.
-        owned: how many of its addresses that expert owns.
-        owners: how many experts own addresses of it; 1 for an arc.
+        owner: the expert whose colour it has.
+        owned: the number of its addresses that this expert owns.
+        owners: the number of experts that own addresses in it; 1 for an arc.
     """
 
     start: int
@@ -51,17 +51,17 @@ class Sector:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars on a circle; all sequences have one entry for each bar.
+    """Bars on a circle. All sequences have one entry for each bar.
 
     Attributes:
-        name: what they show.
+        name: the quantity that they show.
         base: the radius of the circle.
-        heights: how far each reaches above the circle.
-        middles: angles in turns (1 = 360°), from address 0 on.
-        widths: in turns.
-        colours: as ``#rrggbb``.
-        texts: what is shown when the pointer is on a bar.
-        outlined: whether each has an outline.
+        heights: the radial length of each bar.
+        middles: the angle of each bar's middle in turns (1 = 360°), measured from address 0.
+        widths: the angular width of each bar in turns.
+        colours: the colours as ``#rrggbb``.
+        texts: the text to show when the pointer is on a bar.
+        outlined: whether the bars have an outline.
     """
 
     name: str
@@ -79,10 +79,10 @@ class Label:
     """An expert's id on a sector of the ring.
 
     Attributes:
-        middle: the angle of its middle, in turns.
-        width: that of its sector, in turns.
-        radius: its distance from the centre.
-        colour: of its text.
+        middle: the angle of the sector's middle, in turns.
+        width: the angular width of the sector, in turns.
+        radius: the distance from the centre.
+        colour: the colour of the text.
     """
 
     expert: int
@@ -98,7 +98,7 @@ class KeyEntry:
 
     Attributes:
         number: an expert's id, or empty.
-        text: what the colour means, beside the number.
+        text: the meaning of the colour, shown next to the number.
     """
 
     colour: str
@@ -107,7 +107,7 @@ class KeyEntry:
 
 
 def ring_bars(one: Ring, hot: Hot | None) -> list[Bars]:
-    """Return the bars of a ring: owners, visits if there are any, and the hot arc if it is on a ring of this length."""
+    """Return the bars of a ring: owners, visits if known, and the hot arc if it belongs to a ring of this length."""
     length = len(one.owners)
     parts, _ = sectors(one.owners)
     bars = [
@@ -151,7 +151,7 @@ def _visit_bars(visits: Weights) -> Bars:
 
 
 def ring_labels(one: Ring) -> list[Label]:
-    """Return the ids of experts that have room on their sectors."""
+    """Return labels for the sectors that are large enough."""
     length = len(one.owners)
     parts, are_arcs = sectors(one.owners)
     return [
@@ -173,22 +173,22 @@ def ring_radius(*, room: bool) -> float:
 
 
 def ring_ticks(length: int) -> list[int]:
-    """Return the addresses whose numbers are written beside a ring."""
+    """Return the addresses to write next to a ring."""
     return sorted({0, length // 4, length // 2, 3 * length // 4})
 
 
 def given_away(hot: Hot) -> str:
-    """Return a text on the hot arc, and on how many of its addresses move."""
+    """Describe the hot arc and the number of its addresses that move."""
     arc = f"hot arc: {span(hot.arc.start, hot.arc.length, hot.arc.ring_len)}"
     verb = "will move" if hot.child is None else "moved"
     return arc + (f", of which {len(hot.addresses):,} {verb}" if len(hot.addresses) < hot.arc.length else f", {verb}")
 
 
 def sectors(owners: Ints) -> tuple[list[Sector], bool]:
-    """Return a ring as arcs of one owner each, or, if there are too many, as equal parts of one colour each.
+    """Divide a ring into arcs with one owner, or, if there are too many arcs, into equal parts with one colour.
 
-    The colours of equal parts are as frequent as the addresses that the experts own, also locally. If each part had
-    the colour of its commonest owner, an expert that owns slightly more than others everywhere would fill the ring.
+    Each expert's colour is as frequent among the equal parts as its addresses are in that region. If each part had the
+    colour of its most common owner, an expert with slightly more addresses everywhere would fill the ring.
 
     Returns:
         The sectors, and whether they are arcs.
@@ -196,7 +196,7 @@ def sectors(owners: Ints) -> tuple[list[Sector], bool]:
     if number_of_arcs(owners) <= _MOST_SECTORS:
         return [Sector(start, length, owner, length, 1) for start, length, owner in ring.arcs(owners)], True
     edges = np.linspace(0, len(owners), _MOST_SECTORS + 1).astype(int)
-    due = np.zeros(int(owners.max()) + 1, dtype=np.int64)  # addresses whose colour was not drawn yet
+    due = np.zeros(int(owners.max()) + 1, dtype=np.int64)  # addresses by owner that are not yet drawn
     parts = []
     for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         found, counts = np.unique(owners[start:end], return_counts=True)
@@ -208,12 +208,12 @@ def sectors(owners: Ints) -> tuple[list[Sector], bool]:
 
 
 def number_of_arcs(owners: Ints) -> int:
-    """Return the number of arcs of one owner each, around the ring."""
+    """Return the number of arcs with one owner."""
     return max(1, int(np.count_nonzero(owners != np.roll(owners, 1))))
 
 
 def hover(part: Sector, ring_len: int) -> str:
-    """Return what is shown when the pointer is on a sector: its owner and its addresses."""
+    """Return the text to show when the pointer is on a sector: its owner and its addresses."""
     if part.owners == 1:
         return f"expert {part.owner}<br>{span(part.start, part.length, ring_len)}"
     among = (
@@ -223,7 +223,7 @@ def hover(part: Sector, ring_len: int) -> str:
 
 
 def binned(visits: Weights) -> tuple[list[int], list[int], list[float]]:
-    """Return the starts, lengths and mean visits of at most 720 equal parts of a ring."""
+    """Divide a ring into at most 720 equal parts. Return their starts, lengths and mean visits."""
     edges = np.linspace(0, len(visits), min(_MOST_BINS, len(visits)) + 1).astype(int)
     sums = np.add.reduceat(visits.astype(np.float64), edges[:-1])
     lengths = np.diff(edges)
@@ -231,7 +231,7 @@ def binned(visits: Weights) -> tuple[list[int], list[int], list[float]]:
 
 
 def span(start: int, length: int, ring_len: int) -> str:
-    """Return a text for an arc, which may go past address 0."""
+    """Describe an arc, which may wrap around address 0."""
     return f"address {start}" if length == 1 else f"addresses {start}…{(start + length - 1) % ring_len}"
 
 
@@ -261,14 +261,14 @@ def largest(shares: Sequence[float], most: int) -> list[int]:
 
 
 def curve(shares: Sequence[float]) -> list[tuple[int, int]]:
-    """Return ranks and experts for a curve of shares, the largest first; the higher the rank, the fewer points."""
+    """Return pairs of rank and expert for a curve of shares. Rank 1 is the largest; points get sparser with rank."""
     order = largest(shares, len(shares))
     ranks = np.unique(np.geomspace(1, len(order), _MOST_BINS).round().astype(int)).tolist()
     return [(rank, order[rank - 1]) for rank in ranks]
 
 
 def key_entries(subject: Subject) -> list[KeyEntry]:
-    """Return what the colours of the rings mean: every expert, unless there are many; then those of the split."""
+    """Return the key of the rings' colours. If there are many experts, it lists only those of the split."""
     if not subject.rings:
         return []
     hot = subject.hot
@@ -285,6 +285,6 @@ def key_entries(subject: Subject) -> list[KeyEntry]:
 
 
 def key_note(subject: Subject) -> str:
-    """Return what else there is to know about the colours; empty if there is nothing."""
+    """Return a note about repeated colours, or an empty text."""
     number = max((one.num_experts for one in subject.rings), default=0)
     return f"colours repeat every {NUM_COLOURS} experts" if number > NUM_COLOURS else ""

@@ -1,4 +1,4 @@
-"""The page's section on experts; there is a figure only where it says more than a sentence or a table."""
+"""The page's section on experts. It has a figure only if a sentence or a table would not be enough."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vraxion_ckpt.reporting.similarity import Similarity
 from vraxion_ckpt.wording import count, listed, numbered
 
 _MOST_ROWS = 12
-# The norms of so few experts are a table, and so near to each other a sentence.
+# The norms of so few experts are shown in a table. Norms whose relative difference is this small become a sentence.
 _FEW = 8
 _NEAR = 0.01
 _NOT_A_NUMBER = "not a number"
@@ -26,9 +26,9 @@ class ExpertsSection:
 
     Attributes:
         figures: the matrix of cosines, and the norms as bars.
-        norms: an expert's colour and norm, a row each; empty if a figure or a sentence shows the norms.
-        copies: the copies, what they are compared with, and what differs.
-        more_copies: how many rows of `copies` were left out.
+        norms: rows of an expert's colour and norm; empty if a figure or a sentence shows the norms.
+        copies: rows of experts, the expert they are copies of, and the differences.
+        more_copies: the number of rows omitted from `copies`.
         sentences: everything else.
     """
 
@@ -80,12 +80,12 @@ def _about_cosines(subject: Subject, similarity: Similarity) -> str:
     if any(group.copies for group in groups):
         sentences.append("Copies share a row and a column")
     if len(known) < len(pairs):
-        sentences.append("A gap: the shapes differ, a norm is not a number, or all entries are zero")
+        sentences.append("A gap means that shapes differ, a norm is not a number, or all entries are zero")
     return ". ".join(sentences) + "."
 
 
 def _about_pair(similarity: Similarity) -> list[str]:
-    """Return the cosine of two experts, which need no matrix."""
+    """Return the cosine of two experts as a sentence. Two need no matrix."""
     if len(similarity.groups) != 2:
         return []
     cosine = float(similarity.cosines[0, 1])

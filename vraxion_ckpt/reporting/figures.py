@@ -1,4 +1,4 @@
-"""The figures of a report, as data for plotly.js; the page sets the colours of text and lines."""
+"""The figures of a report, as data for plotly.js. The page's script sets the colours of text and lines."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Figure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure as the page shows it.
+    """A figure with its heading and caption.
 
     Attributes:
-        name: the id of its element.
-        title: a heading above it, or empty.
+        name: the id of its HTML element.
+        title: the heading above it, or empty.
     """
 
     name: str
@@ -42,25 +42,25 @@ class Drawn:
     caption: str
 
 
-# Values are written into the cells of a smaller matrix.
+# Larger matrices have no values in their cells.
 _MOST_WRITTEN = 12
-# There is a gap between the cells of a smaller matrix.
+# Larger matrices have no gaps between their cells.
 _MOST_APART = 24
-# The ids of more copies do not fit at an axis.
+# The ids of more copies do not fit on an axis.
 _MOST_LISTED = 3
 
 
 def ring_figure(one: Ring, hot: Hot | None, *, room: bool) -> Figure:
-    """Draw a ring: owners as sectors, visits as bars outside, the hot arc as a line inside.
+    """Draw a ring with owners as sectors, visits as bars outside, and the hot arc as a line inside.
 
     Args:
         one: the ring.
         hot: the hot arc.
-        room: whether to leave room for visits, so that two rings have the same scale.
+        room: whether to leave room for visits even if this ring has none, so that two rings have the same scale.
     """
     length = len(one.owners)
     ticks = ring_ticks(length)
-    side = 20 + 8 * len(f"{length:,}")  # the numbers beside the ring
+    side = 20 + 8 * len(f"{length:,}")  # room for the numbers next to the ring
     return {
         "data": [*map(_bar_trace, ring_bars(one, hot)), _label_trace(ring_labels(one))],
         "layout": {
@@ -116,7 +116,7 @@ def _label_trace(labels: Sequence[Label]) -> dict[str, Any]:
 
 
 def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None) -> Figure:
-    """Draw the experts' shares: a bar each, or of many experts a curve on which those of the split are marked."""
+    """Draw the experts' shares as bars. Many experts become a curve with the experts of the split marked."""
     number = max(map(len, shares.values()), default=0)
     many = number > MOST_BARS
     traces = [(_curve if many else _bars)(name, values) for name, values in shares.items()]
@@ -187,7 +187,7 @@ def _marks(expert: int, shares: Mapping[str, Sequence[float]]) -> dict[str, Any]
 
 
 def similarity_figure(similarity: Similarity) -> Figure:
-    """Draw the cosines between experts as a matrix; copies share a row and a column."""
+    """Draw the cosines between experts as a matrix. Copies share a row and a column."""
     names = [_name(group) for group in similarity.groups]
     cells = [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in similarity.cosines]
     gap = 1 if len(names) <= _MOST_APART else 0
@@ -220,7 +220,7 @@ def similarity_figure(similarity: Similarity) -> Figure:
 
 
 def _name(group: Group) -> str:
-    """Return the ids of a group's experts; of many, the first and how many more."""
+    """Return the ids of a group's experts. If there are many, return the first and the number of others."""
     ids = group.ids
     return ", ".join(map(str, ids)) if len(ids) <= _MOST_LISTED else f"{ids[0]} (+{len(ids) - 1})"
 

@@ -1,4 +1,4 @@
-"""Collect what a report shows of a checkpoint: rings, expert load, experts, and what changed."""
+"""Collect the content of a report: rings, expert load, experts, and changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vraxion_ckpt.reporting.similarity import Similarity, compare_experts
 from vraxion_ckpt.reporting.words import percent
 from vraxion_ckpt.wording import count
 
-# A larger matrix could not be read.
+# A larger matrix of cosines would be illegible.
 _MOST_COMPARED = 64
 _MOST_FLOWS = 3
 
@@ -46,7 +46,7 @@ class Hot:
     """The addresses that a split moves from a parent to its child.
 
     Attributes:
-        child: the expert that got them; None if the split is only planned.
+        child: the expert that received them; None if the split is only planned.
         arc: the shortest arc that covers them.
     """
 
@@ -58,14 +58,14 @@ class Hot:
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything that a report shows.
+    """The content of a report.
 
     Attributes:
-        shares: each expert's share, by what they are called: before, predicted, measured, after or now.
-        shares_of: of what they are shares, ``visits`` or ``addresses``.
+        shares: the experts' shares, keyed by before, predicted, measured, after or now.
+        shares_of: the quantity that is shared, ``visits`` or ``addresses``.
         signs: the expert load; None if no visits were given.
-        lifecycle: the rows that a file states, by expert.
-        changes: labels and texts of what differs from the checkpoint before.
+        lifecycle: the lifecycle rows by expert, without assumed ones.
+        changes: labels and descriptions of the differences from the checkpoint before.
     """
 
     name: str
@@ -92,15 +92,15 @@ def gather(
     visits_after: Weights | None,
     difference: Difference | None,
 ) -> Subject:
-    """Collect what a report shows.
+    """Collect the content of a report.
 
     Args:
-        checkpoint: the checkpoint.
-        before: the checkpoint before the split.
+        checkpoint: the checkpoint to show.
+        before: the checkpoint before the split, if given.
         signs: the expert load, if visits were given.
         visits: visits counted before the split, shape ``[L]``.
         visits_after: visits counted after training was resumed, shape ``[L]``.
-        difference: what differs between `before` and `checkpoint`.
+        difference: the difference between `before` and `checkpoint`.
     """
     hot = hot_arc(checkpoint, before, difference)
     rings = []
@@ -140,8 +140,8 @@ def _ring(checkpoint: Checkpoint, title: str, visits: Weights | None, counted: s
 def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Difference | None) -> Hot | None:
     """Return the addresses that moved from one expert to another, or None.
 
-    Of several such moves, this is the largest one to a new expert, else the largest one. If no address moved, it is
-    what the plan will move; without `before` and without a plan, what the last split moved.
+    If addresses moved between several pairs of experts, this is the largest move to a new expert, or else the largest
+    move. If none moved, these are the addresses of the plan. Without `before` and a plan, the last split's are used.
     """
     router = checkpoint.router_map
     if router is None or checkpoint.head is None:
@@ -170,7 +170,7 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
 def _shares(rings: Sequence[Ring], signs: ExpertLoads | None) -> tuple[dict[str, Sequence[float]], str]:
     """Return each expert's share of the visits, or of the addresses if no visits were given."""
     if signs is not None:
-        # Without a split there is no before and after.
+        # Without a split, there is no before and after.
         now = len(rings) == 1 and signs.predicted is None and signs.measured is None
         loads = {"now" if now else "before": signs.before, "predicted": signs.predicted, "measured": signs.measured}
         return {name: load.shares for name, load in loads.items() if load}, "visits"
@@ -231,7 +231,7 @@ def _headline(
 
 
 def _moved(flows: Sequence[Flow]) -> str:
-    """Say how many addresses moved between which experts; of many such moves, only how many addresses."""
+    """Describe the moves of addresses between experts. If there are many, give only the total."""
     if len(flows) > _MOST_FLOWS:
         return f"{count(sum(flow.addresses for flow in flows), 'address')} moved"
     first, *others = flows

@@ -1,4 +1,4 @@
-"""The page around the figures: one file that needs nothing else, and fetches nothing."""
+"""Render the HTML page as one self-contained file that fetches nothing from the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vraxion_ckpt.wording import listed
 
 _MOST_ROWS = 12
 _MOST_CHANGES = 40
-# A longer word may be broken after a separator.
+# Longer words may be broken after a separator.
 _LONG = 16
 _AFTER_SEPARATOR = re.compile(r"(?<=[/\\._:=-])(?=[^/\\._:=-])")
 
@@ -61,7 +61,7 @@ def _template() -> Template:
 
 
 def _breakable(value: object) -> Markup:
-    """Return a text as HTML in which long words, such as paths and parameter names, may be broken after separators."""
+    """Return a text as HTML that allows line breaks after separators in long words, such as paths."""
     words = re.split(r"(\s+)", printable(str(value)))
     return Markup("").join(Markup("<wbr>").join(_AFTER_SEPARATOR.split(w)) if len(w) > _LONG else w for w in words)
 

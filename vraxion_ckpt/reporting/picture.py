@@ -1,4 +1,4 @@
-"""The rings and the shares as a static picture, by matplotlib."""
+"""Draw the rings and the shares as a PNG with matplotlib."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from vraxion_ckpt.reporting.drawing import (
 from vraxion_ckpt.reporting.gather import Ring, Subject
 
 _STYLES = {"solid": "-", "dash": "--", "dot": ":"}
-# More experts have a part of the key of their own, with so many columns for each ring.
+# More experts than this get a separate part of the key, with this many columns for each ring.
 _FEW_EXPERTS = 4
 _KEY_COLUMNS = 10
 
 
 def draw(subject: Subject) -> bytes:
-    """Return the rings and the shares as a PNG, on white."""
+    """Return the rings and the shares as a PNG with a white background."""
     columns = max(1, len(subject.rings))
     height = 9.2 if subject.rings else 2.0
     figure = Figure(figsize=(6 * columns, height), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    # A name may hold characters that matplotlib would read as mathematics.
+    # Without parse_math=False, matplotlib would interpret $ in a name as mathematics.
     figure.suptitle(f"{in_one_line(subject.name)}\n{subject.headline}", fontsize=12, wrap=True, parse_math=False)
     if subject.rings:
         grid = figure.add_gridspec(3, columns, height_ratios=(1.9, 1, 0.01))
@@ -56,13 +56,13 @@ def draw(subject: Subject) -> bytes:
         figure.text(0.5, 0.3, "no ring of experts to draw", ha="center", fontsize=11)
     out = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # matplotlib draws a box instead
         figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
 def _key(figure: Figure, axes: Any, subject: Subject) -> None:
-    """Draw the key; many experts have a part of their own, in which only their numbers are written."""
+    """Draw the key. Many experts get a separate part with only their numbers."""
     axes.axis("off")
     key = key_entries(subject)
     experts = [entry for entry in key if entry.number and not entry.text]
@@ -70,7 +70,8 @@ def _key(figure: Figure, axes: Any, subject: Subject) -> None:
         key = [entry for entry in key if entry not in experts]
         columns = len(subject.rings) * _KEY_COLUMNS
         patches = [Patch(color=entry.colour, label=entry.number) for entry in experts]
-        by_column = [patch for column in range(columns) for patch in patches[column::columns]]  # as they are drawn
+        # matplotlib fills column by column; the ids should increase row by row.
+        by_column = [patch for column in range(columns) for patch in patches[column::columns]]
         title = f"experts; {note}" if (note := key_note(subject)) else "experts"
         options = {"frameon": False, "fontsize": 9, "handlelength": 1.2, "columnspacing": 0.9}
         axes.legend(handles=by_column, title=title, loc="upper center", ncols=columns, **options)
@@ -101,7 +102,7 @@ def _ring(axes: Any, one: Ring, subject: Subject, *, room: bool) -> None:
     axes.set_theta_direction(-1)
     axes.set_ylim(0, ring_radius(room=room))
     for artist in axes.patches:
-        artist.set_in_layout(False)  # the bars are inside the axes, and there are thousands
+        artist.set_in_layout(False)  # faster with thousands of bars, which are inside the axes anyway
     axes.set_yticks([])
     ticks = ring_ticks(length)
     axes.set_xticks([tick * math.tau / length for tick in ticks], [f"{tick:,}" for tick in ticks])

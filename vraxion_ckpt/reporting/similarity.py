@@ -1,4 +1,4 @@
-"""How similar experts are: cosines, norms, and which of them are copies of each other."""
+"""Compare experts: cosines, norms, and which of them are copies of each other."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
 from vraxion_ckpt.support import progress
 
-# A cosine that is rounded to 1.000 does not show how two experts differ.
+# Experts with at least this cosine count as copies, because a cosine of 1.000 does not show how they differ.
 _COPY = 0.9995
 _PIECE = 2**16
 
 
 @dataclass(frozen=True)
 class Copy:
-    """An expert that equals another one, or nearly does.
+    """An expert that equals another one or nearly does.
 
     Attributes:
         expert: its id.
         leaves: the names of the tensors that differ; empty if all are bit-identical.
-        measure: how those tensors differ; None if none does.
+        measure: the size of the difference; None if there is none.
     """
 
     expert: int
@@ -38,11 +38,11 @@ class Copy:
 
 @dataclass(frozen=True)
 class Group:
-    """Experts that are copies of each other; most groups have one member.
+    """Experts that are copies of each other. Most groups have one member.
 
     Attributes:
-        first: the id of the expert with which the others were compared.
-        copies: the others.
+        first: the id of the expert that the others were compared with.
+        copies: the other members.
     """
 
     first: int
@@ -56,14 +56,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How similar some experts are.
+    """The result of a comparison of experts.
 
     Attributes:
         ids: the experts that were compared, in ascending order.
-        norms: the Euclidean norm of all parameters of each expert, shape ``[len(ids)]``; NaN where an entry is not
+        norms: the Euclidean norm of all parameters of each expert, shape ``[len(ids)]``; NaN if an entry is not
             finite, has no numeric value, or is too large to be squared.
-        groups: the experts, copies together.
-        cosines: the cosine between the first experts of the groups, shape ``[len(groups), len(groups)]``; NaN where
+        groups: the experts, with copies in one group.
+        cosines: the cosine between the first experts of the groups, shape ``[len(groups), len(groups)]``; NaN if
             shapes differ, or a norm is NaN or zero.
     """
 
@@ -74,7 +74,7 @@ class Similarity:
 
 
 def compare_experts(experts: Mapping[int, Expert], ids: Sequence[int]) -> Similarity:
-    """Compare experts with each other, each taken as one vector of all its parameters."""
+    """Compare experts with each other, each as one vector of all its parameters."""
     ids = tuple(sorted(ids))
     cosines = np.full((len(ids), len(ids)), np.nan)
     norms = np.full(len(ids), np.nan)
@@ -98,8 +98,8 @@ def compare_experts(experts: Mapping[int, Expert], ids: Sequence[int]) -> Simila
 
 
 def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list[Group]:
-    """Put copies together; experts have the same shapes, and `cosines` is in their order."""
-    found: list[tuple[int, list[Copy]]] = []  # of each group, the place of its first expert
+    """Group copies. All experts must have the same shapes; rows of `cosines` are in their order."""
+    found: list[tuple[int, list[Copy]]] = []  # the first expert's position and the copies of each group
     ids = list(experts)
     for place, i in enumerate(ids):
         for first, copies in found:
@@ -107,7 +107,7 @@ def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list
             if cosine < _COPY:
                 continue
             copy = _copy(experts[ids[first]], i, experts[i], measured=cosine >= _COPY)
-            if cosine >= _COPY or not copy.leaves:  # a cosine may be NaN; then only an identical expert is a copy
+            if cosine >= _COPY or not copy.leaves:  # if the cosine is NaN, only an identical expert is a copy
                 copies.append(copy)
                 break
         else:
@@ -122,7 +122,7 @@ def _copy(original: Expert, expert: int, copy: Expert, *, measured: bool) -> Cop
 
 
 def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
-    """Return the scalar products of experts of the same shapes, shape ``[n, n]``; summed piece by piece in float64."""
+    """Return the scalar products of experts with the same shapes, as float64 of shape ``[n, n]``."""
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for leaf in experts[0]:
         flat = [expert[leaf].detach().reshape(-1) for expert in experts]
@@ -134,7 +134,7 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
 
 
 def _as_reals(tensor: Tensor) -> Tensor:
-    """Return a flat tensor as float64, a complex number as two of them; NaN where its dtype has no numeric values."""
+    """Return a flat tensor as float64, with two entries for a complex number, or NaN for dtypes without values."""
     numbers = as_numbers(tensor)
     if numbers is None:
         return torch.full((len(tensor),), torch.nan, dtype=torch.float64)

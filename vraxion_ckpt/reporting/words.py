@@ -1,4 +1,4 @@
-"""Numbers as texts of a report."""
+"""Format numbers for reports."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Conformance suites for plugins, with checkpoints to test them on; ``pip install vraxion-ckpt[testing]``.
+"""Conformance suites for plugins, and checkpoints to test with; ``pip install vraxion-ckpt[testing]``.
 
-Whoever writes an adapter or a transform subclasses `AdapterTests` or `TransformTests` in a test module, in a few
-lines, and pytest runs what every plugin must do; the built-in ones are tested so too. `samples` and `make` give
-checkpoints by hand, `checkpoints` generates them for hypothesis.
+A test module of a plugin subclasses `AdapterTests` or `TransformTests` in a few lines, and pytest runs the inherited
+tests. The built-in plugins are tested in the same way. `make` and `samples` return checkpoints; `checkpoints` generates
+them with hypothesis.
 """
 
 from vraxion_ckpt.testing.adapters import AdapterTests
-from vraxion_ckpt.testing.samples import DTYPES, RING, checkpoints, make, plain_values, samples, tensors
+from vraxion_ckpt.testing.samples import RING, make, samples
+from vraxion_ckpt.testing.strategies import DTYPES, checkpoints, plain_values, tensors
 from vraxion_ckpt.testing.transforms import TransformTests
 from vraxion_ckpt.testing.watch import untouched
 

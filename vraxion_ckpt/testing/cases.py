@@ -1,4 +1,4 @@
-"""Say which plugin, options and sample a failing test was about."""
+"""Add the plugin, its options and the sample to failures of the conformance suites."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _MOST_SHOWN = 20
 
 @contextmanager
 def case(name: str, options: Mapping[str, Any], sample: str | None = None) -> Iterator[None]:
-    """Add the plugin's name, its options and the sample, as a note, to whatever the block raises.
+    """Add a note with the plugin, its options and the sample to any exception from the block.
 
     Args:
-        name: of the adapter or transform.
-        options: as they were given.
-        sample: the name of the checkpoint in `samples()`, or None for another checkpoint.
+        name: name of the adapter or transform.
+        options: its options, as given.
+        sample: name of the checkpoint in `samples()`, or None if it is another checkpoint.
     """
     try:
         yield
-    except BaseException as error:  # a failure of pytest is no Exception
+    except BaseException as error:  # pytest's failures are not subclasses of Exception
         given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "none"
         error.add_note(f"plugin: {name}, options: {given}" + (f", sample: {sample}" if sample else ""))
         raise
 
 
 def named(test: _F) -> _F:
-    """Make a test of `AdapterTests` a `case` of its adapter, and of its parameter ``sample`` if it has one."""
+    """Run a test of `AdapterTests` within the `case` of its adapter and of its parameter ``sample``, if any."""
 
     @functools.wraps(test)
     def run(self: Any, *args: Any, **fixtures: Any) -> None:
@@ -45,10 +45,10 @@ def named(test: _F) -> _F:
 
 
 def assert_none(found: Iterable[object], what: str) -> None:
-    """Fail if anything is found, and list it.
+    """Fail if `found` is not empty.
 
     Raises:
-        AssertionError: `what`, and the first twenty things that were found.
+        AssertionError: with `what` and the first twenty items.
     """
     listed = list(found)
     more = [f"and {len(listed) - _MOST_SHOWN} more"] if listed[_MOST_SHOWN:] else []

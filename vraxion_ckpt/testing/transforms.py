@@ -1,4 +1,4 @@
-"""What every transform must do."""
+"""The conformance suite for transforms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
@@ -26,7 +25,8 @@ from vraxion_ckpt.plugins.discovery import adapters
 from vraxion_ckpt.plugins.options import configure, resolved
 from vraxion_ckpt.plugins.transform import Step, Transform
 from vraxion_ckpt.testing.cases import assert_none, case
-from vraxion_ckpt.testing.samples import checkpoints, samples
+from vraxion_ckpt.testing.samples import samples
+from vraxion_ckpt.testing.strategies import run_on_generated
 from vraxion_ckpt.testing.watch import changed_files, contents, untouched, written
 
 Case = tuple[Mapping[str, Any], str]
@@ -44,7 +44,7 @@ _ORDERS: Mapping[str, Callable[[list[str]], list[str]]] = {
 
 
 class TransformTests:
-    """Test a transform: subclass this, name the transform and calls that work, and pytest runs the rest.
+    """Test a transform. Subclass this, name the transform and calls that work; pytest runs the inherited tests.
 
     ::
 
@@ -54,10 +54,10 @@ class TransformTests:
             refused = [({"expert": 7}, "experts", "no expert 7")]
 
     Attributes:
-        transform: the class.
-        accepted: options, as a user gives them, and the name of a sample that they work on; at least one.
-        refused: the same with a part of the message that refuses them.
-        examples: how many generated checkpoints to try; the same ones every time.
+        transform: the transform's class.
+        accepted: at least one pair of options, as a user gives them, and the name of a sample that they work on.
+        refused: options, the name of a sample, and a part of the error message.
+        examples: the number of generated checkpoints to try. They are the same in every run.
     """
 
     transform: ClassVar[type[Transform]]
@@ -66,36 +66,36 @@ class TransformTests:
     examples: ClassVar[int] = 50
 
     def run(self, options: Mapping[str, Any], checkpoint: Checkpoint) -> Checkpoint:
-        """Run the transform as a chain of one, which must leave its input alone."""
+        """Run the transform as a chain of one step. Fail if it changes its input."""
         transform = configure(self.transform, options)
         with untouched(checkpoint):
             after, _ = apply_chain(checkpoint, [Step(transform, "tests", "0")])
         return after
 
     def case(self, options: Mapping[str, Any], sample: str | None = None) -> AbstractContextManager[None]:
-        """Name these options and this sample in whatever fails in a ``with`` block."""
+        """Return a context manager that adds these options and the sample to failures."""
         return case(self.transform.name, options, sample)
 
     def assert_sound(self, options: Mapping[str, Any], before: Checkpoint, after: Checkpoint) -> None:
-        """Hold a result to what must be true after every chain."""
+        """Check the invariants of every chain: consistency, preservation of the function, history."""
         listed = [*invariants.invariant_findings(after), *invariants.sharing_findings(before, after)]
         if not any(missing_parameters(before)):
             listed += missing_parameters(after)
         assert_none(listed, "the result is inconsistent")
         noise = effect_of(Step(configure(self.transform, options), "tests", "0")).noise
         preservation = invariants.preservation(before, after, noise)
-        assert preservation is None or preservation.as_asked, f"the function was to be preserved: {preservation}"
+        assert preservation is None or preservation.as_asked, f"the function must be preserved: {preservation}"
         for name, tensor in before.core.items() if noise is not None else ():
             kept = tensor is before.router_map or (name in after.core and same_bits(tensor, after.core[name]))
-            assert kept, f"the function was to be preserved, and {name} has changed"
+            assert kept, f"the function must be preserved, but {name} has changed"
         names = [record.name for record in after.history]
-        told = after.history[:-1] == before.history and names[-1:] == [self.transform.name]
-        assert told, f"the history must be that of the input and one record of {self.transform.name}, and is {names}"
+        recorded = after.history[:-1] == before.history and names[-1:] == [self.transform.name]
+        assert recorded, f"the history must end with one new record of {self.transform.name}; it is {names}"
 
     # --- calls that work ---
 
-    def test_what_is_to_work_works(self) -> None:
-        assert self.accepted, "give at least one call that works"
+    def test_accepted_calls_give_a_consistent_result(self) -> None:
+        assert self.accepted, "`accepted` needs at least one call"
         for options, sample in self.accepted:
             with self.case(options, sample):
                 before = samples()[sample]
@@ -105,9 +105,9 @@ class TransformTests:
         for options, sample in self.accepted:
             with self.case(options, sample):
                 one, other = (self.run(options, samples()[sample]) for _ in range(2))
-                assert_none(checkpoint_differences(one, other), "a second run gave something else")
+                assert_none(checkpoint_differences(one, other), "a second run gave another result")
 
-    def test_files_that_are_mapped_are_left_alone(self, tmp_path: Path) -> None:
+    def test_mapped_files_are_not_written(self, tmp_path: Path) -> None:
         for number, (options, sample) in enumerate(self.accepted):
             for name, adapter in _formats().items():
                 with self.case(options, sample):
@@ -117,7 +117,9 @@ class TransformTests:
                     mapped.open_experts()
                     self.run(options, mapped)
                     mapped.sources.check_unchanged()
-                    assert_none(changed_files(before, contents(path)), f"wrote into files of the format {name}")
+                    assert_none(
+                        changed_files(before, contents(path)), f"the transform wrote to files of the format {name}"
+                    )
 
     def test_the_order_of_the_state_dict_does_not_matter(self) -> None:
         for options, sample in self.accepted:
@@ -127,16 +129,16 @@ class TransformTests:
                 turned.head.position = len(turned.core) - turned.head.position
             places = {name: place for place, name in enumerate(turned.state_dict())}
             for group in turned.optimizer.groups if turned.optimizer else ():
-                group.params.sort(key=places.__getitem__)  # a trainer's optimizer follows the model
+                group.params.sort(key=places.__getitem__)  # a trainer's optimizer has the order of the model
             with self.case(options, sample):
                 one, other = self.run(options, usual), self.run(options, turned)
                 assert_none(
-                    differences(_by_name(one), _by_name(other)), "a state dict in another order gave something else"
+                    differences(_by_name(one), _by_name(other)), "a state dict in another order gave another result"
                 )
 
     @pytest.mark.parametrize("order", list(_ORDERS))
     def test_the_optimizer_keeps_the_order_of_its_trainer(self, order: str) -> None:
-        """A trainer that orders its parameters by another rule must find their state where it will look for it."""
+        """Trainers order their parameters by different rules. The result must follow the rule of the input."""
         arrange = _ORDERS[order]
         for options, sample in self.accepted:
             usual, turned = samples()[sample], samples()[sample]
@@ -149,11 +151,11 @@ class TransformTests:
                 try:
                     other = self.run(options, turned).optimizer
                 except BindingError:
-                    continue  # refused: two rules explain the order
-                assert after is not None, "the optimizer is gone"
-                assert other is not None, f"the optimizer, whose order was {order}, is gone"
+                    continue  # refused, because two rules explain the order
+                assert after is not None, "the optimizer is missing from the result"
+                assert other is not None, f"the optimizer with the order {order} is missing from the result"
                 found, expected = [g.params for g in other.groups], [arrange(g.params) for g in after.groups]
-                assert found == expected, f"the order was {order}; it is {found}, not {expected}"
+                assert found == expected, f"the order was {order}; the result has {found}, not {expected}"
                 state, turned_state = (dict(sorted(each.state.items())) for each in (after, other))
                 assert_none(differences(state, turned_state), f"the order was {order}; the optimizer's state differs")
 
@@ -167,16 +169,16 @@ class TransformTests:
                     expected = adapter_calls.held(adapter, after)
                     assert_none(checkpoint_differences(expected, found), f"the format {name} changed the result")
 
-    # --- calls that do not ---
+    # --- calls that are refused ---
 
-    def test_what_is_to_be_refused_is_refused(self) -> None:
+    def test_refused_calls_raise_the_given_message(self) -> None:
         for options, sample, message in self.refused:
             checkpoint = samples()[sample]
             with self.case(options, sample):
                 with untouched(checkpoint), pytest.raises(CkptError) as refusal:
                     self.run(options, checkpoint)
-                said = str(refusal.value)
-                assert message in said, f"it was to be refused with {message!r}, and was with {said!r}"
+                raised = str(refusal.value)
+                assert message in raised, f"the error must contain {message!r}, but is {raised!r}"
 
     @pytest.mark.parametrize("sample", list(samples()))
     def test_any_checkpoint_is_transformed_soundly_or_refused(self, sample: str) -> None:
@@ -185,29 +187,21 @@ class TransformTests:
                 self._sound_or_refused(options, samples()[sample])
 
     def test_generated_checkpoints_are_transformed_soundly_or_refused(self) -> None:
-        @settings(
-            max_examples=self.examples,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-            report_multiple_bugs=False,  # pytest shows the notes of one failure, not those of a group
-        )
-        @given(checkpoints())
         def sound_or_refused(checkpoint: Checkpoint) -> None:
             for options, _ in self.accepted:
                 with self.case(options):
                     self._sound_or_refused(options, checkpoint)
 
-        sound_or_refused()
+        run_on_generated(sound_or_refused, self.examples)
 
     def _sound_or_refused(self, options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         before = replace(checkpoint)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CkptWarning)  # what is odd about it may be said
+            warnings.simplefilter("ignore", CkptWarning)
             try:
                 after = self.run(options, checkpoint)
             except PluginError:
-                raise  # it did not refuse, it failed
+                raise  # a bug in the transform
             except CkptError:
                 return
         self.assert_sound(options, before, after)
@@ -236,11 +230,11 @@ class TransformTests:
 
 
 def _formats() -> dict[str, Adapter]:
-    """Return every installed format that needs no options."""
+    """Return an adapter of every installed format, with default options."""
     return {name: configure(kind, {}) for name, kind in adapters().items()}
 
 
 def _by_name(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Return tensors and optimizer state in an order that depends on their names alone."""
+    """Return tensors and optimizer state, sorted by name."""
     state = checkpoint.optimizer.state if checkpoint.optimizer else {}
     return [dict(sorted(checkpoint.state_dict().items())), dict(sorted(state.items()))]

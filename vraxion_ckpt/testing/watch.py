@@ -1,4 +1,4 @@
-"""Notice a change of what must not change: a checkpoint in memory, files on disk."""
+"""Detect changes of a checkpoint in memory and of files on disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from vraxion_ckpt.plugins.adapter import Adapter
 def untouched(checkpoint: Checkpoint) -> Iterator[None]:
     """Fail if the block changes a checkpoint's containers, its tensors, or global random state.
 
-    Tensors are compared bit by bit with a copy, which shows what was written through ``.data`` or ``.numpy()``, and by
-    torch's version counters, which a write counts up even if it writes what was there already.
+    Tensors are compared with a copy bit by bit, which detects writes through ``.data`` or ``.numpy()``. Torch's version
+    counters are compared, too: they detect writes that do not change a value.
     """
     before, versions, state = copy.deepcopy(checkpoint), _versions(checkpoint), _random_state()
     yield
     changed = list(checkpoint_differences(before, checkpoint))
     changed += differences(before.param_names, checkpoint.param_names, "param_names")
-    assert not changed, "changed its input: " + "; ".join(changed)
+    assert not changed, "the input was changed: " + "; ".join(changed)
     written = [name for name, version in _versions(checkpoint).items() if versions.get(name) != version]
-    assert not written, f"wrote into {', '.join(written)}"
+    assert not written, f"tensors were written to: {', '.join(written)}"
     moved = list(differences(state, _random_state(), "global random state"))
     assert not moved, "; ".join(moved)
 
@@ -49,7 +49,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def written(adapter: Adapter, checkpoint: Checkpoint, path: Path) -> Path:
-    """Write what a format holds of a checkpoint to a new path, and return that."""
+    """Write the part of a checkpoint that the format can hold to a new path. Return the path."""
     if adapter_calls.is_directory(adapter):
         path.mkdir()
     adapter_calls.write(adapter, adapter_calls.held(adapter, checkpoint), path)
@@ -57,14 +57,14 @@ def written(adapter: Adapter, checkpoint: Checkpoint, path: Path) -> Path:
 
 
 def contents(path: Path) -> dict[Path, bytes]:
-    """Return what the files of a checkpoint hold, by their names in it."""
+    """Return the content of each file of a checkpoint by its relative path."""
     files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
     return {file.relative_to(path): file.read_bytes() for file in files}
 
 
 def changed_files(before: Mapping[Path, bytes], after: Mapping[Path, bytes]) -> list[str]:
-    """List the files that are in only one of two `contents`, or differ."""
-    listed = [f"{name} is gone" for name in before.keys() - after.keys()]
+    """Describe the files that are missing, new or different between two results of `contents`."""
+    listed = [f"{name} is missing" for name in before.keys() - after.keys()]
     listed += [f"{name} is new" for name in after.keys() - before.keys()]
     listed += [f"{name} differs" for name in before.keys() & after.keys() if before[name] != after[name]]
     return sorted(listed)

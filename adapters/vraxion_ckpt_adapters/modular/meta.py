@@ -26,19 +26,18 @@ from vraxion_ckpt.plugin_api import (
 )
 
 META = "experts/meta.json"
-_DIALECT = "meta"  # under this name the dialect is recorded
-_MOST_NAMED = 8
+_DIALECT = "meta"  # the name under which `Origin` records the dialect
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
 
 @dataclass(frozen=True)
 class MetaDialect:
-    """How one meta.json is spelt; the defaults are the offline exploder's way, ours where no other is known.
+    """The variant of a meta.json. The defaults are the offline exploder's, which is written if no other is known.
 
     Attributes:
-        keys: its entries in order.
-        row_keys: the entries of a row in order.
-        entries: those that follow from nothing else.
+        keys: the keys in order.
+        row_keys: the keys of a row in order.
+        entries: the entries that cannot be derived from the rest of the checkpoint.
     """
 
     keys: tuple[str, ...] = ("source_checkpoint", "num_experts", "experts")
@@ -50,7 +49,14 @@ _META_DIALECT = TypeAdapter(MetaDialect)
 
 
 def read_meta(path: Path, context: ReadContext, parsed: Parsed) -> dict[str, Any] | None:
-    """Read meta.json, or return None, with a warning, where there is none; refuse one of another save."""
+    """Read meta.json and compare it with router.state.
+
+    Returns:
+        Its content. None if the file is missing; then there is a warning.
+
+    Raises:
+        InconsistentError: it is malformed, or belongs to another save than router.state.
+    """
     if not os.path.lexists(path):
         warnings.warn(f"{path} is missing; lifecycle rows are rebuilt", CkptWarning, stacklevel=2)
         return None
@@ -61,7 +67,7 @@ def read_meta(path: Path, context: ReadContext, parsed: Parsed) -> dict[str, Any
 
 
 def parse_meta(path: Path) -> dict[str, Any]:
-    """Read meta.json, whatever it says."""
+    """Read meta.json without comparing it with router.state."""
     meta = load_json(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("experts"), list):
         raise InconsistentError("must be an object with a list `experts`", path=path)
@@ -69,16 +75,17 @@ def parse_meta(path: Path) -> dict[str, Any]:
 
 
 def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
-    """Refuse a meta.json of another save than router.state."""
+    """Raise InconsistentError if meta.json belongs to another save than router.state."""
     stated = meta.get("num_experts")
     if type(stated) is not int:
-        raise InconsistentError(f"must be a whole number, not {stated!r}", path=path, key="num_experts")
+        raise InconsistentError(f"num_experts must be a whole number, not {stated!r}", path=path, key="num_experts")
     if parsed.num_experts not in (None, stated):
-        raise InconsistentError(f"is {stated}, router.state says {parsed.num_experts}", path=path, key="num_experts")
+        message = f"num_experts is {stated}, but {parsed.num_experts} in router.state"
+        raise InconsistentError(message, path=path, key="num_experts")
     step = parsed.checkpoint.payload.get("step")
     if "step" in meta and (type(meta["step"]) is not type(step) or meta["step"] != step):
         raise InconsistentError(
-            f"is {meta['step']!r}, router.state has step {step!r}: parts of two saves",
+            f"step is {meta['step']!r}, but {step!r} in router.state: the files are parts of two saves",
             path=path,
             key="step",
             hint="a trainer was probably killed while saving; use an older checkpoint",
@@ -86,30 +93,30 @@ def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
 
 
 def listed_as_deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
-    """Return the experts that a trainer lists as garbage-collected, whether their shards are gone or not."""
+    """Return the ids that meta.json lists as deleted. Their shards may still exist."""
     listed = (meta or {}).get("deleted", [])
     path = root / META
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < num_experts for i in listed):
-        raise InconsistentError(f"must list expert ids below {num_experts}", path=path, key="deleted")
+        raise InconsistentError(f"deleted must be a list of expert ids below {num_experts}", path=path, key="deleted")
     if len(set(listed)) != len(listed):
-        raise InconsistentError("lists an expert twice", path=path, key="deleted")
+        raise InconsistentError("deleted lists an expert twice", path=path, key="deleted")
     return frozenset(listed)
 
 
 def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
-    """Return the lifecycle rows by expert; there must be one for each."""
+    """Return the lifecycle rows by expert id. Raise InconsistentError unless there is one for each expert."""
     path = root / META
     rows: dict[int, Lifecycle] = {}
     for place, row in enumerate(meta["experts"]):
         key = f"experts[{place}]"
         if not isinstance(row, dict) or type(row.get("id")) is not int:
-            raise InconsistentError("must be an object with a whole number `id`", path=path, key=key)
+            raise InconsistentError("a row must be an object with a whole number `id`", path=path, key=key)
         if row["id"] in rows:
-            raise InconsistentError(f"is a second row for expert {row['id']}", path=path, key=key)
+            raise InconsistentError(f"expert {row['id']} has a second row", path=path, key=key)
         rows[row["id"]] = _row_from_json(row, path, key)
     if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
         raise InconsistentError(
-            f"has {count(len(rows), 'row')} for {count(num_experts, 'expert')}", path=path, key="experts"
+            f"meta.json has {count(len(rows), 'row')} for {count(num_experts, 'expert')}", path=path, key="experts"
         )
     return dict(sorted(rows.items()))
 
@@ -128,8 +135,8 @@ def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
     return Lifecycle(**known, extra={k: v for k, v in row.items() if k != "id" and k not in _ROW_KEYS})
 
 
-def row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return a row as it is written, its entries in the order of `keys`."""
+def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return a row as JSON, with its entries in the order of `keys`."""
     known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
     more = [key for key in _ROW_KEYS if key not in keys and known[key] != getattr(Lifecycle, key)]
     entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)
@@ -138,7 +145,7 @@ def row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str,
 
 
 def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
-    """Note how meta.json is spelt; other formats need to carry that only if it is not the exploder's way."""
+    """Record the variant of meta.json in the origin. Other formats keep it only if it is not the exploder's."""
     if meta is None:
         return origin
     rows = meta["experts"]
@@ -154,46 +161,65 @@ def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
 
 
 def without_meta(origin: Origin) -> Origin:
-    """Return an origin without the dialect of meta.json, which meta.json itself shows."""
+    """Remove the recorded variant, which need not be stored besides meta.json itself."""
     return origin.without_dialects(_DIALECT)
 
 
-def recorded_meta(origin: Origin) -> MetaDialect:
-    """Return how meta.json was spelt in the source, or the exploder's way."""
+def _recorded_meta(origin: Origin) -> MetaDialect:
     try:
         return _META_DIALECT.validate_python(origin.dialect(_DIALECT) or origin.local.get(_DIALECT) or MetaDialect())
     except ValidationError:
-        raise InconsistentError("is no spelling of meta.json", key="vraxion_ckpt.dialects.meta") from None
+        message = "the recorded variant of meta.json is malformed"
+        raise InconsistentError(message, key="vraxion_ckpt.dialects.meta") from None
 
 
 def rows_of(
     checkpoint: Checkpoint, meta: dict[str, Any] | None, listed: frozenset[int], root: Path
 ) -> dict[int, Lifecycle]:
-    """Return the lifecycle row of every expert, assumed where meta.json has none.
+    """Return the lifecycle row of every expert, with assumed values if meta.json has no rows.
 
     Args:
         checkpoint: with its head.
-        meta: what meta.json holds, if there is one.
-        listed: the experts that it lists as deleted; those whose tensors are there are live, and a warning says so.
+        meta: the content of meta.json, if it exists.
+        listed: the experts that it lists as deleted. One whose tensors exist is treated as live, with a warning.
         root: the checkpoint's directory.
     """
     head = checkpoint.head
     unknown = {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
     if meta is None or head is None:
         return unknown
-    without = head.kind is HeadKind.SINGLE and not meta["experts"]  # as the exploder writes it
-    rows = unknown if without else parse_rows(meta, checkpoint.num_experts, root)
+    # The exploder writes no row for a single head.
+    rows_omitted = head.kind is HeadKind.SINGLE and not meta["experts"]
+    rows = unknown if rows_omitted else parse_rows(meta, checkpoint.num_experts, root)
     collected = sorted(listed & head.experts.keys())
     if collected:
         message = (
-            f"{root / META}: lists {numbered('expert', collected)} as deleted, but the weights are there: "
-            "read as live, as trainers do"
+            f"{root / META}: lists {numbered('expert', collected)} as deleted, but the shards exist; "
+            "they are read as live experts, as trainers do"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
     return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
 
 
-def is_without_rows(checkpoint: Checkpoint, dialect: MetaDialect) -> bool:
-    """Tell whether no row is to be written: as the exploder does of a single head, while nobody has stated one."""
+def meta_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the content of meta.json in the variant of the source; in the exploder's if the source had none."""
+    origin = checkpoint.origin
+    dialect = _recorded_meta(origin)
     single = checkpoint.head is not None and checkpoint.head.kind is HeadKind.SINGLE
-    return single and checkpoint.has_no_rows and "step" not in dialect.keys
+    # The exploder writes no row for a single head. Known rows are written nevertheless.
+    without_rows = single and checkpoint.has_no_rows and "step" not in dialect.keys
+    rows = {} if without_rows else checkpoint.lifecycle
+    deleted = checkpoint.head.deleted if checkpoint.head else frozenset()
+    known: dict[str, Any] = {
+        "source_checkpoint": origin.path.name if origin.path else "",
+        "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
+        "step": checkpoint.payload.get("step"),
+        "experts": [],
+        "deleted": sorted(deleted.union(i for i, row in checkpoint.lifecycle.items() if row.collected)),
+    }
+    entries = {**known, **dialect.entries}
+    keys = list(dialect.keys)
+    if known["deleted"] and "deleted" not in keys:
+        keys.append("deleted")
+    entries["experts"] = [_row_to_json(i, row, dialect.row_keys) for i, row in sorted(rows.items())]
+    return {key: entries[key] for key in keys if key in entries}

@@ -40,16 +40,16 @@ def shard_name(expert: int) -> str:
 
 
 def list_shards(folder: Path) -> dict[int, Path]:
-    """List what has the name of a shard, by expert."""
+    """Return the paths with the name of a shard, by expert id."""
     found = ((SHARD.fullmatch(name), name) for name in _names(folder))
     return dict(sorted((int(match[1]), folder / name) for match, name in found if match))
 
 
 def check_names(folder: Path) -> None:
-    """Refuse a shard with a name that a loader does not look for."""
+    """Raise InconsistentError if a shard's name is not one that loaders look for, such as expert_1.pt."""
     for name in sorted(_names(folder)):
         if name.startswith("expert_") and name.endswith(".pt") and not SHARD.fullmatch(name):
-            message = "a shard is called expert_<id>.pt, its id in three digits or more"
+            message = "a shard must be named expert_<id>.pt, with an id of at least three digits"
             raise InconsistentError(message, path=folder / name)
 
 
@@ -57,62 +57,73 @@ def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     try:
-        return os.listdir(folder)  # noqa: PTH208 - there may be thousands
+        return os.listdir(folder)  # noqa: PTH208 - faster for thousands of files
     except OSError as error:
         raise StorageError.from_os_error(error, folder) from error
 
 
 def below(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
-    """Return the shards that a loader of a model with so many experts looks at."""
+    """Return the shards that a loader of a model with `num_experts` experts opens."""
     return {expert: path for expert, path in shards.items() if expert < num_experts}
 
 
 def leftovers(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
-    """Return the shards that such a loader does not look at; a folder called like a shard is none."""
+    """Return the shards that a loader of a model with `num_experts` experts ignores. Folders do not count."""
     return {i: path for i, path in shards.items() if i >= num_experts and (path.is_symlink() or not path.is_dir())}
 
 
 def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
-    """Say which shards are not looked at, and why."""
+    """Warn that some shards are ignored.
+
+    Args:
+        ids: the experts of these shards.
+        why: the reason, as a clause.
+        root: the checkpoint's directory.
+    """
     names = listed([shard_name(expert) for expert in ids])
     message = (
         f"{root / 'experts'}: {names} {'are' if len(ids) > 1 else 'is'} left from an earlier save and ignored, "
-        f"as trainers do, since {why}; edit keeps such files, convert leaves them out"
+        f"as trainers do, because {why}; edit keeps such files, convert does not copy them"
     )
     warnings.warn(message, CkptWarning, stacklevel=4)
 
 
 def check_file(expert: int, path: Path) -> Path:
-    """Return the path of a shard; refuse one that cannot be one, even where it need not be opened."""
+    """Return the path of a shard. Raise InconsistentError if it is not a regular file or is empty."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise InconsistentError("a shard must be a regular file", path=path)
     if not status.st_size:
-        raise InconsistentError(f"the shard of expert {expert} is damaged: is empty", path=path)
+        raise InconsistentError(f"the shard of expert {expert} is empty", path=path)
     return path
 
 
 def check_complete(shards: Collection[int], deleted: frozenset[int], num_experts: int, root: Path) -> None:
-    """Refuse a directory in which an expert has no shard and is not listed as deleted."""
+    """Raise InconsistentError if an expert has no shard and is not listed as deleted."""
     present = deleted.union(shards)
     if len(present) != num_experts:
         missing = next(i for i in range(len(present) + 1) if i not in present)
-        message = f"{shard_name(missing)} is missing; num_experts is {num_experts}"
+        message = f"{shard_name(missing)} is missing, but num_experts is {num_experts}"
         raise InconsistentError(message, path=root / "experts")
 
 
 def content_of(expert: Expert) -> dict[str, Tensor]:
-    """Return what the shard of an expert holds."""
+    """Return the content of an expert's shard: leaf name → tensor."""
     return {leaf: _compact(tensor) for leaf, tensor in expert.items()}
 
 
 def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
-    """Return a file of torch.save whose value is made when it is needed."""
+    """Describe a file that `torch.save` writes.
+
+    Args:
+        content: equal for files with the same content.
+        value: returns the object to save. It is called only when the file is written or measured.
+    """
     return OutputFile(content, lambda path: save_torch_file(value(), path), lambda: torch_file_size(value()))
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
-    """Return the parameters of each expert, as param_names lists them."""
+    """Return the names of each expert's parameters according to param_names."""
     leaves: dict[int, set[str]] = {}
     for name in param_names or ():
         if found := re.fullmatch(r"head\.experts\.([0-9]{1,9})\.(.+)", name):
@@ -121,7 +132,11 @@ def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]
 
 
 def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadContext) -> dict[str, Tensor]:
-    """Open a shard; refuse one that is damaged, or lacks `leaves`."""
+    """Open a shard.
+
+    Raises:
+        InconsistentError: it is damaged, is not a dict of tensors, or lacks one of `leaves`.
+    """
     try:
         shard = context.load_torch(path)
     except CorruptError as error:
@@ -131,7 +146,7 @@ def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadCo
         raise InconsistentError(f"the shard of expert {expert} holds no tensors", path=path)
     for leaf, tensor in shard.items():
         if not isinstance(leaf, str) or not isinstance(tensor, Tensor):
-            raise InconsistentError(f"the shard of expert {expert} holds something else than tensors", path=path)
+            raise InconsistentError(f"the shard of expert {expert} has an entry that is not a tensor", path=path)
     if leaves is not None and not leaves <= shard.keys():
         lacking = ", ".join(sorted(leaves - shard.keys()))
         raise InconsistentError(f"the shard of expert {expert} lacks {lacking}", path=path)
@@ -139,9 +154,10 @@ def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadCo
 
 
 def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, Path]) -> int | None:
-    """Return another expert whose shard is not as large, though plain linear experts are alike: there, look closer.
+    """Return another expert whose shard has a different file size, or None.
 
-    So that a shard that does not fit is seen even where no other need be opened.
+    The shards of linear experts should all have the same size. Comparing two of a different size finds a shard that
+    does not fit even if no other shard would be opened.
     """
     other = next((i for i in shards if i != expert), None)
     if other is None or any("." in leaf for leaf in tensors):
@@ -150,20 +166,23 @@ def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, P
 
 
 def check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
-    """Refuse a shard that a loader would skip because it does not fit in where another one does."""
-    for leaf, what in unfit(tensors, model, (f"the shard of expert {expert}", f"that of expert {other}")):
+    """Raise InconsistentError if a shard's tensors do not have the shapes of another expert's.
+
+    A trainer's loader would skip such a shard.
+    """
+    for leaf, what in unfit(tensors, model, (f"the shard of expert {expert}", f"the shard of expert {other}")):
         raise InconsistentError(what, path=path, key=leaf)
 
 
 def tied_across_files(checkpoint: Checkpoint) -> set[str]:
-    """Name the experts' tensors that share memory with a tensor of another file."""
+    """Return the names of expert tensors that share memory with a tensor in another file."""
     if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
         return set()
     slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
     router: list[tuple[tuple[int | None, str], Tensor]] = [
         ((None, name), tensor) for name, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots])
     ]
-    # Experts that were not opened come from files of their own.
+    # An expert that was not opened comes from a file of its own, so it shares no memory.
     opened = [(i, expert) for i, expert in checkpoint.head.experts.items() if expert.is_open]
     experts = [((i, checkpoint.head.prefix(i) + leaf), t) for i, expert in opened for leaf, t in expert.items()]
     return {
@@ -175,7 +194,7 @@ def tied_across_files(checkpoint: Checkpoint) -> set[str]:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Return a tensor whose storage holds nothing else: torch.save writes whole storages."""
+    """Return a tensor that fills its storage, because torch.save writes whole storages."""
     if fills_storage(tensor):
         return tensor
     copy = tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""Hold both plugins to what every plugin must do, and show what is special about them."""
+"""Run the conformance suites on both plugins, and test what they do beyond."""
 
 import numpy as np
 from vraxion_ckpt_npy.folder import NpyAdapter

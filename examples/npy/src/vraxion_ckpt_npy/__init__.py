@@ -1,1 +1,1 @@
-"""Checkpoints as folders of .npy files, and addresses handed from expert to expert."""
+"""Checkpoints as folders of .npy files, and a transform that reassigns addresses."""

@@ -1,4 +1,4 @@
-"""A folder of ``.npy`` files, one a tensor, and ``manifest.json``: which file is which, and all that is no tensor."""
+"""A folder with a ``.npy`` file for each tensor, and ``manifest.json`` with the file names and everything else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vraxion_ckpt.plugin_api import (
 )
 
 MANIFEST = "manifest.json"
-# What both torch and numpy know; the document stores everything else as bytes.
+# The dtypes that torch and numpy share. The document stores tensors of other dtypes as bytes.
 DTYPES = frozenset(
     {
         *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -68,13 +68,13 @@ class NpyAdapter(Adapter):
 
     def foreign_files(self, path: Path) -> list[Path]:
         known = {MANIFEST}
-        with suppress(CkptError):  # without a manifest nothing is known to be ours
+        with suppress(CkptError):  # without a readable manifest, every file is foreign
             known |= set(_read_manifest(path / MANIFEST, ReadContext())["files"].values())
         return sorted(entry for entry in path.iterdir() if entry.name not in known)
 
 
 def _is_name(name: str) -> bool:
-    """Any text is a key of a JSON object, except what is no text at all."""
+    """Return whether a tensor name can be a JSON key. Lone surrogates cannot be encoded."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -86,42 +86,44 @@ def _read_manifest(path: Path, context: ReadContext) -> dict[str, Any]:
     _refuse_link(path)
     manifest = context.load_json(path)
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "version", "files", "document"}:
-        raise InconsistentError("is no manifest: needs format, version, files and document", path=path)
+        raise InconsistentError(
+            "the manifest must have exactly the keys format, version, files and document", path=path
+        )
     if (manifest["format"], manifest["version"]) != ("npy", 1):
-        raise InconsistentError("is of another format or version", path=path)
+        raise InconsistentError("the manifest must have format npy and version 1", path=path)
     files = manifest["files"]
     if not isinstance(files, dict) or not all(isinstance(f, str) and _FILE.fullmatch(f) for f in files.values()):
-        raise InconsistentError("must name a file like 00001.npy for each tensor", path=path, key="files")
+        raise InconsistentError("files must name a file like 00001.npy for each tensor", path=path, key="files")
     return manifest
 
 
 def _refuse_link(path: Path) -> None:
-    """Refuse a symbolic link, which may lead out of the folder."""
+    """Raise InconsistentError for a symbolic link, which may lead out of the folder."""
     if path.is_symlink():
         raise InconsistentError("must not be a symbolic link", path=path)
 
 
 def _read_tensor(path: Path, context: ReadContext) -> Tensor:
-    """Map a tensor: it is private to this process, and read when it is needed."""
+    """Map a tensor. It is read when it is needed, and writing to it does not change the file."""
     _refuse_link(path)
     try:
         with context.open(path) as file:
             if read_magic(file) != (1, 0):
-                raise CorruptError("is of a version that is not written here", path=path)
+                raise CorruptError("must be a .npy file of version 1.0", path=path)
             shape, in_columns, dtype = read_array_header_1_0(file)
             offset = file.tell()
         count = math.prod(shape)
         if in_columns or dtype.hasobject or offset + count * dtype.itemsize != path.stat().st_size:
-            raise CorruptError("its header does not describe the bytes that follow it", path=path)
-        # numpy cannot map what is empty.
+            raise CorruptError("the header does not match the size or layout of the data", path=path)
+        # numpy cannot map an empty array.
         array = np.memmap(path, dtype, "c", offset, shape) if count else np.empty(shape, dtype)
         tensor = torch.from_numpy(np.asarray(array))
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     except CkptError:
         raise
-    except Exception as error:  # what numpy raises for a damaged header is not one class
-        raise CorruptError(f"numpy cannot read it: {error}", path=path) from error
+    except Exception as error:  # numpy raises several classes for a damaged header
+        raise CorruptError(f"numpy cannot read the file: {error}", path=path) from error
     return tensor
 
 
@@ -136,5 +138,5 @@ def _write_tensor(tensor: Tensor, path: Path) -> None:
 
 @hookimpl
 def register_adapters() -> list[type[Adapter]]:
-    """Offer the format."""
+    """Register the format."""
     return [NpyAdapter]

@@ -1,4 +1,4 @@
-"""Hold both plugins to what every plugin must do."""
+"""Run the conformance suites on both plugins."""
 
 from {{ cookiecutter.package }}.adapter import FormatAdapter
 from {{ cookiecutter.package }}.transform import ExpertTransform

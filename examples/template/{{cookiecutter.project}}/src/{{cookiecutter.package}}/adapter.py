@@ -1,4 +1,4 @@
-"""One ``.npz`` file: an array for each tensor, and the JSON document that says which is which."""
+"""One ``.npz`` file with an array for each tensor, and a JSON document with their names and everything else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vraxion_ckpt.plugin_api import (
 )
 
 DOCUMENT = "document"
-# What both torch and numpy know; the document stores everything else as bytes.
+# Dtypes that torch and numpy share. The document stores tensors of other dtypes as bytes.
 DTYPES = frozenset(
     {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64}
 )
@@ -51,16 +51,16 @@ class FormatAdapter(Adapter):
                 arrays = dict(archive)
         except CkptError:
             raise
-        except Exception as error:  # what numpy raises for a damaged file is not one class
-            raise CorruptError(f"numpy cannot read it: {error}", path=path) from error
+        except Exception as error:  # numpy raises several classes for a damaged file
+            raise CorruptError(f"numpy cannot read the file: {error}", path=path) from error
         if DOCUMENT not in arrays:
-            raise InconsistentError("has no document", path=path)
+            raise InconsistentError(f"has no array named {DOCUMENT}", path=path)
         text = arrays.pop(DOCUMENT).tobytes().decode(errors="replace")
         facts = parse_json(text, path)
         if not isinstance(facts, dict) or facts.keys() != {"names", "document"} or not isinstance(facts["names"], list):
-            raise InconsistentError("its document is none of ours", path=path)
+            raise InconsistentError("the document must have exactly the keys names and document", path=path)
         if list(arrays) != [str(number) for number in range(len(facts["names"]))]:
-            raise InconsistentError("does not hold the arrays that its document names", path=path)
+            raise InconsistentError("the arrays do not match the names in the document", path=path)
         tensors = dict(zip(map(str, facts["names"]), map(torch.from_numpy, arrays.values()), strict=True))
         return load_document(tensors, facts["document"], path, self.name)
 
@@ -81,5 +81,5 @@ class FormatAdapter(Adapter):
 
 @hookimpl
 def register_adapters() -> list[type[Adapter]]:
-    """Offer the format."""
+    """Register the format."""
     return [FormatAdapter]

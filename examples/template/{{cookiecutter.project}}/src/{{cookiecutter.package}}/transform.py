@@ -21,14 +21,14 @@ class ExpertTransform(Transform):
 
     name: ClassVar[str] = "{{ cookiecutter.transform }}"
 
-    expert: int = Field(description="which expert")
-    factor: float = Field(1.0, allow_inf_nan=False, description="what to multiply with")
+    expert: int = Field(description="expert to change")
+    factor: float = Field(1.0, allow_inf_nan=False, description="factor for its weights")
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         if checkpoint.head is None or self.expert not in checkpoint.head.experts:
             raise TransformError(f"there is no expert {self.expert}", key=self.name)
         old = checkpoint.head.experts[self.expert]
-        # A new expert with new tensors: those that were lent are never written into.
+        # Make new tensors. A transform must not write into the tensors that it gets.
         new = {
             leaf: (tensor * self.factor).to(tensor.dtype) if tensor.is_floating_point() else tensor
             for leaf, tensor in old.items()
@@ -42,5 +42,5 @@ class ExpertTransform(Transform):
 
 @hookimpl
 def register_transforms() -> list[type[Transform]]:
-    """Offer the transform."""
+    """Register the transform."""
     return [ExpertTransform]

@@ -1,0 +1,200 @@
+"""Read and write safetensors files and folders of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ByteSize, Field
+from torch import Tensor
+
+from vraxion_ckpt.plugin_api import (
+    NATIVE_DTYPES,
+    OUR_KEY,
+    Adapter,
+    Checkpoint,
+    CkptError,
+    Faults,
+    InconsistentError,
+    Lifecycle,
+    Loss,
+    Origin,
+    ReadContext,
+    check_safetensors,
+    document_text,
+    dump_document,
+    dump_json,
+    from_state_dict,
+    is_tensor_name,
+    load_document,
+    named_tensors,
+    safetensors_size,
+    save_safetensors,
+    sharing,
+    starts_like_safetensors,
+    unbound_state_dict,
+    without_tied,
+    write_new,
+)
+from vraxion_ckpt_adapters.safetensors.files import (
+    INDEX_SUFFIX,
+    MODEL_FILE,
+    SAVE_KEY,
+    check_regular,
+    file_to_open,
+    list_indexes,
+    read_single_file,
+)
+from vraxion_ckpt_adapters.safetensors.shards import fill_shards, read_index, read_shards, save_id
+
+_Content = tuple[dict[str, Tensor], dict[str, str]]
+
+
+class SafetensorsAdapter(Adapter):
+    """One file, or a folder of shards with a Hugging Face index."""
+
+    name: ClassVar[str] = "safetensors"
+    suffixes: ClassVar[tuple[str, ...]] = (".safetensors",)
+
+    weights_only: bool = Field(False, description="on writing, leave out optimizer and training state")
+    max_shard_size: ByteSize | None = Field(
+        None, gt=0, description="write a folder of shards of at most this size, like 5GB, and an index"
+    )
+
+    @property
+    def is_directory(self) -> bool:
+        return self.max_shard_size is not None
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        if path.is_dir():
+            return any(list_indexes(path)) or (path / MODEL_FILE).is_file()
+        return path.is_file() and (path.name.endswith(INDEX_SUFFIX) or starts_like_safetensors(path))
+
+    # --- read ---
+
+    def read(self, path: Path, context: ReadContext) -> Checkpoint:
+        place = file_to_open(path)
+        if place.name.endswith(INDEX_SUFFIX):
+            root = place.parent
+            tensors, metadata = read_shards(place, context)
+        else:
+            root = place
+            tensors, metadata = read_single_file(place, context)
+        if OUR_KEY in metadata:
+            found = load_document(tensors, metadata.pop(OUR_KEY), root, self.name)
+        else:
+            found = from_state_dict(tensors, root, self.name)
+        return replace(found, origin=_with_metadata(found.origin, self.name, metadata))
+
+    def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
+        place = faults.attempt(lambda: file_to_open(path))
+        if place is not None and place.name.endswith(INDEX_SUFFIX):
+            index = faults.attempt(lambda: read_index(place))
+            for file in dict.fromkeys(index[0].values()) if index else ():
+                faults.attempt(partial(_check_shard, place.with_name(file)))
+        return super().examine(path, faults, context)
+
+    def dialect(self, checkpoint: Checkpoint) -> str:
+        root = checkpoint.origin.path
+        return "shards and an index" if root is not None and root.is_dir() else "one file"
+
+    # --- write ---
+
+    def losses(self, checkpoint: Checkpoint) -> list[Loss]:
+        overlapping = _overlapping(self.held(checkpoint))
+        lost = []
+        if overlapping:
+            lost.append(Loss(f"the shared memory of {' and '.join(overlapping)}", "each is written separately"))
+        if self.weights_only:
+            why = "weights_only leaves it out"
+            has_optimizer = checkpoint.optimizer is not None or unbound_state_dict(checkpoint) is not None
+            if has_optimizer:
+                lost.append(Loss("the optimizer's state", why))
+            if checkpoint.payload:
+                lost.append(Loss(f"the payload's {', '.join(map(str, checkpoint.payload))}", why))
+            if any(row != Lifecycle() and not row.assumed for row in checkpoint.lifecycle.values()):
+                lost.append(Loss("the experts' lifecycle rows", why))
+            if checkpoint.plan is not None:
+                lost.append(Loss("the planned split", why))
+        return lost
+
+    def held(self, checkpoint: Checkpoint) -> Checkpoint:
+        return checkpoint.without_training_state(keep_dialect=self.name) if self.weights_only else checkpoint
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        files, index = self._files(checkpoint)
+        for name, (tensors, metadata) in files.items():
+            save_safetensors(tensors, metadata, path / name)
+        if index is not None:
+            write_new(path / f"model{INDEX_SUFFIX}", index)
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        files, index = self._files(checkpoint)
+        return sum(safetensors_size(*content) for content in files.values()) + len(index or b"")
+
+    def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
+        """Return the content of each file by name, and the index. A single file is named ``.`` and has no index."""
+        tensors, facts = dump_document(checkpoint, NATIVE_DTYPES, is_tensor_name)
+        metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
+        if self.max_shard_size is None:
+            texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
+            return {".": (dict(tensors), {**texts, OUR_KEY: document_text(facts)})}, None
+        save = save_id(tensors, facts)
+        shards = list(fill_shards(tensors, self.max_shard_size))
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        head = {**metadata, "total_size": total, SAVE_KEY: save, OUR_KEY: facts}
+        files = {name: (shard, {"format": "pt", SAVE_KEY: save}) for name, shard in zip(names, shards, strict=True)}
+        return files, dump_json({"metadata": head, "weight_map": weight_map})
+
+    def foreign_files(self, path: Path) -> list[Path]:
+        known: set[str] = set()
+        for index in list_indexes(path):
+            try:
+                known |= {index.name, *read_index(index)[0].values()}
+            except CkptError:  # an unreadable index does not show which files are its shards
+                known.add(index.name)
+        if not path.is_dir():
+            return []
+        return sorted(entry for entry in path.iterdir() if entry.name not in known or not entry.is_file())
+
+
+def _check_shard(path: Path) -> None:
+    check_safetensors(check_regular(path))
+
+
+def _with_metadata(origin: Origin, format_name: str, metadata: Mapping[str, Any]) -> Origin:
+    """Record the metadata of other software in the origin, except for ``format: pt``, which is always written."""
+    others = {key: text for key, text in metadata.items() if (key, text) != ("format", "pt")}
+    others = {**_recorded_metadata(origin, format_name), **others}
+    return origin.with_dialect(format_name, others) if others else origin
+
+
+def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
+    recorded = origin.dialect(format_name) or {}
+    if not isinstance(recorded, dict):
+        key = f"{OUR_KEY}.dialects.{format_name}"
+        raise InconsistentError("the recorded safetensors metadata must be an object", path=origin.path, key=key)
+    return recorded
+
+
+def _overlapping(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of two tensors that are different views of the same memory, or an empty list."""
+    everything: dict[str, Any] = {"model": checkpoint.open_tensors()}
+    if (unbound := unbound_state_dict(checkpoint)) is not None:
+        everything["optimizer"] = unbound
+    elif checkpoint.optimizer is not None:
+        optimizer = checkpoint.optimizer
+        everything["optimizer"] = optimizer.state
+        everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
+    everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
+    for group in sharing(named_tensors(everything)):
+        views = [name for name, _ in without_tied(group)]
+        if len(views) > 1:
+            return views[:2]
+    return []
