@@ -562,7 +562,7 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {
     "an index": (2, ["shards/model.safetensors.index.json"], "name that to edit it"),
     "unknown transform": (2, ["run", "-t", "mitosis_splt"], "did you mean 'mitosis_split'?"),
     "a plan in the target": (2, ["run", "-t", f"{PLAN},output=run/plan.json"], "must not be, or lie in, the target"),
-    "a folder inside": (3, ["run/experts", "-t", SPLIT], "is of no known format"),
+    "a folder inside": (3, ["run/experts", "-t", SPLIT], "format not recognised"),
     "a mix of two saves": (8, ["mixed", "-t", SPLIT], "parts of two saves"),
     "a mix, no chain": (8, ["mixed"], "parts of two saves"),
     "no plan": (10, ["run", "-t", "mitosis_split"], "there is no plan"),
