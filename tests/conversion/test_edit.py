@@ -715,7 +715,7 @@ def test_an_interrupted_edit_that_can_be_read_is_the_old_state_and_told_of(tmp_p
     for arguments in (["inspect", target], ["convert", target, tmp_path / "new.pt"], ["edit", target, "--dry-run"]):
         code, _, complained = command(*arguments)
         assert code == 0
-        assert f"an edit of it was interrupted; `vraxion-ckpt edit {target}`" in complained
+        assert f"an edit of this checkpoint was interrupted; run `vraxion-ckpt edit {target}`" in complained
     assert command("check", target)[0] == 1
     assert load(tmp_path / "new.pt")["num_experts"] == 3
     assert command("edit", target)[0] == 0

@@ -124,7 +124,7 @@ def _split_at_commas(text: str, whole: str) -> list[str]:
         else:
             current += char
     if in_list or quoted:
-        raise UsageError(f"a {'bracket' if in_list else 'quote'} is not closed in {whole!r}")
+        raise UsageError(f"a {'bracket' if in_list else 'quote'} is left open in {whole!r}")
     return [item for item in [*items, current] if item.strip()]
 
 

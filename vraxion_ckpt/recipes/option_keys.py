@@ -1,4 +1,4 @@
-"""The keys of a recipe for options of the command line. Imports nothing of torch."""
+"""The recipe keys that correspond to command-line options. Does not import torch."""
 
 from __future__ import annotations
 
