@@ -1,7 +1,7 @@
-"""What is different in a second checkpoint, of whatever formats the two are.
+"""Compare two checkpoints of any formats.
 
-Experts are matched before their tensors are: one that was only renumbered, or moved from a single head to a list of
-experts, is the same expert under another name, and a new one that is a bit-identical clone is named as that.
+Experts are matched first, so that an expert that was only renumbered, or moved from a single head to a list of
+experts, is reported as renamed. A new expert that is bit-identical to another is reported as a clone.
 """
 
 from __future__ import annotations
@@ -55,13 +55,17 @@ def diff(
 
     Args:
         a: a file or a directory.
-        b: another.
-        from_b: the format of `b`, found from its content if not given.
-        reading: what the files do not tell, see `ReadOptions`; ``from_`` is the format of `a`.
+        b: a file or a directory.
+        from_b: the format of `b`; detected from the content if None.
+        reading: see `ReadOptions`; ``from_`` is the format of `a`.
+
+    Returns:
+        The difference from `a` to `b`.
 
     Raises:
-        UsageError: there is no such file, or an unknown format.
-        SourceError: what is wrong with one of them, and where.
+        UsageError: a path does not exist, or an option is wrong.
+        SourceError: a checkpoint is damaged, unsafe, inconsistent or not supported.
+        ChangedError: a file changed while it was being read.
     """
     options = ReadOptions(**reading)
     one, other = read_unbound(a, options), read_unbound(b, replace(options, from_=from_b))
@@ -77,7 +81,7 @@ def diff_checkpoints(
     b: Checkpoint,
     options: ReadOptions,
 ) -> Difference:
-    """Compare two checkpoints as they were opened."""
+    """Compare two opened checkpoints."""
     a.open_experts()
     b.open_experts()
     (a, refused_a), (b, refused_b) = (bound_if_possible(c, options) for c in (a, b))
@@ -96,8 +100,8 @@ def diff_checkpoints(
         "history": _history_changes(a, b),
         "other": [*_changes(_others(a), _others(b)), *_tie_changes(a, b, names), *_order_changes(a, b, names)],
     }
-    if not any(sections.values()):  # every value was compared; what is left is how it is written down
-        sections["other"] = _spelling_changes(a, b)
+    if not any(sections.values()):  # all values are equal; compare the format variants
+        sections["other"] = _dialect_changes(a, b)
     if not any(sections.values()):
         lines = checkpoint_differences(a, b, same=lambda x, y: _describe(x) == _describe(y))
         sections["other"] = [Change(what="changed", before=line, after=line, old=None, new=None) for line in lines]
@@ -131,7 +135,7 @@ def _size(checkpoint: Checkpoint) -> int:
 
 # --- tensors ---
 
-# The name in the second checkpoint of a tensor of the first; None of one that is in no second.
+# Maps the name of a tensor of the first checkpoint to its name in the second, or to None if it is not there.
 _Names = Callable[[str], str | None]
 _Count = Callable[[int], object]
 
@@ -171,7 +175,7 @@ def _tensor_change(before: str, after: str, a: Tensor, b: Tensor) -> Change | No
 
 
 def _describe(value: Any) -> Any:
-    """Return a tensor in words, and a large value as how large it is."""
+    """Return a tensor as dtype and shape, and a large value as its size."""
     if isinstance(value, Tensor):
         kind = "parameter " if isinstance(value, nn.Parameter) else ""
         grad = "" if value.requires_grad == bool(kind) else " requires_grad" if value.requires_grad else " frozen"
@@ -230,7 +234,7 @@ def _between(a: Expert, b: Expert) -> Measure | None:
 
 
 def _took_from(a: Checkpoint, b: Checkpoint, expert: int) -> int | None:
-    """Return who owned most of an expert's addresses before."""
+    """Return the previous owner of most of an expert's addresses."""
     if a.router_map is None or b.router_map is None or len(a.router_map) != len(b.router_map):
         return None
     former = router_owners(a.router_map)[router_owners(b.router_map) == expert]
@@ -238,7 +242,7 @@ def _took_from(a: Checkpoint, b: Checkpoint, expert: int) -> int | None:
 
 
 def _ids_after(a: Checkpoint, b: Checkpoint, matching: Matching) -> dict[int, int]:
-    """Return the id in the second checkpoint of each expert of the first; of one without tensors, the id is all."""
+    """Return the id in the second checkpoint of each expert of the first. Experts without tensors keep their id."""
     deleted = b.head.deleted if b.head else frozenset()
     kept = {i: i for i in range(a.num_experts) if i not in matching.removed or i in deleted}
     return kept | matching.pairs
@@ -246,7 +250,7 @@ def _ids_after(a: Checkpoint, b: Checkpoint, matching: Matching) -> dict[int, in
 
 def _ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange | None:
     if a.head is None or b.head is None or a.router_map is None or b.router_map is None:
-        return None  # without a head, nothing says what a router map may hold
+        return None  # the valid owners are unknown without a head
     if len(a.router_map) != len(b.router_map):
         return None
     old, new = router_owners(a.router_map), router_owners(b.router_map)
@@ -323,7 +327,7 @@ def _group_changes(old: Sequence[ParamGroup], new: Sequence[ParamGroup], names: 
 
 
 def _order(a: Iterable[str], b: Iterable[str], names: _Names, what: str) -> list[Change]:
-    """Tell if what is in both stands in another order."""
+    """Return a change if the names in both lists have another order."""
     former = [names(name) for name in a]
     both = set(former) & set(b)
     old, new = [name for name in former if name in both], [name for name in b if name in both]
@@ -338,7 +342,7 @@ def _order(a: Iterable[str], b: Iterable[str], names: _Names, what: str) -> list
 
 
 def _others(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a checkpoint holds beside tensors, optimizer, payload, rows and history."""
+    """Return the parts of a checkpoint that belong to no other section."""
     head = checkpoint.head
     return {
         "module versions": checkpoint.metadata,
@@ -355,7 +359,7 @@ def _order_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
 
 
 def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
-    """Tell which tensors share memory in one checkpoint only: a trainer updates both, or one."""
+    """Return the tensors that share memory in only one of the checkpoints."""
 
     def renamed(name: str) -> str:
         parameter, _, slot = name.rpartition(".")
@@ -371,8 +375,8 @@ def _tie_changes(a: Checkpoint, b: Checkpoint, names: _Names) -> list[Change]:
     return changes + [_added("memory under several names", ", ".join(sorted(tie))) for tie in new - old]
 
 
-def _spelling_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
-    """Tell if two checkpoints of one format are written down in another way, which a trainer may care about."""
+def _dialect_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
+    """Compare the format variants of two checkpoints of the same format, because a trainer may depend on them."""
     format_ = a.origin.format
     if format_ != b.origin.format:
         return []
@@ -387,7 +391,7 @@ def _lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list
         other = b.lifecycle.get(now.get(i, -1))
         if other is not None and not row.assumed and not other.assumed:
             changes += _changes(vars(row), vars(other), f"row of expert {i}")
-        elif row != other:  # what no file states is no row
+        elif row != other:  # an assumed row is in no file
             if not row.assumed:
                 changes.append(_removed(f"row of expert {i}", None))
             if other is not None and not other.assumed:
@@ -397,7 +401,7 @@ def _lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list
 
 
 def _history_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
-    """Compare two histories, which are the same up to the point where one goes on."""
+    """Compare two histories by their common prefix."""
     both = 0
     for one, other in zip(a.history, b.history, strict=False):
         if list(differences(one, other)):
@@ -410,7 +414,7 @@ def _history_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
 
 
 def _changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
-    """Yield each entry inside two plain values that is not the same."""
+    """Yield each difference inside two plain values."""
     if isinstance(a, OrderedDict) and isinstance(b, OrderedDict) and (vars(a) or vars(b)):
         yield from _changes(vars(a), vars(b), f"{place} attributes")
     if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -49,9 +49,7 @@ def detect_target(dst: PathLike, to: AdapterLike | None = None) -> tuple[Adapter
     if not target.name:
         raise UsageError("cannot be written to", path=text)
     if target.exists() and not (target.is_dir() or target.is_file()):
-        raise UsageError(
-            "is neither a file nor a directory and cannot be replaced", path=target, hint="write to a new path"
-        )
+        raise UsageError("is neither a file nor a directory", path=target, hint="write to a new path")
     is_directory = adapter_calls.is_directory(adapter)
     if target.exists() and target.is_dir() != is_directory:
         kind = "directory" if is_directory else "file"

@@ -143,7 +143,7 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:
         raise InvariantError(
-            f"the chain declares to preserve the function of the model, but it does not: {preservation}",
+            f"the chain must preserve the model's function: {preservation}",
             path=after.origin.path,
         )
     if chain and after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
