@@ -105,8 +105,8 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
     if without and len(without) < len(group):
         yield Finding.note(
             "state",
-            f"{len(without)} of {len(group)} parameters have no state ({listed(without, 4)}): they had no gradient, or the "
-            "state was lost",
+            f"{len(without)} of {len(group)} parameters have no state, because they had no gradient or it was lost: "
+            f"{listed(without, 4)}",
             where=f"optimizer group {number}",
         )
     alike: dict[int, list[_Parameter]] = defaultdict(list)
@@ -120,7 +120,7 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
             if lacking and 2 * holders >= len(parameters):
                 yield Finding.warning(
                     "state",
-                    f"slot {slot} is missing for {listed(lacking, 4)}; {holders} of {len(parameters)} similar parameters have it",
+                    f"slot {slot} is missing for {listed(lacking, 4)}, not for {count(holders, 'similar parameter')}",
                     where=f"optimizer group {number}",
                 )
 
