@@ -12,11 +12,10 @@ from pydantic import field_validator
 from vraxion_ckpt.errors import OptionError, PluginError, StorageError, UsageError
 from vraxion_ckpt.plugins.options import (
     IntList,
-    NameList,
     Plugin,
     configure,
     expand_ranges,
-    parse,
+    parse_call,
     problems_with,
     resolved,
 )
@@ -32,7 +31,6 @@ class Example(Plugin):
     expert: int
     factor: float = 1.0
     addresses: IntList = ()
-    names: NameList = ()
     path: Path | None = None
 
 
@@ -94,10 +92,10 @@ class Lists(Plugin):
 def test_the_text_form_is_split_or_refused(text, name, options):
     if name is None:
         with pytest.raises(UsageError) as refused:
-            parse(text)
+            parse_call(text)
         assert refused.value.exit_code == UsageError.exit_code
     else:
-        assert parse(text) == (name, options)
+        assert parse_call(text) == (name, options)
 
 
 @pytest.mark.parametrize(
@@ -121,20 +119,6 @@ def test_ranges_are_written_out(value, expected):
 def test_what_is_no_list_of_numbers_is_refused(value):
     with pytest.raises(ValueError, match=r"."):
         expand_ranges(value)
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("[a.b,c.d]", ("a.b", "c.d")),
-        ("a.b", ("a.b",)),
-        ("[ a , b ,]", ("a", "b")),
-        ("[]", ()),
-        (["x", "y"], ("x", "y")),
-    ],
-)
-def test_a_list_of_names_is_a_list_of_names(text, names):
-    assert configure(Example, {"expert": 0, "names": text}).names == names
 
 
 # --- the values ---
@@ -201,7 +185,6 @@ def test_every_option_is_recorded_as_plain_json():
         "expert": 1,
         "factor": 1.0,
         "addresses": [1, 2],
-        "names": [],
         "path": "a",
     }
 

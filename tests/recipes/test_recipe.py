@@ -160,8 +160,8 @@ def test_a_variable_may_be_made_of_those_above_it(here):
 
 def test_a_variable_that_is_not_above_is_told():
     for vars_, says in (
-        ("{a: 'x${b}', b: 1}", "line 1: vars.a: the variable 'b' is none of those above it"),
-        ("{a: '${a}'}", "line 1: vars.a: the variable 'a' is none of those above it"),
+        ("{a: 'x${b}', b: 1}", "line 1: vars.a: the variable 'b' must be defined before its use"),
+        ("{a: '${a}'}", "line 1: vars.a: the variable 'a' must be defined before its use"),
         ("{a: 'x${nowhere}'}", "line 1: vars.a: there is no variable 'nowhere'"),
     ):
         assert any(says in line for line in refused(f"vars: {vars_}\nsource: in.pt\ntargets: ['${{a}}.pt']\n")), says
@@ -171,7 +171,7 @@ def test_a_variable_that_is_not_above_is_told():
 
 def test_a_setting_from_python_is_a_text():
     told = refused("vars: {n: 1}\nsource: in.pt\ntargets: ['a${n}.pt']\n", settings={"n": 0.5})
-    assert told == ["  --set.n: must be a text, as on the command line"]
+    assert told == ["  --set.n: must be a string, as on the command line"]
 
 
 def test_a_dollar_sign_is_written_twice_and_the_recipes_folder_is_known(here):
@@ -205,7 +205,7 @@ loses: warn
 """
     )
     expected = [
-        "line 3: vars.never: is used nowhere",
+        "line 3: vars.never: is not used",
         "line 4: source.form: unknown entry 'form', did you mean 'from'?",
         "line 7: chain[0].arc_meta.visit: unknown option 'visit', did you mean 'visits'?",
         "line 8: chain[0].arc_meta.parent: option 'parent'",
@@ -235,7 +235,7 @@ loses: warn
         ("source: in.pt\n\ttargets: [a.pt]\n", "line 2"),
         ("source: &a in.pt\ntargets: [*a]\n", "line 2: aliases"),
         ("source: !!python/object/apply:os.system [x]\ntargets: [a.pt]\n", "the tag"),
-        ("source: in.pt\ntargets: [a.pt, b.pt]\nmanifest: m.json\n", "each needs a manifest of its own"),
+        ("source: in.pt\ntargets: [a.pt, b.pt]\nmanifest: m.json\n", "give each target its own `manifest`"),
         ("schema: vraxion-ckpt/recipe/9\nsource: in.pt\ntargets: [a.pt]\n", "line 1: schema"),
         ("source: in.pt\nchain: mitosis_split\ntargets: [a.pt]\n", "line 2: chain"),
         ("source: in.pt\nchain: [{arc_meta: 3}]\ntargets: [a.pt]\n", "must be a mapping of options"),
@@ -245,22 +245,25 @@ loses: warn
         ("[" * 3000 + "]" * 3000, "nested too deeply"),
         ("vars: {n: }\nsource: in.pt\ntargets: ['a${n}.pt']\n", "has no value: pass --set n=…"),
         ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is no finite number"),
-        ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a text"),
-        ("vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n", "is the recipe's own folder"),
-        ("source: in.pt\ntargets: ['a${ s }.pt']\n", "'${ s }' is no variable; write $${"),
-        ("source: in.pt\ntargets: ['a${s.pt']\n", "is no variable"),
-        ("vars: {t: path}\nsource: in.pt\ntargets: [{'${t}': a.pt}]\n", "a key holds no variables"),
+        ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a string"),
+        (
+            "vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n",
+            "is reserved for",
+        ),
+        ("source: in.pt\ntargets: ['a${ s }.pt']\n", "'${ s }' is not a variable; write $${"),
+        ("source: in.pt\ntargets: ['a${s.pt']\n", "is not a variable"),
+        ("vars: {t: path}\nsource: in.pt\ntargets: [{'${t}': a.pt}]\n", "a key must not contain a variable"),
         ("source: in.pt\nchain: [{mitosis_split: {parent: yes, noise: true}}]\ntargets: [a.pt]\n", "option 'noise'"),
         ("source: in.pt\noverwrite: !!bool maybe\ntargets: [a.pt]\n", "the tag"),
-        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a text, or a mapping"),
-        ('source: in.pt\ntargets: [{path: a.pt, manifest: "m\\0"}]\n', "line 2: targets[0].manifest: holds NUL"),
+        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a string, or a mapping"),
+        ('source: in.pt\ntargets: [{path: a.pt, manifest: "m\\0"}]\n', "line 2: targets[0].manifest: contains NUL"),
         (
             'source: in.pt\nchain: [{arc_meta: {output: "\\ud800"}}]\ntargets: [a.pt]\n',
-            "chain[0].arc_meta.output: holds",
+            "chain[0].arc_meta.output: contains",
         ),
-        ('vars: {m: "\\0"}\nsource: in.pt\ntargets: ["${m}.pt"]\n', "line 1: vars.m: holds NUL"),
-        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "the source lies inside it"),
-        ("source: in.pt\ntargets: [a.pt, ./a.pt]\n", "is to be written twice"),
+        ('vars: {m: "\\0"}\nsource: in.pt\ntargets: ["${m}.pt"]\n', "line 1: vars.m: contains NUL"),
+        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "'' is not a valid path"),
+        ("source: in.pt\ntargets: [a.pt, ./a.pt]\n", "is the path of two outputs"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_reason(text, says, run_cli):
@@ -279,7 +282,7 @@ def test_a_wrong_call_is_refused(here, run_cli):
         (["binary.yaml"], "not UTF-8"),
         (["recipe.yaml", "--set", "noise"], "is not NAME=VALUE"),
         (["recipe.yaml", "--set", "noise=1", "--set", "noise=2"], "--set noise is given twice"),
-        (["recipe.yaml", "--set", "nois=1"], "--set.nois: is no variable of the recipe, did you mean 'noise'?"),
+        (["recipe.yaml", "--set", "nois=1"], "--set.nois: is not a variable of the recipe, did you mean 'noise'?"),
         ([], "Missing argument 'RECIPE'"),
     ):
         code, _, complained = run_cli("run", *arguments)
@@ -330,12 +333,11 @@ def test_nothing_is_written_if_one_target_is_refused(here):
 
 
 def test_a_failure_while_the_second_target_is_written_leaves_nothing_of_the_first(here, monkeypatch):
-    from vraxion_ckpt.formats import safetensors_file
 
     def full(*_):
         raise StorageError("No space left on device", path="b.safetensors")
 
-    monkeypatch.setattr(safetensors_file, "save_safetensors", full)
+    monkeypatch.setattr("vraxion_ckpt_adapters.safetensors_file.save_safetensors", full)
     write("source: in.pt\ntargets: [a.pt, b.safetensors]\n")
     before = files_below(here)
     with pytest.raises(StorageError, match="No space left"):
@@ -456,3 +458,45 @@ def test_the_example_makes_the_directory_of_the_runbook(tmp_path, monkeypatch, r
     assert code == 2
     assert "ckpt_post_split.pt" in complained
     assert run_cli(*arguments, "--overwrite")[0] == 0
+
+
+# --- keys in the wrong place, and options that a recipe has keys for ---
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "optimizer: drop\nsource: in.pt\ntargets: [a.pt]\n",
+            "line 1: optimizer: is not known here; it is a key of source",
+        ),
+        (
+            "source: in.pt\ntargets: [a.pt]\noverwrite: true\n",
+            "line 3: overwrite: is not known here; it is a key of targets",
+        ),
+        (
+            "source: {path: in.pt, companions: keep}\ntargets: [a.pt]\n",
+            "line 1: source.companions: is not known here; it is a key of the top level",
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(text, line):
+    assert refused(text) == [f"  {line}"]
+
+
+def test_a_refused_recipe_names_the_keys_that_stand_for_options(run_cli):
+    text = 'source: in.pt\ntargets: [{path: a.safetensors, to: "safetensors:weights_only=true"}]\n'
+    with pytest.raises(LossError) as refused:
+        vc.run(write(text))
+    assert refused.value.__notes__ == ["in a recipe, --losses is the key losses"]
+    code, _, said = run_cli("run", "recipe.yaml")
+    assert code == LossError.exit_code
+    assert "in a recipe, --losses is the key losses" in said
+
+
+def test_every_key_for_an_option_is_one_of_a_recipe():
+    schema = json_schema()
+    entries = {"source": schema["$defs"]["Source"], "targets": schema["$defs"]["Output"]}
+    for key in RECIPE_KEYS.values():
+        entry, _, inner = key.rpartition(".")
+        assert inner in entries.get(entry, schema)["properties"], key

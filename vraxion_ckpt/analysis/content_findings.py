@@ -77,7 +77,7 @@ def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
     owning = set(router_owners(router).tolist())
     idle = [i for i in head.experts if i not in owning]
     if idle:
-        what = f"{numbered('expert', idle)} without any address: no input is routed there"
+        what = f"no address belongs to {numbered('expert', idle)}: no input is routed there"
         yield Finding.warning("ring", what)
     gone = sorted(owning & head.deleted)
     if gone:

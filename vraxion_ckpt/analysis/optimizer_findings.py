@@ -105,8 +105,8 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
     if without and len(without) < len(group):
         yield Finding.note(
             "state",
-            f"{len(without)} of {len(group)} parameters have no state, because they had no gradient or it was lost: "
-            f"{listed(without, 4)}",
+            f"{len(without)} of {len(group)} parameters have no state ({listed(without, 4)}): "
+            "they had no gradient, or their state was lost",
             where=f"optimizer group {number}",
         )
     alike: dict[int, list[_Parameter]] = defaultdict(list)

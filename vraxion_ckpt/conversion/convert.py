@@ -180,7 +180,7 @@ def convert_to_all(
         CkptError: any error of `convert`. Its `written` and `not_written` list the targets if some were committed.
     """
     started = time.monotonic()
-    with signals.deferred(), os_errors_named(src, *(target.path for target in targets)), ExitStack() as stack:
+    with signals.deferred(), os_errors_named(src, *_paths_of(targets)), ExitStack() as stack:
         with signals.interruptible():
             chain = resolve_chain(transforms)
             source = Path(src)
@@ -225,6 +225,11 @@ def convert_to_all(
             )
             for result, manifest, size in zip(results, manifests, staging.sizes, strict=True)
         )
+
+
+def _paths_of(targets: Sequence[Target]) -> list[PathLike]:
+    manifests = [target.manifest for target in targets if target.manifest is not None]
+    return [*(target.path for target in targets), *manifests]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def edit(
     """
     started = time.monotonic()
     options, policy = ReadOptions(**reading), chain_policy(companions, result_order)
-    with signals.deferred(), os_errors_named(path), ExitStack() as stack:
+    with signals.deferred(), os_errors_named(path, *([] if manifest is None else [manifest])), ExitStack() as stack:
         with signals.interruptible():
             check_policy(losses)
             chain = resolve_chain(transforms)

@@ -207,8 +207,10 @@ def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
         UsageError: the message lists every unknown transform, wrong option and syntax error of the chain.
         PluginError: an instance is of an incomplete class, or two plugins have the same name.
     """
-    if isinstance(transforms, str) or not all(isinstance(item, str | tuple | Transform) for item in transforms):
-        raise UsageError("transforms must be a list of strings, (name, options) pairs or instances")
+    is_list = isinstance(transforms, Sequence) and not isinstance(transforms, str)
+    if not is_list or not all(isinstance(item, str | tuple | Transform) for item in transforms):
+        message = f"transforms must be a list of strings, (name, options) pairs or instances, not {transforms!r:.60}"
+        raise UsageError(message)
     steps: list[Step] = []
     errors: list[UsageError] = []
     for item in transforms:
@@ -233,7 +235,7 @@ def _resolve_step(item: TransformLike) -> Step:
             return Step(item, distribution, metadata.version(distribution))
         except metadata.PackageNotFoundError:  # a module outside any distribution
             return Step(item, distribution, "")
-    name, options = parse_call(item) if isinstance(item, str) else item
+    name, options = _name_and_options(item, "transforms")
     registered = find_plugin(registry().transforms, name, "transform")
     return Step(configure(registered.plugin, options), registered.distribution, registered.version)
 
@@ -248,8 +250,16 @@ def resolve_adapter(item: AdapterLike) -> Adapter:
     if isinstance(item, Adapter):
         check_offer(type(item), Adapter, "a format")
         return item
-    name, options = parse_call(item) if isinstance(item, str) else item
+    name, options = _name_and_options(item, "a format")
     return configure(find_plugin(registry().adapters, name, "format").plugin, options)
+
+
+def _name_and_options(item: Any, what: str) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(item, str):
+        return parse_call(item)
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Mapping):
+        return item
+    raise UsageError(f"{what}: must be a string, a pair (name, dict of options) or an instance, not {item!r:.60}")
 
 
 def adapters() -> dict[str, type[Adapter]]:

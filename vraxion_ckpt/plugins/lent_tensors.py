@@ -52,8 +52,8 @@ class MadeTensors:
 
     def note(self, after: Checkpoint) -> None:
         """Compute the checksums of the tensors that a step returned, except known ones and those of the source."""
-        lent = {id(tensor) for _, tensor in named(self._before)}
-        made = {id(tensor): (name, tensor) for name, tensor in named(after) if id(tensor) not in lent}
+        lent = {id(tensor) for _, tensor in tensors_by_name(self._before)}
+        made = {id(tensor): (name, tensor) for name, tensor in tensors_by_name(after) if id(tensor) not in lent}
         new = checksums([tensor for key, (_, tensor) in made.items() if key not in self._known])
         self._known = {
             key: (name, tensor, tensor_state(tensor), new[key]) if key in new else self._known[key]
@@ -119,7 +119,7 @@ class SourceTensors:
     def altered_in(self, checkpoint: Checkpoint) -> list[str]:
         """Return the names of the result's tensors whose bytes have changed since the chain returned."""
         self._before.sources.check_unchanged()
-        pairs = [(name, self.original(tensor)[0], tensor) for name, tensor in named(checkpoint)]
+        pairs = [(name, self.original(tensor)[0], tensor) for name, tensor in tensors_by_name(checkpoint)]
         return different(pairs) + self.made.altered()
 
     def once_more(self) -> tuple[Checkpoint, Callable[[], list[str]]]:
@@ -184,14 +184,14 @@ def _proven(checkpoint: Checkpoint) -> set[int]:
     parts = checkpoint.sources.parts()
     stated = [
         (tensor, part)
-        for _, tensor in named(checkpoint)
+        for _, tensor in tensors_by_name(checkpoint)
         if tensor.is_contiguous() and tensor.numel() * tensor.itemsize <= _SMALL and (part := parts.get(extent(tensor)))
     ]
     found = checksums([tensor for tensor, _ in stated])
     return {id(tensor) for tensor, part in stated if part.note(found[id(tensor)])}
 
 
-def named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def tensors_by_name(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and tensor of everything in a checkpoint except experts that are not open."""
     yield from _outside_experts(checkpoint)
     for i, expert in _open_experts(checkpoint):

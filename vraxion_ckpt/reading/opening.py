@@ -6,7 +6,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Unpack, get_args
@@ -38,6 +38,9 @@ from vraxion_ckpt.wording import listed
 
 PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
+
+_MOST_LISTED = 5  # checkpoints of a folder in a message
+_MOST_SEARCHED = 1000  # entries of a folder that are searched for checkpoints
 
 
 @memory_errors()
@@ -90,7 +93,8 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
         SourceError: the checkpoint is damaged, unsafe, inconsistent or not supported.
         StorageError: the operating system cannot read a file.
     """
-    place = Path(path)
+    with os_errors_named(path):
+        place = Path(path)
     try:
         with os_errors_named(path):
             adapter = detect_source(place, options.from_)
@@ -146,8 +150,31 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         raise UnknownFormatError(f"several formats match: {names}", path=path, hint="choose one with --from")
     for adapter_class in known.values():
         adapter_calls.detect(adapter_class, path)  # raises the error of one that failed: it could be the right one
+    inside = _checkpoints_in(path) if path.is_dir() else []
+    if inside:
+        names = ", ".join(inside[:_MOST_LISTED]) + (", …" if inside[_MOST_LISTED:] else "")
+        hint = f"name one of them, such as {shlex.quote(os.path.join(path, inside[0]))}"  # noqa: PTH118 - with its slash
+        raise UnknownFormatError(
+            f"is a folder of checkpoints, not a checkpoint; it contains {names}", path=path, hint=hint
+        )
     looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
     raise UnknownFormatError("format not recognised", path=path, hint=f"known formats: {looked_for or 'none'}")
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """Return the names of the first checkpoints in a folder. A name of a directory ends with a slash."""
+    found: list[str] = []
+    with suppress(OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CkptWarning)
+        if any(detects(kind, folder.absolute().parent) for kind in adapters().values()):
+            return []  # its files are parts of a checkpoint
+        for entry in islice(sorted(folder.iterdir()), _MOST_SEARCHED):
+            # Opening a pipe or a device could block.
+            if (entry.is_file() or entry.is_dir()) and any(detects(kind, entry) for kind in adapters().values()):
+                found.append(entry.name + "/" * entry.is_dir())
+            if len(found) > _MOST_LISTED:
+                break
+    return found
 
 
 def detects(adapter: type[Adapter], path: Path) -> bool:
@@ -216,6 +243,8 @@ def os_errors_named(*paths: PathLike) -> Iterator[None]:
         StorageError: the block raised an `OSError`.
     """
     for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"a path must be a string or a pathlib.Path, not {path!r:.60}")
         if not os.fspath(path) or "\0" in str(path):
             raise UsageError(f"{os.fspath(path)!r} is not a valid path")
         try:

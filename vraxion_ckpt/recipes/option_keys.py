@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RECIPE_KEYS = {
     "--allow-global": "source.allow_globals",
     "--companions": "companions",
@@ -16,3 +18,9 @@ RECIPE_KEYS = {
     "--transform": "chain",
     "-t": "chain",
 }
+
+
+def keys_for(text: str) -> list[tuple[str, str]]:
+    """Return the long options in a text that have a recipe key, each with the key, in the order of the text."""
+    named = dict.fromkeys(re.findall(r"--[a-z-]+", text))
+    return [(option, RECIPE_KEYS[option]) for option in named if option in RECIPE_KEYS]

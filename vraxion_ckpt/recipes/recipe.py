@@ -16,11 +16,12 @@ from vraxion_ckpt.checkpoint.model import Record
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import chain_policy
-from vraxion_ckpt.errors import UsageError
+from vraxion_ckpt.errors import CkptError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins.discovery import TransformLike
-from vraxion_ckpt.reading.opening import PathLike
+from vraxion_ckpt.reading.opening import PathLike, os_errors_named
 from vraxion_ckpt.reading.read_options import ReadOptions
+from vraxion_ckpt.recipes.option_keys import keys_for
 from vraxion_ckpt.recipes.recipe_model import Output, Source
 from vraxion_ckpt.recipes.recipe_problems import check_recipe
 from vraxion_ckpt.recipes.variables import Filling
@@ -67,7 +68,8 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     Raises:
         UsageError: the message lists every problem of the recipe, one on each line.
     """
-    place = Path(path)
+    with os_errors_named(path):
+        place = Path(path)
     yaml = load(place)
     if not isinstance(yaml.value, dict):
         raise UsageError("must be a mapping with source, chain and targets", path=place)
@@ -117,15 +119,20 @@ def run(
 def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
     """Run a recipe that `prepare` returned. Raises the errors of `vraxion_ckpt.convert`."""
     source = ready.source
-    results = convert_to_all(
-        source.path,
-        ready.targets,
-        transforms=ready.chain,
-        options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
-        optimizer=source.optimizer,
-        policy=chain_policy(ready.companions, ready.result_order),
-        dry_run=dry_run,
-        record=ready.record,
-        reads=[ready.path],
-    )
+    try:
+        results = convert_to_all(
+            source.path,
+            ready.targets,
+            transforms=ready.chain,
+            options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
+            optimizer=source.optimizer,
+            policy=chain_policy(ready.companions, ready.result_order),
+            dry_run=dry_run,
+            record=ready.record,
+            reads=[ready.path],
+        )
+    except CkptError as error:
+        for option, key in keys_for(f"{error.message} {error.hint or ''}"):
+            error.add_note(f"in a recipe, {option} is the key {key}")
+        raise
     return Ran(recipe=ready.path, dry_run=dry_run, results=results)

@@ -78,6 +78,13 @@ class Recipe(_Entry):
     """The manifest of the target, if there is only one."""
 
 
+def mappings_with_key(key: str) -> list[str]:
+    """Return the mappings of a recipe that have a key."""
+    entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output, "the top level": Recipe}
+    fields = {name: entry.model_fields.items() for name, entry in entries.items()}
+    return [name for name, found in fields.items() if key in {field.alias or each for each, field in found}]
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a recipe, including the options of all installed transforms."""
     schema = Recipe.model_json_schema(by_alias=True)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from vraxion_ckpt.errors import CkptError, OptionError, UsageError
 from vraxion_ckpt.plugins.discovery import TransformLike, registry, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.options import problems_with
-from vraxion_ckpt.recipes.recipe_model import Recipe
+from vraxion_ckpt.recipes.recipe_model import Recipe, mappings_with_key
 from vraxion_ckpt.support.model_errors import Refusal, refusals
 from vraxion_ckpt.support.yaml_files import Place, Problem, Yaml
 from vraxion_ckpt.wording import count, listed
@@ -66,7 +66,9 @@ def _from_refusal(yaml: Yaml, refusal: Refusal) -> Problem | None:
     # For a union of text and mapping, pydantic inserts the name of the chosen branch into the place.
     place = tuple(part for part in refusal.place if part not in ("text", "entry"))
     what = refusal.what
-    if refusal.kind == "string_type" and place in (("source",), ("targets", place[-1])):
+    if refusal.kind == "extra_forbidden" and (homes := mappings_with_key(str(place[-1]))):
+        what = f"is not known here; it is a key of {' and of '.join(homes)}"
+    elif refusal.kind == "string_type" and place in (("source",), ("targets", place[-1])):
         what = "must be a string, or a mapping with `path`"
     elif refusal.kind == "missing" and place == ("targets",):
         what = "is required; to change a checkpoint in place, use `edit`"

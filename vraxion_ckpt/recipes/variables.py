@@ -79,7 +79,7 @@ class Filling:
         if self._left >= 0:
             return True
         self._left = None
-        self._note(place, f"variables insert more than {_MOST_TEXT} characters in total, the last of them {name!r}")
+        self._note(place, f"with the variable {name!r}, variables insert more than {_MOST_TEXT} characters in total")
         return False
 
     def _declare(self, declared: dict[str, Any]) -> None:
