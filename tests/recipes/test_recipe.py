@@ -16,6 +16,7 @@ from support import DATA, EXPECTED, ROOT, files_below
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import CkptError, LossError, StorageError, UsageError
+from vraxion_ckpt.recipes.option_keys import RECIPE_KEYS
 from vraxion_ckpt.recipes.recipe_model import json_schema
 
 EXAMPLE = ROOT / "examples" / "refinement"
