@@ -93,7 +93,7 @@ def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: boo
     """
     real = Path(os.path.realpath(source))
     if source.exists() and (real == target or (target.exists() and real.samefile(target))):
-        raise UsageError("the target is the source", path=target, hint="write to a new path")
+        raise UsageError("source and target are the same", path=target, hint="write to a new path")
     if real in target.parents and real.is_dir():
         raise UsageError("the target is inside the source", path=target, hint="write to a path outside it")
     if target in real.parents:
