@@ -73,7 +73,7 @@ def test_an_edit_replaces_a_manifest_and_nothing_else(tmp_path):
     vc.edit(run, transforms=[SPLIT], manifest=tmp_path / "m.json")
     assert listed(tmp_path / "m.json") == digests(run) != before
     (tmp_path / "notes.json").write_text('{"mine": true}')
-    with pytest.raises(UsageError, match="is no manifest"):
+    with pytest.raises(UsageError, match="is not a manifest"):
         vc.edit(run, transforms=["prune_merge:merge_into=0,allow_tenured=true"], manifest=tmp_path / "notes.json")
     assert (tmp_path / "notes.json").read_text() == '{"mine": true}'
     assert vc.check(run, manifest=tmp_path / "m.json").sound

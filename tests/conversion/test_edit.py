@@ -383,7 +383,7 @@ def test_a_format_that_does_not_tell_its_files_apart_is_rewritten_with_those_of_
     assert (done.kind, done.written, done.removed, done.untouched) == ("rewrite", (".",), (), 0)
     before = snapshot(target)
     assert strangers < before.keys()
-    with pytest.raises(UsageError, match="cannot tell its own files from foreign ones"):
+    with pytest.raises(UsageError, match="cannot distinguish its own files from foreign ones"):
         vc.edit(target, transforms=[SPLIT], from_=Silent())
     assert snapshot(target) == before
 

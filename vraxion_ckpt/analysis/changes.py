@@ -129,14 +129,9 @@ class Difference(Facts):
         former = {change.after: change.before for change in self.experts if change.what == "renamed"}
         for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
             renumbered = former.get(flow.after, flow.after) != flow.after
-            number = f"{count(flow.addresses, 'address')}"
+            number = count(flow.addresses, "address")
             was = f", which was {former[flow.after]}" if renumbered else ""
-            lines.append(
-                (
-                    "ring",
-                    f"{number}: expert {flow.before} → expert {flow.after}{was}",
-                )
-            )
+            lines.append(("ring", f"{number}: expert {flow.before} → expert {flow.after}{was}"))
         if self.ring and len(self.ring.flows) > _MOST_LINES:
             lines.append(("ring", f"… {len(self.ring.flows) - _MOST_LINES} more"))
         if self.slots_identical or self.optimizer:

@@ -57,12 +57,7 @@ class Checked(Facts):
 
 
 @memory_errors()
-def check(
-    path: PathLike,
-    *,
-    manifest: PathLike | None = None,
-    **reading: Unpack[ReadKeywords],
-) -> Checked:
+def check(path: PathLike, *, manifest: PathLike | None = None, **reading: Unpack[ReadKeywords]) -> Checked:
     """Read all of a checkpoint and return every finding: files, checksums, invariants, values.
 
     Args:
@@ -113,10 +108,7 @@ def check(
 
 
 def _examine(
-    adapter: Adapter,
-    root: Path,
-    findings: list[Finding],
-    options: ReadOptions,
+    adapter: Adapter, root: Path, findings: list[Finding], options: ReadOptions
 ) -> tuple[Checkpoint | None, int, int]:
     """Read and check everything. Return the checkpoint, the number of checked tensors, and their bytes."""
     faults = Faults()

@@ -36,13 +36,7 @@ from vraxion_ckpt.support import progress
 
 
 @memory_errors()
-def diff(
-    a: PathLike,
-    b: PathLike,
-    *,
-    from_b: AdapterLike | None = None,
-    **reading: Unpack[ReadKeywords],
-) -> Difference:
+def diff(a: PathLike, b: PathLike, *, from_b: AdapterLike | None = None, **reading: Unpack[ReadKeywords]) -> Difference:
     """Compare two checkpoints of any formats, every tensor bit by bit.
 
     Args:
@@ -68,11 +62,7 @@ def diff(
     return found
 
 
-def diff_checkpoints(
-    a: Checkpoint,
-    b: Checkpoint,
-    options: ReadOptions,
-) -> Difference:
+def diff_checkpoints(a: Checkpoint, b: Checkpoint, options: ReadOptions) -> Difference:
     """Compare two opened checkpoints."""
     a.open_experts()
     b.open_experts()

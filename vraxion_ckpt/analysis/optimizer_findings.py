@@ -140,9 +140,9 @@ def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
             steps[step].append(parameter.name)
     if len(steps) > 1:
         usual, *others = sorted(steps, key=lambda step: (-len(steps[step]), -step))
-        told = [f"{step:g} for {len(steps[step])} ({listed(steps[step], 4)})" for step in others]
+        rare = [f"{step:g} for {len(steps[step])} ({listed(steps[step], 4)})" for step in others]
         what = (
-            f"step is {usual:g} for {count(len(steps[usual]), 'parameter')}, but {listed(told, 4, '; ')}: "
+            f"step is {usual:g} for {count(len(steps[usual]), 'parameter')}, but {listed(rare, 4, '; ')}: "
             "experts that were not routed to have fewer steps"
         )
         yield Finding.note("step", what, where="optimizer")
@@ -165,8 +165,8 @@ def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
     for (slot, _), names in found.items():
         usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
         for dtype in others:
-            others_told = f"{dtype} for {listed(names[dtype], 4)}"
-            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but {others_told}"
+            other = f"{dtype} for {listed(names[dtype], 4)}"
+            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but {other}"
             yield Finding.warning("dtype", what, where="optimizer")
 
 

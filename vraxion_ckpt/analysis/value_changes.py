@@ -79,7 +79,7 @@ def value_changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
     elif not _same(a, b):
         old, new = describe_value(a), describe_value(b)
         if type(a) is not type(b) and isinstance(old, str) and old == new:
-            old, new = (f"{type(value).__name__}, {told}" for value, told in ((a, old), (b, new)))
+            old, new = (f"{type(value).__name__}, {text}" for value, text in ((a, old), (b, new)))
         elif isinstance(a, list | tuple) and isinstance(old, str) and old == new:
             at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _same(x, y))
             place, old, new = f"{place}[{at}] and perhaps more", a[at], b[at]

@@ -47,6 +47,7 @@ from vraxion_ckpt.conversion.targets import (
     say_what_names_deny,
 )
 from vraxion_ckpt.conversion.verify_before_write import (
+    Applied,
     LossPolicy,
     apply,
     chain_policy,
@@ -54,12 +55,7 @@ from vraxion_ckpt.conversion.verify_before_write import (
     check_policy,
     judge,
 )
-from vraxion_ckpt.errors import (
-    CkptError,
-    InconsistentError,
-    UsageError,
-    memory_errors,
-)
+from vraxion_ckpt.errors import CkptError, InconsistentError, UsageError, memory_errors
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
@@ -194,18 +190,9 @@ def convert_to_all(
             before = reopen()
             lent = SourceTensors(before, reopen)
             check_complete(before, optimizer)
-            for _, place in places:
-                check_apart(place, before)
-            with output_to_stderr():  # once, not for each of them
-                before.open_experts()  # every target gets all experts
-            refuse(InconsistentError, invariants.invariant_findings(before), source)
+            _check_source(before, source, [place for _, place in places])
             applied = apply(before, chain, lent, record, policy)
-            results = [
-                _Result(
-                    target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite)
-                )
-                for target, (adapter, place) in zip(targets, places, strict=True)
-            ]
+            results = [_result(applied, target, *place) for target, place in zip(targets, places, strict=True)]
             manifests = [_manifest_target(result, chain) for result in results]
             _check_paths(results, manifests, chain, reads)
             staging = Staging(sizes=[0] * len(results)) if dry_run else _stage_all(stack, results, manifests, lent)
@@ -240,6 +227,20 @@ class _Result:
     adapter: Adapter
     place: Path
     outcome: Outcome
+
+
+def _result(applied: Applied, target: Target, adapter: Adapter, place: Path) -> _Result:
+    outcome = judge(applied, adapter, place, target.losses, overwrite=target.overwrite)
+    return _Result(target, adapter, place, outcome)
+
+
+def _check_source(before: Checkpoint, source: Path, places: Sequence[Path]) -> None:
+    """Check that the targets are apart from the source, and its invariants with all experts open."""
+    for place in places:
+        check_apart(place, before)
+    with output_to_stderr():  # redirect once, not for each expert
+        before.open_experts()
+    refuse(InconsistentError, invariants.invariant_findings(before), source)
 
 
 def _check_paths(

@@ -174,7 +174,7 @@ def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapt
         raise UsageError(message, path=target, hint=f"use convert to write {adapter.name} to a new path")
     if target.is_dir() and adapter_calls.foreign_files(adapter, target) is None:
         raise UsageError(
-            f"the format {adapter.name} cannot tell its own files from foreign ones, which would be lost",
+            f"the format {adapter.name} cannot distinguish its own files from foreign ones, which would be lost",
             path=target,
             hint="use convert to a new path",
         )
