@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vraxion_ckpt.analysis.changes import Difference
     from vraxion_ckpt.analysis.checking import Checked, check
     from vraxion_ckpt.analysis.difference import diff
-    from vraxion_ckpt.analysis.inspection import Inspection, inspect
+    from vraxion_ckpt.analysis.inspection import inspect
+    from vraxion_ckpt.analysis.inspection_facts import Inspection
     from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
     from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
     from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
@@ -79,7 +80,7 @@ _HOME = {
     "Expert": "checkpoint.head",
     "Head": "checkpoint.head",
     "HeadKind": "checkpoint.head",
-    "Inspection": "analysis.inspection",
+    "Inspection": "analysis.inspection_facts",
     "Lifecycle": "checkpoint.model",
     "Loss": "plugins.adapter",
     "Optimizer": "checkpoint.optimizer_state",

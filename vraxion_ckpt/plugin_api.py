@@ -1,7 +1,7 @@
-"""All that a plugin may import. What is not exported here may change without notice.
+"""The names that a plugin may import. Everything else in this package may change without notice.
 
-`CONTRACT` is the version of this contract. It counts up when something is added, changed or removed. Before it is
-removed, a name warns for one minor version of the package.
+`CONTRACT` is the version of this contract. It is incremented when a name is added, changed or removed. A name that
+will be removed raises a deprecation warning for one minor version of the package first.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from vraxion_ckpt import errors
 from vraxion_ckpt.cli import schemas
 from vraxion_ckpt.plugins import hookspecs
 from vraxion_ckpt.plugins.catalogue import OptionEntry, describe_plugin, list_plugins
-from vraxion_ckpt.recipes import recipe
+from vraxion_ckpt.recipes import recipe_model
 
 OURS = "vraxion-ckpt"
 SCHEMA_FOLDER = "schemas"
@@ -108,7 +108,7 @@ def tree(base: type[errors.CkptError]) -> Iterator[tuple[type[errors.CkptError],
 
 def all_schemas() -> dict[str, dict[str, Any]]:
     """Return every JSON Schema by its name."""
-    return {**{name: schemas.schema_of(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
+    return {**{name: schemas.schema_of(name) for name in schemas.SCHEMAS}, "recipe": recipe_model.json_schema()}
 
 
 def schema_sections() -> Iterator[str]:

@@ -271,7 +271,7 @@ OTHER_CLASSES = {
     "a bit of a shard flipped": (flip_a_bit_of_expert_1, CorruptError, r"expert_001.pt \[.*checksum"),
     "router.state truncated": (cut("system/router.state", 0.5), CorruptError, r"router.state"),
     "router.state missing": (remove("system/router.state"), UnknownFormatError, r"system/router.state"),
-    "router.state a fifo": (fifo("system/router.state"), UnknownFormatError, r"no known format"),
+    "router.state a fifo": (fifo("system/router.state"), UnknownFormatError, r"format not recognised"),
     "meta.json truncated": (cut("experts/meta.json", 0.5), CorruptError, r"meta.json: is not JSON"),
     "meta.json nested": (meta_is(b"[" * 200_000), LimitError, r"nested too deeply"),
 }
@@ -362,7 +362,7 @@ def test_a_contribution_beyond_any_float_is_carried_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "code", "says"),
     [
-        (remove("system/router.state"), 3, "no known format"),
+        (remove("system/router.state"), 3, "format not recognised"),
         (flip_a_bit_of_expert_1, 4, "expert_001.pt"),
         (shard(1, lambda s: {**s, "bias": Evil(Path("never"))}), 5, "posix.system"),
         (meta_is(b"[" * 200_000), 7, "meta.json"),

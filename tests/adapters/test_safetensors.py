@@ -1069,9 +1069,9 @@ def test_a_wrong_option_is_a_usage_error(option, says, tmp_path, cli):
 @pytest.mark.parametrize(
     ("target", "to", "says"),
     [
-        ("x.safetensors/", "safetensors", "the name ends in /"),
-        ("folder", "safetensors", "something else is there"),
-        ("file", SHARDS, "something else is there"),
+        ("x.safetensors/", "safetensors", "ends in /"),
+        ("folder", "safetensors", "is not a file"),
+        ("file", SHARDS, "is not a directory"),
     ],
 )
 def test_a_file_is_no_folder_and_a_folder_no_file(target, to, says, tmp_path, cli):

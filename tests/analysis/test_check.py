@@ -81,7 +81,7 @@ def test_one_expert_in_a_list_is_loaded_by_no_runtime(tmp_path, run_cli):
         vc.convert(DATA / "wallclock_single.pt", tmp_path / "a.pt", transforms=["single_to_experts"])
     code, said, _ = run_cli("check", tmp_path / "a.pt")
     assert code == 1
-    assert "a runtime with one head expects head.single" in said
+    assert "a runtime with one expert expects head.single" in said
     assert run_cli("check", DATA / "wallclock_single.pt")[0] == 0
 
 
@@ -144,7 +144,7 @@ def test_rows_of_a_later_step_are_told(tmp_path):
     meta = json.loads((path / "experts/meta.json").read_text())
     meta["experts"][1]["last_used_step"] = 1_000
     (path / "experts/meta.json").write_text(json.dumps(meta))
-    assert "the row of expert 1 is of a later step" in " ".join(told(vc.check(path), "warning"))
+    assert "the lifecycle row of expert 1 is later than" in " ".join(told(vc.check(path), "warning"))
 
 
 def test_invariants_are_all_told(tmp_path):

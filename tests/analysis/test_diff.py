@@ -18,6 +18,7 @@ import vraxion_ckpt as vc
 from vraxion_ckpt.analysis.difference import diff_checkpoints
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
 from vraxion_ckpt.errors import CorruptError, UsageError
+from vraxion_ckpt.reading.read_options import ReadOptions
 from vraxion_ckpt.testing import checkpoints, samples
 
 TARGETS = {"a.pt": None, "b/": None, "c.safetensors": None, "shards": "safetensors:max_shard_size=20KB"}
@@ -56,7 +57,7 @@ def test_a_checkpoint_and_its_conversion_to_each_format_are_identical(source, ta
 @given(checkpoints())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_generated_checkpoint_is_identical_to_itself(checkpoint):
-    found = diff_checkpoints(checkpoint, copy.deepcopy(checkpoint))
+    found = diff_checkpoints(checkpoint, copy.deepcopy(checkpoint), ReadOptions())
     assert found.identical
     assert not found.experts
     assert found.ring is None
@@ -66,7 +67,7 @@ def test_a_generated_checkpoint_is_identical_to_itself(checkpoint):
 @pytest.mark.parametrize(("a", "b"), list(product(samples(), samples())))
 def test_samples_are_identical_if_and_only_if_nothing_differs(a, b):
     one, other = samples()[a], samples()[b]
-    assert diff_checkpoints(one, other).identical == (not any(checkpoint_differences(one, other)))
+    assert diff_checkpoints(one, other, ReadOptions()).identical == (not any(checkpoint_differences(one, other)))
 
 
 # --- experts ---

@@ -144,10 +144,10 @@ def test_a_parameter_without_state_among_others_that_have_some_is_a_note(tmp_pat
         del payload["optim"]["state"][payload["param_names"].index(E1)]
 
     (line,) = found(spoilt(tmp_path, change), severity="note", rule="state")
-    assert line.startswith("optimizer group 0: 3 of 31 have no state")
+    assert line.startswith("optimizer group 0: 3 of 31 parameters have no state")
     assert E1 in line
     (before,) = found(NAMED, severity="note", rule="state")
-    assert "2 of 31 have no state (input_proj.weight, input_proj.bias)" in before
+    assert "2 of 31 parameters have no state (input_proj.weight, input_proj.bias)" in before
     assert found(spoilt(tmp_path, lambda payload: payload["optim"]["state"].clear()), rule="state") == []
 
 
@@ -157,7 +157,7 @@ def test_steps_that_differ_are_a_note_that_says_whose():
     assert "step is 4 for 21 parameters, but 3 for 2 (head.experts.0.weight, head.experts.0.bias)" in line
 
 
-@pytest.mark.parametrize(("value", "says"), [(-4, "is negative"), ("four", "is no number"), (torch.tensor(-1.0), "-1")])
+@pytest.mark.parametrize(("value", "says"), [(-4, "is negative"), ("four", "not a number"), (torch.tensor(-1.0), "-1")])
 def test_a_step_of_a_parameter_that_is_none_is_a_warning(value, says, tmp_path):
     (line,) = found(
         spoilt(tmp_path, lambda payload: slots(payload, E1).update(step=value)), severity="warning", rule="step"

@@ -68,7 +68,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
         ),
         (["mitosis_split:addresses=[1-x]"], ["'1-x' is neither a number nor a range"]),
         (["mitosis_split:addresses=[9-3]"], ["range 9-3 runs backwards"]),
-        (["mitosis_split:addresses=[0-99999999999]"], ["too long"]),
+        (["mitosis_split:addresses=[0-99999999999]"], ["more than 10,000,000 numbers"]),
         (["mitosis_split:addresses=3"], ["a list is written [1,3,8-15]"]),
         (["mitosis_split:allow_empty_parent=perhaps"], ["'allow_empty_parent'"]),
     ],
@@ -91,7 +91,7 @@ def test_every_wrong_option_of_the_whole_chain_is_told_at_once_and_first_of_all(
         ),
         ([], {"to": "modulr"}, "unknown format 'modulr'\n  → did you mean 'modular'?"),
         ([], {"from_": "ptt"}, "unknown format 'ptt'"),
-        ([], {"losses": "maybe"}, "none of raise, warn, ignore"),
+        ([], {"losses": "maybe"}, "must be one of raise, warn, ignore"),
         (["mitosis_split:noise"], {}, "'noise' in 'mitosis_split:noise' is not key=value"),
         (["mitosis_split:noise=0,noise=1"], {}, "given twice"),
         (["mitosis_split:addresses=[1,2"], {}, "left open"),
@@ -133,17 +133,17 @@ PLACES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "same by a hard link": ("a.pt", "twin.pt", {"overwrite": True}, r"the same"),
     "same directory": ("a", "a/", {"overwrite": True}, r"the same"),
     "same directory by a link": ("a", "linked", {"overwrite": True}, r"the same"),
-    "inside": ("a", "a/new.pt", {}, r"the target lies inside the source"),
-    "inside by a link": ("a", "linked/experts/new.pt", {}, r"the target lies inside the source"),
-    "around": ("a/system/router.state", "a/", {"overwrite": True}, r"the source lies inside the target"),
-    "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"files that are no part.*notes.txt"),
+    "inside": ("a", "a/new.pt", {}, r"the target is inside the source"),
+    "inside by a link": ("a", "linked/experts/new.pt", {}, r"the target is inside the source"),
+    "around": ("a/system/router.state", "a/", {"overwrite": True}, r"the target contains the source"),
+    "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"files that are not part.*notes.txt"),
     "no folder": ("a.pt", "none/new.pt", {}, r"no such folder.*\n.*mkdir -p"),
-    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"a\.pt: is not a folder"),
-    "no suffix": ("a.pt", "new", {}, r"does not tell the format\n.*\.pt → pt"),
-    "unknown suffix": ("a.pt", "new.onnx", {}, r"does not tell the format"),
-    "file, not a directory": ("a", "a.pt", {"to": "modular", "overwrite": True}, r"modular is a directory"),
-    "directory, not a file": ("a.pt", "a", {"to": "pt", "overwrite": True}, r"pt is a file"),
-    "a file with a slash": ("a", "new/", {"to": "pt"}, r"the name ends in /"),
+    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"no such folder"),
+    "no suffix": ("a.pt", "new", {}, r"does not determine the format\n.*\.pt → pt"),
+    "unknown suffix": ("a.pt", "new.onnx", {}, r"does not determine the format"),
+    "file, not a directory": ("a", "a.pt", {"to": "modular", "overwrite": True}, r"modular writes a directory"),
+    "directory, not a file": ("a.pt", "a", {"to": "pt", "overwrite": True}, r"pt writes a file"),
+    "a file with a slash": ("a", "new/", {"to": "pt"}, r"ends in /"),
     "no source": ("none.pt", "new.pt", {}, r"no such file or directory"),
 }
 
@@ -196,7 +196,7 @@ def test_a_folder_without_write_permission_is_refused(target):
         (2, UsageError, ["a.pt", "a.pt", "--overwrite"], "the same"),
         (2, UsageError, ["a.pt", "new.pt", "-t", "mitosis_splt"], "did you mean 'mitosis_split'?"),
         (2, OptionError, ["a.pt", "new.pt", "-t", "mitosis_split:nose=0"], "did you mean 'noise'?"),
-        (3, UnknownFormatError, ["keeps/experts", "new.pt"], "no known format"),
+        (3, UnknownFormatError, ["keeps/experts", "new.pt"], "format not recognised"),
         (4, CorruptError, ["a.pt", "new.pt", "-t", "arc_meta:visits=a.pt"], "UTF-8"),
         (8, InconsistentError, ["a.pt", "new.pt", "-t", "arc_meta:visits=a/experts/meta.json"], "object with `visits`"),
         (10, TransformError, ["a.pt", "new.pt", "-t", "mitosis_split"], "there is no plan"),
@@ -219,7 +219,7 @@ def test_a_folder_of_shards_is_not_given_the_name_of_a_file(cli, tmp_path):
     shards = "safetensors:max_shard_size=20KB"
     code, said = cli("convert", DATA / "named_experts3.pt", target, "--to", shards)
     assert code == 2
-    assert "is a directory, and the name is that of a file" in said
+    assert "is the name of a file, but" in said
     assert not target.exists()
 
 

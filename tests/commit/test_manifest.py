@@ -73,7 +73,7 @@ def test_an_edit_replaces_a_manifest_and_nothing_else(tmp_path):
     vc.edit(run, transforms=[SPLIT], manifest=tmp_path / "m.json")
     assert listed(tmp_path / "m.json") == digests(run) != before
     (tmp_path / "notes.json").write_text('{"mine": true}')
-    with pytest.raises(UsageError, match="is no manifest"):
+    with pytest.raises(UsageError, match="is not a manifest"):
         vc.edit(run, transforms=["prune_merge:merge_into=0,allow_tenured=true"], manifest=tmp_path / "notes.json")
     assert (tmp_path / "notes.json").read_text() == '{"mine": true}'
     assert vc.check(run, manifest=tmp_path / "m.json").sound
@@ -99,7 +99,7 @@ def test_a_manifest_does_not_take_the_place_of_the_state_that_is_kept(place, tmp
     run = tmp_path / "run"
     shutil.copytree(EXPERTS3, run)
     before = digests(run)
-    with pytest.raises(UsageError, match="previous state may be kept"):
+    with pytest.raises(UsageError, match="reserved for the previous state"):
         vc.edit(run, transforms=[SPLIT], keep_old=True, manifest=tmp_path / place)
     assert digests(run) == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -136,7 +136,7 @@ def test_a_conversion_does_not_replace_what_its_chain_reads(tmp_path):
     shutil.copy(DATA / "expected/wallclock_experts3.visits.json", tmp_path / "v.json")
     before = (tmp_path / "v.json").read_bytes()
     plan = ("arc_meta", {"visits": tmp_path / "v.json"})
-    with pytest.raises(UsageError, match="what this run reads"):
+    with pytest.raises(UsageError, match="an input of this run"):
         vc.convert(NAMED, tmp_path / "v.json", to="pt", transforms=[plan], overwrite=True)
     assert (tmp_path / "v.json").read_bytes() == before
 
@@ -148,7 +148,7 @@ def test_a_manifest_that_is_no_path_is_refused(name, tmp_path):
         lambda: vc.convert(NAMED, tmp_path / "a.pt", manifest=name),
         lambda: vc.edit(tmp_path / "in.pt", manifest=name),
     ):
-        with pytest.raises(UsageError, match=r"is no path|is a directory|lies inside it"):
+        with pytest.raises(UsageError, match=r"is not a valid path|is a directory|inside the source"):
             call()
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
 

@@ -389,7 +389,7 @@ def test_a_format_that_does_not_tell_its_files_apart_is_rewritten_with_those_of_
     assert (done.kind, done.written, done.removed, done.untouched) == ("rewrite", (".",), (), 0)
     before = snapshot(target)
     assert strangers < before.keys()
-    with pytest.raises(UsageError, match="does not tell its own files from others'"):
+    with pytest.raises(UsageError, match="cannot distinguish its own files from foreign ones"):
         vc.edit(target, transforms=[SPLIT], from_=Silent())
     assert snapshot(target) == before
 
@@ -563,12 +563,12 @@ def test_quiet_and_verbose_and_defaults_from_the_environment(tmp_path, command, 
 
 REFUSED: dict[str, tuple[int, list[str], str]] = {
     "missing": (2, ["none", "-t", SPLIT], "none: no such file or directory"),
-    "another format": (2, ["run", "-t", SPLIT, "--to", "pt"], "is of the format modular, which an edit in place keeps"),
-    "another form": (2, ["shards", "-t", SPLIT, "--to", "safetensors"], "writes a file, and this is none"),
-    "an index": (2, ["shards/model.safetensors.index.json"], "name that to edit it"),
+    "another format": (2, ["run", "-t", SPLIT, "--to", "pt"], "has the format modular, which an edit"),
+    "another form": (2, ["shards", "-t", SPLIT, "--to", "safetensors"], "is not a file"),
+    "an index": (2, ["shards/model.safetensors.index.json"], "edit the whole checkpoint"),
     "unknown transform": (2, ["run", "-t", "mitosis_splt"], "did you mean 'mitosis_split'?"),
-    "a plan in the target": (2, ["run", "-t", f"{PLAN},output=run/plan.json"], "must not be, or lie in, the target"),
-    "a folder inside": (3, ["run/experts", "-t", SPLIT], "is of no known format"),
+    "a plan in the target": (2, ["run", "-t", f"{PLAN},output=run/plan.json"], "must not be the target or inside it"),
+    "a folder inside": (3, ["run/experts", "-t", SPLIT], "format not recognised"),
     "a mix of two saves": (8, ["mixed", "-t", SPLIT], "parts of two saves"),
     "a mix, no chain": (8, ["mixed"], "parts of two saves"),
     "no plan": (10, ["run", "-t", "mitosis_split"], "there is no plan"),
@@ -721,7 +721,7 @@ def test_an_interrupted_edit_that_can_be_read_is_the_old_state_and_told_of(tmp_p
     for arguments in (["inspect", target], ["convert", target, tmp_path / "new.pt"], ["edit", target, "--dry-run"]):
         code, _, complained = command(*arguments)
         assert code == 0
-        assert f"an edit of it was interrupted; `vraxion-ckpt edit {target}`" in complained
+        assert f"an edit of this checkpoint was interrupted; run `vraxion-ckpt edit {target}`" in complained
     assert command("check", target)[0] == 1
     assert load(tmp_path / "new.pt")["num_experts"] == 3
     assert command("edit", target)[0] == 0
@@ -792,7 +792,7 @@ def test_a_router_inside_a_checkpoint_is_refused_with_what_to_name_instead(tmp_p
     code, _, complained = command("edit", target / ROUTER, "-t", SPLIT)
     assert code == 2
     assert f"is a part of the checkpoint {target}" in complained
-    assert "name that to edit it" in complained
+    assert "edit the whole checkpoint" in complained
     assert snapshot(tmp_path) == before
 
 

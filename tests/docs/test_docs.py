@@ -22,7 +22,7 @@ import vraxion_ckpt as vc
 from vraxion_ckpt import errors
 from vraxion_ckpt.cli import cli, schemas
 from vraxion_ckpt.plugins.catalogue import describe_plugin, list_plugins
-from vraxion_ckpt.recipes import recipe
+from vraxion_ckpt.recipes import recipe_model
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -233,7 +233,7 @@ def test_every_error_is_in_the_reference_with_its_exit_code(manual):
 @pytest.mark.slow
 def test_every_schema_is_in_the_reference_and_can_be_had(manual):
     page, folder = words(manual / "reference" / "schemas.html"), manual / "reference" / "schemas"
-    wanted = {**{name: schemas.schema_of(name) for name in schemas.SCHEMAS}, "recipe": recipe.json_schema()}
+    wanted = {**{name: schemas.schema_of(name) for name in schemas.SCHEMAS}, "recipe": recipe_model.json_schema()}
     assert {path.stem for path in folder.iterdir()} == wanted.keys()
     for name, schema in wanted.items():
         assert json.loads((folder / f"{name}.json").read_text()) == schema

@@ -104,7 +104,7 @@ def test_broken_plugins_are_reported_with_their_reason_and_the_others_work(site)
     assert reasons.keys() == {"does_not_import", "misspelt", "no_class"}
     assert "no_such_module" in reasons["does_not_import"]
     assert "register_transform" in reasons["misspelt"]
-    assert "no subclass of Transform" in reasons["no_class"]
+    assert "not a subclass of Transform" in reasons["no_class"]
     names = {plugin["name"] for plugin in facts["plugins"]}
     assert {"pt", "modular", "arc_meta", "single_to_experts", "scale"} <= names
     assert "does_not_import" in done.stderr

@@ -17,7 +17,7 @@ from support import DATA, EXPECTED, ROOT, files_below
 import vraxion_ckpt as vc
 from vraxion_ckpt.errors import CkptError, LossError, StorageError, UsageError
 from vraxion_ckpt.recipes.option_keys import RECIPE_KEYS
-from vraxion_ckpt.recipes.recipe import json_schema
+from vraxion_ckpt.recipes.recipe_model import json_schema
 
 EXAMPLE = ROOT / "examples" / "refinement"
 NAMED = DATA / "named_experts3.pt"
@@ -161,8 +161,8 @@ def test_a_variable_may_be_made_of_those_above_it(here):
 
 def test_a_variable_that_is_not_above_is_told():
     for vars_, says in (
-        ("{a: 'x${b}', b: 1}", "line 1: vars.a: the variable 'b' is none of those above it"),
-        ("{a: '${a}'}", "line 1: vars.a: the variable 'a' is none of those above it"),
+        ("{a: 'x${b}', b: 1}", "line 1: vars.a: the variable 'b' must be defined before its use"),
+        ("{a: '${a}'}", "line 1: vars.a: the variable 'a' must be defined before its use"),
         ("{a: 'x${nowhere}'}", "line 1: vars.a: there is no variable 'nowhere'"),
     ):
         assert any(says in line for line in refused(f"vars: {vars_}\nsource: in.pt\ntargets: ['${{a}}.pt']\n")), says
@@ -172,7 +172,7 @@ def test_a_variable_that_is_not_above_is_told():
 
 def test_a_setting_from_python_is_a_text():
     told = refused("vars: {n: 1}\nsource: in.pt\ntargets: ['a${n}.pt']\n", settings={"n": 0.5})
-    assert told == ["  --set.n: must be a text, as on the command line"]
+    assert told == ["  --set.n: must be a string, as on the command line"]
 
 
 def test_a_dollar_sign_is_written_twice_and_the_recipes_folder_is_known(here):
@@ -206,7 +206,7 @@ loses: warn
 """
     )
     expected = [
-        "line 3: vars.never: is used nowhere",
+        "line 3: vars.never: is not used",
         "line 4: source.form: unknown entry 'form', did you mean 'from'?",
         "line 7: chain[0].arc_meta.visit: unknown option 'visit', did you mean 'visits'?",
         "line 8: chain[0].arc_meta.parent: option 'parent'",
@@ -236,7 +236,7 @@ loses: warn
         ("source: in.pt\n\ttargets: [a.pt]\n", "line 2"),
         ("source: &a in.pt\ntargets: [*a]\n", "line 2: aliases"),
         ("source: !!python/object/apply:os.system [x]\ntargets: [a.pt]\n", "the tag"),
-        ("source: in.pt\ntargets: [a.pt, b.pt]\nmanifest: m.json\n", "each needs a manifest of its own"),
+        ("source: in.pt\ntargets: [a.pt, b.pt]\nmanifest: m.json\n", "give each target its own `manifest`"),
         ("schema: vraxion-ckpt/recipe/9\nsource: in.pt\ntargets: [a.pt]\n", "line 1: schema"),
         ("source: in.pt\nchain: mitosis_split\ntargets: [a.pt]\n", "line 2: chain"),
         ("source: in.pt\nchain: [{arc_meta: 3}]\ntargets: [a.pt]\n", "must be a mapping of options"),
@@ -245,23 +245,26 @@ loses: warn
         ("? [a, b]\n: c\nsource: in.pt\ntargets: [a.pt]\n", "a key must be plain text"),
         ("[" * 3000 + "]" * 3000, "nested too deeply"),
         ("vars: {n: }\nsource: in.pt\ntargets: ['a${n}.pt']\n", "has no value: pass --set n=…"),
-        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is not a finite number"),
-        ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a text"),
-        ("vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n", "is the recipe's own folder"),
-        ("source: in.pt\ntargets: ['a${ s }.pt']\n", "'${ s }' is no variable; write $${"),
-        ("source: in.pt\ntargets: ['a${s.pt']\n", "is no variable"),
-        ("vars: {t: path}\nsource: in.pt\ntargets: [{'${t}': a.pt}]\n", "a key holds no variables"),
+        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is no finite number"),
+        ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a string"),
+        (
+            "vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n",
+            "is reserved for",
+        ),
+        ("source: in.pt\ntargets: ['a${ s }.pt']\n", "'${ s }' is not a variable; write $${"),
+        ("source: in.pt\ntargets: ['a${s.pt']\n", "is not a variable"),
+        ("vars: {t: path}\nsource: in.pt\ntargets: [{'${t}': a.pt}]\n", "a key must not contain a variable"),
         ("source: in.pt\nchain: [{mitosis_split: {parent: yes, noise: true}}]\ntargets: [a.pt]\n", "option 'noise'"),
         ("source: in.pt\noverwrite: !!bool maybe\ntargets: [a.pt]\n", "the tag"),
-        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a text, or a mapping"),
-        ('source: in.pt\ntargets: [{path: a.pt, manifest: "m\\0"}]\n', "line 2: targets[0].manifest: holds NUL"),
+        ("source: 7\ntargets: [3]\n", "line 2: targets[0]: must be a string, or a mapping"),
+        ('source: in.pt\ntargets: [{path: a.pt, manifest: "m\\0"}]\n', "line 2: targets[0].manifest: contains NUL"),
         (
             'source: in.pt\nchain: [{arc_meta: {output: "\\ud800"}}]\ntargets: [a.pt]\n',
-            "chain[0].arc_meta.output: holds",
+            "chain[0].arc_meta.output: contains",
         ),
-        ('vars: {m: "\\0"}\nsource: in.pt\ntargets: ["${m}.pt"]\n', "line 1: vars.m: holds NUL"),
-        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "'' is no path"),
-        ("source: in.pt\ntargets: [a.pt, ./a.pt]\n", "is to be written twice"),
+        ('vars: {m: "\\0"}\nsource: in.pt\ntargets: ["${m}.pt"]\n', "line 1: vars.m: contains NUL"),
+        ("source: in.pt\ntargets: [{path: a.pt, manifest: ''}]\n", "'' is not a valid path"),
+        ("source: in.pt\ntargets: [a.pt, ./a.pt]\n", "is the path of two outputs"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_reason(text, says, run_cli):
@@ -280,7 +283,7 @@ def test_a_wrong_call_is_refused(here, run_cli):
         (["binary.yaml"], "not UTF-8"),
         (["recipe.yaml", "--set", "noise"], "is not NAME=VALUE"),
         (["recipe.yaml", "--set", "noise=1", "--set", "noise=2"], "--set noise is given twice"),
-        (["recipe.yaml", "--set", "nois=1"], "--set.nois: is no variable of the recipe, did you mean 'noise'?"),
+        (["recipe.yaml", "--set", "nois=1"], "--set.nois: is not a variable of the recipe, did you mean 'noise'?"),
         ([], "Missing argument 'RECIPE'"),
     ):
         code, _, complained = run_cli("run", *arguments)

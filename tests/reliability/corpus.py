@@ -530,7 +530,7 @@ def made(name: str, make: Callable[[Path], object]) -> Callable[[Path], Path]:
     return build
 
 
-NO_FORMAT = ("is of no known format",)
+NO_FORMAT = ("format not recognised",)
 
 OTHER: Entries = {
     "empty folder": Bad(made("run", Path.mkdir), UnknownFormatError, NO_FORMAT),

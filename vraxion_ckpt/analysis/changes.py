@@ -1,4 +1,4 @@
-"""What `diff` tells: the facts, and the same in words."""
+"""The result of `diff`: the data model, and its summary in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ What = Literal["changed", "renamed", "added", "removed"]
 
 
 class Change(Fact):
-    """One entry that is not the same in both checkpoints."""
+    """One entry that differs between the checkpoints."""
 
     what: What
     """``renamed``: bit-identical under another name."""
@@ -26,30 +26,33 @@ class Change(Fact):
     after: str | None
     """Its name in the second."""
     old: Plain
-    """What it is in the first; of a tensor, dtype and shape."""
+    """Its value in the first checkpoint; dtype and shape of a tensor."""
     new: Plain
+    """Its value in the second."""
     measure: Measure | None = None
-    """Of tensors that differ in nothing but their values."""
+    """The size of the difference, if only the values of a tensor differ."""
 
 
 class ExpertChange(Fact):
-    """An expert that is not the same under the same name."""
+    """An expert that differs between the checkpoints, or has another name."""
 
     what: What
     before: int | None
     """Its id in the first checkpoint."""
     after: int | None
+    """Its id in the second."""
     equal_to: int | None = None
-    """Of one that was added, the id of a bit-identical one in the first checkpoint; of one that was removed, in the
+    """For an added expert, the id of a bit-identical expert in the first checkpoint; for a removed one, in the
     second."""
     took_from: int | None = None
-    """Of one that was added: who owned most of its addresses before."""
+    """For an added expert, the previous owner of most of its addresses."""
     measure: Measure | None = None
-    """How it differs from what it was; or, if it is new, from the expert in `took_from`."""
+    """The size of the difference: for a changed expert from its previous tensors, for an added one from the expert in
+    `took_from`."""
 
 
 class Flow(Fact):
-    """Addresses that went from one expert to another."""
+    """The number of addresses that moved from one expert to another."""
 
     before: int
     after: int
@@ -57,7 +60,7 @@ class Flow(Fact):
 
 
 class ArcChange(Fact):
-    """An arc of the ring that went from one expert to another; it may wrap."""
+    """An arc of the ring that moved from one expert to another. It may wrap around."""
 
     start: int
     length: int
@@ -66,13 +69,13 @@ class ArcChange(Fact):
 
 
 class RingChange(Fact):
-    """Which addresses have another owner; an expert that was only renumbered is the same owner."""
+    """The addresses with another owner. A renumbered expert counts as the same owner."""
 
     length: int
     moved: int
     flows: tuple[Flow, ...]
     arcs: tuple[ArcChange, ...]
-    """The first 4,096 of them."""
+    """The first 4,096 arcs."""
     arcs_in_all: int
 
 
@@ -86,28 +89,28 @@ class Side(Fact):
 
 
 class Difference(Facts):
-    """What is different in a second checkpoint."""
+    """The difference between two checkpoints."""
 
     kind_of_facts: ClassVar[str] = "diff"
 
     before: Side
     after: Side
     identical: bool
-    """Whether nothing differs, NaNs compared by their bits. How a format spells it does not count."""
+    """Whether nothing differs. Floats are compared by their bits; formats may differ."""
     tensors_identical: int
-    """Model tensors that are the same bit by bit, under the same name."""
+    """Number of bit-identical model tensors with the same name."""
     slots_identical: int
-    """Slots of the optimizer that are the same bit by bit, of the same parameter."""
+    """Number of bit-identical optimizer slots of the same parameter."""
     bytes_compared: int
-    """Of the second checkpoint's model tensors and slots."""
+    """Bytes of the second checkpoint's model tensors and slots."""
     model: tuple[Change, ...]
     experts: tuple[ExpertChange, ...]
     ring: RingChange | None
-    """Null where the rings cannot be compared, or no address has another owner."""
+    """Null if the rings cannot be compared, or no owner changed."""
     optimizer: tuple[Change, ...]
-    """Slots, called ``parameter.slot``; groups; and which parameters are trained."""
+    """Slots, named ``parameter.slot``; options of param groups; and the trained parameters."""
     not_bound: str | None
-    """Why an optimizer is not bound to names; then slots are compared by position."""
+    """Why an optimizer is not bound to parameter names. In this case slots are compared by position."""
     payload: tuple[Change, ...]
     lifecycle: tuple[Change, ...]
     history: tuple[Change, ...]
@@ -115,7 +118,7 @@ class Difference(Facts):
     """The planned split, module versions, and the order of entries."""
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the whole for people: a label and a text for each section in which something differs."""
+        """Return lines for people: a label and a text for each section with differences."""
         if self.identical:
             size = f"{count(self.tensors_identical, 'tensor')} and {count(self.slots_identical, 'optimizer slot')}"
             return [("identical", f"{size}, bit by bit; ring, payload, lifecycle rows and history too")]
@@ -126,14 +129,9 @@ class Difference(Facts):
         former = {change.after: change.before for change in self.experts if change.what == "renamed"}
         for flow in self.ring.flows[:_MOST_LINES] if self.ring else ():
             renumbered = former.get(flow.after, flow.after) != flow.after
-            number = f"{count(flow.addresses, 'address')}"
+            number = count(flow.addresses, "address")
             was = f", which was {former[flow.after]}" if renumbered else ""
-            lines.append(
-                (
-                    "ring",
-                    f"{number}: expert {flow.before} → expert {flow.after}{was}",
-                )
-            )
+            lines.append(("ring", f"{number}: expert {flow.before} → expert {flow.after}{was}"))
         if self.ring and len(self.ring.flows) > _MOST_LINES:
             lines.append(("ring", f"… {len(self.ring.flows) - _MOST_LINES} more"))
         if self.slots_identical or self.optimizer:

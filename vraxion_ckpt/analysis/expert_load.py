@@ -1,4 +1,4 @@
-"""The signs of life of a refinement loop: the load of the experts before a split, as it predicts it, and measured."""
+"""The load of the experts: before a split, predicted after it, and measured after training was resumed."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ def expert_loads(
     visits_file: PathLike | None = None,
     visits_after: PathLike | None = None,
 ) -> ExpertLoads | None:
-    """Compare how visits fell on the experts before a split, how they are predicted to fall, and how they fell.
+    """Compare the load of the experts before a split, the predicted load and the measured load.
 
-    Of a checkpoint that is to be split, or is not known to have been, the load before is its own, and a plan predicts.
+    If the checkpoint has a planned split, or no recorded one, its own router map is the state before the split, and
+    the plan gives the prediction.
 
     Args:
-        checkpoint: after the split, or one that is to be split.
-        against: before it; if not given, what the payload records of the last split is undone.
+        checkpoint: a checkpoint after or before a split.
+        against: the checkpoint before the split. If None, the last split that the payload records is undone.
         visits_file: visits counted before the split.
         visits_after: visits counted after training was resumed.
 
+    Returns:
+        The loads, or None if no visits are given.
+
     Raises:
-        UsageError: the checkpoint has no ring, or that of `against` is another one.
+        UsageError: the checkpoint has no ring, or `against` has none of the same length.
     """
     if visits_file is None and visits_after is None:
         return None
@@ -44,7 +48,7 @@ def expert_loads(
         raise UsageError("has no ring of experts to count visits on", path=checkpoint.origin.path)
     owners = router_owners(checkpoint.router_map)
     planned = _split_planned(checkpoint, owners)
-    # What the payload records is the last split, which a plan for the next one makes a thing of the past.
+    # If the next split is planned already, the last split recorded in the payload is not the one to show.
     old = _split_undone(checkpoint, owners) if planned is None else None
     if against is not None:
         former = against if isinstance(against, Checkpoint) else read_unbound(against, ReadOptions())
@@ -52,7 +56,7 @@ def expert_loads(
             raise UsageError("has no ring of the same length", path=former.origin.path)
         old = router_owners(former.router_map), former.num_experts
         if planned is not None and former.num_experts == checkpoint.num_experts and np.array_equal(old[0], owners):
-            old = None  # nothing has moved since; what is to come is the plan's
+            old = None  # no address has moved; the plan gives the prediction
     before, after = (
         load_visits(Path(file), len(owners)).visits if file is not None else None
         for file in (visits_file, visits_after)
@@ -66,7 +70,7 @@ def expert_loads(
 
 
 def _split_planned(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
-    """Return the router map and the number of experts that a plan would give."""
+    """Return the router map and the number of experts after the planned split."""
     if checkpoint.plan is None or any(not 0 <= a < len(owners) for a in checkpoint.plan.addresses):
         return None
     future = owners.copy()
@@ -75,7 +79,7 @@ def _split_planned(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | N
 
 
 def _split_undone(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
-    """Return the router map and the number of experts before the split that the payload records, if that fits."""
+    """Return the router map and the number of experts before the recorded split, or None if it does not apply."""
     done = checkpoint.payload.get("mitosis")
     if not isinstance(done, Mapping) or not {"parent", "child", "addresses"} <= done.keys():
         return None
@@ -85,7 +89,7 @@ def _split_undone(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | No
     if type(parent) is not int or not 0 <= parent < child or child != checkpoint.num_experts - 1:
         return None
     if sorted(addresses) != np.flatnonzero(owners == child).tolist():
-        return None  # something has moved since
+        return None  # addresses have moved since
     former = owners.copy()
     former[list(addresses)] = parent
     return former, child

@@ -1,4 +1,4 @@
-"""What `check` reports: findings and how bad they are."""
+"""The findings of `check` and their severity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vraxion_ckpt.support.json_models import Fact
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -17,14 +17,14 @@ class Severity(StrEnum):
 
 
 class Finding(Fact):
-    """One thing that was found."""
+    """One problem or remark."""
 
     severity: Severity
     rule: str
-    """Which of the rules it breaks: ``readable``, ``invariant``, ``one head``, ``manifest``, …"""
+    """The name of the rule: ``readable``, ``invariant``, ``one head``, ``manifest``, …"""
     what: str
     where: str = ""
-    """The file or the entry."""
+    """The file or the entry that it is about."""
     hint: str | None = None
     """What to do about it."""
 

@@ -1,4 +1,4 @@
-"""Which expert of one checkpoint is which of another: by its bits first, by its id where nothing is bit-identical."""
+"""Match the experts of two checkpoints: bit-identical ones first, the others by id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import Expert, Head
 from vraxion_ckpt.checkpoint.plain_data import bytes_of
 
-_GLANCE = 64  # bytes of a tensor: enough to tell most experts apart without reading them
+_PREFIX = 64  # bytes of each tensor: enough to distinguish most experts without reading all of them
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Matching:
     """The experts of two heads, by id.
 
     Attributes:
-        same: bit-identical ones, before → after; the ids differ where an expert was renumbered.
-        changed: ids in both heads whose experts are not bit-identical to any that is left.
-        added: ids of the second head only, with the id of an expert of the first that is bit-identical, if one is.
-        removed: ids of the first head only, with the id of a bit-identical one of the second, if one is.
+        same: id before → id after of bit-identical experts. The ids differ if an expert was renumbered.
+        changed: ids in both heads whose experts are not matched by content.
+        added: ids in the second head only, each with the id of a bit-identical expert of the first, or None.
+        removed: ids in the first head only, each with the id of a bit-identical expert of the second, or None.
     """
 
     same: dict[int, int] = field(default_factory=dict)
@@ -30,21 +30,21 @@ class Matching:
 
     @property
     def pairs(self) -> dict[int, int]:
-        """Every expert that is in both, before → after."""
+        """Id before → id after of every expert in both heads."""
         return {**self.same, **{i: i for i in self.changed}}
 
 
 def match_experts(a: Head | None, b: Head | None) -> Matching:
-    """Match the experts of two heads; opens all."""
+    """Match the experts of two heads. Opens all experts."""
     first, second = a.experts if a else {}, b.experts if b else {}
     same = {i: i for i, expert in first.items() if i in second and _equal(expert, second[i])}
     left, right = _without(first, same), _without(second, same)
-    lookalikes = _by_glance(right)
+    by_prefix = _group_by_prefix(right)
     for i, expert in left.items():  # renumbered
-        j = _twin(expert, right, lookalikes)
+        j = _twin(expert, right, by_prefix)
         if j is not None:
             same[i] = j
-            lookalikes[_glance(expert)].remove(j)
+            by_prefix[_prefix(expert)].remove(j)
     left = {i: expert for i, expert in left.items() if i not in same}
     right = _without(right, {j: i for i, j in same.items()})
     changed = tuple(i for i in left if i in right)
@@ -57,25 +57,25 @@ def _without(experts: dict[int, Expert], ids: dict[int, int]) -> dict[int, Exper
 
 
 def _twins(experts: dict[int, Expert], others: dict[int, Expert]) -> dict[int, int | None]:
-    """Return for each expert the id of a bit-identical one among others, if there is one."""
-    lookalikes = _by_glance(others) if experts else defaultdict(list)
-    return {i: _twin(expert, others, lookalikes) for i, expert in experts.items()}
+    """Return for each expert the id of a bit-identical one among `others`, or None."""
+    by_prefix = _group_by_prefix(others) if experts else defaultdict(list)
+    return {i: _twin(expert, others, by_prefix) for i, expert in experts.items()}
 
 
-def _twin(expert: Expert, others: dict[int, Expert], lookalikes: defaultdict[object, list[int]]) -> int | None:
-    return next((i for i in lookalikes[_glance(expert)] if _equal(expert, others[i])), None)
+def _twin(expert: Expert, others: dict[int, Expert], by_prefix: defaultdict[object, list[int]]) -> int | None:
+    return next((i for i in by_prefix[_prefix(expert)] if _equal(expert, others[i])), None)
 
 
 def _equal(a: Expert, b: Expert) -> bool:
     return a is b or (list(a) == list(b) and all(same_bits(a[leaf], b[leaf]) for leaf in a))
 
 
-def _by_glance(experts: dict[int, Expert]) -> defaultdict[object, list[int]]:
+def _group_by_prefix(experts: dict[int, Expert]) -> defaultdict[object, list[int]]:
     found: defaultdict[object, list[int]] = defaultdict(list)
     for i, expert in experts.items():
-        found[_glance(expert)].append(i)
+        found[_prefix(expert)].append(i)
     return found
 
 
-def _glance(expert: Expert) -> object:
-    return tuple((leaf, t.dtype, t.shape, bytes(bytes_of(t)[:_GLANCE].tolist())) for leaf, t in expert.items())
+def _prefix(expert: Expert) -> object:
+    return tuple((leaf, t.dtype, t.shape, bytes(bytes_of(t)[:_PREFIX].tolist())) for leaf, t in expert.items())

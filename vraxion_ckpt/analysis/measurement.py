@@ -1,4 +1,4 @@
-"""By how much two tensors of one shape differ."""
+"""Measure the difference between tensors of the same shape."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ _PIECE = 2**20
 
 
 class Measure(Fact):
-    """By how much two tensors differ, or several, taken as one."""
+    """The difference between two tensors, or between two lists of tensors, each taken as one vector."""
 
     elements: int
-    """How many elements differ in a bit."""
+    """Number of elements that are not bit-identical."""
     of: int
+    """Number of all elements."""
     not_finite: int
-    """How many of those are infinite or NaN on either side; they are left out of what follows."""
+    """Number of differing elements that are infinite or NaN on either side. The following values ignore them."""
     max_abs: Number | None
-    """The largest absolute difference; null if no element that differs can be compared."""
+    """The largest absolute difference; null if no differing element is finite on both sides."""
     relative_l2: Number | None
-    """‖b − a‖ / ‖a‖ over all finite elements; null if a is zero, and for whole numbers."""
+    """‖b − a‖ / ‖a‖ over all finite elements; null if a is zero, and for integers."""
     cosine: Number | None
-    """a·b / (‖a‖ ‖b‖) over all finite elements; null if either is zero, and for whole numbers."""
+    """a·b / (‖a‖ ‖b‖) over all finite elements; null if either is zero, and for integers."""
 
     def __str__(self) -> str:
         parts = [f"{self.elements} of {self.of} elements"]
@@ -44,15 +45,18 @@ class Measure(Fact):
 
 
 def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
-    """Measure pairs of tensors as if each side were one vector; None if two of a pair have different shapes.
+    """Measure the difference between the first and the second tensors of pairs, each side taken as one vector.
 
-    Tensors are read a piece at a time and summed in float64; those of different dtypes are compared by value.
+    Tensors are read in pieces and summed in float64. Tensors of different dtypes are compared by value.
+
+    Returns:
+        The difference, or None if the tensors of a pair have different shapes.
     """
     held = list(pairs)
     if any(a.shape != b.shape for a, b in held):
         return None
     whole = not any(t.is_floating_point() or t.is_complex() for pair in held for t in pair)
-    scale = 1.0 if whole else _largest(held)  # or squares of large numbers overflow, and of small ones vanish
+    scale = 1.0 if whole else _largest(held)  # avoids overflow and underflow of the squares
     elements = of = not_finite = 0
     largest: float | None = None
     squares = [0.0, 0.0, 0.0]  # of a, of b, of b − a
@@ -88,7 +92,7 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
 
 
 def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the largest finite magnitude, or 1 if there is none but zero."""
+    """Return the largest finite magnitude, or 1 if it is zero."""
     found = 0.0
     for pair in pairs:
         for tensor in pair:
@@ -110,12 +114,12 @@ def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, Non
 
 
 def _exact_gap(x: Tensor, y: Tensor) -> float:
-    """Return the largest difference of whole numbers; 64 bits of them are more than a float64 holds."""
+    """Return the largest difference of integers, computed exactly because int64 exceeds the precision of float64."""
     return float(max(abs(int(a) - int(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)))
 
 
 def _differ(x: Tensor, y: Tensor) -> Tensor:
-    """Tell for each element whether it differs in a bit; of other dtypes, in its value."""
+    """Return a mask of the elements that differ: in a bit, or in value if the dtypes differ."""
     if x.dtype != y.dtype:
         one, other = as_numbers(x), as_numbers(y)
         return torch.ones(len(x), dtype=torch.bool) if one is None or other is None else one != other

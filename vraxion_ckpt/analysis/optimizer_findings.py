@@ -1,7 +1,7 @@
-"""What looks wrong in an optimizer's state although it loads: values, slots, steps, dtypes, names.
+"""Find suspicious values, slots, steps, dtypes and names in an optimizer state that can be loaded.
 
-Parameters are compared with others of which the same can be expected: those of their group, of their dtype. Nothing
-here knows an optimizer by name; the slots that cannot be negative are known by theirs.
+Parameters are compared with similar ones: of the same param group, or of the same dtype. No rule depends on the kind
+of optimizer; slots that cannot be negative are recognised by their names.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _STATE = "optimizer.state."
 
 
 def is_never_negative(place: str, tensor: Tensor) -> bool:
-    """Tell whether a tensor, by its place in the checkpoint (``optimizer.state.NAME.SLOT``), cannot be negative."""
+    """Return whether the tensor at a place (``optimizer.state.NAME.SLOT``) is a slot that cannot be negative."""
     slot = place.rpartition(".")[2]
     return place.startswith(_STATE) and slot in _NEVER_NEGATIVE and tensor.is_floating_point()
 
 
 def count_negative(tensor: Tensor) -> int:
-    """Count the elements below zero, a piece at a time; −0 is not below zero."""
+    """Count the elements below zero. The tensor is read in pieces. −0 is not below zero."""
     found = 0
     for (piece,) in in_pieces(tensor):
         numbers = as_comparable(piece)
@@ -46,7 +46,7 @@ def count_negative(tensor: Tensor) -> int:
 
 
 def about_optimizer(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Judge the optimizer's state without reading tensors of any size; experts that are not open are not opened."""
+    """Check the optimizer state without reading large tensors and without opening experts."""
     if checkpoint.head is None or all(expert.is_open for expert in checkpoint.head.experts.values()):
         yield from _about_order(checkpoint)
     groups = _groups(checkpoint)
@@ -62,9 +62,10 @@ class _Parameter:
     """A parameter in a param group.
 
     Attributes:
-        slots: its state; empty if it has none.
-        dimensions: 0, 1, or 2 for two and more; Adafactor and others keep other slots for matrices than for vectors.
-        dtype: its own, or None if the tensor is not at hand.
+        slots: its optimizer state; empty if it has none.
+        dimensions: 0, 1, or 2 for two and more. Some optimizers, such as Adafactor, have other slots for matrices than
+            for vectors.
+        dtype: the dtype of the parameter, or None if it is unknown.
     """
 
     name: str
@@ -74,7 +75,7 @@ class _Parameter:
 
 
 def _groups(checkpoint: Checkpoint) -> list[list[_Parameter]]:
-    """Return the param groups; of an optimizer without names, parameters are named by their numbers."""
+    """Return the param groups. Without parameter names, parameters are named by their ids."""
     tensors = checkpoint.open_tensors()
     optimizer = checkpoint.optimizer
     if optimizer is not None:
@@ -99,12 +100,13 @@ def _parameter(name: str, slots: Any, tensor: Tensor | None) -> _Parameter:
 
 
 def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
-    """Name parameters of a group without state, or without a slot, that the others have."""
+    """Report parameters of a group that lack a state, or a slot, that most others have."""
     without = [parameter.name for parameter in group if not parameter.slots]
     if without and len(without) < len(group):
         yield Finding.note(
             "state",
-            f"{len(without)} of {len(group)} have no state ({listed(without, 4)}): no gradient so far, or lost",
+            f"{len(without)} of {len(group)} parameters have no state ({listed(without, 4)}): "
+            "they had no gradient, or their state was lost",
             where=f"optimizer group {number}",
         )
     alike: dict[int, list[_Parameter]] = defaultdict(list)
@@ -118,30 +120,30 @@ def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
             if lacking and 2 * holders >= len(parameters):
                 yield Finding.warning(
                     "state",
-                    f"slot {slot} is missing for {listed(lacking, 4)}; {holders} like them have it",
+                    f"slot {slot} is missing for {listed(lacking, 4)}, not for {count(holders, 'similar parameter')}",
                     where=f"optimizer group {number}",
                 )
 
 
 def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
-    """Tell where `step` is no step, and where it differs between parameters."""
+    """Report steps that are not valid, and steps that differ between parameters."""
     steps: dict[float, list[str]] = defaultdict(list)
     for parameter in parameters:
         if "step" not in parameter.slots:
             continue
         step = _as_number(parameter.slots["step"])
         if step is None or step < 0:
-            what = "is no number" if step is None else f"is negative: {step:g}"
+            what = "is not a number" if step is None else f"is negative: {step:g}"
             where = f"{_STATE}{parameter.name}.step"
             yield Finding.warning("step", what, where=where)
         elif step == step:  # NaN is reported as not finite
             steps[step].append(parameter.name)
     if len(steps) > 1:
         usual, *others = sorted(steps, key=lambda step: (-len(steps[step]), -step))
-        told = [f"{step:g} for {len(steps[step])} ({listed(steps[step], 4)})" for step in others]
+        rare = [f"{step:g} for {len(steps[step])} ({listed(steps[step], 4)})" for step in others]
         what = (
-            f"step is {usual:g} for {count(len(steps[usual]), 'parameter')}, but {listed(told, 4, '; ')}: "
-            "an expert that was not routed to has fewer"
+            f"step is {usual:g} for {count(len(steps[usual]), 'parameter')}, but {listed(rare, 4, '; ')}: "
+            "experts that were not routed to have fewer steps"
         )
         yield Finding.note("step", what, where="optimizer")
 
@@ -154,7 +156,7 @@ def _as_number(value: Any) -> float | None:
 
 
 def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
-    """Name slots of another dtype than the same slot of other parameters of the same dtype."""
+    """Report slots whose dtype differs from that of the same slot of other parameters of the same dtype."""
     found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for parameter in parameters:
         for slot, value in parameter.slots.items():
@@ -163,19 +165,19 @@ def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
     for (slot, _), names in found.items():
         usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
         for dtype in others:
-            others_told = f"{dtype} for {listed(names[dtype], 4)}"
-            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but {others_told}"
+            other = f"{dtype} for {listed(names[dtype], 4)}"
+            what = f"slot {slot} is {usual} for {count(len(names[usual]), 'parameter')}, but {other}"
             yield Finding.warning("dtype", what, where="optimizer")
 
 
 def _about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Compare `param_names` with the order of the state dict, unless its names merely stand sorted."""
+    """Compare `param_names` with the order of the state dict, unless the state dict is sorted by name."""
     places = {name: place for place, name in enumerate(checkpoint.tensor_names())}
     if list(places) == sorted(places):
         return
     listed = [name for name in checkpoint.param_names or () if name in places]
     turned = next(((a, b) for a, b in pairwise(listed) if places[a] > places[b]), None)
     if turned is not None:
-        what = f"lists {turned[0]} before {turned[1]}, but the model has them the other way round"
-        hint = "an optimizer without names of its own is taken to be in the order of this list"
+        what = f"lists {turned[0]} before {turned[1]}, but the model has them in the opposite order"
+        hint = "an optimizer without parameter names is read in the order of this list"
         yield Finding.note("names", what, where="param_names", hint=hint)

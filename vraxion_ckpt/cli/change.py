@@ -114,7 +114,7 @@ def edit(
 
 def _print_recipe_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from vraxion_ckpt.recipes.recipe import json_schema
+        from vraxion_ckpt.recipes.recipe_model import json_schema
 
         click.echo(json.dumps(json_schema(), indent=2))
         context.exit()

@@ -6,7 +6,7 @@ from typing import Any
 
 from vraxion_ckpt.analysis.changes import Difference
 from vraxion_ckpt.analysis.checking import Checked
-from vraxion_ckpt.analysis.inspection import Inspection
+from vraxion_ckpt.analysis.inspection_facts import Inspection
 from vraxion_ckpt.commit.manifest import Manifest
 from vraxion_ckpt.conversion.edit import Edited
 from vraxion_ckpt.conversion.summary import Summary

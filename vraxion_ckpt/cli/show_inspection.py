@@ -9,15 +9,14 @@ import numpy as np
 from rich.text import Text
 from rich.tree import Tree
 
-from vraxion_ckpt.analysis.inspection import (
+from vraxion_ckpt.analysis.inspection_facts import (
     ExpertFacts,
     Inspection,
     OptimizerFacts,
     RingFacts,
-    TensorFacts,
-    TensorTree,
     UnknownExperts,
 )
+from vraxion_ckpt.analysis.tensor_facts import TensorFacts, TensorTree
 from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.load_balance import Balance, ExpertLoads
 from vraxion_ckpt.cli.terminal import (

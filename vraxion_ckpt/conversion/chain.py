@@ -1,4 +1,4 @@
-"""Apply a chain of transforms, one after the other."""
+"""Apply a chain of transforms to a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vraxion_ckpt.wording import count, numbered
 
 @dataclass(frozen=True)
 class ChainPolicy:
-    """What the user says about all that follows when a chain changes the head.
+    """How companions and the optimizer follow a change of the head.
 
     Attributes:
-        companions: what becomes of averages and the like.
-        result_order: the names of the result's optimizer in its order; found by rule if not given.
+        companions: how to handle companions, such as averages of the model.
+        result_order: the names of all optimizer parameters of the result, in optimizer order; found by a rule if None.
     """
 
     companions: CompanionPolicy = "grow"
@@ -44,21 +44,23 @@ FOLLOW = ChainPolicy()
 def apply_chain(
     checkpoint: Checkpoint, chain: Iterable[Step], policy: ChainPolicy = FOLLOW, made: MadeTensors | None = None
 ) -> tuple[Checkpoint, dict[Path, bytes]]:
-    """Apply transforms from left to right, recording each in the checkpoint's history.
+    """Apply transforms from left to right, and record each in the checkpoint's history.
 
     Args:
-        checkpoint: what is lent to the first.
+        checkpoint: the input of the first transform.
         chain: the transforms.
-        policy: what the user says about what follows.
-        made: takes the checksums of the tensors that they make.
+        policy: how companions and the optimizer follow.
+        made: receives the checksums of the tensors that the transforms create.
 
     Returns:
-        The last checkpoint and the side files that transforms ask for.
+        The result of the last transform, and the side files of all.
 
     Raises:
-        TransformError: a transform refuses.
-        PluginError: a transform fails in another way, returns another type than it must, or writes into a tensor that
-            it was lent. What torch does not count is seen in tensors that an earlier step has made; for those of
+        TransformError: a transform refuses the checkpoint.
+        BindingError: the order of the result's optimizer cannot be determined.
+        StorageError: a transform raised an `OSError`.
+        PluginError: a transform raised another error, returned a wrong type, or wrote into a tensor of its input.
+            Writes that torch does not count are detected only in tensors that an earlier step created; for those of
             the source, see `vraxion_ckpt.plugins.lent_tensors`.
     """
     side_files: dict[Path, bytes] = {}
@@ -74,7 +76,7 @@ def apply_chain(
 
 
 def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Checkpoint:
-    """Return a step's result with the optimizer in order, and averages of the model changed as the head was."""
+    """Return a step's result with the optimizer in order and the companions updated like the head."""
     refuse_undecided(before, after)
     if policy.result_order is None:
         after = place_in_order(before, after)
@@ -82,10 +84,10 @@ def _followed(before: Checkpoint, after: Checkpoint, policy: ChainPolicy) -> Che
 
 
 def effect_of(step: Step) -> Effect:
-    """Ask a transform for its `Transform.effect`.
+    """Return the declared effect of a transform.
 
     Raises:
-        PluginError: it fails, or returns something else than an `Effect` with a finite noise ≥ 0 or None.
+        PluginError: `Transform.effect` fails, or returns no `Effect` whose noise is None or a finite number ≥ 0.
     """
     with plugin_call(step.transform.name, step.distribution):
         effect = step.transform.effect()
@@ -99,7 +101,7 @@ def effect_of(step: Step) -> Effect:
 def _apply_step(
     before: Checkpoint, step: Step, policy: ChainPolicy, made: MadeTensors
 ) -> tuple[Checkpoint, dict[Path, bytes]]:
-    """Apply one transform, check what it returned and did, let the rest follow, and record it."""
+    """Apply one transform, check its result, update optimizer and companions, and record it in the history."""
     counts = WriteCounts(before)
     after, asked, options = _call(step, before)
     if written := [*counts.risen(), *made.altered()]:
@@ -117,10 +119,10 @@ def _apply_step(
 
 
 def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes], dict[str, Any]]:
-    """Run a transform's code; return the checkpoint, the side files and the options, all of the right types."""
+    """Run a transform's code. Return the checkpoint, the side files and the options, with checked types."""
     name = step.transform.name
     try:
-        # Without `no_grad`, a graph would be dragged along.
+        # Without `no_grad`, the result would keep an autograd graph.
         with errors_at(key=name), plugin_call(name, step.distribution), torch.no_grad():
             after = step.transform.apply(before.copy())
         _check_result(step, before, after)
@@ -135,7 +137,7 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
 
 
 def _check_result(step: Step, before: Checkpoint, after: Checkpoint) -> None:
-    """Check the types of a result; what it opens lazily is the transform's code, and opened here."""
+    """Check the types of a result. Open its new lazy experts, because opening them runs the transform's code."""
     known = set(map(id, before.head.experts.values())) if before.head else set()
     wrong = wrong_type(after)
     if wrong is None:
@@ -145,7 +147,7 @@ def _check_result(step: Step, before: Checkpoint, after: Checkpoint) -> None:
                     _ = expert.tensors
         wrong = wrong_type(after)
     if wrong is not None:
-        raise _defect(step, f"returned what it must not: {wrong}")
+        raise _defect(step, f"returned a wrong value: {wrong}")
 
 
 def _defect(step: Step, message: str) -> PluginError:
@@ -170,7 +172,7 @@ def _in_one_line(before: Checkpoint, after: Checkpoint) -> str:
 
 
 def _replaced_experts(before: Checkpoint, after: Checkpoint) -> list[int]:
-    """List the experts that are other tensors now, where a head was not rebuilt in any other way."""
+    """List the experts whose tensors were replaced; empty if the head changed in any other way."""
     if before.head is None or after.head is None or before.head.experts.keys() != after.head.experts.keys():
         return []
     if before.head.kind != after.head.kind or moved_addresses(before, after):
@@ -179,9 +181,9 @@ def _replaced_experts(before: Checkpoint, after: Checkpoint) -> list[int]:
 
 
 def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
-    """Count the ring addresses that another expert owns now; 0 where the rings cannot be compared.
+    """Count the ring addresses with another owner than before; 0 if the rings cannot be compared.
 
-    An expert that was only renumbered is the same expert.
+    A renumbered expert counts as the same owner.
     """
     if before.router_map is None or after.router_map is None or before.head is None or after.head is None:
         return 0
@@ -191,7 +193,7 @@ def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
     known = {id(expert): i for i, expert in before.head.experts.items()}
     former = np.arange(max(before.num_experts, after.num_experts, 1))
     if new.size and not 0 <= new.min() <= new.max() < len(former):
-        return 0  # an owner that does not exist is refused later, see `vraxion_ckpt.checkpoint.invariants`
+        return 0  # the invariants refuse an owner that does not exist
     for i, expert in after.head.experts.items():
         former[i] = known.get(id(expert), i)
     return int(np.count_nonzero(old != former[new]))

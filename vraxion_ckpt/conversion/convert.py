@@ -1,10 +1,10 @@
-"""Convert: the whole flow, top to bottom.
+"""Convert a checkpoint: read, run a chain of transforms, check, write.
 
 ::
 
     path ──detect──▶ Adapter.read ──bind──▶ Checkpoint
                      Transform.apply, one after the other ──▶ Checkpoint
-                     invariants, losses ──▶ go / stop, before a byte is written
+                     invariants, losses ──▶ go or stop, before anything is written
                      Adapter.write ──▶ staged ──read back, compare──▶ flush, commit
 """
 
@@ -48,6 +48,7 @@ from vraxion_ckpt.conversion.targets import (
     say_what_names_deny,
 )
 from vraxion_ckpt.conversion.verify_before_write import (
+    Applied,
     LossPolicy,
     apply,
     chain_policy,
@@ -55,12 +56,7 @@ from vraxion_ckpt.conversion.verify_before_write import (
     check_policy,
     judge,
 )
-from vraxion_ckpt.errors import (
-    CkptError,
-    InconsistentError,
-    UsageError,
-    memory_errors,
-)
+from vraxion_ckpt.errors import CkptError, InconsistentError, UsageError, memory_errors
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
@@ -75,7 +71,7 @@ from vraxion_ckpt.support import signals
 
 @dataclass(frozen=True)
 class Target:
-    """One place that a result goes to; the options are those of `convert`."""
+    """A target and its options, which are those of `convert`."""
 
     path: PathLike
     to: AdapterLike | None = None
@@ -99,30 +95,40 @@ def convert(
     companions: CompanionPolicy = "grow",
     **reading: Unpack[ReadKeywords],
 ) -> Summary:
-    """Read `src`, run a chain of transforms and write `dst`; or raise, and leave everything as it was.
+    """Read `src`, run a chain of transforms and write `dst`. On an error, nothing is changed.
 
     Args:
-        src: a checkpoint of any format; never changed.
-        dst: a new path, whose format is `to` or follows from its name.
-        transforms: a chain, run from left to right: texts like ``"mitosis_split:noise=0"``, (name, options)
+        src: a checkpoint of any format. It is never changed.
+        dst: a new path.
+        transforms: the chain, run from left to right: strings such as ``"mitosis_split:noise=0"``, (name, options)
             pairs, or instances.
-        to: the format of `dst`.
-        losses: what to do about what `dst`'s format cannot hold.
-        overwrite: replace an existing `dst`, in one step, once the result is complete.
-        dry_run: do everything but write.
-        manifest: a file for the digests of what was written, see `vraxion_ckpt.commit.manifest`.
-        result_order: the names of the result's optimizer in its order, where no rule tells it.
-        optimizer: as for `vraxion_ckpt.open`. With ``keep``, an optimizer that lacks parameters of some experts is
-            refused; ``partial`` carries it.
-        companions: what becomes of averages of the model and the like if the chain changes the head: ``grow`` lets them
-            follow or refuses, ``keep`` leaves them unchanged, ``drop`` leaves them out.
+        to: the format of `dst`; chosen by the name of `dst` if None.
+        losses: how to handle parts of the checkpoint that the format cannot hold.
+        overwrite: replace an existing `dst`, in one step, when the result is complete.
+        dry_run: do everything except writing.
+        manifest: a file to write the digests of the written files to, see `vraxion_ckpt.commit.manifest`.
+        result_order: the names of all optimizer parameters of the result, in optimizer order, if no rule determines
+            the order.
+        optimizer: as for `vraxion_ckpt.open`. ``keep`` refuses an optimizer that lacks parameters of some experts
+            only; ``partial`` accepts it.
+        companions: how to handle companions, such as averages of the model, if the chain changes the head. ``grow``
+            changes them like the head, or refuses; ``keep`` leaves them unchanged; ``drop`` omits them.
         reading: ``from_``, ``param_names``, ``optimizer_order`` and ``allow_globals``, see `ReadOptions`.
 
     Returns:
-        What was done.
+        A summary of the conversion.
 
     Raises:
-        CkptError: one subclass for each kind of reason, see `vraxion_ckpt.errors`.
+        UsageError: an argument is wrong, or a path cannot be written.
+        SourceError: the source is damaged, unsafe, inconsistent or not supported.
+        BindingError: the optimizer cannot be bound to parameter names, or is incomplete.
+        TransformError: a transform refuses the checkpoint.
+        InvariantError: the result violates an invariant, or differs when it is read back.
+        LossError: the format cannot hold everything, and `losses` is ``raise``.
+        ChangedError: a source file changed during the run.
+        StorageError: the operating system cannot read or write.
+        PluginError: a plugin failed.
+        BusyError: another run holds the lock of the target.
     """
     (summary,) = convert_to_all(
         src,
@@ -149,23 +155,29 @@ def convert_to_all(
     record: Record | None = None,
     reads: Sequence[Path] = (),
 ) -> tuple[Summary, ...]:
-    """Do what `convert` does for several targets: read once, run the chain once, then check and stage all of them.
+    """Convert one source to several targets: read once, run the chain once, then check and stage all targets.
 
-    They are put in place one after the other, each in one step, when all of them are complete and flushed to disk.
+    The targets are committed one after the other, each in one step, when all of them are complete and flushed to disk.
 
     Args:
         src: as for `convert`.
-        targets: where the results go.
+        targets: the targets.
         transforms: as for `convert`.
-        options: how `src` is read.
+        options: how to read `src`.
         optimizer: as for `convert`.
-        policy: what the user says about what follows when the chain changes the head.
-        dry_run: do everything but write.
-        record: is put into the history before those of the chain.
-        reads: further files that must not be written over.
+        policy: how companions and the optimizer follow a change of the head.
+        dry_run: do everything except writing.
+        record: inserted into the history before the records of the chain.
+        reads: further input files, which must not be overwritten.
+
+    Returns:
+        A summary for each target.
+
+    Raises:
+        CkptError: any error of `convert`. Its `written` and `not_written` list the targets if some were committed.
     """
     started = time.monotonic()
-    with signals.deferred(), os_errors_named(src, *_places_given(targets)), ExitStack() as stack:
+    with signals.deferred(), os_errors_named(src, *_paths_of(targets)), ExitStack() as stack:
         with signals.interruptible():
             chain = resolve_chain(transforms)
             source = Path(src)
@@ -179,31 +191,13 @@ def convert_to_all(
             before = reopen()
             lent = SourceTensors(before, reopen)
             check_complete(before, optimizer)
-            for _, place in places:
-                check_apart(place, before)
-            with output_to_stderr():  # once, not for each of them
-                before.open_experts()  # a new target holds them all, so all are judged now
-            refuse(InconsistentError, invariants.invariant_findings(before), source)
+            _check_source(before, source, [place for _, place in places])
             applied = apply(before, chain, lent, record, policy)
-            results = [
-                _Result(
-                    target, adapter, place, judge(applied, adapter, place, target.losses, overwrite=target.overwrite)
-                )
-                for target, (adapter, place) in zip(targets, places, strict=True)
-            ]
-            manifests = [_manifest_place(result, chain) for result in results]
-            side_targets = [
-                *results[0].outcome.side_targets,
-                *(manifest for manifest in manifests if manifest is not None),
-            ]
-            written = [*(place for _, place in places), *(beside.path for beside in side_targets)]
-            check_several(written)
-            check_inputs(written, chain, applied.side_files, {Path(os.path.realpath(path)) for path in reads})
-            say_what_names_deny(((place, adapter) for adapter, place in places), side_targets)
-
-            nothing = Staging(sizes=[0] * len(results))
-            staging = nothing if dry_run else _stage_all(stack, results, manifests, lent)
-            before.sources.verify()  # what was not carried into the result, too
+            results = [_result(applied, target, *place) for target, place in zip(targets, places, strict=True)]
+            manifests = [_manifest_target(result, chain) for result in results]
+            _check_paths(results, manifests, chain, reads)
+            staging = Staging(sizes=[0] * len(results)) if dry_run else _stage_all(stack, results, manifests, lent)
+            before.sources.verify()  # including parts that are not in the result
         _publish(staging, before)
         return tuple(
             Summary(
@@ -221,14 +215,14 @@ def convert_to_all(
         )
 
 
-def _places_given(targets: Sequence[Target]) -> list[PathLike]:
+def _paths_of(targets: Sequence[Target]) -> list[PathLike]:
     manifests = [target.manifest for target in targets if target.manifest is not None]
     return [*(target.path for target in targets), *manifests]
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What is to be written to one target."""
+    """A checked result that can be written to one target."""
 
     target: Target
     adapter: Adapter
@@ -236,21 +230,47 @@ class _Result:
     outcome: Outcome
 
 
+def _result(applied: Applied, target: Target, adapter: Adapter, place: Path) -> _Result:
+    outcome = judge(applied, adapter, place, target.losses, overwrite=target.overwrite)
+    return _Result(target, adapter, place, outcome)
+
+
+def _check_source(before: Checkpoint, source: Path, places: Sequence[Path]) -> None:
+    """Check that the targets are apart from the source, and its invariants with all experts open."""
+    for place in places:
+        check_apart(place, before)
+    with output_to_stderr():  # redirect once, not for each expert
+        before.open_experts()
+    refuse(InconsistentError, invariants.invariant_findings(before), source)
+
+
+def _check_paths(
+    results: Sequence[_Result], manifests: Sequence[SideTarget | None], chain: Sequence[Step], reads: Sequence[Path]
+) -> None:
+    """Check the paths of all outputs against each other and against the inputs."""
+    outcome = results[0].outcome
+    side_targets = [*outcome.side_targets, *(manifest for manifest in manifests if manifest is not None)]
+    written = [*(result.place for result in results), *(side.path for side in side_targets)]
+    check_several(written)
+    check_inputs(written, chain, outcome.side_files, {Path(os.path.realpath(path)) for path in reads})
+    say_what_names_deny(((result.place, result.adapter) for result in results), side_targets)
+
+
 def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
-    """Return the adapter and the final path of a target, before anything is read."""
+    """Return the adapter and the final path of a target, and check both before anything is read."""
     check_policy(target.losses)
     adapter, place = detect_target(target.path, target.to)
     try:
         check_places(source, place, adapter, overwrite=target.overwrite)
     except UsageError as error:
         if place.exists() and not target.overwrite and leftovers(place):
-            hint = "a run that was to write it was interrupted; --overwrite replaces what it has finished"
+            hint = "an earlier run to this target was interrupted; --overwrite replaces the target"
             raise error.with_facts(hint=hint) from error.__cause__
         raise
     return adapter, place
 
 
-def _manifest_place(result: _Result, chain: Sequence[Step]) -> SideTarget | None:
+def _manifest_target(result: _Result, chain: Sequence[Step]) -> SideTarget | None:
     if result.target.manifest is None:
         return None
     outcome = result.outcome
@@ -267,7 +287,7 @@ def _manifest_place(result: _Result, chain: Sequence[Step]) -> SideTarget | None
 def _stage_all(
     stack: ExitStack, results: Sequence[_Result], manifests: Sequence[SideTarget | None], lent: SourceTensors
 ) -> Staging:
-    """Stage, read back and compare."""
+    """Stage all results, read them back and compare them. Stage the side files and manifests."""
     stages = [_stage(stack, result, lent) for result in results]
     outcome = results[0].outcome
     sides = stage_side_files(stack, outcome.side_files, outcome.side_targets)
@@ -281,7 +301,7 @@ def _stage_all(
 
 
 def _publish(staging: Staging, before: Checkpoint) -> None:
-    """Put everything in its place, the targets last: if they are there, all is there."""
+    """Commit the side files, then the targets, so that a complete target implies complete side files."""
     pairs, check = staging.targets, before.sources.check_unchanged
     with staging.as_one():
         for side in staging.sides:
@@ -298,7 +318,7 @@ def _publish(staging: Staging, before: Checkpoint) -> None:
 
 
 def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
-    """Write a result beside its target, read it back and compare."""
+    """Write a result to a staging path, read it back and compare it."""
     adapter, held = result.adapter, result.outcome.held
     is_directory = adapter_calls.is_directory(adapter)
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))

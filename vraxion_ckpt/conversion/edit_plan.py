@@ -1,4 +1,4 @@
-"""Find out which files an edit in place has to write, and in which order."""
+"""Plan which files an edit in place writes and removes, and in which order."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter, O
 
 
 class EditKind(StrEnum):
-    """How the new state takes the old one's place.
+    """How the new state replaces the old one.
 
-    NOTHING: there was nothing to change.
-    REPLACE: the checkpoint is one file, and is replaced.
-    ROUTER_ONLY: of a directory, the pivot alone changes.
-    GROW: files are added that whoever reads the old pivot does not look at; then the pivot changes.
-    SHRINK: the pivot changes; then files go that whoever reads the new pivot does not look at.
-    REWRITE: everything else: a whole new directory, exchanged with the old one.
+    NOTHING: nothing changes.
+    REPLACE: the checkpoint is one file, which is replaced.
+    ROUTER_ONLY: only the index file of a directory changes.
+    GROW: files that readers of the old index file ignore are added, then the index file is replaced.
+    SHRINK: the index file is replaced, then files that readers of the new index file ignore are removed.
+    REWRITE: any other change: a new directory is written and exchanged with the old one.
     """
 
     NOTHING = "nothing"
@@ -38,15 +38,17 @@ class EditKind(StrEnum):
 
 @dataclass(frozen=True)
 class EditPlan:
-    """What an edit has to do to the files of a checkpoint.
+    """The file operations of an edit. Paths are relative to the checkpoint.
 
     Attributes:
-        files: of the new state, the files that can be written one by one; empty where only the whole can.
-        written: which of them change.
-        carried: what else the new state holds, if it is staged as a whole: unchanged files, and other people's.
-        copied: how many bytes of that must be copied.
-        untouched: how many files of the checkpoint stay as they are.
-        watched: what must not change meanwhile.
+        change: the order of the operations around the commit.
+        files: every file of the new state; empty if the format can only write a checkpoint as a whole.
+        written: files that are written.
+        removed: files that are removed.
+        carried: unchanged and foreign files that are linked or copied if the new state is staged as a whole.
+        copied: bytes of carried files that are copied.
+        untouched: number of files of the checkpoint that do not change.
+        watched: files that must not change before the commit.
     """
 
     kind: EditKind
@@ -70,7 +72,20 @@ def plan_edit(
     keep_old: bool,
     idle: bool,
 ) -> EditPlan:
-    """Find out which files differ, and by that the kind of the edit."""
+    """Determine which files differ, and from this the kind of the edit.
+
+    Args:
+        adapter: writes the new state.
+        target: the checkpoint.
+        before: the checkpoint before the edit.
+        held: the checkpoint to write.
+        marks: the state of every file below `target`.
+        keep_old: whether the previous state is kept.
+        idle: whether nothing is to be changed.
+
+    Raises:
+        UsageError: the path of a new file is taken by something other than a regular file.
+    """
     foreign = set()
     if target.is_dir():
         foreign = {os.path.relpath(path, target) for path in adapter_calls.foreign_files(adapter, target) or ()}
@@ -85,41 +100,59 @@ def plan_edit(
     if not isinstance(adapter, IncrementalDirectoryAdapter):
         copied = _bytes_of_files(target, marks.keys() - ours.keys()) if keep_old else 0
         return EditPlan(EditKind.REWRITE, carried=(*sorted(left), *others), copied=copied, watched=marks)
-    index = adapter.index_file
     old = {name: file for name, file in adapter_calls.output_files(adapter, before).items() if name in ours}
     new = adapter_calls.output_files(adapter, held)
+    _refuse_occupied(target, new.keys() - old.keys())
     same = {name for name, file in new.items() if name in old and old[name].content == file.content}
     written = tuple(name for name in new if name not in same)
     removed = tuple(name for name in old if name not in new)
-    rest = tuple(name for name in (*written, *removed) if name != index)
-    for name in written:
-        if name not in old and os.path.lexists(target / name) and not stat.S_ISREG((target / name).lstat().st_mode):
-            message = "is no regular file, and has the name of a file of the new state"
-            raise UsageError(message, path=target / name, hint="move it away, or use convert to a new path")
+    plan = EditPlan(EditKind.REWRITE, FileChanges(), new, written, removed, untouched=len(same), watched=watched)
+    if not keep_old and adapter.index_file in old and (stepwise := _stepwise(adapter, plan, before, held, old)):
+        return stepwise
+    kept = left - new.keys()
+    copied = _bytes_of_files(target, same | kept | (marks.keys() - watched.keys())) if keep_old else 0
+    return replace(plan, carried=(*sorted(same | kept), *others), copied=copied, watched=marks)
+
+
+def _stepwise(
+    adapter: IncrementalDirectoryAdapter, plan: EditPlan, before: Checkpoint, held: Checkpoint, old: Collection[str]
+) -> EditPlan | None:
+    """Return the plan with an order that lets readers see only the old or the new state; None if there is none."""
+    index = adapter.index_file
+    rest = tuple(name for name in (*plan.written, *plan.removed) if name != index)
 
     def ignored_by(reader: Checkpoint) -> bool:
         return all(adapter_calls.is_ignored(adapter, name, before, held, reader) for name in rest)
 
-    work = EditPlan(EditKind.REWRITE, FileChanges(), new, written, removed, untouched=len(same), watched=watched)
-    in_place = index in written and index in old and not keep_old
-    if in_place and not rest:
-        return replace(work, kind=EditKind.ROUTER_ONLY, change=FileChanges(index))
-    if in_place and not removed and ignored_by(before):
-        return replace(work, kind=EditKind.GROW, change=FileChanges(index, first=rest))
-    if in_place and all(name in old for name in rest) and ignored_by(held):
-        later = tuple(name for name in rest if name in new)
-        return replace(work, kind=EditKind.SHRINK, change=FileChanges(index, later=later, removed=removed))
-    kept = left - new.keys()
-    copied = _bytes_of_files(target, same | kept | (marks.keys() - watched.keys())) if keep_old else 0
-    return replace(work, carried=(*sorted(same | kept), *others), copied=copied, watched=marks)
+    if index not in plan.written:
+        return None
+    if not rest:
+        return replace(plan, kind=EditKind.ROUTER_ONLY, change=FileChanges(index))
+    if not plan.removed and ignored_by(before):
+        return replace(plan, kind=EditKind.GROW, change=FileChanges(index, first=rest))
+    if all(name in old for name in rest) and ignored_by(held):
+        later = tuple(name for name in rest if name in plan.files)
+        return replace(plan, kind=EditKind.SHRINK, change=FileChanges(index, later=later, removed=plan.removed))
+    return None
+
+
+def _refuse_occupied(target: Path, new: Iterable[str]) -> None:
+    for name in new:
+        if os.path.lexists(target / name) and not stat.S_ISREG((target / name).lstat().st_mode):
+            message = "is not a regular file, but has the name of a file of the new state"
+            raise UsageError(message, path=target / name, hint="move it away, or use convert to a new path")
 
 
 def refuse_unwritable(target: Path, work: EditPlan) -> None:
-    """Refuse before a byte is written what would fail, or go wrong, when files are put in place."""
+    """Check, before anything is written, that the files can be put in place.
+
+    Raises:
+        UsageError: a folder is not writable, or the directory to exchange contains the current directory.
+    """
     here = Path.cwd()
     if work.kind is EditKind.REWRITE and (here == target or target in here.parents):
-        message = "is, or holds, the current directory, which would be another one afterwards"
-        raise UsageError(message, path=target, hint="cd out of it")
+        message = "is or contains the current directory, which the edit would replace"
+        raise UsageError(message, path=target, hint="change to another directory")
     names = (*work.change.first, *work.change.later, *work.change.removed)
     for folder in sorted({(target / name).parent for name in (work.change.exchanged, *names) if name != "."}):
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""Stage the files of a conversion, read them back, compare, and publish: what `convert` and `edit` share."""
+"""Stage the files of a conversion, read them back, compare and publish them. Shared by `convert` and `edit`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from vraxion_ckpt.support import signals
 
 @dataclass(frozen=True)
 class Staging:
-    """What is staged.
+    """The staged files of a run.
 
     Attributes:
-        targets: each with its manifest, if it gets one.
-        sides: the files beside them.
-        sizes: the bytes that are written to each target; to the first, with those of the files beside it.
+        targets: each staged target, with its staged manifest if it has one.
+        sides: the staged side files.
+        sizes: bytes written for each target; the first includes the side files.
     """
 
     targets: Sequence[tuple[Staged, Staged | None]] = ()
@@ -44,9 +44,9 @@ class Staging:
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """Publish it in a ``with`` block, in which no signal comes between one thing and another."""
+        """Defer signals in a ``with`` block that publishes the files."""
         stages = [*self.sides, *(stage for pair in self.targets for stage in pair if stage is not None)]
-        if len(stages) == 1:  # its commit is one step, and comes after all that takes long
+        if len(stages) == 1:  # its commit is one step at the end
             yield
             return
         with signals.interruptible():
@@ -64,7 +64,7 @@ def files_below(path: Path) -> list[Path]:
 def stage_manifest(
     stack: ExitStack, place: SideTarget | None, adapter: Adapter, files: Mapping[str, Path], target: Path
 ) -> Staged | None:
-    """Stage the manifest of files that were read back; what may be replaced was judged before."""
+    """Stage the manifest of `files`, by relative path. Return None if no manifest is wanted."""
     if place is None:
         return None
     stack.enter_context(exclusive(place.path))
@@ -74,29 +74,34 @@ def stage_manifest(
 
 
 def publish(stage: Staged, manifest: Staged | None, **how: Any) -> Path | None:
-    """Put a result in its place, as `Staged.publish` does, and then its manifest.
+    """Publish a result, as `Staged.publish` does, and then its manifest.
 
-    In this order, a result that cannot be put in its place leaves an old manifest that still tells the truth. Killed
-    between the two, a run leaves one that is missing, or that `check` finds to contradict the files.
+    In this order, an old manifest stays correct if the result cannot be published. If the run is killed in between, the
+    manifest is missing or outdated, and `check` reports it.
     """
     try:
         return stage.publish(**how)
     finally:
-        if manifest is not None and stage.target in committed:  # even if what had to be done afterwards has failed
+        if manifest is not None and stage.target in committed:  # even if a step after the commit failed
             manifest.publish()
 
 
 def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:
-    """Let an adapter write to a stage; a source that is cut short meanwhile is told from a full disk."""
+    """Let an adapter write to a stage.
+
+    Raises:
+        ChangedError: a source file changed while it was being read.
+        StorageError: the operating system cannot write.
+    """
     try:
         adapter_calls.write(adapter, held, stage.path)
     except StorageError:
-        before.sources.check_unchanged()  # a source that is cut short fails wherever it is read
+        before.sources.check_unchanged()  # reading a truncated source fails with an I/O error, too
         raise
 
 
 def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[SideTarget]) -> list[Staged]:
-    """Stage the files that are to be written beside a target; what may be replaced was judged before."""
+    """Stage the side files. `besides` has the target of each."""
     stages = []
     for content, beside in zip(side_files.values(), besides, strict=True):
         stack.enter_context(exclusive(beside.path))
@@ -107,7 +112,7 @@ def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: S
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Leave out the warnings of reading back: what is odd about a checkpoint was said when its source was read."""
+    """Suppress warnings while reading back: reading the source gave the same warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CkptWarning)
         yield
@@ -122,12 +127,25 @@ def check_read_back(
     *,
     untouched: Collection[int] = frozenset(),
 ) -> None:
-    """Compare what was read back, as anyone would read it, with what it was made from; `untouched` experts were not.
+    """Compare a result that was read back with the files of the source and the tensors that the chain created.
 
-    That is the source's files and what the chain has made, not what is in memory now: the adapter has had that since.
+    The tensors in memory are not trusted, because the adapter had access to them.
+
+    Args:
+        adapter: wrote the result.
+        found: the result that was read back.
+        expected: the checkpoint that was written.
+        lent: the tensors of the source.
+        target: the final path, for error messages.
+        untouched: ids of experts that were not written.
+
+    Raises:
+        InvariantError: the result differs or violates an invariant.
+        PluginError: the adapter wrote into a tensor of its input.
+        CorruptError: a checksum of the result is wrong.
     """
     if found.param_names not in (None, expected.param_names):
-        raise InvariantError("param_names came back changed", path=target)
+        raise InvariantError("param_names changed when the result was read back", path=target)
     found = binding.bind(found)
     refuse(InvariantError, invariants.invariant_findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)

@@ -1,4 +1,4 @@
-"""What a conversion did, for people and scripts."""
+"""The summary of a conversion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vraxion_ckpt.wording import count
 
 
 class TensorCount(Fact):
-    """What became of the model's tensors."""
+    """How many of the model's tensors were copied, renamed, created, changed and dropped."""
 
     copied: int = 0
     renamed: int = 0
@@ -29,7 +29,7 @@ class TensorCount(Fact):
 
 
 class Summary(Facts):
-    """What a conversion did, or with `dry_run` would do."""
+    """The result of a conversion, or the expected result if `dry_run`."""
 
     kind_of_facts: ClassVar[str] = "convert"
 
@@ -40,37 +40,38 @@ class Summary(Facts):
     experts_before: int
     experts_after: int
     addresses_moved: int
-    """How many ring addresses have another owner now."""
+    """Number of ring addresses whose owner changed."""
     tensors: TensorCount
     optimizer: str
-    """Whether the optimizer's state was carried, and if not, why."""
+    """Whether the optimizer state was kept, and if not, why."""
     function_preserved: Preservation | None
-    """Whether the expert tensors behind each address are the same; null where there is no ring to compare."""
+    """Whether the expert tensors behind each address are unchanged; null if there is no ring to compare."""
     losses: tuple[Loss, ...]
-    """What the target's format cannot hold."""
+    """The parts that the target's format cannot hold."""
     history: tuple[Record, ...]
     """The steps of this run."""
     side_files: tuple[Path, ...]
-    """What transforms asked to have written beside the target."""
+    """Additional files that transforms wrote."""
     manifest: Path | None
-    """Where the digests of its files are."""
+    """The file with the digests of the written files."""
     bytes_written: int
-    """0 for a dry run of a conversion."""
+    """0 for a dry run of `convert`."""
     seconds: float
     dry_run: bool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a chain has made of a checkpoint, before anything is written.
+    """The result of a chain for one target, before anything is written.
 
     Attributes:
-        after: what the chain returned.
-        held: what the target's format makes of that.
-        side_files: what else is to be written.
-        side_targets: where that goes.
-        preservation: whether the function is the same.
-        losses: what the format cannot hold.
+        before: the source.
+        after: the result of the chain.
+        held: `after` without the parts that the target's format cannot hold.
+        side_files: additional files to write, with their content.
+        side_targets: the final path of each side file.
+        preservation: whether the function of the model is unchanged.
+        losses: the parts that the format cannot hold.
     """
 
     before: Checkpoint
@@ -82,7 +83,7 @@ class Outcome:
     losses: tuple[Loss, ...]
 
     def facts(self, *, dropped: bool) -> dict[str, Any]:
-        """Return what every `Summary` tells of it; `dropped` if the caller asked to leave the optimizer behind."""
+        """Return the facts of a `Summary` that follow from it; `dropped`: the caller asked to drop the optimizer."""
         return {
             "source_format": self.before.origin.format,
             "experts_before": self.before.num_experts,
@@ -97,11 +98,11 @@ class Outcome:
 
 
 def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:
-    """Tell what became of each of the model's tensors."""
+    """Count which of the model's tensors were copied, renamed, created, changed and dropped."""
     old, new = before.state_dict(), after.state_dict()
     known = {id(tensor) for tensor in old.values()}
     counts: dict[str, int] = dict.fromkeys(("copied", "renamed", "created", "changed", "dropped"), 0)
-    accounted: set[int] = set()  # of the old tensors
+    accounted: set[int] = set()  # ids of old tensors that were found in `after`
     for name, tensor in new.items():
         if id(tensor) in known:
             counts["copied" if old.get(name) is tensor else "renamed"] += 1
@@ -116,12 +117,16 @@ def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:
 
 
 def optimizer_in_words(before: Checkpoint, after: Checkpoint, held: Checkpoint, *, dropped: bool) -> str:
-    """Tell whether the optimizer was carried, and if not, why; `dropped` if the caller asked for that.
+    """Describe whether the optimizer state was kept, and if not, why.
 
-    `held` is what the target's format makes of `after`.
+    Args:
+        before: the source.
+        after: the result of the chain.
+        held: `after` without the parts that the target's format cannot hold.
+        dropped: whether the caller asked to drop the optimizer.
     """
     if after.optimizer is not None and held.optimizer is None:
-        return "left behind: the target does not hold it"
+        return "dropped: the target's format cannot hold it"
     if after.optimizer is not None:
         number = len(after.optimizer.params)
         placed = ""

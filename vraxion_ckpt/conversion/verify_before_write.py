@@ -1,4 +1,4 @@
-"""Run a chain and judge what comes of it: all that can be refused before a byte is written."""
+"""Run a chain, and check its result before anything is written."""
 
 from __future__ import annotations
 
@@ -33,22 +33,30 @@ LossPolicy = Literal["raise", "warn", "ignore"]
 
 
 def check_policy(losses: LossPolicy) -> None:
-    """Refuse a policy that there is not."""
-    if losses not in ("raise", "warn", "ignore"):
-        raise UsageError(f"losses={losses!r}: none of raise, warn, ignore")
+    """Check the value of `losses`.
+
+    Raises:
+        UsageError: it is unknown.
+    """
+    if losses not in get_args(LossPolicy):
+        raise UsageError(f"losses={losses!r}: must be one of {', '.join(get_args(LossPolicy))}")
 
 
 def chain_policy(companions: CompanionPolicy, result_order: Sequence[str] | None) -> ChainPolicy:
-    """Return what the user says about all that follows a chain; refuse what there is not."""
+    """Return the policy for companions and the optimizer.
+
+    Raises:
+        UsageError: `companions` is unknown, or `result_order` is not a list of names.
+    """
     if companions not in get_args(CompanionPolicy):
-        raise UsageError(f"companions={companions!r}: none of {', '.join(get_args(CompanionPolicy))}")
+        raise UsageError(f"companions={companions!r}: must be one of {', '.join(get_args(CompanionPolicy))}")
     check_names(result_order, "result_order")
     return ChainPolicy(companions, result_order)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a chain has made of a checkpoint, whatever is to be written of it."""
+    """The checked result of a chain, before any target is considered."""
 
     before: Checkpoint
     after: Checkpoint
@@ -64,16 +72,26 @@ def apply(
     record: Record | None = None,
     policy: ChainPolicy = FOLLOW,
 ) -> Applied:
-    """Apply a chain, and hold it to what must be true after it; `record` comes before those of its steps.
+    """Apply a chain and check its result.
+
+    Args:
+        before: the checkpoint to change.
+        chain: the transforms.
+        source: the tensors of `before`.
+        record: inserted into the history before the records of the steps.
+        policy: how companions and the optimizer follow.
 
     Raises:
-        PluginError: a step wrote into a tensor of `source`, in whatever way.
+        TransformError: a transform refuses the checkpoint.
+        BindingError: the order of the result's optimizer cannot be determined, or the optimizer is incomplete.
+        InvariantError: the result violates an invariant or a declared effect.
+        PluginError: a step failed, or wrote into a tensor of the source.
     """
     begun = before if record is None else replace(before, history=(*before.history, record))
     try:
         after, side_files = apply_chain(begun, chain, policy, source.made)
     except CkptError:
-        if source.made.steps:  # what an earlier step did may be why a later one refuses
+        if source.made.steps:  # a write of an earlier step may have caused the error of a later one
             _check_source(source, chain, policy)
         raise
     if chain:
@@ -82,7 +100,7 @@ def apply(
 
 
 def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPolicy) -> None:
-    """Refuse a chain that has written into the source's tensors, naming the plugin that did."""
+    """Refuse a chain that has written into the source's tensors. Run it again to name the plugin."""
     written = source.altered()
     if not written:
         return
@@ -96,14 +114,19 @@ def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPol
     with observed(look), suppress(CkptError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CkptWarning)
         apply_chain(again, chain, policy)
-    if not found:  # it does not do the same again
+    if not found:  # the second run did not write
         names = ", ".join(step.transform.name for step in chain)
         found.append((names, " or ".join(dict.fromkeys(step.distribution for step in chain))))
     raise defect(wrote_into(written), *found[0])
 
 
 def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, *, overwrite: bool) -> Outcome:
-    """Judge what a format will hold of it: all that can be refused before a byte is written."""
+    """Check the result of a chain for one target.
+
+    Raises:
+        UsageError: a side file cannot be written.
+        LossError: the format cannot hold everything, and `losses` is ``raise``.
+    """
     before, after = applied.before, applied.after
     side_targets = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
@@ -112,7 +135,7 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
-    """Hold the chain to what must be true after it."""
+    """Check the invariants of a chain's result and the declared effects of its steps."""
     refuse(InvariantError, map(_of_result, invariants.invariant_findings(after)), None)
     refuse(InvariantError, map(_of_result, invariants.sharing_findings(before, after)), None)
     if not any(placement.missing_parameters(before)):
@@ -121,7 +144,10 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
     known = [noise for noise in noises if noise is not None]
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:
-        raise InvariantError(f"the function was to be preserved: {preservation}", path=after.origin.path)
+        raise InvariantError(
+            f"the chain must preserve the model's function: {preservation}",
+            path=after.origin.path,
+        )
     if chain and after.head and after.head.kind is HeadKind.EXPERTS and after.num_experts == 1:
         message = (
             "one expert under head.experts.* is loaded by no runtime; let mitosis_split or experts_to_single follow"
@@ -131,46 +157,46 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
 
 
 def _of_result(finding: str) -> str:
-    return f"the result of the chain is not sound: {finding}"
+    return f"the result of the chain violates an invariant: {finding}"
 
 
 def _untrained(name: str) -> str:
-    return f"the optimizer trains the same leaf of other experts, but not {name}"
+    return f"the optimizer lacks {name}, but has the same parameter of other experts"
 
 
 def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
-    """Refuse an optimizer that lacks parameters of experts although it trains their siblings, unless told to keep it.
+    """Refuse an optimizer that lacks parameters of some experts only. Policies other than ``keep`` accept it.
 
     Raises:
-        BindingError: naming the first parameter.
+        BindingError: the key is the first missing parameter.
     """
     lacking = list(placement.missing_parameters(checkpoint)) if policy == "keep" else []
     if lacking and placement.is_undecided_in_head(checkpoint):
         raise BindingError(
-            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, and it cannot be told "
-            "which: no trainer that trains all experts can load it",
+            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, and the file does not record which "
+            "ones: no trainer that trains all experts can load it",
             path=checkpoint.origin.path,
             key="optimizer",
-            hint="give the names of those that it has (--param-names FILE) and add the others, without state "
-            "(--optimizer complete), or, if an expert is frozen, carry it as it is (--optimizer partial)",
+            hint="name the parameters that it has (--param-names FILE) and add the others without state (--optimizer "
+            "complete); if an expert is frozen, keep the optimizer unchanged (--optimizer partial)",
         )
     if lacking:
         raise BindingError(
-            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts, of which this is the first, although "
-            "it lists those of other experts: no trainer that trains all experts can load it",
+            f"the optimizer lacks {count(len(lacking), 'parameter')} of experts (this is the first), but has the same "
+            "parameters of other experts: no trainer that trains all experts can load it",
             path=checkpoint.origin.path,
             key=lacking[0],
-            hint="add what it lacks, without state (--optimizer complete), or, if the expert is frozen, carry it as it "
-            "is (--optimizer partial)",
+            hint="add the missing parameters without state (--optimizer complete); if the expert is frozen, keep the "
+            "optimizer unchanged (--optimizer partial)",
         )
 
 
 def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
-    """Ask the format what it cannot hold, and do about it what the policy says."""
+    """Return the parts that the format cannot hold; raise or warn as the policy says."""
     lost = adapter_calls.losses(adapter, checkpoint)
     if lost and policy == "raise":
         listed = "; ".join(map(str, lost))
-        raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to write it without")
+        raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to drop these parts")
     if policy == "warn":
         for loss in lost:
             warnings.warn(f"{adapter.name} cannot hold {loss}", CkptWarning, stacklevel=3)

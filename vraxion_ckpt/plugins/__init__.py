@@ -1,4 +1,4 @@
-"""The plugin contract: base classes, hooks, discovery, and every call of a plugin's code.
+"""The base classes and hooks of plugins, their discovery, and every call of a plugin's code.
 
 May import: `formats`, `checkpoint`, `support`.
 """

@@ -1,4 +1,4 @@
-"""The base classes of adapters: each reads and writes one file format."""
+"""The base classes of adapters. An adapter reads and writes one file format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that a checkpoint has and a format cannot hold."""
+    """A part of a checkpoint that a format cannot hold.
+
+    Attributes:
+        what: the part, such as ``optimizer state``.
+        why: the reason that the format cannot hold it.
+    """
 
     what: str
     why: str
@@ -32,9 +37,10 @@ class OutputFile:
     """One file that an `IncrementalDirectoryAdapter` would write.
 
     Attributes:
-        content: compares equal for two files with the same content. It is compared instead of opening the files.
-        write: writes the file to a path that does not exist yet.
-        size: returns its size in bytes.
+        content: a value that is equal for two files with the same content. Files are compared by it, without opening
+            them.
+        write: a function that writes the file to a path that does not exist yet.
+        size: a function that returns the size of the file in bytes.
     """
 
     content: object
@@ -43,23 +49,27 @@ class OutputFile:
 
 
 class Faults:
-    """What is wrong with a checkpoint, collected instead of raised."""
+    """Collect the errors of a checkpoint instead of raising the first."""
 
     def __init__(self) -> None:
         self.errors: list[CkptError] = []
 
     def attempt(self, step: Callable[[], _T]) -> _T | None:
-        """Return what a step returns; note what it raises, once, and return None."""
+        """Call `step` and return its result. If it raises an error about the checkpoint, note it and return None.
+
+        Raises:
+            OutOfMemoryError, PluginError: they do not describe the checkpoint.
+        """
         try:
             return step()
-        except (OutOfMemoryError, PluginError):  # say nothing about the checkpoint
+        except (OutOfMemoryError, PluginError):
             raise
         except CkptError as error:
             self.note(error)
         return None
 
     def note(self, error: CkptError) -> None:
-        """Note a fault, unless it is known already."""
+        """Add an error, unless one with the same text was noted before."""
         if str(error) not in map(str, self.errors):
             self.errors.append(error)
 
@@ -67,12 +77,12 @@ class Faults:
 class Adapter(Plugin):
     """Read and write one checkpoint format. Fields are options (``--to NAME:key=value``).
 
-    A format whose checkpoints are directories is edited in place by writing a whole new directory and exchanging the
-    two. An `IncrementalDirectoryAdapter` writes only the files that change.
+    An edit in place of a directory format writes a new directory and exchanges it with the old one. To write only the
+    files that change, subclass `IncrementalDirectoryAdapter`.
 
     Attributes:
-        suffixes: endings of a target's name that mean this format; ``/`` means a directory.
-        loads_pickles: whether files of this format are pickles, so that ``allow_globals`` has a meaning.
+        suffixes: endings of a target's name that select this format; ``/`` selects it for a directory.
+        loads_pickles: whether files of this format are pickles. Only then may ``allow_globals`` be given.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()
@@ -86,9 +96,9 @@ class Adapter(Plugin):
     @classmethod
     @abstractmethod
     def detect(cls, path: Path) -> bool:
-        """Return whether `path` is of this format, judged by its content.
+        """Return whether `path` has this format, judged by its content.
 
-        It is called for every path, so it must be cheap and must not raise.
+        Detection calls this method of every adapter, so it must be cheap and must not raise.
         """
 
     @abstractmethod
@@ -97,20 +107,21 @@ class Adapter(Plugin):
 
         Args:
             path: a file or a directory.
-            context: opens files and registers them; it becomes the checkpoint's `sources`.
+            context: opens files and registers them. The registered files become the checkpoint's `sources`.
 
         Returns:
-            The checkpoint; an `UnboundCheckpoint` if the optimizer's parameters are numbered, not named.
+            The checkpoint, or an `UnboundCheckpoint` if the file numbers the optimizer's parameters instead of naming
+            them.
 
         Raises:
-            SourceError: what is wrong with the file, and where.
+            SourceError: the file is damaged, unsafe or not supported.
         """
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
-        """Read a checkpoint as far as possible, and note every fault instead of stopping at the first.
+        """Read as much of a checkpoint as possible, and note every error instead of raising the first.
 
-        A format of several files examines each of them here. The caller checks the contents of the checkpoint that is
-        returned, and the checksums of the files that were mapped.
+        An adapter of a format with several files should examine each file here. The caller checks the contents of the
+        returned checkpoint and the checksums of the mapped files.
 
         Returns:
             The checkpoint, or None if it cannot be read as a whole.
@@ -122,45 +133,46 @@ class Adapter(Plugin):
         return ""
 
     def losses(self, checkpoint: Checkpoint) -> list[Loss]:  # noqa: ARG002 - most formats lose nothing
-        """List what this format cannot hold of `checkpoint`. It is asked before anything is written."""
+        """List the parts of `checkpoint` that this format cannot hold. Called before anything is written."""
         return []
 
     def held(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return the part of the checkpoint that this format, with these options, can hold.
+        """Return the checkpoint without the parts that `losses` lists.
 
-        `write` gets this checkpoint, and reading the result back must give the same. It lacks what `losses` lists.
+        The result is passed to `write`. Reading the written file back must return an equal checkpoint.
         """
         return checkpoint
 
     @abstractmethod
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Write to `path`, which is staged: a file that does not exist yet, or an empty directory.
+        """Write to `path`, a staging path: a file that does not exist yet, or an empty directory.
 
-        The caller flushes to disk, reads back and renames to the target. The same checkpoint must give the same bytes.
+        The caller flushes the result to disk, reads it back and renames it to the target. Equal checkpoints must give
+        identical bytes.
         """
 
     def size(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 - not every format can tell
-        """Return how many bytes `write` would write, or None if that is not known before writing."""
+        """Return how many bytes `write` would write, or None if this is not known before writing."""
         return None
 
     def foreign_files(self, path: Path) -> list[Path] | None:  # noqa: ARG002 - not every format can tell
-        """List what is in the directory `path` and not part of a checkpoint of this format.
+        """List the entries of the directory `path` that are not part of a checkpoint of this format.
 
-        Such files are kept when the directory is edited, and a directory that has some is not replaced.
+        An edit keeps them. A conversion refuses to replace a directory that has any.
 
         Returns:
-            The paths, or None if the format cannot tell. Then its directories are not edited in place, and none that
-            has any file is replaced.
+            The paths, or None if the format cannot distinguish them. In this case, a directory cannot be edited in
+            place, and is replaced only if it is empty.
         """
         return None
 
 
 class IncrementalDirectoryAdapter(Adapter):
-    """Read and write a directory format file by file, so that an edit in place writes only what changes.
+    """Read and write a directory format file by file, so that an edit in place writes only the files that change.
 
     Attributes:
-        index_file: the file that a reader opens first and that determines which other files it opens, by its path
-            below the directory. Exchanging it is the moment at which an edit takes effect.
+        index_file: path, relative to the directory, of the file that a reader opens first. It determines which other
+            files the reader opens. An edit takes effect when this file is replaced.
     """
 
     index_file: ClassVar[str]
@@ -171,17 +183,17 @@ class IncrementalDirectoryAdapter(Adapter):
 
     @abstractmethod
     def output_files(self, checkpoint: Checkpoint) -> Mapping[str, OutputFile]:
-        """Return every file of the directory by its path below it. Opens no expert."""
+        """Return every file of the directory by its relative path. Must not open an expert."""
 
     @abstractmethod
     def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
-        """Return whether a reader gets the same checkpoint from either of two versions of a file.
+        """Return whether a reader gets the same checkpoint with the old and with the new version of a file.
 
         Args:
-            name: a file other than the index file, among the `output_files` of either checkpoint or both.
+            name: a file of `output_files` of either checkpoint, other than the index file.
             before: the checkpoint before the edit.
             after: the checkpoint after the edit.
-            reader: the one of the two whose index file the reader has opened.
+            reader: `before` or `after`: the one whose index file the reader has opened.
         """
 
     @abstractmethod
@@ -190,11 +202,11 @@ class IncrementalDirectoryAdapter(Adapter):
 
         Args:
             path: the directory.
-            staged: files below it replace those of `path` with the same names.
-            removed: names of files that are to be read as missing.
+            staged: a directory. Its files replace files of `path` with the same relative path.
+            removed: relative paths of files to treat as missing.
             context: as for `read`.
         """
 
     @abstractmethod
     def foreign_files(self, path: Path) -> list[Path]:
-        """List what is in the directory `path` and not part of a checkpoint of this format."""
+        """List the entries of the directory `path` that are not part of a checkpoint of this format."""

@@ -1,10 +1,8 @@
-"""Call adapters: the only module that calls what an adapter defines.
+"""Call the methods of adapters. No other module calls them.
 
-Each function calls the method of its name within `plugin_call`, and checks the type of what it returns.
-
-Raises of all of them:
-    PluginError: naming the adapter, if it raises what is no error of ours or the operating system's, or returns
-        another type than it declares.
+Each function calls the method of the same name within `plugin_call` and checks the type of the result. Each raises
+`PluginError`, which names the adapter, if the method returns a wrong type or raises anything but a `CkptError` or an
+`OSError`.
 """
 
 from __future__ import annotations
@@ -30,21 +28,21 @@ _ANY_CHECKPOINT = Checkpoint | UnboundCheckpoint
 
 
 def detect(adapter: type[Adapter], path: Path) -> bool:
-    """Ask whether a path is of this format."""
+    """Return whether a path has this format."""
     with calling(adapter):
         found = adapter.detect(path)
     return _checked(adapter, "detect", found, bool)
 
 
 def is_directory(adapter: Adapter) -> bool:
-    """Ask whether a target of this format, with these options, is a directory."""
+    """Return whether a target of this format, with these options, is a directory."""
     with calling(adapter):
         found = adapter.is_directory
     return _checked(adapter, "is_directory", found, bool)
 
 
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Read a checkpoint. Later calls that open an expert or verify a file are guarded in the same way."""
+    """Read a checkpoint. Later calls of the adapter, to open an expert or to verify a file, are guarded too."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.read(path, context)
@@ -58,7 +56,7 @@ def read_overlay(
     removed: Collection[str],
     allow_globals: Sequence[str] = (),
 ) -> Checkpoint:
-    """Read a directory with staged files in place of its own, as `call_read` does."""
+    """Read a directory with staged files in place of its own. Later calls are guarded as for `call_read`."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.read_overlay(path, staged, removed, context)
@@ -66,7 +64,7 @@ def read_overlay(
 
 
 def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = ()) -> Checkpoint | None:
-    """Read a checkpoint as far as possible, and note every fault."""
+    """Read as much of a checkpoint as possible, and note every error in `faults`."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.examine(path, faults, context)
@@ -75,49 +73,49 @@ def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequenc
 
 
 def dialect(adapter: Adapter, checkpoint: Checkpoint) -> str:
-    """Ask how the format is spelt in a checkpoint."""
+    """Return the variant of the format that a checkpoint was read from."""
     with calling(adapter):
-        told = adapter.dialect(checkpoint)
-    return _checked(adapter, "dialect", told, str)
+        found = adapter.dialect(checkpoint)
+    return _checked(adapter, "dialect", found, str)
 
 
 def losses(adapter: Adapter, checkpoint: Checkpoint) -> list[Loss]:
-    """Ask what the format cannot hold."""
+    """Return the parts of a checkpoint that the format cannot hold."""
     with calling(adapter):
-        told = adapter.losses(checkpoint)
-    return _checked(adapter, "losses", told, list[Loss])
+        found = adapter.losses(checkpoint)
+    return _checked(adapter, "losses", found, list[Loss])
 
 
 def held(adapter: Adapter, checkpoint: Checkpoint) -> Checkpoint:
-    """Ask for the checkpoint as the format will hold it."""
+    """Return the checkpoint without the parts that the format cannot hold."""
     with calling(adapter):
         found = adapter.held(checkpoint)
     return _checked(adapter, "held", found, Checkpoint)
 
 
 def write(adapter: Adapter, checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint to a staged path."""
+    """Write a checkpoint to a staging path."""
     with calling(adapter):
         adapter.write(checkpoint, path)
 
 
 def size(adapter: Adapter, checkpoint: Checkpoint) -> int | None:
-    """Ask how many bytes `write` would write."""
+    """Return how many bytes `write` would write, or None if the format cannot tell."""
     with calling(adapter):
-        told = adapter.size(checkpoint)
-    return _checked_size(adapter, told, int | None)
+        found = adapter.size(checkpoint)
+    return _checked_size(adapter, found, int | None)
 
 
 def foreign_files(adapter: Adapter, path: Path) -> list[Path] | None:
-    """Ask which files in a directory are not part of the checkpoint; None if the format cannot tell."""
+    """Return the files in a directory that are not part of the checkpoint, or None if the format cannot tell."""
     with calling(adapter):
         found = adapter.foreign_files(path)
-    must_tell = isinstance(adapter, IncrementalDirectoryAdapter)
-    return _checked(adapter, "foreign_files", found, list[Path] if must_tell else list[Path] | None)
+    must_list = isinstance(adapter, IncrementalDirectoryAdapter)
+    return _checked(adapter, "foreign_files", found, list[Path] if must_list else list[Path] | None)
 
 
 def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -> dict[str, OutputFile]:
-    """Ask for the files of a directory. Calls that write or measure one are guarded in the same way."""
+    """Return the files of a directory. Their `write` and `size` are guarded too."""
     with calling(adapter):
         found = adapter.output_files(checkpoint)
     checked = _checked(adapter, "output_files", found, Mapping[str, OutputFile])
@@ -128,8 +126,8 @@ def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -
 
     def size_of_file(size: Callable[[], int]) -> int:
         with calling(adapter):
-            told = size()
-        return _checked_size(adapter, told, int)
+            found = size()
+        return _checked_size(adapter, found, int)
 
     return {
         name: replace(file, write=partial(write_file, file.write), size=partial(size_of_file, file.size))
@@ -140,15 +138,15 @@ def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -
 def is_ignored(
     adapter: IncrementalDirectoryAdapter, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint
 ) -> bool:
-    """Ask whether a reader gets the same checkpoint from either of two versions of a file."""
+    """Return whether a reader gets the same checkpoint with the old and with the new version of a file."""
     with calling(adapter):
-        told = adapter.is_ignored(name, before, after, reader)
-    return _checked(adapter, "is_ignored", told, bool)
+        found = adapter.is_ignored(name, before, after, reader)
+    return _checked(adapter, "is_ignored", found, bool)
 
 
 def _checked(adapter: Adapter | type[Adapter], method: str, value: _T, expected: Any) -> _T:
     if wrong := wrong_type(value, expected):
-        raise defect_of(adapter, f"{method} returned what it must not: {wrong}")
+        raise defect_of(adapter, f"{method} returned a wrong value: {wrong}")
     return value
 
 
@@ -159,13 +157,13 @@ def _checked_size(adapter: Adapter, value: S, expected: Any) -> S:
 
 
 def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
-    """Let the checkpoint watch the files of its context, and guard what opens an expert or verifies a file."""
+    """Attach the context's files to the checkpoint, and guard the functions that open experts and verify files."""
 
     def opened(opener: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         with calling(adapter):
             leaves = opener()
         if wrong := wrong_leaves(leaves):
-            raise defect_of(adapter, f"opened an expert wrongly: {wrong}")
+            raise defect_of(adapter, f"opening an expert returned a wrong value: {wrong}")
         return leaves
 
     def verified(verify: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What is installed: every format, transform and probe, and the options of one."""
+"""List the installed formats, transforms and probes, and describe the options of one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PluginEntry(Fact):
     entry_point: str
     summary: str
     clash: bool
-    """Whether another plugin has the same name; then neither can be used."""
+    """Whether another plugin has the same name. In this case neither can be used."""
 
 
 class PluginList(Facts):
-    """Every format, transform and probe, and what is broken."""
+    """Every installed format, transform and probe, and the plugins that could not be loaded."""
 
     kind_of_facts: ClassVar[str] = "plugins"
 
@@ -41,7 +41,7 @@ class OptionEntry(Fact):
 
     name: str
     type: str
-    """In words."""
+    """The type in words, such as ``list of whole number``."""
     required: bool
     default: Plain
     description: str
@@ -62,7 +62,7 @@ class Description(Facts):
 
 
 def list_plugins() -> PluginList:
-    """Return every format, transform and probe, what is broken, and which names clash."""
+    """Return every installed format, transform and probe, and the plugins that could not be loaded."""
     found = discovery.registry()
     kinds: list[tuple[str, dict[str, list[Registered[Any]]]]] = [
         ("format", found.adapters),
@@ -102,7 +102,7 @@ def describe_plugin(name: str) -> Description:
     """Return the options of one format or transform.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no plugin has this name.
     """
     found = discovery.registry()
     names: dict[str, list[Registered[Any]]] = {**found.adapters, **found.transforms}
@@ -131,7 +131,7 @@ def describe_plugin(name: str) -> Description:
 
 
 def _default(field: FieldInfo, schema: dict[str, Any]) -> Any:
-    """Return a default; where it is None, the schema may state the value that stands for it, like ``auto``."""
+    """Return the default of an option. If it is None, the schema may give its name, such as ``auto``."""
     return schema.get("default") if field.default is None else field.default
 
 

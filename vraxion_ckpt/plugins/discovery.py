@@ -1,7 +1,7 @@
-"""Which adapters and transforms there are, found through entry points; the built-ins come the same way.
+"""Find adapters and transforms through entry points. The built-in ones are found in the same way.
 
-A plugin that cannot be loaded is kept out and reported; the others work. Two plugins with one name are an error
-for whoever asks for that name, and for nobody else.
+A plugin that cannot be loaded is reported in a warning and skipped. If two plugins have the same name, looking up this
+name is an error; every other name works.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AdapterLike = str | tuple[str, Mapping[str, Any]] | Adapter
 
 @dataclass(frozen=True)
 class Registered(Generic[_P]):
-    """One adapter or transform and where it comes from."""
+    """An adapter or transform, and the entry point and distribution it comes from."""
 
     plugin: type[_P]
     entry_point: str
@@ -53,7 +53,7 @@ class Registered(Generic[_P]):
 
 @dataclass(frozen=True)
 class Broken:
-    """A plugin, or a part of one, that could not be used."""
+    """An entry point that could not be loaded."""
 
     entry_point: str
     distribution: str
@@ -62,7 +62,7 @@ class Broken:
 
 @dataclass
 class Registry:
-    """Everything that was found."""
+    """Every plugin that was found."""
 
     manager: pluggy.PluginManager
     adapters: dict[str, list[Registered[Adapter]]] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def registry() -> Registry:
         try:
             with output_to_stderr():
                 _load(found, entry, distribution)
-        except BaseException as error:  # whatever a plugin raises, the others must work
+        except BaseException as error:  # a plugin that fails must not disable the others
             raise_if_out_of_memory(error)
             if not is_fault_of_plugin(error):
                 raise
@@ -99,11 +99,11 @@ def registry() -> Registry:
 
 
 def _distributions() -> list[metadata.Distribution]:
-    """Return the distributions that offer something; of the others, not even the name is parsed."""
+    """Return the distributions with an entry point in our group. The metadata of the others is not parsed."""
     group = f"[{hookspecs.GROUP}]"
     offering = (each for each in metadata.distributions() if group in (each.read_text("entry_points.txt") or ""))
     names = {distribution.name for distribution in offering if distribution.metadata}
-    # One distribution may be seen twice, as an editable install and as its source tree; the first one counts.
+    # A distribution can be found twice: as an editable install and as its source tree. The first one counts.
     return [metadata.distribution(name) for name in sorted(names)]
 
 
@@ -114,7 +114,7 @@ def _key(entry: metadata.EntryPoint, distribution: metadata.Distribution) -> str
 def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
     plugin = entry.load()
     found.manager.register(plugin, name=_key(entry, distribution))
-    # A hook with a misspelt name would otherwise be ignored without a word.
+    # pluggy silently ignores a hook with a misspelt name otherwise.
     found.manager.check_pending()
     offers: list[tuple[dict[str, list[Registered[Any]]], Registered[Any]]] = []
     kinds: tuple[tuple[str, type[Plugin], dict[str, list[Registered[Any]]]], ...] = (
@@ -132,55 +132,54 @@ def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Di
                 check_offer(offer, base, hook)
                 origin = (entry.name, distribution.name, distribution.version)
                 offers.append((names, Registered(offer, *origin)))
-    # All or nothing: a plugin that offers something broken offers nothing.
+    # Register all classes of an entry point or none.
     for names, registered in offers:
         note_distribution(registered.plugin, registered.distribution)
         names.setdefault(registered.plugin.name, []).append(registered)
 
 
 def check_offer(offer: Any, base: type[Plugin], hook: str) -> None:
-    """Check a class that a plugin offers, before it is registered or used.
+    """Check a class that a plugin returned, before it is registered or used.
 
     Args:
-        offer: what was offered.
+        offer: the returned value.
         base: `Adapter` or `Transform`.
-        hook: who offered it, for the error.
+        hook: name of the hook that returned it, for the error message.
 
     Raises:
-        PluginError: it is not a complete subclass, or a class attribute has a wrong type.
+        PluginError: `offer` is not a concrete subclass of `base`, or a class attribute has a wrong type.
     """
     if not (isinstance(offer, type) and issubclass(offer, base)):
-        raise PluginError(f"{hook} returned {offer!r}, which is no subclass of {base.__name__}")
+        raise PluginError(f"{hook} returned {offer!r}, which is not a subclass of {base.__name__}")
     if isabstract(offer):
         missing = ", ".join(sorted(offer.__abstractmethods__))
         raise PluginError(f"{offer.__name__} does not define {missing}")
     name = getattr(offer, "name", None)
     if not isinstance(name, str) or not name or set(name) & set(":,=[]/ "):
-        raise PluginError(f"{offer.__name__} needs a `name` without spaces and any of : , = [ ] /")
+        raise PluginError(f"{offer.__name__} needs a `name` without spaces and without the characters : , = [ ] /")
     offer.summary()
     if issubclass(offer, Adapter):
         suffixes = offer.suffixes
         if not isinstance(suffixes, tuple) or not all(isinstance(suffix, str) and suffix for suffix in suffixes):
-            raise PluginError(f"{offer.__name__} needs `suffixes` that are a tuple of text")
+            raise PluginError(f"{offer.__name__} needs `suffixes`: a tuple of strings")
         if not isinstance(offer.loads_pickles, bool):
-            raise PluginError(f"{offer.__name__} needs a `loads_pickles` that is True or False")
+            raise PluginError(f"{offer.__name__} needs `loads_pickles`: True or False")
         _check_incremental(offer)
 
 
-# What an `IncrementalDirectoryAdapter` defines beyond an `Adapter`.
+# The attributes that `IncrementalDirectoryAdapter` adds to `Adapter`.
 _INCREMENTAL = ("index_file", "output_files", "is_ignored", "read_overlay")
 
 
 def _check_incremental(offer: type[Adapter]) -> None:
-    """Refuse an adapter that defines only a part of what an edit of single files needs."""
+    """Refuse an adapter that defines only some of the attributes that an incremental edit needs."""
     if issubclass(offer, IncrementalDirectoryAdapter):
         if not isinstance(getattr(offer, "index_file", None), str) or not offer.index_file:
-            raise PluginError(f"{offer.__name__} needs an `index_file`, a path below the directory")
+            raise PluginError(f"{offer.__name__} needs `index_file`: a path relative to the directory")
         return
     if found := [name for name in _INCREMENTAL if hasattr(offer, name)]:
         raise PluginError(
-            f"{offer.__name__} defines {', '.join(found)}, which have a meaning only for a subclass of "
-            "IncrementalDirectoryAdapter"
+            f"{offer.__name__} defines {', '.join(found)}, but is not a subclass of IncrementalDirectoryAdapter"
         )
 
 
@@ -188,8 +187,8 @@ def find_plugin(names: Mapping[str, Sequence[Registered[_P]]], name: str, kind: 
     """Return the plugin called `name`.
 
     Raises:
-        UsageError: there is none; says which name is nearest.
-        PluginError: there are two; names both distributions.
+        UsageError: no plugin has this name. The hint suggests the most similar name.
+        PluginError: several plugins have this name. The message names their distributions.
     """
     offers = names.get(name, ())
     if not offers:
@@ -205,12 +204,12 @@ def resolve_chain(transforms: Sequence[TransformLike]) -> tuple[Step, ...]:
     """Turn names, (name, options) pairs and instances into configured transforms.
 
     Raises:
-        UsageError: everything that is wrong with the whole chain, in one message: options, unknown transforms,
-            text that does not parse.
+        UsageError: the message lists every unknown transform, wrong option and syntax error of the chain.
+        PluginError: an instance is of an incomplete class, or two plugins have the same name.
     """
     is_list = isinstance(transforms, Sequence) and not isinstance(transforms, str)
     if not is_list or not all(isinstance(item, str | tuple | Transform) for item in transforms):
-        message = f"transforms must be a list of texts, (name, options) pairs or instances, not {transforms!r:.60}"
+        message = f"transforms must be a list of strings, (name, options) pairs or instances, not {transforms!r:.60}"
         raise UsageError(message)
     steps: list[Step] = []
     errors: list[UsageError] = []
@@ -234,7 +233,7 @@ def _resolve_step(item: TransformLike) -> Step:
         distribution = distribution_of(type(item))
         try:
             return Step(item, distribution, metadata.version(distribution))
-        except metadata.PackageNotFoundError:  # it is a module that belongs to none
+        except metadata.PackageNotFoundError:  # a module outside any distribution
             return Step(item, distribution, "")
     name, options = _name_and_options(item, "transforms")
     registered = find_plugin(registry().transforms, name, "transform")
@@ -242,7 +241,12 @@ def _resolve_step(item: TransformLike) -> Step:
 
 
 def resolve_adapter(item: AdapterLike) -> Adapter:
-    """Turn a name, a (name, options) pair or an instance into a configured adapter."""
+    """Turn a name, a (name, options) pair or an instance into a configured adapter.
+
+    Raises:
+        UsageError: no adapter has this name, or an option is wrong.
+        PluginError: an instance is of an incomplete class, or two plugins have the same name.
+    """
     if isinstance(item, Adapter):
         check_offer(type(item), Adapter, "a format")
         return item
@@ -255,26 +259,26 @@ def _name_and_options(item: Any, what: str) -> tuple[str, Mapping[str, Any]]:
         return parse_call(item)
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Mapping):
         return item
-    raise UsageError(f"{what}: must be a text, a pair (name, dict of options) or an instance, not {item!r:.60}")
+    raise UsageError(f"{what}: must be a string, a pair (name, dict of options) or an instance, not {item!r:.60}")
 
 
 def adapters() -> dict[str, type[Adapter]]:
-    """Return every adapter that can be used, by name."""
+    """Return every adapter by its name, without names that two plugins share."""
     return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
 
 
 def run_probes(checkpoint: Checkpoint) -> Visits | None:
-    """Ask the installed probes, the first that answers, how often each address is visited.
+    """Return the visit counts of the first installed probe that returns any, or None.
 
     Raises:
-        PluginError: a probe failed.
+        PluginError: a probe raised an error, returned a wrong type or wrote into a tensor.
     """
     for probe in reversed(registry().manager.hook.probe_visits.get_hookimpls()):  # in pluggy's order
         distribution, _, name = probe.plugin_name.rpartition(":")
         origin = name or "probe_visits", distribution or "an unknown distribution"
         counts = WriteCounts(checkpoint)
         with plugin_call(*origin):
-            visits = probe.function(*[checkpoint.copy() for _ in probe.argnames])  # it has one argument, or none
+            visits = probe.function(*[checkpoint.copy() for _ in probe.argnames])  # one argument or none
         if visits is not None and not isinstance(visits, Visits):
             raise defect(f"probe_visits returned a {type(visits).__name__}, not Visits or None", *origin)
         if written := counts.risen():

@@ -1,6 +1,6 @@
-"""The whole plugin contract: what a plugin module may define, each marked with `hookimpl`.
+"""The hooks that a plugin module may define. Each is marked with `hookimpl`.
 
-A plugin is a module named in the entry-point group ``vraxion_ckpt``::
+A plugin is a module that is listed in the entry-point group ``vraxion_ckpt``::
 
     [project.entry-points.vraxion_ckpt]
     scale = "my_package.scale"
@@ -23,16 +23,16 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec
 def register_adapters() -> list[type[Adapter]]:
-    """Return the formats this plugin reads and writes."""
+    """Return the adapter classes of this plugin."""
     raise NotImplementedError
 
 
 @hookspec
 def register_transforms() -> list[type[Transform]]:
-    """Return the transforms this plugin offers."""
+    """Return the transform classes of this plugin."""
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def probe_visits(checkpoint: Checkpoint) -> Visits | None:
-    """Find out how often each ring address is visited, for instance by running the model; None: cannot tell."""
+    """Return how often each ring address is visited, for instance by running the model, or None if unknown."""

@@ -1,14 +1,14 @@
-"""Did a plugin write into a tensor that it was lent?
+"""Detect plugins that write into tensors of their input.
 
-torch counts most writes in a version counter, but not those through ``.data``, ``.numpy()`` or a pointer. So bytes are
-compared: tensors of the source with a second opening of its files, which no plugin is given, and tensors that a step
-of the chain has made with a checksum taken when it returned.
+torch counts most writes in a version counter, but not those through ``.data``, ``.numpy()`` or a pointer. Therefore,
+bytes are compared. Tensors of the source are compared with a second opening of its files, which no plugin gets.
+Tensors that a step of the chain created are compared with a checksum taken when the step returned.
 
-* `SourceTensors.altered` is asked after a chain, before anything is derived from its result.
-* What an adapter does after that (``losses``, ``held``, ``size``, ``parts``, ``write``) needs no pass of its own: the
-  files that it wrote are read back and compared anyway, not with memory, but with what `SourceTensors.original`
-  returns. A write into what is not written to the target changes no file and is not looked for, nor is one into a
-  copy that the adapter has made itself.
+* `SourceTensors.altered` is called after a chain, before anything is derived from its result.
+* The later calls of the adapter (``losses``, ``held``, ``size``, ``output_files``, ``write``) need no pass of their
+  own: the written files are read back and compared with the tensors that `SourceTensors.original` returns, not with
+  memory. A write into a tensor that is not written to the target, or into a copy made by the adapter, is not detected;
+  it changes no file.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from vraxion_ckpt.checkpoint.shared_memory import extent
 from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError
 from vraxion_ckpt.wording import listed
 
-_SMALL = 2**20  # bytes; of more, a checksum takes longer than to open the file again and compare
+_SMALL = 2**20  # bytes; for larger tensors, opening the file again and comparing is faster than a checksum
 
 
 class WriteCounts:
-    """The states of the tensors of a checkpoint, with torch's version counters, which most writes count up."""
+    """The states of a checkpoint's tensors, including torch's version counters, which most writes increment."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._states = [(name, tensor, tensor_state(tensor)) for name, tensor in _outside_experts(checkpoint)]
         self._experts = dict(checkpoint.head.experts) if checkpoint.head else {}
 
     def risen(self) -> list[str]:
-        """Name what has been written into since; experts that were opened meanwhile are looked at, too."""
+        """Return the names of tensors and experts that were written into since; includes experts opened since."""
         written = [name for name, tensor, state in self._states if tensor_state(tensor) != state]
         return written + [f"expert {i}" for i, expert in self._experts.items() if expert.was_written_into]
 
 
 class MadeTensors:
-    """Checksums of the tensors of a checkpoint that steps of a chain have made."""
+    """Checksums of the tensors that the steps of a chain created."""
 
     def __init__(self, before: Checkpoint) -> None:
         self._before = before
         self._known: dict[int, tuple[str, Tensor, TensorState, int]] = {}
-        self.steps = 0  # how many have returned
+        self.steps = 0  # number of steps that have returned
 
     def note(self, after: Checkpoint) -> None:
-        """Take the checksums of what a step returned, unless they are known or it is from the source."""
+        """Compute the checksums of the tensors that a step returned, except known ones and those of the source."""
         lent = {id(tensor) for _, tensor in tensors_by_name(self._before)}
         made = {id(tensor): (name, tensor) for name, tensor in tensors_by_name(after) if id(tensor) not in lent}
         new = checksums([tensor for key, (_, tensor) in made.items() if key not in self._known])
@@ -63,36 +63,36 @@ class MadeTensors:
         self.steps += 1
 
     def altered(self) -> list[str]:
-        """Name the tensors whose bytes have changed since they were noted."""
+        """Return the names of the tensors whose bytes have changed since they were noted."""
         known = self._known.values()
         now = checksums([tensor for _, tensor, _, _ in known])
         return [name for name, t, state, crc in known if (tensor_state(t), now[id(t)]) != (state, crc)]
 
     def checksum(self, tensor: Tensor) -> int | None:
-        """Return the checksum that was taken of a tensor, None if none was."""
+        """Return the noted checksum of a tensor, or None."""
         entry = self._known.get(id(tensor))
         return entry[3] if entry else None
 
 
 class SourceTensors:
-    """The tensors of a checkpoint as its files hold them."""
+    """The tensors of a checkpoint as they are in its files."""
 
     def __init__(self, before: Checkpoint, reopen: Callable[[], Checkpoint]) -> None:
-        """Remember which tensors are lent; called before any plugin is given the checkpoint.
+        """Remember the tensors of `before`. Call this before any plugin gets the checkpoint.
 
         Args:
             before: the checkpoint.
-            reopen: opens it again in the same way.
+            reopen: opens the checkpoint again in the same way.
         """
         self.made = MadeTensors(before)
         self._counts = WriteCounts(before)
         self._before = before
         self._reopen = reopen
         self._lent = list(_outside_experts(before))
-        self._places: dict[int, tuple[int, str]] = {}  # of experts' tensors: the expert and the leaf
+        self._places: dict[int, tuple[int, str]] = {}  # tensor id → expert id and leaf name
 
     def altered(self) -> list[str]:
-        """Name the tensors whose bytes are not those of the files; of experts, only open ones are looked at.
+        """Return the names of the tensors that differ from the files. Experts that are not open are skipped.
 
         Raises:
             ChangedError: the files have changed.
@@ -100,9 +100,9 @@ class SourceTensors:
         return self._altered(self._lent, self._before)
 
     def original(self, tensor: Tensor) -> tuple[Tensor, int | None]:
-        """Return what holds the bytes that a tensor must have, and their checksum if that is known.
+        """Return a tensor with the bytes that `tensor` must have, and their CRC-32 if known.
 
-        For a tensor of the source, that is the one of the second opening.
+        For a tensor of the source, this is the tensor of the second opening.
         """
         if id(tensor) in self._originals:
             return self._originals[id(tensor)], None
@@ -114,17 +114,21 @@ class SourceTensors:
         return tensor, self.made.checksum(tensor)
 
     def written(self) -> list[str]:
-        """Name the source's tensors that have been changed in a way that torch counts; reads no bytes."""
+        """Return the names of source tensors with a write that torch counted. Reads no bytes."""
         return self._counts.risen()
 
     def altered_in(self, checkpoint: Checkpoint) -> list[str]:
-        """Name the tensors of a result that have other bytes than when the chain had returned them."""
+        """Return the names of the result's tensors whose bytes have changed since the chain returned."""
         self._before.sources.check_unchanged()
         pairs = [(name, self.original(tensor)[0], tensor) for name, tensor in tensors_by_name(checkpoint)]
         return different(pairs) + self.made.altered()
 
     def once_more(self) -> tuple[Checkpoint, Callable[[], list[str]]]:
-        """Return an opening of its own for another run of the chain, and what names its altered tensors so far."""
+        """Open the checkpoint again for a second run of the chain.
+
+        Returns:
+            The checkpoint, and a function that returns the names of its tensors that were altered so far.
+        """
         again = self._open_again()
         for i, _ in _open_experts(self._before):
             assert again.head is not None
@@ -168,7 +172,7 @@ class SourceTensors:
 
     def _open_again(self) -> Checkpoint:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CkptWarning)  # said already
+            warnings.simplefilter("ignore", CkptWarning)  # the first opening warned already
             try:
                 return self._reopen()
             except CkptError:
@@ -177,7 +181,7 @@ class SourceTensors:
 
 
 def _proven(checkpoint: Checkpoint) -> set[int]:
-    """Return the ids of small tensors that have the checksum that their file states; no file is opened for them."""
+    """Return the ids of small tensors that match the checksum stated in their file. Opens no file."""
     parts = checkpoint.sources.parts()
     stated = [
         (tensor, part)
@@ -189,14 +193,14 @@ def _proven(checkpoint: Checkpoint) -> set[int]:
 
 
 def tensors_by_name(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a checkpoint that is at hand with its name; opens no expert."""
+    """Yield the name and tensor of everything in a checkpoint except experts that are not open."""
     yield from _outside_experts(checkpoint)
     for i, expert in _open_experts(checkpoint):
         yield from ((f"expert {i} {leaf}", tensor) for leaf, tensor in expert.items())
 
 
 def checksums(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Return the CRC-32 of each tensor's elements as they are stored, by the tensor's id."""
+    """Return the CRC-32 of each tensor's bytes, by the tensor's `id`."""
     found = in_threads(checksum, [(tensor,) for tensor in tensors])
     return {id(tensor): crc for tensor, crc in zip(tensors, found, strict=True)}
 
@@ -218,5 +222,5 @@ def _open_experts(checkpoint: Checkpoint) -> Iterable[tuple[int, Expert]]:
 
 
 def wrote_into(names: Sequence[str]) -> str:
-    """Say in words that a plugin wrote into tensors."""
+    """Return the error message for a plugin that wrote into the named tensors."""
     return f"wrote into a tensor of its input: {listed(names, 3)}"

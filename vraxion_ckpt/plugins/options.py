@@ -1,7 +1,7 @@
-"""Plugins whose fields are their options, and the text form ``NAME:key=value,key=value`` of a configured one.
+"""The base class of plugins, whose fields are options, and the text form ``NAME:key=value,key=value``.
 
-One declaration of a field gives validation with all errors at once, the command-line syntax, `describe` and a
-JSON schema. In text, a list is ``[1,3,8-15]`` and a value that holds a comma or a bracket is put in double quotes.
+The declaration of a field defines its validation, command-line syntax, `describe` entry and JSON Schema. In text, a
+list is written ``[1,3,8-15]``. A value that contains a comma or a bracket must be in double quotes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vraxion_ckpt.errors import OptionError, PluginError, StorageError, UsageErr
 from vraxion_ckpt.plugins.plugin_calls import defect, distribution_of, plugin_call
 from vraxion_ckpt.support.model_errors import Refusal, refusals
 
-_MOST_LISTED = 10_000_000  # a range in a list is expanded: [0-99999999999] must not be
+_MOST_LISTED = 10_000_000  # numbers; ranges are expanded, and [0-99999999999] would exhaust memory
 
 
 class Plugin(BaseModel):
-    """Something with a name and options that a chain or a path refers to.
+    """Base of adapters and transforms: a named class with options.
 
-    Subclasses set `name` and declare options as fields; the first line of their docstring describes them.
+    Subclasses set `name` and declare options as fields. The first line of their docstring is shown to users.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,12 +42,12 @@ _P = TypeVar("_P", bound=Plugin)
 
 
 def calling(plugin: Plugin | type[Plugin]) -> AbstractContextManager[None]:
-    """Return a `plugin_call` with the name and the distribution of a plugin."""
+    """Return a `plugin_call` for a plugin or its class."""
     return plugin_call(plugin.name, partial(distribution_of, _class_of(plugin)))
 
 
 def defect_of(plugin: Plugin | type[Plugin], message: str) -> PluginError:
-    """Return the error for what a plugin did wrong."""
+    """Return a `PluginError` that names a plugin and its distribution."""
     return defect(message, plugin.name, partial(distribution_of, _class_of(plugin)))
 
 
@@ -56,10 +56,11 @@ def _class_of(plugin: Plugin | type[Plugin]) -> type[Plugin]:
 
 
 def expand_ranges(value: Any) -> Any:
-    """Turn the text of a list, ``[1,3,8-15]``, into the list; anything else is returned as it is.
+    """Turn a list in text form, such as ``[1,3,8-15]``, into a list of numbers. Return other types unchanged.
 
     Raises:
-        ValueError: an entry is neither a number nor a range, or a range is longer than ten million.
+        ValueError: an entry is neither a number nor a range, a range runs backwards, or the list has more than ten
+            million numbers.
     """
     if isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
         value = f"[{','.join(map(str, value))}]"  # a list in a recipe, with ranges
@@ -78,7 +79,7 @@ def expand_ranges(value: Any) -> Any:
         if last < first:
             raise ValueError(f"the range {entry} runs backwards")
         if last - first + len(numbers) > _MOST_LISTED:
-            raise ValueError(f"the list is too long, over {_MOST_LISTED} numbers")
+            raise ValueError(f"the list has more than {_MOST_LISTED:,} numbers")
         numbers.extend(range(first, last + 1))
     return numbers
 
@@ -87,10 +88,10 @@ IntList = Annotated[tuple[int, ...], BeforeValidator(expand_ranges)]
 
 
 def parse_call(text: str) -> tuple[str, dict[str, str]]:
-    """Split ``NAME:key=value,key=value`` into the name and its options, still as text.
+    """Split ``NAME:key=value,key=value`` into the name and the options, whose values stay text.
 
     Raises:
-        UsageError: no name, an option without ``=``, given twice, or a bracket or quote left open.
+        UsageError: the name is missing, an option has no ``=`` or is given twice, or a bracket or quote is not closed.
     """
     name, _, rest = text.partition(":")
     options: dict[str, str] = {}
@@ -108,7 +109,7 @@ def parse_call(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _split_at_commas(text: str, whole: str) -> list[str]:
-    """Split at commas that stand in no list and no quotes."""
+    """Split at commas outside brackets and quotes."""
     items, current, in_list, quoted = [], "", False, False
     for char in text:
         if char == '"':
@@ -131,8 +132,9 @@ def configure(plugin: type[_P], options: Mapping[str, Any]) -> _P:
     """Validate options and return the configured plugin.
 
     Raises:
-        OptionError: every unknown, missing or ill-typed option, in one message.
-        PluginError: a validator of the plugin fails in another way.
+        OptionError: options are unknown, missing or of the wrong type. The message lists all of them.
+        PluginError: a validator of the plugin raises another error than `ValueError`.
+        StorageError: a validator of the plugin raises an `OSError`.
     """
     wrong = problems_with(plugin, options)
     if wrong:
@@ -142,7 +144,7 @@ def configure(plugin: type[_P], options: Mapping[str, Any]) -> _P:
 
 
 def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return every option that is unknown, missing or of the wrong type, and what is wrong with it."""
+    """Return the name and a description of the problem for each unknown, missing or wrong option."""
     try:
         _validated(plugin, options)
     except ValidationError as error:
@@ -151,7 +153,7 @@ def problems_with(plugin: type[Plugin], options: Mapping[str, Any]) -> list[tupl
 
 
 def _validated(plugin: type[_P], options: Mapping[str, Any]) -> _P:
-    """Run a plugin's validators; what pydantic collects passes as it is."""
+    """Run a plugin's validators. A `ValidationError` is raised unchanged."""
     refused = None
     try:
         with calling(plugin):
@@ -170,12 +172,14 @@ def _explain(refusal: Refusal) -> tuple[str, str]:
         return option, refusal.what
     if refusal.kind == "missing":
         return option, f"option {refusal.key!r} is required"
-    given = "" if refusal.kind == "value_error" else f", not {refusal.given!r}"  # a validator's text has what it needs
+    given = (
+        "" if refusal.kind == "value_error" else f", not {refusal.given!r}"
+    )  # the text of a validator may quote the value itself
     return option, f"option {refusal.key!r}: {refusal.what}{given}"
 
 
 def resolved(plugin: Plugin) -> dict[str, Any]:
-    """Return every option with its value as plain JSON, for a checkpoint's history."""
+    """Return every option with its value as JSON, for a checkpoint's history."""
     with calling(plugin):
         options = plugin.model_dump(mode="json")
         if not isinstance(options, dict):

@@ -1,6 +1,6 @@
-"""Run the code of plugins: what it prints goes to standard error, and what it raises becomes a `PluginError`.
+"""Run plugin code with its output redirected to standard error and its exceptions converted to `PluginError`.
 
-Every call of a plugin's code by this package is made within `plugin_call`. Imports nothing of torch.
+This package calls plugin code only within `plugin_call`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ _observers: list[Callable[[str, str], object]] = []
 def plugin_call(name: str, distribution: str | Callable[[], str]) -> Iterator[None]:
     """Run a plugin's code in a ``with`` block.
 
-    Errors of ours and of the operating system pass, as do interruptions and a lack of memory.
+    `CkptError`, `OSError`, interruptions and out-of-memory errors propagate.
 
     Args:
-        name: the plugin's name, for the error.
-        distribution: the distribution it comes from, or a function that finds it, called only for an error.
+        name: the plugin's name, for the error message.
+        distribution: the distribution of the plugin, or a function that returns it.
 
     Raises:
-        PluginError: for whatever else is raised, ``SystemExit`` and other exits included.
+        PluginError: the code raised any other exception, including ``SystemExit``.
+        OutOfMemoryError: the code ran out of memory.
     """
     with output_to_stderr():
         try:
@@ -56,19 +57,22 @@ def plugin_call(name: str, distribution: str | Callable[[], str]) -> Iterator[No
 
 
 def defect(message: str, name: str, distribution: str | Callable[[], str]) -> PluginError:
-    """Return the error for what a plugin did wrong."""
+    """Return a `PluginError` that names a plugin and its distribution."""
     home = distribution if isinstance(distribution, str) else distribution()
     return PluginError(message, key=name, hint=f"this is a defect of {home}")
 
 
 def is_fault_of_plugin(error: BaseException) -> bool:
-    """Tell whether a plugin is to blame: not for an interruption, a lack of memory, or a warning made an error."""
+    """Return whether an exception is a plugin's fault.
+
+    Interruptions, out-of-memory errors and warnings that Python raises as errors are not.
+    """
     passes = isinstance(error, KeyboardInterrupt | signals.Interrupted | CkptWarning)
     return not passes and not is_out_of_memory(error)
 
 
 def in_words(error: BaseException) -> str:
-    """Return the class of an exception and its text, even if its own code for that fails."""
+    """Return the class and the text of an exception, or only the class if its ``__str__`` fails."""
     try:
         text = str(error)
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -78,7 +82,7 @@ def in_words(error: BaseException) -> str:
 
 @contextmanager
 def observed(observe: Callable[[str, str], object]) -> Iterator[None]:
-    """Call a function with the name and the distribution of each plugin whose call ends, in a ``with`` block."""
+    """Within a ``with`` block, call `observe` with the plugin's name and distribution after each plugin call."""
     _observers.append(observe)
     try:
         yield
@@ -86,16 +90,16 @@ def observed(observe: Callable[[str, str], object]) -> Iterator[None]:
         _observers.remove(observe)
 
 
-# --- where a plugin comes from ---
+# --- distributions ---
 
 
 def note_distribution(plugin: type, distribution: str) -> None:
-    """Remember which distribution registered a class."""
+    """Record which distribution registered a class."""
     _distributions[plugin] = distribution
 
 
 def distribution_of(plugin: type) -> str:
-    """Return the distribution of a class, or its top-level module where none is known."""
+    """Return the distribution of a class, or its top-level module if the distribution is unknown."""
     if plugin in _distributions:
         return _distributions[plugin]
     home = plugin.__module__.partition(".")[0]
@@ -108,21 +112,21 @@ def distribution_of(plugin: type) -> str:
 _lock = threading.Lock()
 _thread = threading.local()
 _depth = 0
-_usual: Any = None  # sys.stdout before the first of the calls that are under way
+_usual: Any = None  # sys.stdout before the outermost active call
 _restore: Callable[[], None] | None = None
 
 
 @contextmanager
 def output_to_stderr() -> Iterator[None]:
-    """Redirect standard output to standard error in a ``with`` block: of Python, of C code, of child processes.
+    """Redirect the standard output of Python, C code and child processes to standard error in a ``with`` block.
 
-    Calls may be nested and come from several threads: the first redirects, the last one restores. Standard output
-    belongs to the process, so output of other threads is redirected meanwhile, too.
+    Blocks may be nested and may run in several threads: the first to start redirects, the last to end restores. The
+    redirection affects the whole process, including threads outside the block.
     """
     if getattr(_thread, "redirected", False):
         yield
         return
-    with signals.deferred():  # a signal must not come between the two halves of a redirection
+    with signals.deferred():  # a signal must not interrupt a redirection halfway
         _begin()
         _thread.redirected = True
         try:
@@ -148,14 +152,14 @@ def _end() -> None:
     with _lock:
         _depth -= 1
         if _depth == 0:
-            _flush(_usual)  # a plugin may have kept the stream from before
+            _flush(_usual)  # a plugin may hold a reference to the original stream
             if _restore is not None:
                 _restore()
             sys.stdout, _usual, _restore = _usual, None, None
 
 
 def _flush(stream: Any) -> bool:
-    """Write what is buffered to the descriptor; return False if that fails, so that its owner sees the error later."""
+    """Flush a stream and C's buffers. Return False on failure, so that the stream's owner sees the error later."""
     with suppress(AttributeError, OSError):
         _libc.fflush(None)
     try:
@@ -169,7 +173,7 @@ def _flush(stream: Any) -> bool:
 
 
 def _redirect_descriptor() -> Callable[[], None] | None:
-    """Make descriptor 1 a copy of descriptor 2, or of the null device; return what undoes that."""
+    """Make descriptor 1 a copy of descriptor 2 or of the null device. Return a function that restores it."""
     with suppress(OSError):  # without a free descriptor, only Python's output is redirected
         target = _error_descriptor()
         try:
@@ -182,12 +186,12 @@ def _redirect_descriptor() -> Callable[[], None] | None:
 
 @cache
 def _null_stream() -> TextIO:
-    """Return a stream for a process without standard error; it stays open, for a plugin may keep it."""
+    """Return a stream for a process without standard error. It is never closed, because a plugin may keep it."""
     return os.fdopen(_null_descriptor(), "w")
 
 
 def _error_descriptor() -> int:
-    """Return descriptor 2; where it was closed from the start, it may be any file by now, so the null device."""
+    """Return descriptor 2, or the null device if descriptor 2 was closed at start and may now be any file."""
     if sys.__stderr__ is not None:
         with suppress(OSError):
             os.fstat(_STDERR)
@@ -209,7 +213,7 @@ def _replace_stdout(target: int) -> Callable[[], None] | None:
     except OSError as error:
         if error.errno != errno.EBADF:
             raise
-        # It is closed: hold its place, or the next file to be opened would get what is printed.
+        # Descriptor 1 is closed. Occupy it, or the next file to be opened would receive the output.
         if (taken := fcntl.fcntl(target, fcntl.F_DUPFD, _STDOUT)) != _STDOUT:
             os.close(taken)
             return None

@@ -1,8 +1,7 @@
 """Open files for an adapter and register each of them.
 
-A registered file is watched: a conversion is refused if the file changes before the result is committed, and its
-checksums are verified if the format states any. An adapter that opens its files through a `ReadContext` cannot forget
-to register one.
+A conversion stops if a registered file changes before the result is committed, and verifies the checksums that the
+file contains. An adapter that opens its files through a `ReadContext` cannot forget to register one.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from vraxion_ckpt.support import json_files
 
 @dataclass(frozen=True)
 class ReadContext:
-    """What an adapter reads a checkpoint with: the options of the call, and functions that open files.
+    """The read options of a call, and functions that open and register files for an adapter.
 
-    An adapter may keep it to open further files later, such as the tensors of an expert.
+    An adapter may keep the context to open further files later, such as the tensors of an expert.
 
     Attributes:
-        allow_globals: full names of classes that a pickle may use besides plain data.
+        allow_globals: full names of classes that a pickle may use in addition to plain data.
         sources: every file that was opened so far.
     """
 
@@ -34,10 +33,11 @@ class ReadContext:
     sources: Sources = field(default_factory=Sources)
 
     def load_torch(self, path: Path) -> Any:
-        """Load a file of ``torch.save``: mapped, on the CPU, and only plain data and tensors.
+        """Load a file of ``torch.save`` on the CPU without running code from it.
 
         Returns:
-            Dicts, lists, tuples, text, numbers, None and tensors. The tensors are views of the mapped file.
+            Plain data (dicts, lists, tuples, strings, numbers, None) and tensors. The tensors are views of the mapped
+            file.
 
         Raises:
             SourceError: the file is damaged, unsafe or not supported.
@@ -51,10 +51,10 @@ class ReadContext:
 
         Args:
             path: the file.
-            header: its header, if it was read already.
+            header: the header of the file, if it was read already.
 
         Returns:
-            The tensors by name, which are views of the mapped file, and the metadata.
+            The tensors by name, as views of the mapped file, and the metadata.
 
         Raises:
             SourceError: the file is damaged or not supported.
@@ -66,7 +66,7 @@ class ReadContext:
         """Read a JSON file strictly.
 
         Raises:
-            SourceError: it is not a regular file, too large, or not JSON.
+            SourceError: the file is not a regular file, is too large, or is not JSON.
         """
         self.register(path)
         return json_files.load_json(path)
@@ -75,8 +75,8 @@ class ReadContext:
         """Open a regular file for reading, in binary mode.
 
         Raises:
-            InconsistentError: it is missing, or not a regular file.
-            StorageError: the operating system refuses.
+            InconsistentError: the file is missing or is not a regular file.
+            StorageError: the operating system cannot open it.
         """
         self.register(path)
         try:
@@ -85,10 +85,10 @@ class ReadContext:
             raise StorageError.from_os_error(error, path) from error
 
     def check_unchanged(self, path: Path) -> None:
-        """Refuse if a registered file has changed since.
+        """Check that a registered file has not changed since it was registered.
 
         Raises:
-            ChangedError: it was written to, replaced or removed.
+            ChangedError: the file was written to, replaced or removed.
         """
         Sources([source for source in self.sources if source.path == path]).check_unchanged()
 
@@ -96,8 +96,8 @@ class ReadContext:
         """Register a file that is about to be opened by other means, such as a library that takes a path.
 
         Raises:
-            InconsistentError: it is missing, or not a regular file.
+            InconsistentError: the file is missing or is not a regular file.
         """
         if not path.is_file():
-            raise InconsistentError("is missing, or is not a regular file", path=path)
+            raise InconsistentError("is missing or is not a regular file", path=path)
         self.sources.add(path, Fingerprint.of(path))

@@ -17,20 +17,20 @@ class Effect:
     """What a transform may do to the function that the model computes. Use `exact`, `within_noise` or `changed`.
 
     Attributes:
-        noise: by how much the expert tensors behind each address may differ afterwards: 0 for not at all, otherwise
-            the standard deviation of Gaussian noise. None: the function is changed on purpose.
+        noise: standard deviation of the Gaussian noise by which the expert tensors behind each address may change; 0
+            if they stay bit-identical, None if the function changes on purpose.
     """
 
     noise: float | None
 
     @classmethod
     def exact(cls) -> Effect:
-        """The expert tensors behind each address stay bit-identical."""
+        """Declare that the expert tensors behind each address stay bit-identical."""
         return cls(0.0)
 
     @classmethod
     def within_noise(cls, std: float) -> Effect:
-        """The expert tensors differ by Gaussian noise of standard deviation `std`.
+        """Declare that the expert tensors change by Gaussian noise of standard deviation `std`.
 
         Raises:
             ValueError: `std` is not a finite number ≥ 0.
@@ -41,33 +41,37 @@ class Effect:
 
     @classmethod
     def changed(cls) -> Effect:
-        """The function changes on purpose."""
+        """Declare that the function changes on purpose."""
         return cls(None)
 
 
 class Transform(Plugin):
-    """Turn a checkpoint into a checkpoint. Fields are options (``NAME:key=value``)."""
+    """Change a checkpoint. Fields are options (``NAME:key=value``)."""
 
     @abstractmethod
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return the changed checkpoint, which may be the one that was given.
+        """Return the changed checkpoint, which may be `checkpoint` itself.
 
-        The checkpoint is a copy: its containers may be changed. Its tensors are shared and must not be written into.
-        Global random state must be neither read nor changed. The optimizer's parameters are always bound to names.
+        `checkpoint` is a shallow copy: its containers may be changed, but its tensors are shared and must not be
+        written into. The global random state must be neither used nor changed. The optimizer's parameters are always
+        bound to names.
 
         Raises:
-            TransformError: why this checkpoint cannot be transformed.
+            TransformError: this checkpoint cannot be transformed.
         """
 
     @abstractmethod
     def effect(self) -> Effect:
-        """Return what this transform, with these options, may do to the function of the model.
+        """Return the declared effect of this transform, with these options, on the function of the model.
 
-        The result of a chain is compared with what its transforms say together.
+        The result of a chain is checked against the combined effects of its transforms.
         """
 
     def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:  # noqa: ARG002 - most have none
-        """Return files to write beside the target, from the checkpoint that `apply` returned."""
+        """Return the content, by path, of additional files to write with the target.
+
+        `checkpoint` is the one that `apply` returned.
+        """
         return {}
 
 

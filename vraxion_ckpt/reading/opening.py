@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format: find its adapter, read, bind the optimizer's names, refuse what is inconsistent."""
+"""Open a checkpoint of any format: detect the format, read, bind the optimizer to parameter names, check invariants."""
 
 from __future__ import annotations
 
@@ -39,38 +39,42 @@ from vraxion_ckpt.wording import listed
 PathLike = str | os.PathLike[str]
 OptimizerPolicy = Literal["keep", "drop", "complete", "partial"]
 
-_MOST_LISTED = 5  # checkpoints of a folder that are named in a message
-_MOST_SEARCHED = 1000  # entries of a folder that are looked at for them
+_MOST_LISTED = 5  # checkpoints of a folder in a message
+_MOST_SEARCHED = 1000  # entries of a folder that are searched for checkpoints
 
 
 @memory_errors()
 def read(path: PathLike, *, optimizer: OptimizerPolicy = "keep", **reading: Unpack[ReadKeywords]) -> Checkpoint:
-    """Open a checkpoint of any format. Tensors are mapped; experts in files of their own are opened on first use.
+    """Open a checkpoint of any format. Tensors are memory-mapped; experts in their own files are opened on first use.
 
     Args:
         path: a file or a directory.
-        optimizer: ``drop`` leaves its state out; ``complete`` adds the parameters of experts that it lacks, without
-            state; ``keep`` and ``partial`` take it as it is.
-        reading: what the file does not tell, see `ReadOptions`.
+        optimizer: ``keep`` and ``partial`` read the optimizer unchanged; ``drop`` omits it; ``complete`` adds missing
+            expert parameters to it, without state.
+        reading: see `ReadOptions`.
+
+    Returns:
+        The checkpoint, with its optimizer bound to parameter names.
 
     Raises:
-        UsageError: there is no such file, or an unknown format.
-        SourceError: what is wrong with it, and where.
-        BindingError: its optimizer's parameters cannot be told apart.
+        UsageError: the path does not exist, or an option is wrong.
+        SourceError: the checkpoint is damaged, unsafe, inconsistent or not supported.
+        BindingError: the optimizer's ids cannot be bound to parameter names.
+        StorageError: the operating system cannot read a file.
     """
     return read_with(path, ReadOptions(**reading), optimizer)
 
 
 def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy = "keep") -> Checkpoint:
-    """Open a checkpoint as `read` does, with options that were collected before."""
+    """Open a checkpoint as `read` does. Raises the same errors."""
     if optimizer not in get_args(OptimizerPolicy):
-        raise UsageError(f"optimizer={optimizer!r}: none of {', '.join(get_args(OptimizerPolicy))}")
+        raise UsageError(f"optimizer={optimizer!r}: must be one of {', '.join(get_args(OptimizerPolicy))}")
     if optimizer == "drop" and (options.param_names is not None or options.optimizer_order is not None):
-        raise UsageError("names or an order are given for an optimizer that is to be dropped")
+        raise UsageError("param_names and optimizer_order cannot be combined with optimizer=drop")
     checkpoint = read_unbound(path, options)
     if options.param_names is not None and not isinstance(checkpoint, UnboundCheckpoint):
-        known = "knows its optimizer's names already" if checkpoint.optimizer else "has no optimizer to give names to"
-        raise UsageError(known, path=path)
+        reason = "the optimizer already has parameter names" if checkpoint.optimizer else "has no optimizer"
+        raise UsageError(f"{reason}; leave param_names out", path=path)
     if optimizer == "drop":
         return checkpoint.with_optimizer(None)
     try:
@@ -82,7 +86,13 @@ def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy =
 
 
 def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
-    """Open a checkpoint as its adapter reads it, its optimizer perhaps without names; refuse an inconsistent one."""
+    """Open a checkpoint without binding its optimizer to parameter names.
+
+    Raises:
+        UsageError: the path does not exist, or an option is wrong.
+        SourceError: the checkpoint is damaged, unsafe, inconsistent or not supported.
+        StorageError: the operating system cannot read a file.
+    """
     with os_errors_named(path):
         place = Path(path)
     try:
@@ -93,23 +103,33 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
         refuse(InconsistentError, invariants.invariant_findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
-            hint = f"an edit of it was interrupted; {_how_to_settle(place)}"
+            hint = f"an edit of this checkpoint was interrupted; {how_to_recover(place)}"
             raise error.with_facts(hint=hint) from error.__cause__
         raise
     if was_interrupted(Path(os.path.realpath(place))):
-        message = f"{place}: an edit of it was interrupted; {_how_to_settle(place)}"
+        message = f"{place}: an edit of this checkpoint was interrupted; {how_to_recover(place)}"
         warnings.warn(message, CkptWarning, stacklevel=3)
     return checkpoint
 
 
-def _how_to_settle(place: Path) -> str:
-    return f"`vraxion-ckpt edit {place}` takes it back, or finishes it"
+def how_to_recover(path: Path) -> str:
+    """Return the hint for a checkpoint with an interrupted edit."""
+    return f"run `vraxion-ckpt edit {shlex.quote(str(path))}` to roll it back or to finish it"
 
 
 def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
-    """Return the adapter of an existing file or directory, found from its content.
+    """Return the adapter of an existing file or directory, detected from its content.
 
-    A file that no adapter recognises goes to the one whose suffix it bears, which can say what is wrong with it.
+    A file that no adapter recognises is assigned by its suffix, so that the adapter can report what is wrong with it.
+
+    Args:
+        path: a file or a directory.
+        from_: the format, if the user named it.
+
+    Raises:
+        UsageError: the path does not exist, or has another type than `from_`.
+        UnknownFormatError: no adapter, or more than one, recognises it.
+        PluginError: an adapter failed, and no other recognises the path.
     """
     if not path.exists():
         raise UsageError("no such file or directory", path=path)
@@ -117,7 +137,7 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         adapter = resolve_adapter(from_)
         if path.is_dir() != adapter_calls.is_directory(adapter) and not adapter_calls.detect(type(adapter), path):
             kind = "directory" if path.is_dir() else "file"
-            raise UsageError(f"is a {kind}, and holds no checkpoint of the format {adapter.name}", path=path)
+            raise UsageError(f"is a {kind} without a checkpoint of the format {adapter.name}", path=path)
         return adapter
     known = adapters()
     found = [adapter for adapter in known.values() if detects(adapter, path)]
@@ -127,62 +147,64 @@ def detect_source(path: Path, from_: AdapterLike | None = None) -> Adapter:
         return configure(found[0], {})
     if found:
         names = ", ".join(sorted(adapter.name for adapter in found))
-        raise UnknownFormatError(f"could be any of {names}", path=path, hint="say which with --from")
+        raise UnknownFormatError(f"several formats match: {names}", path=path, hint="choose one with --from")
     for adapter_class in known.values():
-        adapter_calls.detect(adapter_class, path)  # one that fails could be the one; it is to blame, not the file
+        adapter_calls.detect(adapter_class, path)  # raises the error of one that failed: it could be the right one
     inside = _checkpoints_in(path) if path.is_dir() else []
     if inside:
-        names = ", ".join(inside[:_MOST_LISTED]) + (", …" if inside[_MOST_LISTED:] else "")
+        names = listed(inside, _MOST_LISTED)
         hint = f"name one of them, such as {shlex.quote(os.path.join(path, inside[0]))}"  # noqa: PTH118 - with its slash
         raise UnknownFormatError(
-            f"is a folder of checkpoints, not a checkpoint; it holds {names}", path=path, hint=hint
+            f"is a folder of checkpoints, not a checkpoint; it contains {names}", path=path, hint=hint
         )
     looked_for = "; ".join(f"{a.name} ({a.summary().rstrip('.')})" for a in known.values())
-    raise UnknownFormatError("is of no known format", path=path, hint=f"looked for: {looked_for or 'nothing'}")
+    raise UnknownFormatError("format not recognised", path=path, hint=f"known formats: {looked_for or 'none'}")
 
 
 def _checkpoints_in(folder: Path) -> list[str]:
-    """Return the names of the first checkpoints in a folder, those of directories with a slash at the end."""
+    """Return the names of the first checkpoints in a folder. A name of a directory ends with a slash."""
     found: list[str] = []
     with suppress(OSError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CkptWarning)
         if any(detects(kind, folder.absolute().parent) for kind in adapters().values()):
             return []  # its files are parts of a checkpoint
         for entry in islice(sorted(folder.iterdir()), _MOST_SEARCHED):
-            # A pipe or a device could block.
+            # Opening a pipe or a device could block.
             if (entry.is_file() or entry.is_dir()) and any(detects(kind, entry) for kind in adapters().values()):
                 found.append(entry.name + "/" * entry.is_dir())
-            if len(found) > _MOST_LISTED:
-                break
     return found
 
 
 def detects(adapter: type[Adapter], path: Path) -> bool:
-    """Ask an adapter whether a path is of its format; one that fails to tell is named in a warning."""
+    """Return whether a path has an adapter's format. If the adapter fails, warn and return False."""
     try:
         return adapter_calls.detect(adapter, path)
     except OutOfMemoryError:
         raise
-    except (CkptError, OSError) as error:  # one broken plugin must not take every other format down
-        warnings.warn(f"format {adapter.name} could not look at {path}: {error}", CkptWarning, stacklevel=2)
+    except (CkptError, OSError) as error:  # one broken plugin must not disable every other format
+        warnings.warn(f"format {adapter.name} could not examine {path}: {error}", CkptWarning, stacklevel=2)
         return False
 
 
 def file_suffixes(adapter: type[Adapter]) -> tuple[str, ...]:
-    """Return the endings of a file's name that mean this format."""
+    """Return the suffixes of file names that select this format."""
     return tuple(suffix for suffix in adapter.suffixes if not suffix.endswith("/"))
 
 
 def check_allowed(adapter: Adapter, allow_globals: Sequence[str]) -> None:
-    """Refuse classes that pickles may use for a format that loads no pickles."""
+    """Check that `allow_globals` is empty for a format without pickles.
+
+    Raises:
+        OptionError: it is not.
+    """
     if allow_globals and not adapter.loads_pickles:
-        raise OptionError(f"the format {adapter.name} loads no pickles; --allow-global has no meaning for it")
+        raise OptionError(f"the format {adapter.name} loads no pickles; leave --allow-global out")
 
 
 def bound_if_possible(
     checkpoint: Checkpoint, options: ReadOptions
 ) -> tuple[Checkpoint, BindingError | SourceError | None]:
-    """Bind an optimizer to names, for whoever only looks; if that fails, return the checkpoint as it was, and why."""
+    """Bind the optimizer to parameter names. On failure, return the unchanged checkpoint and the error."""
     try:
         if isinstance(checkpoint, UnboundCheckpoint):
             checkpoint = binding.bind(checkpoint, options.param_names, options.optimizer_order)
@@ -192,7 +214,13 @@ def bound_if_possible(
 
 
 def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> list[Path]:
-    """List the files of a checkpoint, without other people's files in its directory and without `leftovers`."""
+    """List the files of a checkpoint. Foreign files in its directory and `leftovers` are excluded.
+
+    Args:
+        adapter: the adapter of the checkpoint.
+        path: the file or directory.
+        leftovers: relative paths of files that an interrupted save has left.
+    """
     if not path.is_dir():
         return [path]
     foreign = set(map(os.fspath, adapter_calls.foreign_files(adapter, path) or ()))
@@ -206,12 +234,17 @@ def files_of(adapter: Adapter, path: Path, leftovers: Sequence[str] = ()) -> lis
 
 @contextmanager
 def os_errors_named(*paths: PathLike) -> Iterator[None]:
-    """Turn what the operating system says of a path, wherever it says it, into an error of ours."""
+    """Convert an `OSError` of a ``with`` block to a `StorageError`, and check that `paths` can be opened.
+
+    Raises:
+        UsageError: a path is empty, contains NUL or is not UTF-8.
+        StorageError: the block raised an `OSError`.
+    """
     for path in paths:
         if not isinstance(path, str | os.PathLike):
-            raise UsageError(f"a path must be text or a pathlib.Path, not {path!r:.60}")
+            raise UsageError(f"a path must be a string or a pathlib.Path, not {path!r:.60}")
         if not os.fspath(path) or "\0" in str(path):
-            raise UsageError(f"{os.fspath(path)!r} is no path")
+            raise UsageError(f"{os.fspath(path)!r} is not a valid path")
         try:
             str(path).encode()
         except UnicodeEncodeError:
@@ -223,7 +256,7 @@ def os_errors_named(*paths: PathLike) -> Iterator[None]:
 
 
 def refuse(error: type[InconsistentError] | type[InvariantError], findings: Iterator[str], path: Path | None) -> None:
-    """Raise `error` with the first few findings, if there is any."""
+    """Raise `error` with the first few findings, if there are any."""
     found = list(islice(findings, 20))
     if found:
         raise error(listed(found, 3, "; "), path=path)

@@ -1,4 +1,4 @@
-"""What a user states about a checkpoint that is to be read."""
+"""The options for reading a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class ReadKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a user states about a checkpoint, because its files do not tell or must not decide.
+    """Options for reading a checkpoint: facts that its files do not contain, and permissions.
 
     Attributes:
-        from_: its format; found from its content if not given.
-        param_names: every optimizer parameter's name in optimizer order.
-        optimizer_order: how its trainer orders the parameters of each param group.
-        allow_globals: full names of classes that a pickle may use besides plain data.
+        from_: the format; detected from the content if None.
+        param_names: the name of every optimizer parameter, in optimizer order.
+        optimizer_order: how the trainer orders the parameters of each param group.
+        allow_globals: full names of classes that a pickle may use in addition to plain data.
 
     Raises:
-        UsageError: a value that is none of these.
+        UsageError: a value has a wrong type or is unknown.
     """
 
     from_: AdapterLike | None = None
@@ -48,7 +48,11 @@ class ReadOptions:
 
 
 def check_names(names: Any, what: str) -> None:
-    """Refuse what is not a list of names. A text would be taken letter by letter."""
+    """Check that `names` is None or a list of strings. A single string would be read letter by letter.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if names is None:
         return
     listed = isinstance(names, Sequence) and not isinstance(names, str | bytes)

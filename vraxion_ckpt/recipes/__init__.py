@@ -1,4 +1,4 @@
 """Recipes: a conversion written down in YAML.
 
-May import: `conversion` and what that may import.
+May import: `conversion` and every room that `conversion` may import.
 """

@@ -1,4 +1,4 @@
-"""The keys of a recipe for options of the command line. Imports nothing of torch."""
+"""The recipe keys that correspond to command-line options. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ RECIPE_KEYS = {
 
 
 def keys_for(text: str) -> list[tuple[str, str]]:
-    """Return each long option that a text names and the key that a recipe has for it, in the order of the text."""
+    """Return the long options in a text that have a recipe key, each with the key, in the order of the text."""
     named = dict.fromkeys(re.findall(r"--[a-z-]+", text))
     return [(option, RECIPE_KEYS[option]) for option in named if option in RECIPE_KEYS]
