@@ -1,4 +1,4 @@
-"""Offline surgery on the checkpoints of mixture-of-experts models.
+"""Offline surgery on checkpoints of models with a ring-routed head of experts.
 
 Adapters turn files into one canonical checkpoint and back. Transforms turn a checkpoint into a checkpoint. The core
 knows no format and no transform by name. ``ARCHITECTURE.md`` in the source tree says what each sub-package is for.

@@ -103,7 +103,7 @@ def _debug() -> None:
 @global_options
 @click.pass_context
 def cli(context: click.Context, /, **_: bool) -> None:
-    """Offline surgery on the checkpoints of mixture-of-experts models.
+    """Offline surgery on checkpoints of models with a ring-routed head of experts.
 
     Convert between formats, turn a single head into experts, plan and carry out splits. The optimizer state is carried
     along. Operations that would give an inconsistent checkpoint are refused.
