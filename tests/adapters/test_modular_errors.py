@@ -148,7 +148,7 @@ SHARDS: dict[str, tuple[Damage, str]] = {
     "a list": (shard(1, list), r"shard of expert 1"),
     "a number": (shard(1, lambda s: s.update(weight=3)), r"shard of expert 1 has an entry that is not a tensor"),
     "a leaf missing": (shard(1, lambda s: s.__delitem__("bias")), r"shard of expert 1 lacks bias"),
-    "a leaf too many": (shard(1, lambda s: s.update(more=ZEROS)), "the shard of expert 1 has more"),
+    "a leaf too many": (shard(1, lambda s: s.update(more=ZEROS)), "lacks more, which the shard of expert 1 has"),
     "wrong shape": (shard(1, lambda s: s.update(weight=ZEROS)), r"\[weight\]: is float32 \[4, 3\] in .*expert 1"),
     "wrong shape, the first": (
         shard(0, lambda s: s.update(weight=ZEROS)),

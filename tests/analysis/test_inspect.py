@@ -134,7 +134,7 @@ def test_a_plan_predicts_what_its_split_then_brings(tmp_path):
 
 def test_visits_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "short.json").write_text("[1, 2, 3]")
-    with pytest.raises(InconsistentError, match="3 values for 64 addresses"):
+    with pytest.raises(InconsistentError, match="has 3 values, but the ring has 64 addresses"):
         vc.inspect(EXPERTS3, visits=tmp_path / "short.json")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pt")
     with pytest.raises(UsageError, match="no ring of experts"):

@@ -14,8 +14,8 @@ WIDER = {"up.weight": torch.zeros(32, 8), "down.weight": torch.zeros(4, 32)}
     ("expert", "sibling", "found"),
     [
         (PLAIN, PLAIN, []),
-        (PLAIN, LAYERS, [(None, "A has bias, weight, but B does not; B has down.weight, up.weight, but A does not")]),
-        ({"weight": PLAIN["weight"]}, PLAIN, [(None, "B has bias, but A does not")]),
+        (PLAIN, LAYERS, [(None, "A lacks down.weight, up.weight, which B has; B lacks bias, weight, which A has")]),
+        ({"weight": PLAIN["weight"]}, PLAIN, [(None, "A lacks bias, which B has")]),
         (PLAIN | {"weight": torch.zeros(2, 8)}, PLAIN, [("weight", "is float32 [2, 8] in A, float32 [4, 8] in B")]),
         (PLAIN | {"bias": torch.zeros(4).half()}, PLAIN, [("bias", "is float16 [4] in A, float32 [4] in B")]),
         (LAYERS, WIDER, []),

@@ -155,10 +155,10 @@ def test_a_hibernated_expert_can_be_removed_and_others_split(tmp_path):
 
 def test_a_third_partys_transform_can_ask_the_same():
     checkpoint = vc.open(HIBERNATED)
-    with pytest.raises(TransformError, match=r"\[mine\]: all weights of expert 0"):
-        refuse_unhealthy(checkpoint, 0, allow_zero=False, allow_nan=True, name="mine")
-    refuse_unhealthy(checkpoint, 0, allow_zero=True, allow_nan=False, name="mine")
-    refuse_unhealthy(checkpoint, 1, allow_zero=False, allow_nan=False, name="mine")
+    with pytest.raises(TransformError, match="all weights of expert 0"):
+        refuse_unhealthy(checkpoint, 0, allow_zero=False, allow_nan=True)
+    refuse_unhealthy(checkpoint, 0, allow_zero=True, allow_nan=False)
+    refuse_unhealthy(checkpoint, 1, allow_zero=False, allow_nan=False)
 
 
 # --- put back ---
@@ -295,12 +295,12 @@ def fitting(**more: torch.Tensor) -> dict:
             r"weight is float32 \[8, 15\] in the snapshot",
         ),
         (fitting(bias=torch.ones(8, dtype=torch.float64)), TransformError, r"float64 \[8\] in the snapshot"),
-        (fitting(scale=torch.ones(8)), TransformError, "the snapshot has scale, but expert [0-9]+ does not"),
+        (fitting(scale=torch.ones(8)), TransformError, "lacks scale, which the snapshot has"),
         ({"weight": torch.ones(8, 16)}, TransformError, "bias"),
         (
             {"down.weight": torch.ones(8, 16), "bias": torch.ones(8)},
             TransformError,
-            "has down.weight, but expert 0 does not",
+            "which expert 0 has",
         ),
         (fitting(weight=torch.zeros(8, 16), bias=torch.zeros(8)), TransformError, "also all zero"),
         ({"weight": 1.0, "bias": torch.ones(8)}, InconsistentError, "dict of leaf name"),

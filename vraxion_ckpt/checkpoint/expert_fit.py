@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
-from vraxion_ckpt.wording import listed
 
 
 def unfit(
@@ -27,12 +26,12 @@ def unfit(
     Yields:
         the leaf and the difference as text. The leaf is None if the experts have different leaves.
     """
-    more = sorted(map(str, expert.keys() - sibling.keys()))
-    lacking = sorted(map(str, sibling.keys() - expert.keys()))
-    only = [f"{whose[0]} has {listed(more, 4)}, but {whose[1]} does not"] if more else []
-    only += [f"{whose[1]} has {listed(lacking, 4)}, but {whose[0]} does not"] if lacking else []
-    if only:
-        yield None, "; ".join(only)
+    lacking = ((*whose, sibling.keys() - expert.keys()), (*reversed(whose), expert.keys() - sibling.keys()))
+    lines = [
+        f"{one} lacks {', '.join(sorted(map(str, found)))}, which {other} has" for one, other, found in lacking if found
+    ]
+    if lines:
+        yield None, "; ".join(lines)
         return
     for leaf, tensor in expert.items():
         other = sibling[leaf]

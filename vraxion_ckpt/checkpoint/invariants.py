@@ -35,8 +35,8 @@ def invariant_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield from _expert_findings(checkpoint.head)
         if checkpoint.lifecycle and set(checkpoint.lifecycle) != set(range(checkpoint.num_experts)):
             yield (
-                f"the lifecycle has rows for {numbered('expert', sorted(checkpoint.lifecycle), 4)}, "
-                f"but the head has {count(checkpoint.num_experts, 'expert')}, numbered from 0"
+                f"lifecycle rows are for {numbered('expert', sorted(checkpoint.lifecycle), 4)}, "
+                f"but the head has {count(checkpoint.num_experts, 'expert')}"
             )
     yield from _router_findings(checkpoint)
     yield from _optimizer_findings(checkpoint)
