@@ -502,7 +502,7 @@ def test_outputs_are_refused_where_they_must_not_be(tmp_path, run_cli):
         (["-o", tmp_path / "there.html"], "--overwrite"),
         (["-o", tmp_path / "a.pt", "--overwrite"], "inside the source"),
         (["-o", tmp_path / "x", "--png", tmp_path / "x"], "twice"),
-        (["-o", tmp_path / "x.png"], "--png makes a picture"),
+        (["-o", tmp_path / "x.png"], "use --png for a picture"),
         (["-o", tmp_path / "nowhere/x.html"], "nowhere"),
         (["-o", tmp_path], "--overwrite"),
     ):

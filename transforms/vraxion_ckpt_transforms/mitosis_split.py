@@ -39,9 +39,7 @@ class MitosisSplit(Transform):
     name: ClassVar[str] = "mitosis_split"
 
     parent: int | None = Field(None, ge=0, description="expert to clone; from the plan if not given")
-    addresses: IntList | None = Field(
-        None, description="addresses the clone takes, like [1,3,8-15]; from the plan if not given"
-    )
+    addresses: IntList | None = Field(None, description="addresses of the clone, like [1,3,8-15]; else the plan's")
     meta: Path | None = Field(None, description="JSON file with parent_expert and hot_addresses, instead of the plan")
     noise: float = Field(1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clone")
     seed: int = Field(1337, description="seed of the noise, drawn per tensor")
@@ -64,7 +62,7 @@ class MitosisSplit(Transform):
         child = head.num_experts
         dtype = checkpoint.core[head.names.router_map].dtype
         if child > torch.iinfo(dtype).max:
-            raise TransformError(f"the router_map has dtype {dtype}, which cannot hold expert id {child}")
+            raise TransformError(f"the router_map's {dtype} cannot hold expert id {child}")
 
         clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
         router = checkpoint.core[head.names.router_map]

@@ -57,9 +57,7 @@ class PruneMerge(Transform):
             raise TransformError("the only expert cannot be removed", hint="experts_to_single makes it a single head")
         check_expert(head, removed, deleted=True)
         if removed == self.merge_into:
-            raise TransformError(
-                f"merge_from and merge_into are both expert {removed}", hint="pass another merge_from="
-            )
+            raise TransformError(f"merge_from and merge_into are both {removed}", hint="pass another merge_from=")
         check_expert(head, self.merge_into, hint="pass another merge_into=")
         row = checkpoint.lifecycle.get(removed)
         if row is not None and row.tenured and not self.allow_tenured:

@@ -46,9 +46,8 @@ class SingleToExperts(Transform):
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head = head_of(checkpoint)
         if head.kind is HeadKind.EXPERTS:
-            raise TransformError(
-                f"the head already has {count(head.num_experts, 'expert')}", hint="leave this step out"
-            )
+            message = f"the head already has {count(head.num_experts, 'expert')}"
+            raise TransformError(message, hint="leave this step out")
         if checkpoint.router_map is None:
             if self.ring_len is None:
                 raise TransformError("the model has no router_map", hint="give its length: ring_len=N")
@@ -66,9 +65,7 @@ class SingleToExperts(Transform):
         router = checkpoint.router_map
         if self.route == "modulo" and router is not None:
             if self.experts - 1 > torch.iinfo(router.dtype).max:
-                raise TransformError(
-                    f"the router_map has dtype {router.dtype}, which cannot hold expert id {self.experts - 1}"
-                )
+                raise TransformError(f"the router_map's {router.dtype} cannot hold expert id {self.experts - 1}")
             owners = torch.arange(len(router), dtype=torch.int64) % self.experts
             checkpoint.router_map = owners.to(router.dtype)
         return checkpoint

@@ -140,9 +140,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         meta = read_meta(files.path(META), context, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
-            raise InconsistentError(
-                "router.state has tensors named head.experts.*, which must be in shards", path=router, key="model"
-            )
+            raise InconsistentError("head.experts.* must be in shards, not in router.state", path=router, key="model")
         check_names(files.root / "experts")
         shards = files.shards()
         num_experts = parsed.num_experts
@@ -155,9 +153,8 @@ class ModularAdapter(IncrementalDirectoryAdapter):
             head = self._sharded_head(root, below(shards, num_experts), num_experts, listed, parsed, router, context)
             found = with_head(found, head)
         elif single and num_experts != 1:
-            raise InconsistentError(
-                f"num_experts is {num_experts}, but the head is single", path=router, key="num_experts"
-            )
+            message = f"num_experts is {num_experts}, but the head is single"
+            raise InconsistentError(message, path=router, key="num_experts")
         if left:
             warn_of_leftovers(list(left), "the head is single" if single else f"num_experts is {num_experts}", root)
         origin = with_meta(origin_of(self.name, root, ROUTER, parsed.dialect, parsed.extras), meta)
@@ -202,9 +199,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         if position is None:
             position = _derived_position(list(parsed.checkpoint.core), parsed.checkpoint.param_names)
         if not 0 <= position <= len(parsed.checkpoint.core):
-            message = (
-                f"head_position is {position}, but the state dict has only {len(parsed.checkpoint.core)} other tensors"
-            )
+            message = f"head_position is {position}, but there are only {len(parsed.checkpoint.core)} other tensors"
             raise InconsistentError(message, path=root, key="head_position")
         experts = {i: opener(i, shards[i]) for i in sorted(shards)}
         return Head(HeadKind.EXPERTS, experts, position, listed.difference(shards))
