@@ -98,6 +98,8 @@ class ReadContext:
         Raises:
             InconsistentError: the file is missing or is not a regular file.
         """
+        if not path.exists():
+            raise InconsistentError("is missing", path=path)
         if not path.is_file():
-            raise InconsistentError("is missing or is not a regular file", path=path)
+            raise InconsistentError("must be a regular file", path=path)
         self.sources.add(path, Fingerprint.of(path))

@@ -25,7 +25,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[i
         total: the number of bytes or units in all.
         unit: the name of the unit; ``B`` for bytes.
     """
-    if not wanted or _shown or not sys.stderr.isatty():
+    if not wanted or _shown or sys.stderr is None or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console

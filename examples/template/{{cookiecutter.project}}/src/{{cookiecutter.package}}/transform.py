@@ -30,7 +30,7 @@ class ExpertTransform(Transform):
         old = checkpoint.head.experts[self.expert]
         # Make new tensors. A transform must not write into the tensors that it gets.
         new = {
-            leaf: (tensor * self.factor).to(tensor.dtype) if tensor.is_floating_point() else tensor
+            leaf: (tensor.double() * self.factor).to(tensor.dtype) if tensor.is_floating_point() else tensor
             for leaf, tensor in old.items()
         }
         checkpoint.head.experts[self.expert] = Expert(new)
