@@ -278,11 +278,11 @@ def test_an_edit_keeps_a_shard_left_over(kind, damage, tmp_path):
 def test_what_is_no_file_is_not_replaced_by_a_new_shard(damage, tmp_path):
     target = lay(tmp_path, LEFTOVER)
     damage(shard(target, 2))
-    with pytest.raises(UsageError, match=r"expert_002\.pt: is no regular file"):
+    with pytest.raises(UsageError, match=r"expert_002\.pt: is not a regular file"):
         vc.edit(target, transforms=[SPLIT])
     shard(target, 2).unlink()
     shard(target, 2).mkdir()
-    with pytest.raises(UsageError, match=r"expert_002\.pt: is no regular file"):
+    with pytest.raises(UsageError, match=r"expert_002\.pt: is not a regular file"):
         vc.edit(target, transforms=[SPLIT])
     assert list(tmp_path.iterdir()) == [target]
 
@@ -301,7 +301,7 @@ def test_a_conversion_over_a_directory_replaces_its_shards_left_over(tmp_path):
     vc.convert(TRAINERS / EXPLODED, f"{target}/", overwrite=True)
     assert sorted(map(str, files_below(target))) == [META, ROUTER]
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="no part of a modular checkpoint"):
+    with pytest.raises(UsageError, match="not part of a modular checkpoint"):
         vc.convert(TRAINERS / LEFTOVER, f"{target}/", overwrite=True)
 
 

@@ -95,7 +95,7 @@ def test_every_damaged_member_of_a_file_is_named(tmp_path):
         data[place] ^= 1
     (tmp_path / "a.pt").write_bytes(data)
     (line,) = told(vc.check(tmp_path / "a.pt"))
-    assert "its checksum does not match its bytes; nor do those of" in line
+    assert "its checksum does not match its bytes" in line
     assert line.count("/data/") == len(names)
 
 

@@ -108,7 +108,7 @@ def state_of_another_shape(checkpoint):
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (owners(0, 1, 3), ["address 2", "expert 3", "number of experts is 3"]),
+        (owners(0, 1, 3), ["address 2", "expert 3", "head has 3 experts"]),
         (owners(0, -1, -1), ["address 1", "expert -1"]),
         (owners(0.0, 1.0, dtype=torch.float32), ["router_map", "float32"]),
         (owners(True, False, dtype=torch.bool), ["router_map", "bool"]),

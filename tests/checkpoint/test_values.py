@@ -175,7 +175,7 @@ def test_tensors_that_are_resolved_before_they_are_compared_are_compared_with_ea
 def test_a_digit_of_another_script_is_no_digit_of_an_expert(tmp_path):
     model = {"head.experts.0.w": torch.ones(1), "head.experts.1\u0663.w": torch.ones(1)}
     torch.save({"model": model}, tmp_path / "a.pt")
-    with pytest.raises(vc.CkptError, match="an expert's tensor is called"):
+    with pytest.raises(vc.CkptError, match="an expert's tensor must be called"):
         vc.open(tmp_path / "a.pt")
 
 

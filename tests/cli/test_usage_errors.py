@@ -138,7 +138,7 @@ PLACES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "around": ("a/system/router.state", "a/", {"overwrite": True}, r"the target contains the source"),
     "holds other files": ("a.pt", "keeps", {"overwrite": True}, r"files that are not part.*notes.txt"),
     "no folder": ("a.pt", "none/new.pt", {}, r"no such folder.*\n.*mkdir -p"),
-    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"no such folder"),
+    "folder is a file": ("a.pt", "a.pt/new.pt", {}, r"is not a folder"),
     "no suffix": ("a.pt", "new", {}, r"does not determine the format\n.*\.pt → pt"),
     "unknown suffix": ("a.pt", "new.onnx", {}, r"does not determine the format"),
     "file, not a directory": ("a", "a.pt", {"to": "modular", "overwrite": True}, r"modular writes a directory"),
@@ -296,11 +296,11 @@ def test_of_many_checkpoints_in_a_folder_the_first_five_are_listed(tmp_path):
         shutil.copy(EXPERTS3, tmp_path / f"{i}.pt")
     with pytest.raises(UnknownFormatError) as refused:
         vc.open(tmp_path)
-    assert refused.value.message.endswith("0.pt, 1.pt, 2.pt, 3.pt, 4.pt, …")
+    assert refused.value.message.endswith("0.pt, 1.pt, 2.pt, 3.pt, 4.pt, … (9 in all)")
 
 
 def test_a_folder_without_checkpoints_is_of_no_known_format(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     os.mkfifo(tmp_path / "pipe.pt")  # which nothing waits for
-    with pytest.raises(UnknownFormatError, match="no known format"):
+    with pytest.raises(UnknownFormatError, match="format not recognised"):
         vc.open(tmp_path)

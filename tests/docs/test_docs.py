@@ -53,6 +53,7 @@ def in_order() -> list[Path]:
     return [README, *(DOCS / f"{name}.md" for tree in trees for name in tree.split())]
 
 
+@pytest.mark.slow
 def test_all_pages_can_be_followed_in_one_clone_in_the_order_of_the_index():
     pages = in_order()
     assert sorted(pages) == sorted({*ALL} - {DOCS / "index.md"})
@@ -72,13 +73,14 @@ def test_no_two_pages_write_into_the_same_folder_or_file():
     assert {name: pages for name, pages in users.items() if len(pages) > 1} == {}
 
 
+@pytest.mark.slow
 def test_the_suite_beside_the_transform_notices_a_careless_one():
     page = (DOCS / "reference" / "hooks.md").read_text()
     files = {block.file: block for block in blocks(page) if block.file}
     (suite,) = [block for block in blocks(page) if block.is_run and "test_scale.py" in block.text]
     with clone() as fresh:
         for name, block in files.items():
-            careless = block.text.replace("{leaf: t * self.factor", "{leaf: t.mul_(self.factor)")
+            careless = block.text.replace("(t.double() * self.factor).to(t.dtype)", "t.mul_(self.factor)")
             assert (careless != block.text) == (name == "my_package/scale.py")
             (fresh.root / name).parent.mkdir(exist_ok=True)
             (fresh.root / name).write_text(careless)
@@ -154,7 +156,7 @@ def test_the_tables_about_optimizers_are_what_is_measured():
 def test_the_messages_to_recover_from_are_messages():
     page = (DOCS / "howto" / "recover.md").read_text()
     messages = re.findall(r'^\| "([^"]+)"', page, re.MULTILINE)
-    sources = "".join(path.read_text() for path in (ROOT / "vraxion_ckpt").glob("*.py")) + os.strerror(28)
+    sources = "".join(path.read_text() for path in (ROOT / "vraxion_ckpt").rglob("*.py")) + os.strerror(28)
     assert len(messages) > 5
     assert [message for message in messages if message not in sources] == []
 

@@ -221,7 +221,7 @@ def test_a_tensor_that_repeats_its_storage_is_beyond_the_limit(
     path: Path, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
     write_pickle(path, b"}" + text("w") + tensor(size, stride, 8) + b"s", {"0": bytes(32)})
-    assert refused(path, LimitError, "repeats its storage|absurd shape").key == "w"
+    assert refused(path, LimitError, "repeats its storage|has a dimension over").key == "w"
 
 
 def test_torchs_own_expanded_and_overlapping_views_are_beyond_the_limit(path: Path) -> None:

@@ -151,7 +151,7 @@ def test_two_plugins_of_one_name_are_an_error_that_names_both(site, tmp_path):
     [
         ("fails", 15, "KeyError"),
         ("writes", 15, "wrote into a tensor"),
-        ("drops", 11, "no expert 1"),
+        ("drops", 11, "expert 2"),
     ],
 )
 def test_a_transform_that_misbehaves_writes_nothing(name, code, reason, site, tmp_path):

@@ -245,7 +245,7 @@ loses: warn
         ("? [a, b]\n: c\nsource: in.pt\ntargets: [a.pt]\n", "a key must be plain text"),
         ("[" * 3000 + "]" * 3000, "nested too deeply"),
         ("vars: {n: }\nsource: in.pt\ntargets: ['a${n}.pt']\n", "has no value: pass --set n=…"),
-        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is no finite number"),
+        ("vars: {n: .nan}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: .nan is not a finite number"),
         ("vars: {n: [1]}\nsource: in.pt\ntargets: ['a${n}.pt']\n", "line 1: vars.n: must be a string"),
         (
             "vars: {recipe_dir: x}\nsource: in.pt\ntargets: ['a${recipe_dir}.pt']\n",

@@ -490,7 +490,7 @@ def test_nothing_is_written_over_the_visits(option, tmp_path, run_cli):
         "report", SOURCE, option, tmp_path / "v.json", "-o", tmp_path / "v.json", "--overwrite"
     )
     assert code == 2
-    assert "reads" in complained
+    assert "input" in complained
     assert (tmp_path / "v.json").read_bytes() == VISITS.read_bytes()
 
 
@@ -501,7 +501,7 @@ def test_outputs_are_refused_where_they_must_not_be(tmp_path, run_cli):
         ([], "no output is given"),
         (["-o", tmp_path / "there.html"], "--overwrite"),
         (["-o", tmp_path / "a.pt", "--overwrite"], "inside the source"),
-        (["-o", tmp_path / "x", "--png", tmp_path / "x"], "twice"),
+        (["-o", tmp_path / "x", "--png", tmp_path / "x"], "two outputs"),
         (["-o", tmp_path / "x.png"], "use --png for a picture"),
         (["-o", tmp_path / "nowhere/x.html"], "nowhere"),
         (["-o", tmp_path], "--overwrite"),
