@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vraxion_ckpt.reading.opening import read as open
     from vraxion_ckpt.reading.read_options import ReadOptions
     from vraxion_ckpt.recipes.recipe import run
-    from vraxion_ckpt.reporting import report
+    from vraxion_ckpt.reporting.report import report
 
 __all__ = [
     "Adapter",
@@ -97,7 +97,7 @@ _HOME = {
     "edit": "conversion.edit",
     "hookimpl": "plugins.hookspecs",
     "inspect": "analysis.inspection",
-    "report": "reporting",
+    "report": "reporting.report",
     "run": "recipes.recipe",
     "open": "reading.opening",
 }

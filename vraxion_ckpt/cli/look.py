@@ -95,7 +95,7 @@ def report(context: click.Context, /, path: str, param_names: Path | None, as_js
     """
     arguments.must_exist(path)
     from vraxion_ckpt.cli import show_report
-    from vraxion_ckpt.reporting import report as run
+    from vraxion_ckpt.reporting.report import report as run
 
     names = arguments.load_names(param_names)
     with output.unless_too_late(*filter(None, (options["page"], options["picture"]))):

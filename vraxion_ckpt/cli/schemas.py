@@ -13,7 +13,7 @@ from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.plugins.catalogue import Description, PluginList
 from vraxion_ckpt.recipes.recipe import Ran
-from vraxion_ckpt.reporting import Reported
+from vraxion_ckpt.reporting.report import Reported
 from vraxion_ckpt.support.json_models import Facts
 
 SCHEMAS: dict[str, type[Facts]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines
-from vraxion_ckpt.reporting import Reported
+from vraxion_ckpt.reporting.report import Reported
 
 
 def print_report(facts: Reported) -> None:
