@@ -46,16 +46,16 @@ def test_a_page_can_be_followed_in_a_fresh_clone_and_prints_what_it_shows(page):
         hold(page, fresh)
 
 
-def in_order() -> list[Path]:
-    """Return the README and all pages of the manual in the order of the index."""
-    index = (DOCS / "index.md").read_text()
-    trees = re.findall(r"^```\{toctree\}\n(?::[^\n]*\n)*(.*?)^```", index, re.MULTILINE | re.DOTALL)
-    return [README, *(DOCS / f"{name}.md" for tree in trees for name in tree.split())]
+def in_order(page: Path = DOCS / "index.md") -> list[Path]:
+    """Return the pages below a page in the order of its tables of contents."""
+    trees = re.findall(r"^```\{toctree\}\n(?::[^\n]*\n)*(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    listed = [page.parent / f"{name}.md" for tree in trees for name in tree.split()]
+    return [below for each in listed for below in (each, *in_order(each))]
 
 
 @pytest.mark.slow
 def test_all_pages_can_be_followed_in_one_clone_in_the_order_of_the_index():
-    pages = in_order()
+    pages = [README, *in_order()]
     assert sorted(pages) == sorted({*ALL} - {DOCS / "index.md"})
     with clone() as fresh:
         for page in pages:
@@ -80,7 +80,7 @@ def test_the_suite_beside_the_transform_notices_a_careless_one():
     (suite,) = [block for block in blocks(page) if block.is_run and "test_scale.py" in block.text]
     with clone() as fresh:
         for name, block in files.items():
-            careless = block.text.replace("(t.double() * self.factor).to(t.dtype)", "t.mul_(self.factor)")
+            careless = block.text.replace("(wide * factor).to(tensor.dtype)", "tensor.mul_(factor)")
             assert (careless != block.text) == (name == "my_package/scale.py")
             (fresh.root / name).parent.mkdir(exist_ok=True)
             (fresh.root / name).write_text(careless)

@@ -372,7 +372,7 @@ RAN_OUT = [
         ("vraxion_ckpt.analysis.measurement.bytes_of", "diff {a} {b}"),
         ("vraxion_ckpt.analysis.content_findings.is_finite", "check {a}"),
         ("vraxion_ckpt.analysis.tensor_facts.value_facts", "inspect {a} --values"),
-        ("vraxion_ckpt.reporting.gather", "report {a} -o {o}.html"),
+        ("vraxion_ckpt.reporting.report.gather", "report {a} -o {o}.html"),
         ("mmap.mmap", "convert {a} {o}.pt"),
     ],
 )
