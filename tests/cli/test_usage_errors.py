@@ -304,3 +304,10 @@ def test_a_folder_without_checkpoints_is_of_no_known_format(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")  # which nothing waits for
     with pytest.raises(UnknownFormatError, match="format not recognised"):
         vc.open(tmp_path)
+
+
+@pytest.mark.parametrize("function", ["open", "inspect", "check", "convert", "edit", "diff", "report"])
+def test_an_unknown_keyword_names_the_function_that_was_called(function):
+    two = ["a.pt", "b.pt"] if function in ("convert", "diff", "report") else ["a.pt"]
+    with pytest.raises(TypeError, match=rf"^{function}\(\) got an unexpected keyword argument 'overwite'"):
+        getattr(vc, function)(*two, overwite=True)

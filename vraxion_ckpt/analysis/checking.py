@@ -74,7 +74,7 @@ def check(path: PathLike, *, manifest: PathLike | None = None, **reading: Unpack
         UnknownFormatError: no adapter, or more than one, recognises the path.
         InconsistentError: the manifest is not valid.
     """
-    options = ReadOptions(**reading)
+    options = ReadOptions.of("check", reading)
     with os_errors_named(path):
         root = Path(path)
         adapter = detect_source(root, options.from_)

@@ -54,7 +54,7 @@ def diff(a: PathLike, b: PathLike, *, from_b: AdapterLike | None = None, **readi
         SourceError: a checkpoint is damaged, unsafe, inconsistent or not supported.
         ChangedError: a file changed while it was being read.
     """
-    options = ReadOptions(**reading)
+    options = ReadOptions.of("diff", reading)
     one, other = read_unbound(a, options), read_unbound(b, replace(options, from_=from_b))
     found = diff_checkpoints(one, other, options)
     for checkpoint in (one, other):

@@ -83,7 +83,7 @@ def inspect(
     """
     if against is not None and visits is None and visits_after is None:
         raise UsageError("against needs visits or visits_after", path=against)
-    options = ReadOptions(**reading)
+    options = ReadOptions.of("inspect", reading)
     checkpoint = read_unbound(path, options)
     why = ""
     try:

@@ -134,7 +134,7 @@ def convert(
         src,
         [Target(dst, to, losses, overwrite, manifest)],
         transforms=transforms,
-        options=ReadOptions(**reading),
+        options=ReadOptions.of("convert", reading),
         optimizer=optimizer,
         policy=chain_policy(companions, result_order),
         dry_run=dry_run,

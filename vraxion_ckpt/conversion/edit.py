@@ -113,7 +113,7 @@ def edit(
         CkptError: any error of `convert`.
     """
     started = time.monotonic()
-    options, policy = ReadOptions(**reading), chain_policy(companions, result_order)
+    options, policy = ReadOptions.of("edit", reading), chain_policy(companions, result_order)
     with signals.deferred(), os_errors_named(path, *([] if manifest is None else [manifest])), ExitStack() as stack:
         with signals.interruptible():
             check_policy(losses)

@@ -62,7 +62,7 @@ def read(path: PathLike, *, optimizer: OptimizerPolicy = "keep", **reading: Unpa
         BindingError: the optimizer's ids cannot be bound to parameter names.
         StorageError: the operating system cannot read a file.
     """
-    return read_with(path, ReadOptions(**reading), optimizer)
+    return read_with(path, ReadOptions.of("open", reading), optimizer)
 
 
 def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy = "keep") -> Checkpoint:

@@ -39,6 +39,18 @@ class ReadOptions:
     optimizer_order: OptimizerOrder | None = None
     allow_globals: Sequence[str] = ()
 
+    @classmethod
+    def of(cls, function: str, given: ReadKeywords) -> ReadOptions:
+        """Return the options that a public function was given as keyword arguments.
+
+        Raises:
+            TypeError: a keyword is unknown, as Python raises it for a function without ``**`` arguments.
+            UsageError: a value has a wrong type or is unknown.
+        """
+        if unknown := next((name for name in given if name not in cls.__dataclass_fields__), None):
+            raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}")
+        return cls(**given)
+
     def __post_init__(self) -> None:
         if self.optimizer_order not in (None, *get_args(OptimizerOrder)):
             known = ", ".join(get_args(OptimizerOrder))

@@ -72,7 +72,7 @@ def report(
         UsageError: no output is given, an extra is missing, or an output exists or is one of the inputs.
         SourceError: a checkpoint cannot be read.
     """
-    options = ReadOptions(**reading)
+    options = ReadOptions.of("report", reading)
     given = [Path(place) for place in (page, picture) if place is not None]
     _check_arguments(page, picture)
     with signals.deferred(), os_errors_named(path, *given), ExitStack() as stack:
