@@ -1,4 +1,4 @@
-"""Copy tensors of an expert, with noise."""
+"""Copy the tensors of an expert, and add noise to the copies."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def warn_of_lost_noise(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: float,
     """Warn if noise has left most elements of a parameter unchanged because of its dtype.
 
     Args:
-        pairs: the tensor before and after, by leaf name.
+        pairs: leaf name → (tensor of the parent, tensor of the clone with noise).
         noise: standard deviation of the noise.
-        new: prefix of the clone, for the text.
+        new: prefix of the clone's names, from which the warning names the clone.
     """
     lost = []
     for leaf, (old, copy) in pairs.items() if noise else ():
