@@ -59,7 +59,7 @@ def _head_findings(head: Head) -> Iterator[str]:
 
 
 def _expert_findings(head: Head) -> Iterator[str]:
-    """Compare the open experts with each other: loaders silently skip an expert that does not fit."""
+    """Compare the open experts with each other. Loaders silently skip an expert that does not fit."""
     opened = [(i, expert) for i, expert in head.experts.items() if expert.is_open]
     if not opened:
         return
@@ -152,7 +152,7 @@ class Preservation:
     Attributes:
         addresses: number of ring addresses.
         changed: number of addresses whose expert has tensors that are not bit-identical to those before.
-        max_abs: largest absolute difference of an element. Infinite if shapes differ or an element became NaN.
+        max_abs: largest absolute difference of an element. Infinite if leaves or shapes differ or a NaN is new.
         noise: standard deviation of the requested noise, or None if the function may change.
         nonfinite: number of changed addresses whose expert has some weights that are NaN or infinite. Noise does not
             change such weights. They count as equal if they are still NaN, or still the same infinity.

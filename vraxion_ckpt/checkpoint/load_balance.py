@@ -44,7 +44,7 @@ def balance(visits: Weights, owners: Ints, num_experts: int) -> Balance:
 
 @dataclass(frozen=True)
 class ExpertLoads:
-    """The load before a split, predicted for after it, and measured after training resumed. Each is None if unknown."""
+    """The load before a split, the predicted load after it, and the measured load after it. Each is None if unknown."""
 
     before: Balance | None = None
     predicted: Balance | None = None

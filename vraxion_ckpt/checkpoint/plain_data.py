@@ -106,7 +106,7 @@ def dtype_and_shape(tensor: Tensor) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only a non-contiguous tensor."""
+    """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only if the tensor is not contiguous."""
     if not tensor.numel():  # its strides may not allow a view as bytes
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()

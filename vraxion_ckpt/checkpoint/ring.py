@@ -147,7 +147,7 @@ def _exact_argmax(weights: Weights, length: int, starts: Ints) -> int:
 
 
 def covering_arc(addresses: list[int], ring_len: int) -> Arc:
-    """Return the shortest arc that contains all `addresses`. Of several, return the one with the smallest start."""
+    """Return the shortest arc that contains all `addresses`. If several do, the smallest start decides."""
     points = sorted(set(addresses))
     gaps = [b - a for a, b in pairwise([*points, points[0] + ring_len])]
     # The arc starts after the widest gap between addresses and ends before it.

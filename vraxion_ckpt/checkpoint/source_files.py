@@ -41,8 +41,8 @@ class MappedPart:
 
     Attributes:
         note: records a CRC-32 that was computed elsewhere, so that `SourceFile.verify` need not read the part again.
-            Returns whether it equals the stated one. A difference is not an error yet, because mapped memory may have
-            been written to. `SourceFile.verify` then reads the file.
+            Returns whether it equals the CRC-32 that the file states. A difference is not an error yet, because mapped
+            memory may have been written to. `SourceFile.verify` then reads the part from the file.
         memory: the object that keeps the part mapped.
     """
 

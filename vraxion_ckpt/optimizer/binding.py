@@ -113,7 +113,7 @@ def _named(checkpoint: UnboundCheckpoint, raw: RawOptimizer, names: Sequence[str
 
 
 def _check_against_groups(checkpoint: UnboundCheckpoint, raw: RawOptimizer, given: Sequence[str]) -> None:
-    """Refuse a list that contradicts the ``param_names`` of the groups, apart from a wrapper's prefix."""
+    """Refuse a list that contradicts the ``param_names`` of the groups. A wrapper's prefix may differ."""
     if len(given) != len(raw.ids):
         return
     prefixes = common_prefixes(names_in_groups(raw), checkpoint.core, checkpoint.head)

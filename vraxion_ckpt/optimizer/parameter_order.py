@@ -110,7 +110,7 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
 
 
 def _is_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether names are sorted within each dtype: safetensors sorts by dtype first."""
+    """Return whether names are sorted within each dtype. This is how safetensors sorts: by dtype, then by name."""
     by_dtype: dict[Any, list[str]] = {}
     for name in names:
         tensor = tensors.get(name)
