@@ -2,14 +2,14 @@
 
 A state dict does not mark parameters and buffers. torch's modules use fixed buffer names and save several of them
 together. A tensor counts as a buffer only if another tensor of the same module confirms it, because a parameter may
-have the same name.
+have the same name as a buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-# Leaf name of a buffer → leaf names. At least one of them must be in the same module.
+# Leaf name of a buffer → leaf names of buffers that are saved with it. The same module must have at least one of them.
 _COMPANION_LEAVES = {
     # torch.nn.modules.batchnorm: BatchNorm and InstanceNorm that track running statistics
     "running_mean": ("num_batches_tracked",),
@@ -38,7 +38,7 @@ def torch_buffers(names: Collection[str]) -> set[str]:
 
 
 def _confirming_names(name: str) -> Iterator[str]:
-    """Yield names. If the module has at least one of them, `name` is a buffer."""
+    """Yield the names that confirm that `name` is a buffer. One of them in the state dict is enough."""
     module, dot, leaf = name.rpartition(".")
     for other in _COMPANION_LEAVES.get(leaf, ()):
         yield module + dot + other

@@ -1,6 +1,6 @@
 """Compare values, tensors and checkpoints bit by bit.
 
-NaNs are compared by their bits: equal bits are equal, different NaNs differ.
+Two NaNs are equal if and only if their bits are equal.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Same = Callable[[Tensor, Tensor], bool]
 
 
 def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
-    """Yield one line for each difference of two plain values, with its key. Dicts in different order differ."""
+    """Yield one line, with a key, for each difference between two plain values. The order of dict entries counts."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if not same(a, b):
             yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
@@ -121,7 +121,7 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 
 
-# Returns the tensor that holds the expected bytes of a tensor, and their CRC-32 if known.
+# A function of a tensor. It returns the tensor that holds the expected bytes, and their CRC-32 or None.
 Original = Callable[[Tensor], tuple[Tensor, int | None]]
 
 
@@ -132,8 +132,8 @@ def _itself(tensor: Tensor) -> tuple[Tensor, None]:
 def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original = _itself) -> Iterator[str]:
     """Yield the differences of two checkpoints, and record the CRC-32 of every source part that is read.
 
-    The tensors are compared in a thread pool that reads every byte once. Those of `b` are compared with the originals
-    of those of `a`. If a file states a checksum and `b` has it, no second comparison is needed.
+    The tensors are compared in a thread pool that reads every byte once. A tensor of `a` that is mapped from a file
+    serves as its own original if the file's checksum confirms it. Otherwise, `b` is compared with the original.
 
     Args:
         a: the checkpoint that was written.
@@ -149,12 +149,12 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
 
     def postpone(x: Tensor, y: Tensor) -> bool:
         if not x.is_contiguous() or not y.is_contiguous():
-            return same_as_original(x, y)  # comparing copies these tensors: at most one copy at a time
+            return same_as_original(x, y)  # comparing copies non-contiguous tensors, so one at a time
         postponed[id(x), id(y)] = x, y
         return True
 
     def compare(pair: tuple[Tensor, Tensor]) -> bool | None:
-        """Return whether two tensors are the same, or None if they are but both may differ from the original."""
+        """Return whether two tensors are the same. None: they are, but both may differ from the original."""
         x, y = pair
         holder, known = originals.get(id(x), (x, None))
         crc = checksum_if_same(holder, y)
@@ -182,7 +182,7 @@ def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original =
 
 
 def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
-    """Return the names of the pairs of tensors that are not bit-identical."""
+    """Return the names of those pairs whose tensors are not bit-identical."""
     same = in_threads(same_bits, [(x, y) for _, x, y in pairs])
     return [name for (name, _, _), alike in zip(pairs, same, strict=True) if not alike]
 
@@ -190,8 +190,8 @@ def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
 def in_threads(function: Callable[..., _R], items: Sequence[tuple[Tensor, ...]]) -> list[_R]:
     """Return the results of a function for several tuples of tensors.
 
-    Tuples of contiguous tensors are processed in a thread pool. The function would copy the others, so they are
-    processed one at a time.
+    Tuples of contiguous tensors are processed in a thread pool. Tuples with a non-contiguous tensor are processed one
+    at a time, because the function copies such tensors.
     """
     contiguous = [all(tensor.is_contiguous() for tensor in item) for item in items]
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -18,13 +18,13 @@ def unfit(
     shapes. Experts with inner layers may have different hidden widths.
 
     Args:
-        expert: tensors by leaf name.
-        sibling: tensors of the other expert by leaf name.
-        whose: the names of the two experts, for the text.
-        same_widths: whether hidden widths must be equal.
+        expert: tensors of the first expert by leaf name.
+        sibling: tensors of the second expert by leaf name.
+        whose: how the text names the first and the second expert.
+        same_widths: whether hidden widths must be equal, too.
 
     Yields:
-        the leaf and the difference as text. The leaf is None if the experts have different leaves.
+        the leaf name, and the difference as text. The leaf name is None if the experts have different leaves.
     """
     lacking = ((*whose, sibling.keys() - expert.keys()), (*reversed(whose), expert.keys() - sibling.keys()))
     lines = [

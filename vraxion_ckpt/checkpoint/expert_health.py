@@ -43,7 +43,7 @@ def has_nonfinite(expert: Mapping[str, Tensor]) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether every element of a tensor is finite. Integers and bools always are. Reads piece by piece."""
+    """Return whether every element of a tensor is finite. Integers and bools always are."""
     if not _is_inexact(tensor):
         return True
     for piece in _pieces(tensor):
@@ -56,7 +56,7 @@ def is_finite(tensor: Tensor) -> bool:
 def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, allow_nan: bool) -> None:
     """Raise an error if an expert's weights are all zero or not all finite.
 
-    Transforms call this before they clone an expert or give it addresses. A garbage-collected expert passes.
+    Transforms call this before they clone an expert or give it addresses. A garbage-collected expert is accepted.
 
     Args:
         checkpoint: the checkpoint. The expert is opened.
@@ -65,7 +65,7 @@ def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, a
         allow_nan: whether weights may be NaN or infinite.
 
     Raises:
-        TransformError: all weights are zero, or some are NaN or infinite, and this is not allowed.
+        TransformError: all weights are zero without `allow_zero`, or some are NaN or infinite without `allow_nan`.
     """
     tensors = checkpoint.head.experts.get(expert) if checkpoint.head else None
     if tensors is None:

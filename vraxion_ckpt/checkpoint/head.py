@@ -27,7 +27,7 @@ TensorState = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
 def tensor_state(tensor: Tensor) -> TensorState:
-    """Return a value that differs after an in-place write counted by torch, or after new data, shape or strides."""
+    """Return a value that changes if torch counts an in-place write, or if address, dtype, shape or strides change."""
     address = tensor.data_ptr() if tensor.numel() else 0
     return tensor._version, address, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
 
@@ -47,10 +47,10 @@ class Expert(Mapping[str, Tensor]):
             self._take(tensors)
 
     def open_through(self, call: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]) -> None:
-        """Wrap the function that opens the file: `call` gets it and returns the tensors. No effect on an open expert.
+        """Open the expert through `call` when its tensors are needed. An open expert is not affected.
 
         Args:
-            call: for instance, calls the opener of a plugin and converts its exceptions.
+            call: gets the function that opens the file, calls it and returns the tensors. It may convert exceptions.
         """
         if self._open is not None and self._tensors is None:
             self._open = partial(call, self._open)
@@ -71,7 +71,7 @@ class Expert(Mapping[str, Tensor]):
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors in state-dict order. Opens them."""
+        """The tensors by leaf name, in state-dict order. Opens a closed expert."""
         if self._tensors is None:
             assert self._open is not None
             self._take(self._open())
@@ -100,11 +100,11 @@ class Head:
     """The output head: a single module, or a list of experts.
 
     Attributes:
-        kind: a SINGLE head has exactly one expert, id 0.
-        experts: by id, in state-dict order.
+        kind: whether it is a single module or a list. A SINGLE head has exactly one expert, with id 0.
+        experts: the experts that have tensors, by id, in state-dict order.
         position: number of core tensors before the head in state-dict order.
         deleted: ids of garbage-collected experts. They have no tensors, but count as experts and may own addresses.
-        names: where the model family keeps its head in the state dict.
+        names: the state-dict names that the model family uses for its head.
     """
 
     kind: HeadKind

@@ -1,8 +1,8 @@
 """Check the invariants of a checkpoint, and what a chain of transforms must preserve.
 
 `invariant_findings` checks one checkpoint. `sharing_findings` and `preservation` compare the checkpoints before and
-after a chain. They return findings, and callers decide which error to raise. Closed experts are not opened, except
-those that `preservation` must compare. An expert that is the same object before and after is untouched.
+after a chain. They return findings, and callers decide which error to raise. Only `preservation` opens closed
+experts, and only those that it must compare. An expert that is the same object before and after is unchanged.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _head_findings(head: Head) -> Iterator[str]:
 
 
 def _expert_findings(head: Head) -> Iterator[str]:
-    """Compare the open experts with each other: loaders silently skip an expert that does not fit."""
+    """Compare the open experts with each other. Loaders silently skip an expert that does not fit."""
     opened = [(i, expert) for i, expert in head.experts.items() if expert.is_open]
     if not opened:
         return
@@ -110,10 +110,10 @@ def router_owners(router: Tensor) -> Ints:
 
 
 def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """Yield one line for each group of tensors that a chain has newly tied, or untied.
+    """Yield one line for each group of tensors that share memory only before, or only after, a chain.
 
-    Memory shared by two parameters survives saving and loading, and the first optimizer step then updates both. If a
-    tied tensor is replaced under one name only, a loader keeps the value of the last name.
+    Parameters that share memory still do so after saving and loading, and an optimizer step then updates all of them.
+    If a tensor with several names is replaced under one name only, a loader keeps the value of the last name.
     """
     groups = sharing(
         ((is_after, name), tensor)
@@ -128,7 +128,7 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         if len(new) > max(1, len(old)):
             yield f"{listed(new, 4)} share memory"
         tied = [name for name in old if name in model and name in now]
-        # A name may now belong to a renumbered expert, whose tensors existed before. Only new tensors count as untied.
+        # Leave out names that now belong to a renumbered expert, whose tensors existed before under other names.
         left = [name for name in tied if place.get((1, name)) == number or place.get((1, name)) not in former]
         if len({place.get((1, name), name) for name in left}) > 1:
             yield f"{listed(left, 4)} shared memory before and no longer do"
@@ -151,11 +151,11 @@ class Preservation:
 
     Attributes:
         addresses: number of ring addresses.
-        changed: number of addresses that are routed to tensors which are not bit-identical to those before.
-        max_abs: largest absolute difference of an element. Infinite if shapes differ or an element became NaN.
+        changed: number of addresses whose expert has tensors that are not bit-identical to those before.
+        max_abs: largest absolute difference of an element. Infinite if leaves or shapes differ or a NaN is new.
         noise: standard deviation of the requested noise, or None if the function may change.
-        nonfinite: number of changed addresses that are routed to some weights that are NaN or infinite. Noise does
-            not change these. They count as equal if they are still NaN, or the same infinity.
+        nonfinite: number of changed addresses whose expert has some weights that are NaN or infinite. Noise does not
+            change such weights. They count as equal if they are still NaN, or still the same infinity.
     """
 
     addresses: int
@@ -191,7 +191,7 @@ class Preservation:
 
 
 def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.0) -> Preservation | None:
-    """Compare the experts that own each ring address before and after a chain. Only heads are compared.
+    """Compare the experts that own each ring address before and after a chain. The core is not compared.
 
     An address of a garbage-collected expert counts as unchanged if it keeps its owner.
 

@@ -44,7 +44,7 @@ def balance(visits: Weights, owners: Ints, num_experts: int) -> Balance:
 
 @dataclass(frozen=True)
 class ExpertLoads:
-    """The load before a split, predicted for the split, and measured after training resumed. None if unknown."""
+    """The load before a split, the predicted load after it, and the measured load after it. Each is None if unknown."""
 
     before: Balance | None = None
     predicted: Balance | None = None
@@ -54,7 +54,7 @@ class ExpertLoads:
 def compare_loads(
     visits: Weights | None, visits_after: Weights | None, old: tuple[Ints, int] | None, new: tuple[Ints, int]
 ) -> ExpertLoads:
-    """Return the load before a split, predicted and measured.
+    """Return the load before a split, the predicted load after it, and the measured load after it.
 
     Args:
         visits: visits counted before the split, shape ``[L]``, or None.

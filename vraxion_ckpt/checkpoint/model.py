@@ -27,10 +27,11 @@ class Lifecycle:
 
     Attributes:
         contrib: the trainer's measure of the expert's contribution.
-        age_steps: None if the trainer does not write it. The same holds for `probation`.
+        age_steps: the expert's age, or None if the trainer does not write it.
+        probation: whether the expert is on probation, or None if the trainer does not write it.
         extra: entries of the row with unknown keys.
         collected: whether the trainer lists the expert as garbage-collected although its tensors exist and are loaded.
-        assumed: whether the reader filled in the row because no file has it. Comparisons ignore this field.
+        assumed: whether the reader made up the row because no file has one. Comparisons ignore this field.
     """
 
     contrib: int | float = 0.0
@@ -45,7 +46,7 @@ class Lifecycle:
 
     @classmethod
     def unknown(cls, step: int) -> Lifecycle:
-        """Return the assumed row of an expert that has none in the file, in a checkpoint of training step `step`."""
+        """Return the row to assume for an expert without one, in a checkpoint of training step `step`."""
         return cls(created_step=step, last_used_step=step, assumed=True)
 
     @classmethod
@@ -70,7 +71,7 @@ class SplitPlan:
         policy: how the addresses were chosen.
         router_map_len: number of ring addresses.
         num_experts: number of experts before the split.
-        metrics: figures about the choice, as in ``mitosis_meta_v1``.
+        metrics: numbers that describe the choice, as in ``mitosis_meta_v1``.
         step: training step of the checkpoint for which the plan was made.
         note: the note of the visits from which the plan was made, see `vraxion_ckpt.checkpoint.ring.Visits`.
     """
@@ -93,17 +94,17 @@ class Checkpoint:
     Attributes:
         core: every model tensor outside the head's experts, in state-dict order.
         head: the output head, or None for a model without one.
-        optimizer: state by parameter name, or None. See `UnboundCheckpoint` for numbered parameters.
-        payload: all other entries, unchanged and in order (``step``, ``losses``, ``scaler``, unknown keys). It has no
-            ``param_names``, and for a model with a head no ``num_experts``: both are computed when writing.
+        optimizer: the optimizer's state by parameter name, or None. See `UnboundCheckpoint` for numbered parameters.
+        payload: all other entries, unchanged and in order (``step``, ``losses``, ``scaler``, unknown keys). Writers
+            compute ``param_names``, and ``num_experts`` of a model with a head, so the payload has neither.
         param_names: the model's parameters in ``named_parameters()`` order, or None if unknown.
         metadata: the state dict's ``_metadata`` (module versions), or None.
         lifecycle: one row for each expert, including garbage-collected ones.
         plan: a split that is planned but not done, or None.
         history: the steps that produced the checkpoint, oldest first.
-        origin: format, path and dialects.
+        origin: the format and path from which it was read, and the dialects.
         sources: the files that were read.
-        ancestors: by prefix, the source of each group of tensors that the current step has renamed or created.
+        ancestors: the sources of the tensors that the current step has renamed or created, by their new prefix.
             `vraxion_ckpt.experts.surgery` fills it in. `vraxion_ckpt.optimizer.placement` and
             `vraxion_ckpt.experts.companion_updates` use it. Empty between steps.
     """
@@ -171,7 +172,7 @@ class Checkpoint:
 
     @property
     def has_no_rows(self) -> bool:
-        """Whether every lifecycle row is the one that a reader assumes, so that no row must be written."""
+        """Whether every lifecycle row is the one that the reader assumed. Then no row needs to be written."""
         unknown = Lifecycle.unknown(self.step)
         return all(row.assumed and row == unknown for row in self.lifecycle.values())
 
@@ -184,7 +185,7 @@ class Checkpoint:
                 count(1)
 
     def open_tensors(self) -> dict[str, Tensor]:
-        """Return the model's tensors that need no file to be opened: the core, then open experts."""
+        """Return the model tensors that are available without opening a file: the core, then the open experts."""
         tensors = dict(self.core)
         for i, expert in self.head.experts.items() if self.head else ():
             if self.head and expert.is_open:
@@ -231,9 +232,9 @@ class Checkpoint:
         return UnboundCheckpoint(**{**kept, "optimizer": None}, unbound=unbound)
 
     def without_training_state(self, *, keep_dialect: str) -> Checkpoint:
-        """Return the model alone: no optimizer, no payload, no split plan, assumed lifecycle rows.
+        """Return the model without optimizer, payload and split plan, and with assumed lifecycle rows.
 
-        Dialects describe how formats wrote that state, so they are removed too, if there was any state.
+        If there was an optimizer or a payload, dialects are removed too, because they describe how it was written.
 
         Args:
             keep_dialect: name of the format whose dialect is kept.

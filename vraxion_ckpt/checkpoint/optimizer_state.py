@@ -32,7 +32,7 @@ class Optimizer:
         state: the slots (``exp_avg``, ``momentum_buffer``, ``step``, …) of every parameter that has any.
         extra: all other entries of the optimizer's state dict.
         bound_by: how the names were found and which assumptions were made, as text for users.
-        undecided: names that may also belong to other ids, or to none. Their state keeps its position. A chain that
+        undecided: names that may belong to another id, or to no id. Their state keeps its position. A chain that
             changes one of these parameters is refused.
         rules: the rules that explain the order of the parameters, or None if not computed yet.
         prefixes: prefix of all names in the file's param groups, and prefix of the same names in the model, for
@@ -69,7 +69,7 @@ class UnboundOptimizer:
         state_dict: the value that ``Optimizer.state_dict()`` returned.
         names: the parameter names in optimizer order, if an earlier conversion recorded them.
         digest: digest of the state for which `names` was recorded, see `vraxion_ckpt.checkpoint.torch_optimizer`.
-        undecided: the recorded names that were uncertain, see `Optimizer`.
+        undecided: those of `names` that were undecided when they were recorded, see `Optimizer`.
     """
 
     state_dict: dict[str, Any]

@@ -34,7 +34,7 @@ class OrderKind(StrEnum):
     LEAF_BY_LEAF = "leaf by leaf"
 
 
-# A parameter's rank: rank of its tensor or of the head, expert id, rank of its leaf.
+# Rank of a parameter: rank of its tensor, or of the head if it is in the head; expert id; rank of its leaf.
 Rank = tuple[float, int, int]
 _UNKNOWN = float("inf")
 
@@ -46,7 +46,7 @@ class ModelOrder:
     Experts are ordered by id and have their leaves in the same order, as in a ``ModuleList`` of equal modules.
 
     Attributes:
-        names: where the model family keeps its head in the state dict.
+        names: the state-dict names that the model family uses for its head.
         body: the rank of every tensor outside the head.
         head: the rank of the head.
         leaves: the rank of each leaf of an expert.
@@ -59,7 +59,7 @@ class ModelOrder:
 
     @classmethod
     def of_list(cls, listed: Sequence[str], names: HeadNames) -> ModelOrder:
-        """Return the order of the names in a list."""
+        """Return the model's order, derived from a list of names that are in this order."""
         in_head = [split_name(name, names) for name in listed]
         head = next((i for i, found in enumerate(in_head) if found), len(listed))
         leaves = dict.fromkeys(found[1] for found in in_head if found)
@@ -67,7 +67,7 @@ class ModelOrder:
         return cls(names, body, float(head), {leaf: i for i, leaf in enumerate(leaves)})
 
     def rank(self, name: str) -> Rank:
-        """Return the rank of a parameter. Its expert may be unknown to this order."""
+        """Return the rank of a parameter. It may belong to an expert that the model did not have."""
         found = split_name(name, self.names)
         if found is None:
             return float(self.body.get(name, _UNKNOWN)), 0, 0
@@ -80,10 +80,10 @@ class Rule:
     """A rule that orders parameters.
 
     Attributes:
-        kind: how it orders parameters.
-        classes: for `LEAF_BY_LEAF`, the key in `CLASSES`, and the rank of each class of names.
-        orders: the model's order for each list of parameters, derived from that list. If None, the state dict has the
-            model's order.
+        kind: the kind of order.
+        classes: for `LEAF_BY_LEAF`, the key in `CLASSES`, and the rank of each class of names. Otherwise None.
+        orders: the model's order for each list of parameters, derived from that list. None if the model's order comes
+            from the state dict.
     """
 
     kind: OrderKind
@@ -151,7 +151,8 @@ def _layer(name: str, names: HeadNames) -> str:
     return found[1].partition(".")[0] if found else ""
 
 
-# Variants of LEAF_BY_LEAF: the class of a parameter name. Parameters of one class are adjacent. "last part" covers the
-# whole model (all weights, then all biases). "leaf" and "layer" group only experts; the rest of the model is one class.
+# Variant of LEAF_BY_LEAF → function that returns the class of a parameter name. Parameters of one class are adjacent.
+# "last part" covers the whole model (all weights, then all biases). "leaf" and "layer" divide only the head's
+# parameters into classes; the rest of the model is one class.
 OF_WHOLE_MODEL = "last part"
 CLASSES: Mapping[str, Callable[[str, HeadNames], str]] = {OF_WHOLE_MODEL: _last_part, "leaf": _leaf, "layer": _layer}

@@ -43,8 +43,8 @@ def _measure(
 ) -> tuple[int, int]:
     """Check one item. Return the number of values in it and its depth of nested containers.
 
-    `seen` caches the result by id. Nested lists that share lists may hold exponentially many values, so a container is
-    visited once and counted every time.
+    `seen` caches the result by the container's ``id()``. Lists that share nested lists may hold exponentially many
+    values, so each container is visited once, but counted wherever it occurs.
     """
     kind = type(item)
     if kind in _SCALARS:
@@ -106,7 +106,7 @@ def dtype_and_shape(tensor: Tensor) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only a non-contiguous tensor."""
+    """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only if the tensor is not contiguous."""
     if not tensor.numel():  # its strides may not allow a view as bytes
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -186,7 +186,7 @@ def _path_text(place: _Place) -> str | None:
 
 
 def as_comparable(tensor: Tensor) -> Tensor | None:
-    """Return a tensor that torch can compare with numbers: itself, or a float64 copy if its dtype has one byte."""
+    """Return the tensor, or `as_numbers` of it if its dtype has one byte, because torch may not compare such values."""
     return as_numbers(tensor) if tensor.itemsize == 1 else tensor
 
 

@@ -14,8 +14,8 @@ class Ancestor:
 
     Attributes:
         prefix: the prefix of the source tensors before the step, or the whole name of one tensor.
-        noise: standard deviation and seed prefix of each noise that was added. The seed is the seed prefix followed
-            by the leaf name. Empty for an exact copy.
+        noise: pairs of standard deviation and seed prefix, one for each time that noise was added. The seed is the
+            seed prefix followed by the leaf name. Empty for an exact copy.
     """
 
     prefix: str
@@ -47,7 +47,7 @@ class Origin:
             its own entry and keeps the others.
         local: data that only a writer of the same format uses. It is not carried into other formats.
         leftovers: relative paths of files in the checkpoint's directory that belong to the format and that no loader
-            reads, such as shards of an earlier save. An edit in place keeps each, unless a new file takes its name.
+            reads, such as shards of an earlier save. An edit in place keeps those that no new file replaces.
     """
 
     format: str = ""

@@ -25,7 +25,7 @@ class Visits:
     Attributes:
         visits: number of visits to each address, finite, ≥ 0.
         loss_sum: loss summed over the visits to each address, or None if it was not recorded.
-        note: what the counts depend on besides the checkpoint, as text for users: settings, an input, a seed.
+        note: text for users: the settings, input or seed on which the counts depend besides the checkpoint.
     """
 
     visits: Weights
@@ -95,15 +95,15 @@ def total_by_owner(weights: Weights, owners: Ints, num_experts: int) -> list[int
 
 
 def auto_arc_length(ring_len: int, num_experts: int) -> int:
-    """Return half of an expert's fair share of the ring, ``max(16, L // (2 · experts))``, limited to 1 … L."""
+    """Return half of an equal share of the ring, at least 16: ``max(16, L // (2 · experts))``, limited to 1 … L."""
     return max(1, min(ring_len, max(16, ring_len // (2 * max(1, num_experts)))))
 
 
 def hottest_arc(weights: Weights, length: int) -> tuple[Arc, int | float]:
     """Return the arc of `length` addresses with the largest sum of weights, and that sum.
 
-    Of equal arcs, the one with the smallest start is returned. Uses prefix sums, O(L). Sums of integers are exact.
-    Sums of floats have an error bound, and arcs within this bound of the largest are compared exactly, as fractions.
+    Of several such arcs, the one with the smallest start is returned. Uses prefix sums, O(L). Sums of integers are
+    exact. Arcs of floats whose sums are equal within the rounding error are compared exactly, as fractions.
 
     Args:
         weights: weight of each address, ≥ 0, shape ``[L]``.
@@ -147,10 +147,10 @@ def _exact_argmax(weights: Weights, length: int, starts: Ints) -> int:
 
 
 def covering_arc(addresses: list[int], ring_len: int) -> Arc:
-    """Return the shortest arc that contains all `addresses`. Of several, return the one with the smallest start."""
+    """Return the shortest arc that contains all `addresses`. If several do, the smallest start decides."""
     points = sorted(set(addresses))
     gaps = [b - a for a, b in pairwise([*points, points[0] + ring_len])]
-    # The arc starts after its widest gap and ends before it.
+    # The arc starts after the widest gap between addresses and ends before it.
     best = max(range(len(points)), key=lambda i: (gaps[i], -points[(i + 1) % len(points)]))
     return Arc(points[(best + 1) % len(points)], ring_len - gaps[best] + 1, ring_len)
 

@@ -34,13 +34,13 @@ def view_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def sharing(named: Iterable[tuple[_K, Tensor]]) -> list[list[tuple[_K, Tensor]]]:
-    """Return groups of tensors that share memory, directly or through others of the group.
+    """Return groups of tensors that share memory, directly or through other tensors of the group.
 
     Args:
         named: tensors with their names.
 
     Returns:
-        groups of at least two, ordered by their first members. Members are in the given order.
+        groups of at least two tensors, ordered by their first tensors. The tensors of a group are in the given order.
     """
     given = list(named)
     spans = sorted((*extent(tensor), number) for number, (_, tensor) in enumerate(given) if tensor.numel())

@@ -41,8 +41,8 @@ class MappedPart:
 
     Attributes:
         note: records a CRC-32 that was computed elsewhere, so that `SourceFile.verify` need not read the part again.
-            Returns whether it equals the stated one. A difference is not an error yet, because mapped memory may have
-            been written to. `SourceFile.verify` then reads the file.
+            Returns whether it equals the CRC-32 that the file states. A difference is not an error yet, because mapped
+            memory may have been written to. `SourceFile.verify` then reads the part from the file.
         memory: the object that keeps the part mapped.
     """
 
@@ -82,14 +82,14 @@ class Sources:
 
         Args:
             path: the file.
-            fingerprint: taken before the file was read.
-            verify: verifies the checksums and raises `CorruptError`. Reads each part without a recorded checksum.
+            fingerprint: the file's fingerprint from before it was read.
+            verify: raises `CorruptError` if a checksum is wrong. It skips parts that `MappedPart.note` has confirmed.
             parts: the mapped parts that have checksums, by memory range.
         """
         self.files.append(SourceFile(path, fingerprint, self._through(verify), parts or {}))
 
     def verify_through(self, call: Callable[[Callable[[], None]], None]) -> None:
-        """Call every `verify`, of present and future files, through a function."""
+        """Call the `verify` function of every file, including files that are added later, through `call`."""
         self._call = call
         self.files[:] = [replace(source, verify=self._through(source.verify)) for source in self.files]
 
@@ -104,8 +104,8 @@ class Sources:
         """Verify the checksums of every file that was added since the last call.
 
         Raises:
-            CorruptError: a checksum fails. Names the file and the part.
-            ChangedError: a checksum fails, and a file has changed since it was opened.
+            CorruptError: a checksum is wrong. The error names the file and the part.
+            ChangedError: a checksum is wrong, and a file has changed since it was opened.
         """
         while self._verified < len(self.files):
             source = self.files[self._verified]
@@ -121,7 +121,7 @@ class Sources:
         """Compare every file with its fingerprint.
 
         Raises:
-            ChangedError: a file is gone, replaced or written to. Names the first one.
+            ChangedError: a file is gone, replaced or written to. The error names the first such file.
         """
         for source in self.files:
             try:

@@ -20,7 +20,7 @@ _MEASURED = ("acc", "slope", "imbalance", "window")  # further entries of a trai
 
 
 def plan_as_json(plan: SplitPlan) -> dict[str, Any]:
-    """Return a plan as ``mitosis_meta_v1``. The key order is fixed; ``note`` is last, and only there if not empty."""
+    """Return a plan as ``mitosis_meta_v1``, with fixed key order. ``note`` is last, and left out if it is empty."""
     start, length = plan.arc
     return {
         "schema_version": PLAN_SCHEMA,
@@ -68,7 +68,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]
 def requested_by_trainer(checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]] | None:
     """Return parent and addresses of the split that a trainer requests in the payload's ``mitosis``, or None.
 
-    After a split, the same key records the split with other entries, which are not a request.
+    After a split, the same key records the split that was done. Such a record is not a request.
 
     Raises:
         InconsistentError: parent or addresses have wrong types.
@@ -78,7 +78,7 @@ def requested_by_trainer(checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]] 
 
 
 def lacking_in_request(checkpoint: Checkpoint) -> str | None:
-    """Return what a trainer's request in the payload lacks, as text; None without request or if it is complete."""
+    """Describe what is missing in the trainer's split request. None if there is no request, or nothing is missing."""
     request = checkpoint.payload.get("mitosis")
     return _lacking(request) if isinstance(request, Mapping) else None
 

@@ -75,8 +75,8 @@ class RawOptimizer:
     def shapes(self) -> dict[int, Shape | None]:
         """Return the shape of each id's parameter, or None if its state does not determine the shape.
 
-        A slot that has dimensions for any parameter (``exp_avg``) has the parameter's shape for all, so a scalar there
-        means a scalar parameter. A slot that is always a scalar (``step``) gives no information.
+        If a slot (``exp_avg``) has dimensions for any parameter, it has the parameter's shape for every parameter, so a
+        scalar in it means a scalar parameter. A slot that is always a scalar (``step``) gives no information.
         """
         tensors = {
             i: {slot: tuple(value.shape) for slot, value in slots.items() if isinstance(value, Tensor)}
@@ -94,10 +94,10 @@ class RawOptimizer:
         return [[(i, shapes[i]) for i in group["params"]] for group in self.groups]
 
     def named(self, names: Sequence[str], bound_by: str) -> Optimizer:
-        """Return the optimizer by parameter name.
+        """Return the optimizer with parameter names instead of ids.
 
         Args:
-            names: one for each id, in the order of `ids`.
+            names: the name of each id, in the order of `ids`.
             bound_by: how the names were found, see `Optimizer`.
         """
         name_of = dict(zip(self.ids, names, strict=True))
@@ -150,7 +150,7 @@ def unbind(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """Return the shapes of the model tensors that need no file to be opened, by name."""
+    """Return the shapes of the model tensors that are available without opening a file, by name."""
     return {name: tuple(tensor.shape) for name, tensor in checkpoint.open_tensors().items()}
 
 
@@ -168,7 +168,7 @@ class ShapeConflict:
 
 
 def _is_reduced(shape: Shape, whole: Shape) -> bool:
-    """Return whether a shape is another one without one dimension, or with some dimensions set to 1."""
+    """Return whether `shape` is `whole` without one of its dimensions, or with some dimensions reduced to 1."""
     if len(shape) == len(whole):
         return all(size in (1, full) for size, full in zip(shape, whole, strict=True))
     return any(shape == whole[:i] + whole[i + 1 :] for i in range(len(whole)))
@@ -177,9 +177,9 @@ def _is_reduced(shape: Shape, whole: Shape) -> bool:
 def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterator[ShapeConflict]:
     """Yield the slots whose shapes contradict the known shapes of their parameters.
 
-    A slot that has its parameter's shape for some parameters must have it for all. A slot that has it for none
-    (Adafactor's rows and columns, the scales of 8-bit optimizers) is accepted, except if the names are probably wrong:
-    all its shapes are shapes of other parameters, and none is a reduction of its own parameter's shape.
+    A slot that has its parameter's shape for some parameters must have it for all. A slot that never has it is
+    accepted, as in Adafactor and 8-bit optimizers. The exception: if each of its shapes is the shape of some other
+    parameter, and not every one is a reduced shape of its own parameter, the names are probably wrong.
     """
     kinds: dict[str, list[tuple[str, Shape]]] = {}
     for name, slots in optimizer.state.items():

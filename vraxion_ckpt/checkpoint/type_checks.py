@@ -24,14 +24,14 @@ _PLAIN = dict[str, Any]  # written as it is, so it must be plain data
 
 
 def wrong_type(value: object, expected: Any = Checkpoint, place: str = "") -> str | None:
-    """Return a description of the first field that has not its annotated type, or None if all have.
+    """Return a description of the first field that does not have its annotated type, or None if all do.
 
     Opens no expert. A closed expert is checked when it is opened, see `wrong_leaves`.
 
     Args:
         value: a checkpoint or another dataclass.
         expected: the annotated type.
-        place: path of the value, for the text.
+        place: path of the value, used in the description.
     """
     return next(_faults(value, expected, place), None)
 
@@ -68,7 +68,7 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
 
 
 def _is_instance(value: object, kind: type) -> bool:
-    """Return whether a value is an instance of a class. Bools are not numbers, and our classes allow no subclass."""
+    """Return whether a value is an instance. Bools do not count as numbers, nor subclasses as classes of the model."""
     if kind in (int, float):
         return isinstance(value, kind) and not isinstance(value, bool)
     if is_dataclass(kind) or kind is Expert:
@@ -108,7 +108,7 @@ def _plain_faults(value: object, place: str) -> Iterator[str]:
 
 @cache
 def _declared(kind: type) -> dict[str, Any]:
-    """Return the annotated type of each field of a dataclass, without fields that are functions."""
+    """Return the annotated type of each field of a dataclass, except fields that are functions."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
 

@@ -22,8 +22,8 @@ def load_visits(path: Path, ring_len: int) -> Visits:
     A CSV file has the header ``address,visits[,loss_sum]`` and one row for each address, in any order.
 
     Args:
-        path: the suffix selects the format. Files with suffixes other than ``.npy`` and ``.csv`` are read as JSON.
-        ring_len: number of ring addresses, and of values in the file.
+        path: the file. Its suffix selects the format: ``.npy``, ``.csv``, or any other for JSON.
+        ring_len: number of ring addresses. The file must have one value for each.
 
     Raises:
         UsageError: the file does not exist or is not a regular file.

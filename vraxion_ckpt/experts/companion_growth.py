@@ -30,16 +30,16 @@ from vraxion_ckpt.optimizer.parameter_order import order_of
 
 
 def grown(before: Checkpoint, after: Checkpoint, found: list[Companion], *, router_only: bool) -> Checkpoint:
-    """Return `after` with companions updated as a step has changed the head.
+    """Return `after` with its companions changed in the same way as the step has changed the head.
 
     Args:
         before: the checkpoint before the step.
         after: the checkpoint after the step.
-        found: the companions of `before`, all without problem.
+        found: the companions of `before`. Each has an empty `problem`.
         router_only: whether only the router map has changed.
 
     Raises:
-        TransformError: a companion lists one tensor for each parameter, and its order or a new entry is unknown.
+        TransformError: the order of a list with one tensor for each parameter, or the source of an entry, is unknown.
     """
     assert before.head is not None
     return _Growth(before, after, before.head).changed(found, router_only=router_only)
@@ -63,7 +63,7 @@ class _Growth:
         return self.after
 
     def _put(self, companion: Companion, change: Callable[[Any], Any]) -> None:
-        """Replace a companion by its changed value, and copy the containers on its path."""
+        """Replace a companion by its changed value. Copy the containers on the path to it."""
         top, *keys = companion.place
         if top == "model":
             self._in_model(change, companion.prefix)
@@ -82,7 +82,7 @@ class _Growth:
         return self.after.optimizer.extra if self.after.optimizer else {}
 
     def _in_model(self, change: Callable[[Any], Any], prefix: str) -> None:
-        """Change a copy inside the state dict, and its modules in ``_metadata``."""
+        """Change a copy of the model inside the state dict, and the entries of its modules in ``_metadata``."""
         after, head = self.after, self.after.head
         assert head is not None
         core = list(after.core)
@@ -95,12 +95,12 @@ class _Growth:
             after.metadata = self._modules(prefix, after.metadata)
 
     def _modules(self, prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a changed ``_metadata``. Its keys are module paths, prefixes without the last dot."""
+        """Return ``_metadata`` with the modules under a prefix changed. A key is a prefix without its last dot."""
         changed = self._names(prefix, {f"{module}.": value for module, value in metadata.items()}, router=False)
         return {module.removesuffix("."): value for module, value in changed.items()}
 
     def _names(self, prefix: str, entries: Mapping[Any, Any], *, router: bool = True) -> dict[Any, Any]:
-        """Rename, copy and remove entries under a prefix like the head's tensors. Keep the others in place."""
+        """Rename, copy and remove the entries under a prefix like the head's tensors. Other entries stay in place."""
         assert self.after.head is not None
         by_prefix: dict[str, dict[str, Any]] = {}
         for key in entries:
@@ -135,7 +135,7 @@ class _Growth:
         return {**attributes, "_metadata": type(metadata)(self._modules(prefix, metadata))}
 
     def _owner(self, key: Any, prefix: str) -> str:
-        """Return the prefix of the expert to whose tensor a key belongs, or an empty string."""
+        """Return the prefix of the expert to which the tensor with this key belongs, or an empty string if to none."""
         if not isinstance(key, str) or not key.startswith(prefix):
             return ""
         name = key[len(prefix) :]
@@ -144,7 +144,7 @@ class _Growth:
         return owner if name.startswith(owner) else ""
 
     def _with_router(self, prefix: str, entries: dict[Any, Any]) -> dict[Any, Any]:
-        """Return the entries with the new router map, if theirs equalled the model's."""
+        """Return the entries. If they have a router map that equalled the model's, replace it by the new one."""
         entries = copy.copy(entries)
         name = prefix + self.head.names.router_map
         old, new = self.before.router_map, self.after.router_map
@@ -154,7 +154,7 @@ class _Growth:
         return entries
 
     def _value(self, value: Any, source: Ancestor, new: str, leaf: str) -> Any:
-        """Return the value for a clone: a copy, with the noise that was added to the head's tensor."""
+        """Return a copy of a value for a clone, with the noise that was added to the clone's tensor in the head."""
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
         tensors, clones = self._head_tensor(self.before, source.prefix, leaf), self._head_tensor(self.after, new, leaf)
@@ -186,7 +186,7 @@ class _Growth:
         return self._list(value)
 
     def _list(self, value: Any) -> Any:
-        """Order a list with one entry for each parameter, possibly nested by param group, like the optimizer."""
+        """Bring a list with an entry for each parameter, possibly nested by param group, into the optimizer's order."""
         old, new = self.before.optimizer, self.after.optimizer
         if old is None or new is None:
             return value
@@ -230,7 +230,7 @@ def _at(root: Any, keys: list[str | int]) -> Any:
 
 
 def _replaced(root: Any, keys: list[str | int], value: Any) -> Any:
-    """Return nested containers with one entry replaced. Containers on its path are copied, others are shared."""
+    """Return nested containers with one entry replaced. Containers on the path to it are copied, others are shared."""
     if not keys:
         return value
     first, rest = keys[0], keys[1:]

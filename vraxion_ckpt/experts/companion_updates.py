@@ -1,8 +1,8 @@
 """Update the companions of the head after a step has changed it.
 
-Companions are values outside the head that belong to its parameters: averages, master copies, lists. If the names or
-positions of their entries are known, the entries are renamed, copied and removed like the head's tensors. Otherwise the
-chain is refused, unless the user chooses to keep or drop them (`CompanionPolicy`).
+Companions are averages and copies of the model, and lists with one entry for each parameter. If the names or positions
+of their entries are known, the entries are renamed, copied and removed like the head's tensors. Otherwise the chain is
+refused, unless the user chooses to keep or drop the companions (`CompanionPolicy`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
         policy: ``grow`` updates the companions, ``keep`` leaves them unchanged, ``drop`` removes them.
 
     Raises:
-        TransformError: the policy is ``grow`` and a companion cannot be updated, or a scheduler cannot be.
+        TransformError: a scheduler cannot be updated, or the policy is ``grow`` and a companion cannot be updated.
     """
     after = with_schedules(before, after)
     if before.head is None or after.head is None or not _head_has_changed(before, after):
@@ -80,7 +80,7 @@ def _refuse_unknown_origin(before: Checkpoint, after: Checkpoint, companion: Com
 
 
 def _dropped(after: Checkpoint, found: list[Companion]) -> Checkpoint:
-    """Remove companions. In the payload and the optimizer, remove the whole top-level entry."""
+    """Remove companions. In the payload and the optimizer, remove the whole top-level entry that contains one."""
     for each in found:
         if each.place[0] == "model":
             names = [name for name in after.core if name.startswith(each.prefix)]

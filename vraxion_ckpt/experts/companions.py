@@ -1,10 +1,10 @@
-"""Find the companions of the head: values elsewhere in a checkpoint that belong to the model's parameters.
+"""Find the companions of the head: averages and copies of the model elsewhere in a checkpoint.
 
 Averages of the model (EMA, SWA) contain the model's names under a prefix, in the payload (a saved
 ``torch.optim.swa_utils.AveragedModel``) or inside the state dict. Other companions are lists with one tensor for each
-parameter: master copies stored with the optimizer, ``shadow_params`` of an average. When a step renames, clones or
-removes experts, `vraxion_ckpt.experts.companion_updates` updates them. This module finds them and determines whether
-they can be updated.
+parameter, such as master copies stored with the optimizer, or ``shadow_params`` of an average. When a step renames,
+clones or removes experts, `vraxion_ckpt.experts.companion_updates` updates the companions. This module finds them and
+determines whether they can be updated.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ COMPANION_HINT = (
 
 @dataclass(frozen=True)
 class Companion:
-    """A value outside the head that belongs to the model's parameters.
+    """A value, such as a moving average, with an entry for each parameter. It must change when the head does.
 
     Attributes:
-        place: the path of keys, beginning with ``payload``, ``model`` or ``optimizer``.
+        place: the keys that lead to the value, beginning with ``payload``, ``model`` or ``optimizer``.
         kind: ``names`` for a dict with the model's names under `prefix`; ``list`` for a list with one tensor for each
             parameter, possibly nested by param group; ``unknown`` for a value that cannot be updated.
-        prefix: prefix of the model's names.
-        problem: the reason why it cannot be updated, or empty.
-        fits: whether its names and shapes fit the present head.
-        has_router: whether it contains a router map.
+        prefix: what precedes the model's names in the keys of the dict.
+        problem: the reason why the value cannot be updated, or empty.
+        fits: whether the value's names and shapes fit the present head.
+        has_router: whether the value contains a router map.
     """
 
     place: tuple[str | int, ...]
@@ -61,7 +61,7 @@ def find_companions(checkpoint: Checkpoint) -> list[Companion]:
     """Return all companions in payload, optimizer and state dict.
 
     Tensors with the shapes of the whole head under unknown names are reported as a copy that cannot be updated. Opens
-    the experts if there are tensors to compare with theirs.
+    the experts if there are tensors that must be compared with the head's tensors.
     """
     if checkpoint.head is None:
         return []
@@ -125,11 +125,11 @@ class _Finder:
                     yield from self._inside(entry, (*place, i))
 
     def _holds_head(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether there is one tensor with the shape of each tensor of the head."""
+        """Return whether the tensors include, for each tensor of the head, another one with its shape."""
         return self._head_shapes <= Counter(tuple(tensor.shape) for tensor in tensors)
 
     def _is_flat(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is a vector of the size of all parameters, or of all of the head, flattened."""
+        """Return whether a tensor is a vector with as many elements as all parameters, or as the whole head."""
         return tensor.ndim == 1 and tensor.numel() in self._totals
 
     @cached_property
@@ -151,7 +151,7 @@ class _Finder:
         return {sum(tensors[name].numel() for name in names) for names in lists if len(names) > 1}
 
     def other_names(self, entries: Mapping[str, Any], known: Sequence[str]) -> Iterator[Companion]:
-        """Yield copies of the head inside the state dict whose names differ only in punctuation, such as dots."""
+        """Yield copies of the head in the state dict. Their names end like the head's, apart from punctuation."""
         names = self.head.names
         parts = {_letters(names.single), _letters(names.experts)}
         found: dict[str, str] = {}
@@ -264,14 +264,14 @@ class _Finder:
         )
 
     def _optimizer_is_in_models_order(self) -> bool:
-        """Return whether the optimizer is in the model's order, so that a list in either order is in both."""
+        """Return whether the optimizer is in the model's order. If so, the order of a list is not ambiguous."""
         order, _ = model_order(self.checkpoint)
         params = self.checkpoint.optimizer.params if self.checkpoint.optimizer else []
         return order is not None and explains(Rule(OrderKind.MODEL), params, order)
 
 
 def _at(root: Any, keys: Sequence[str | int]) -> Any:
-    """Return the value at a path, in a dict."""
+    """Return ``{"": value}`` for the value that is reached by following `keys`."""
     for key in keys:
         root = root[key]
     return {"": root}
@@ -282,5 +282,5 @@ def _letters(name: str) -> str:
 
 
 def _start_of(letters: str, name: str) -> int:
-    """Return the start of the part of a name that ends it and consists of these letters and digits."""
+    """Return the index in `name` from which on its letters and digits, without punctuation, are `letters`."""
     return next(i for i in range(len(name), -1, -1) if _letters(name[i:]) == letters)

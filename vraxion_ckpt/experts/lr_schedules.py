@@ -14,7 +14,7 @@ _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas", "base_
 
 
 def with_schedules(before: Checkpoint, after: Checkpoint) -> Checkpoint:
-    """Return `after` with one entry per param group in the payload's learning-rate schedulers.
+    """Return `after` with one entry for each of its param groups in the payload's learning-rate schedulers.
 
     Raises:
         TransformError: the source of a new param group is unknown.

@@ -1,4 +1,4 @@
-"""Copy tensors of an expert, with noise."""
+"""Copy the tensors of an expert, and add noise to the copies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def copy_of(tensor: Tensor, noise: tuple[tuple[float, str], ...], leaf: str) -> 
 
     Args:
         tensor: any tensor.
-        noise: standard deviation and seed prefix of each noise to add, see `Ancestor`.
+        noise: pairs of standard deviation and seed prefix, one for each time that noise is added, see `Ancestor`.
         leaf: leaf name of the tensor, appended to the seed prefix.
     """
     copy = tensor.detach().clone(memory_format=torch.preserve_format)
@@ -37,9 +37,9 @@ def warn_of_lost_noise(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: float,
     """Warn if noise has left most elements of a parameter unchanged because of its dtype.
 
     Args:
-        pairs: the tensor before and after, by leaf name.
+        pairs: leaf name → (tensor of the parent, tensor of the clone with noise).
         noise: standard deviation of the noise.
-        new: prefix of the clone, for the text.
+        new: prefix of the clone's names, from which the warning names the clone.
     """
     lost = []
     for leaf, (old, copy) in pairs.items() if noise else ():
@@ -70,7 +70,7 @@ def _count_changed(old: Tensor, new: Tensor) -> int:
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
     """Add Gaussian noise to a flat tensor in place. Works piece by piece, so temporaries stay small."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
-    # Low-precision dtypes cannot be drawn directly. In at least single precision, the sum is rounded once.
+    # Low-precision dtypes cannot be drawn. Noise is drawn and added in at least single precision, and rounded once.
     wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
     for (piece,) in in_pieces(flat, size=_PIECE):
         drawn = torch.randn(piece.shape, generator=generator, dtype=wide)

@@ -42,12 +42,12 @@ def clone_in_optimizer(
     """Add a clone's parameters to the param groups, and copy their state.
 
     Args:
-        checkpoint: the checkpoint of the experts.
-        optimizer: its optimizer, which is changed.
-        old: prefix of the parent.
-        new: prefix of the clone.
-        clones: tensors of parent and clone by leaf name, if they differ.
-        policy: whether the state is copied.
+        checkpoint: the checkpoint that contains parent and clone.
+        optimizer: the checkpoint's optimizer, which is changed.
+        old: prefix of the parent's parameter names.
+        new: prefix of the clone's parameter names.
+        clones: leaf name → (parent's tensor, clone's tensor). Empty if no noise was added to the clone.
+        policy: ``copy`` copies the parent's state, ``reset`` leaves the clone without state.
     """
     if owns_groups(optimizer, checkpoint):
         own = [
@@ -75,8 +75,8 @@ def is_master_copy(value: Any, name: str, parameter: Tensor) -> bool:
     """Return whether a value is a higher-precision copy of a parameter, which the optimizer rounds to the parameter.
 
     Args:
-        value: value of a slot, or of an average.
-        name: name of the slot.
+        value: value of a slot, or an entry of a companion.
+        name: name of the slot, or empty.
         parameter: the parameter.
     """
     if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():

@@ -40,7 +40,7 @@ def check_expert(head: Head, expert: int, *, deleted: bool = False, hint: str | 
         head: the head.
         expert: id of the expert.
         deleted: whether a garbage-collected expert is accepted.
-        hint: the hint for a garbage-collected expert.
+        hint: what the error suggests for a garbage-collected expert.
 
     Raises:
         TransformError: there is no such expert, or it is garbage-collected and not accepted.

@@ -1,7 +1,7 @@
 """Rename a head, clone an expert, or remove an expert.
 
-To an expert belong its tensors, optimizer state and param groups, parameter names, module versions and a lifecycle row.
-These functions change a checkpoint that the caller owns (a `Checkpoint.copy`), and never write a tensor in place. They
+An expert has tensors, optimizer state, param groups, parameter names, module versions and a lifecycle row. These
+functions change a checkpoint that the caller owns (a `Checkpoint.copy`), and never write a tensor in place. They
 record the source of every tensor of the head in `Checkpoint.ancestors`. After the step, the order of the optimizer's
 parameters and the averages of the model are updated from these records.
 """
@@ -30,7 +30,7 @@ _V = TypeVar("_V")
 
 
 def rename_head(checkpoint: Checkpoint, kind: HeadKind) -> None:
-    """Change the kind of a head with one expert, id 0. All names are changed and keep their positions.
+    """Change the kind of a head with one expert, id 0. All names of the head change and keep their positions.
 
     Args:
         checkpoint: the checkpoint, which is changed.
@@ -156,7 +156,7 @@ def _ties(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, str]]:
 def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
     """Replace prefixes of names in optimizer, parameter names and module versions. Positions stay the same.
 
-    Tensors are not renamed.
+    The head's tensors are not renamed here.
 
     Args:
         checkpoint: the checkpoint, which is changed.
@@ -164,7 +164,7 @@ def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
     """
 
     def renamed(name: str) -> str | None:
-        # Prefixes end with a dot, so that of expert 1 does not match expert 10.
+        # Prefixes end with a dot, so the prefix of expert 1 does not match names of expert 10.
         for end, char in enumerate(name, start=1):
             if char == "." and name[:end] in prefixes:
                 new = prefixes[name[:end]]
@@ -179,7 +179,7 @@ def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
         if new is not None and sources[old] != Ancestor(new):
             checkpoint.ancestors[new] = sources[old]
     if checkpoint.optimizer is not None:
-        # Remove groups that have become empty, if experts have their own groups. Groups that were empty stay.
+        # If experts have their own groups, remove groups that become empty. Groups that were empty before stay.
         held = [bool(group.params) for group in checkpoint.optimizer.groups]
         own = owns_groups(checkpoint.optimizer, checkpoint)
         for group in checkpoint.optimizer.groups:
@@ -226,8 +226,8 @@ def _drop_stale_plans(checkpoint: Checkpoint, expert: int, into: int) -> None:
 def buffers_of(checkpoint: Checkpoint, expert: int) -> set[str]:
     """Return the leaf names of an expert's buffers.
 
-    A leaf is a buffer if torch's own modules use its name for one (`torch_buffers`), or if the optimizer has other
-    leaves of experts, but not this one.
+    A leaf is a buffer if torch's own modules use its name for one (`torch_buffers`), or if the optimizer lists leaves
+    of experts, but not this one.
 
     Raises:
         ValueError: the checkpoint has no head.
@@ -248,7 +248,7 @@ def _insert_clones(names: list[str], head: Head, old: str, new: str) -> list[str
 
 
 def _insert_after(entries: dict[str, _V], belongs: Callable[[str], bool], new: dict[str, _V]) -> dict[str, _V]:
-    """Return `entries` with `new` inserted after the last entry that belongs, or at the end if none does."""
+    """Return `entries` with `new` inserted after the last entry for which `belongs` is true, or at the end."""
     items = list(entries.items())
     end = max((i + 1 for i, (name, _) in enumerate(items) if belongs(name)), default=len(items))
     return dict([*items[:end], *new.items(), *items[end:]])

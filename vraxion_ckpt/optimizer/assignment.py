@@ -33,10 +33,10 @@ _State = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Assignment:
-    """One assignment of names to ids that fits, and the names that other fitting assignments place differently.
+    """An assignment of names to ids that fits, and the names to which other fitting assignments give other ids.
 
     Attributes:
-        names: one for each id, group after group.
+        names: the name of each id, group after group.
         undecided: names that belong to another id, or to none, in another fitting assignment.
     """
 
@@ -47,8 +47,9 @@ class Assignment:
 def in_order(groups: GroupShapes, names: Candidates) -> Assignment:
     """Assign names to ids, given that every group lists its parameters in the order of `names`.
 
-    Ids of different groups may interleave. A state is the number of ids of each group that have a name. It is extended
-    name by name. The states on a path from the first state to the last one give all assignments that fit.
+    Names of different groups may alternate in `names`. A state is the number of ids of each group that have a name.
+    Each name leads from one state to the next. Every path from the first state to the last one is an assignment that
+    fits.
 
     Raises:
         BindingError: no assignment fits, or there are too many to examine.
@@ -76,7 +77,7 @@ def in_order(groups: GroupShapes, names: Candidates) -> Assignment:
 
 
 def _states_on_paths(groups: GroupShapes, names: Candidates) -> list[set[_State]]:
-    """Return the states before each name, and after the last, from which all ids can still get a name."""
+    """Return the possible states before each name and after the last one, if every id is to get a name."""
     end = tuple(map(len, groups))
     layers: list[set[_State]] = [{tuple(0 for _ in groups)}]
     seen = 0
@@ -129,7 +130,7 @@ def by_shape(groups: GroupShapes, names: Candidates) -> Assignment:
 
 
 def _moves(groups: GroupShapes, state: _State, shape: Shape | None) -> Iterable[tuple[int, _State]]:
-    """Yield the choices for the next name, with the state after each: the next id of a group that fits, or none."""
+    """Yield each choice for the next name, a group whose next id fits or `_SKIP`, and the state after the choice."""
     for number, done in enumerate(state):
         if done < len(groups[number]):
             wanted = groups[number][done][1]

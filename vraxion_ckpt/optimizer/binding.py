@@ -11,10 +11,10 @@ taken from the first of these sources that has any:
    (`vraxion_ckpt.optimizer.trainers`) uses, otherwise by shapes alone.
 
 The payload's ``param_names`` are in optimizer order if there is one group, or one group for each parameter, or if they
-are not in the model's order. Otherwise, several groups are assumed to be in the model's order too, if exactly one such
-assignment exists and the shapes exclude the other usual orders. Names that remain ambiguous are kept in
-`Optimizer.undecided`, and refused only if a chain changes them. For every source, the number of names and the shapes of
-slots are checked.
+are not in the model's order. Otherwise, each group is assumed to be in the model's order, if exactly one such
+assignment fits and no other usual order gives a different one. Names that remain ambiguous are kept in
+`Optimizer.undecided`. A chain is refused only if it changes one of them. For every source, the number of names and the
+shapes of slots are checked.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
     """Bind the optimizer of an `UnboundCheckpoint` to parameter names.
 
     Args:
-        checkpoint: a checkpoint as an adapter read it. A checkpoint with names is returned, with the stated order.
-        given: the parameter names in optimizer order, from the user. Preferred to names in the file.
-        order: the order of every param group, from the user.
+        checkpoint: a checkpoint as an adapter read it. If its parameters already have names, only `order` is recorded.
+        given: the parameter names in optimizer order, if the user lists them. They replace the names in the file.
+        order: the order of every param group, if the user states it.
 
     Raises:
         BindingError: no assignment fits, or names or the order contradict the state.
@@ -70,7 +70,7 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
 
 
 def _with_stated_order(checkpoint: Checkpoint, order: OptimizerOrder) -> Checkpoint:
-    """Record the order that the user states for an optimizer with known names, if the names are in this order."""
+    """Record the order that the user states for an optimizer with known names. Refuse it if the names contradict it."""
     optimizer, rule = checkpoint.optimizer, Rule(OrderKind(order))
     if optimizer is None:
         return checkpoint
@@ -87,7 +87,7 @@ def _bound(
     unbound = checkpoint.unbound
     recorded = unbound.names
     if recorded is not None and digest(unbound.state_dict) != unbound.digest:
-        recorded = None  # a trainer has trained on and saved the record again, perhaps with another optimizer
+        recorded = None  # a trainer has saved another state, perhaps of another optimizer, with the old record
     if given is not None:
         prefixes = common_prefixes(given, checkpoint.core, checkpoint.head)
         names = [in_model(name, prefixes) for name in given]
@@ -113,7 +113,7 @@ def _named(checkpoint: UnboundCheckpoint, raw: RawOptimizer, names: Sequence[str
 
 
 def _check_against_groups(checkpoint: UnboundCheckpoint, raw: RawOptimizer, given: Sequence[str]) -> None:
-    """Refuse a list that contradicts the ``param_names`` of the groups, apart from a wrapper's prefix."""
+    """Refuse a list that contradicts the ``param_names`` of the groups. A wrapper's prefix may differ."""
     if len(given) != len(raw.ids):
         return
     prefixes = common_prefixes(names_in_groups(raw), checkpoint.core, checkpoint.head)

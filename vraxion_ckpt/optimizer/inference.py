@@ -29,8 +29,8 @@ _USUAL = (OrderKind.MODEL, OrderKind.SORTED, OrderKind.REVERSED, OrderKind.HEAD_
 def trainable(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]:
     """Return name and shape of the tensors that can be parameters, in the given order.
 
-    Integers, bools and buffers of torch's own modules are left out. Of tied tensors, only the first is returned, as by
-    ``named_parameters()``.
+    Integers, bools and buffers of torch's own modules are left out. Of tied tensors, only the first is returned, as
+    ``named_parameters()`` does.
     """
     buffers = torch_buffers(tensors.keys())
     found = [
@@ -49,17 +49,17 @@ def infer_names(
     stated: OptimizerOrder | None,
     names_from: str = "",
 ) -> Optimizer:
-    """Bind by the known order, or else by the names that shapes alone determine.
+    """Name the parameters of an optimizer by their order and shapes. If the order is unknown, use the shapes alone.
 
     Args:
         checkpoint: the checkpoint.
-        raw: its optimizer.
+        raw: the checkpoint's optimizer, with numbered parameters.
         candidates: name and shape of the tensors that can be parameters.
         stated: the order of every param group, if the user stated it.
-        names_from: where the names were listed, for the text that says how they were bound.
+        names_from: text about the source of the candidates, with which `Optimizer.bound_by` begins.
 
     Raises:
-        BindingError: no assignment fits, or the order needed is unknown.
+        BindingError: no assignment fits, or the model's order is needed but unknown.
     """
     if not raw.state and len(raw.groups) == 1 and len(raw.ids) == len(candidates):
         bound = raw.named([name for name, _ in candidates], f"{names_from}order and shape: it has no state")
@@ -124,7 +124,7 @@ def _arranged(rule: Rule, candidates: Candidates, order: ModelOrder | None) -> C
 
 
 def _usual(groups: GroupShapes, candidates: Candidates, order: ModelOrder | None) -> dict[OrderKind, Assignment]:
-    """Return an assignment for each usual order in which the candidates fit the ids."""
+    """Return, for each usual order in which the candidates fit the ids, the assignment."""
     found = {}
     for kind in _USUAL if order is not None else ():
         try:
@@ -135,7 +135,7 @@ def _usual(groups: GroupShapes, candidates: Candidates, order: ModelOrder | None
 
 
 def _joined(groups: GroupShapes) -> GroupShapes:
-    """Return the groups, joined to one list if each has one parameter: they were made from one list in order."""
+    """Join groups of one parameter each into one group, because trainers make them from one list in order."""
     if all(len(group) == 1 for group in groups):
         return [[pair for group in groups for pair in group]]
     return groups

@@ -61,7 +61,7 @@ def common_prefixes(listed: Sequence[str], core: Mapping[str, Any], head: Head |
 
 
 def in_model(name: str, prefixes: tuple[str, str]) -> str:
-    """Return the model's name of a listed parameter, see `common_prefixes`."""
+    """Return the name that a listed parameter has in the model, given the result of `common_prefixes`."""
     theirs, models = prefixes
     return models + name.removeprefix(theirs) if name.startswith(theirs) else name
 
@@ -86,8 +86,8 @@ def check_count(raw: RawOptimizer, names: Sequence[str], whose: str) -> None:
 
     Args:
         raw: the optimizer.
-        names: the names.
-        whose: description of the list, plural.
+        names: the names to check.
+        whose: what the names are, as a plural noun for messages.
     """
     if len(names) != len(raw.ids):
         raise BindingError(

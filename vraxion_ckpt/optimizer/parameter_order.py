@@ -1,9 +1,9 @@
 """Find the rule by which a trainer orders the parameters of its optimizer.
 
 torch loads optimizer state by position, so the order in which the trainer will build the optimizer of the changed
-model must be known. It is derived from the order in the checkpoint: the model's order, sorted by name, reversed, head
-first or last, leaf by leaf. A rule explains an order if it reproduces the order. The result is ordered by the same
-rule. One rule must explain all param groups, because trainers build groups by filtering one list.
+model must be known. It is derived from the order in the checkpoint. The known rules are: the model's order, sorted by
+name, reversed, head first or last, leaf by leaf. A rule explains an order if it reproduces the order. The result is
+ordered by the same rule. One rule must explain all param groups, because trainers build groups by filtering one list.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
 
     Args:
         optimizer: the optimizer, bound to names.
-        checkpoint: the checkpoint whose state dict gives the model's order, if possible.
+        checkpoint: the checkpoint of the optimizer. If possible, the model's order is taken from its state dict.
     """
     lists = lists_of(optimizer, checkpoint)
     if lists is None:
@@ -92,7 +92,7 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
 
     The order is certain if the state dict has a ``_metadata`` that lists the modules in the same order, as
     ``Module.state_dict()`` does, or if a recognised trainer wrote it. It is probable for other dicts. It is unknown
-    (None) if the names are sorted, because safetensors sorts them.
+    (None) if the names are sorted, because safetensors sorts names.
     """
     names = [*checkpoint.core]
     head = checkpoint.head
@@ -110,7 +110,7 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
 
 
 def _is_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether names are sorted within each dtype: safetensors sorts by dtype first."""
+    """Return whether names are sorted within each dtype. This is how safetensors sorts: by dtype, then by name."""
     by_dtype: dict[Any, list[str]] = {}
     for name in names:
         tensor = tensors.get(name)
@@ -120,7 +120,7 @@ def _is_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
-    """Yield the names of the head in state-dict order, and only the prefix of each closed expert."""
+    """Yield the names of the head's tensors in state-dict order. For a closed expert, yield only its prefix."""
     head = checkpoint.head
     for i, expert in head.experts.items() if head else ():
         assert head is not None
@@ -180,11 +180,11 @@ def _can_be_model_order(listed: Sequence[str], names: HeadNames) -> bool:
 
 
 def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
-    """Return whether every expert has its own param groups, so that a new expert gets its own, too.
+    """Return whether every expert has its own param groups. A new expert then also gets its own.
 
     This holds if every parameter has its own group, or if there are several experts and every group with parameters of
-    an expert has no others. A single expert in groups of its own proves nothing: these may be the groups of the head's
-    weights and of its biases.
+    an expert has only parameters of this expert. The groups of a model with one expert prove nothing, because one may
+    be for the head's weights and another for its biases.
     """
     names = checkpoint.head.names if checkpoint.head else VRAXION
     of_head = [group.params for group in optimizer.groups if any(split_name(name, names) for name in group.params)]
@@ -197,12 +197,12 @@ def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
 
 
 def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | None:
-    """Return the lists of parameters that a rule orders: one for each param group.
+    """Return the lists of parameters that a rule orders, one for each param group.
 
-    If experts have their own groups, these and adjacent groups of one parameter are joined to one list.
+    If experts have their own groups, these groups and adjacent groups of one parameter are joined to one list.
 
     Returns:
-        None if experts have their own groups and these are not adjacent.
+        None if groups of several other parameters lie between the groups of the experts.
     """
     run = run_of_groups(optimizer, checkpoint)
     if run is None:
@@ -214,7 +214,7 @@ def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | 
 
 
 def run_of_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """Return the range of groups that are joined to one list, or None if they are not adjacent."""
+    """Return start and end of the groups that `lists_of` joins to one list, or None if they are not adjacent."""
     if not owns_groups(optimizer, checkpoint):
         return 0, 0
     names = checkpoint.head.names if checkpoint.head else VRAXION

@@ -1,8 +1,8 @@
 """Order the parameters of a changed model as its trainer will build the optimizer.
 
-A transform determines the parameters, their param groups and their sources (`Checkpoint.ancestors`). Their order is
-determined here, by the rule that explains the order before the step (`vraxion_ckpt.optimizer.parameter_order`). An
-order that no rule determines is refused.
+A transform determines the parameters, their param groups and their sources (`Checkpoint.ancestors`). This module
+determines their order, by the rule that explains the order before the step
+(`vraxion_ckpt.optimizer.parameter_order`). If no rule determines the order, the step is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str])
     """Return `after` with its optimizer's parameters in the order of a list.
 
     Raises:
-        UsageError: there is no optimizer, or the list does not contain each of its parameters once.
+        UsageError: there is no optimizer, or the list does not contain each parameter of the optimizer exactly once.
         BindingError: the parameters of a group are not adjacent in the list.
     """
     optimizer = after.optimizer
@@ -98,7 +98,7 @@ def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
     """Refuse a step that changes a parameter whose optimizer state is undecided.
 
     Raises:
-        BindingError: the step changes such a parameter. Names the first one.
+        BindingError: the step changes such a parameter. The error names the first one.
     """
     optimizer = before.optimizer
     if optimizer is None or not optimizer.undecided or after.optimizer is None:
@@ -140,7 +140,7 @@ def _groups(optimizer: Optimizer) -> list[list[str]]:
 
 
 def _with_groups(optimizer: Optimizer, groups: list[ParamGroup]) -> Optimizer:
-    """Return an optimizer with these groups, and its state in their order, as torch writes it."""
+    """Return an optimizer with these groups, and with the state in the order of their parameters, as torch does."""
     order = [name for group in groups for name in group.params]
     state = {name: optimizer.state[name] for name in order if name in optimizer.state}
     return replace(optimizer, groups=groups, state={**state, **optimizer.state})
@@ -188,7 +188,7 @@ def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGro
 def _arranged(
     rule: Rule, number: int, found: list[str], names: list[str], before: Checkpoint, after: Checkpoint
 ) -> list[str]:
-    """Return the names of one list in the order of a rule, or unchanged if the list has the same names as before."""
+    """Return `names` in the order of a rule. If `found`, the list before the step, has the same names, return it."""
     if set(found) == set(names):
         return found
     if found and names and not {after.former_name(name) for name in names}.intersection(found):
@@ -210,7 +210,7 @@ def _arranged(
 
 
 def missing_parameters(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield expert parameters that the optimizer lacks although it has the same leaf of another expert.
+    """Yield the expert parameters that the optimizer lacks although it has the same leaf of another expert.
 
     A closed expert is assumed to have the same leaves as the others.
     """
@@ -234,12 +234,12 @@ def is_undecided_in_head(checkpoint: Checkpoint) -> bool:
 
 
 def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose optimizer lists the missing expert parameters in order, without state.
+    """Return a checkpoint whose optimizer also lists the missing expert parameters, in order and without state.
 
     Each parameter joins the param group of the first expert that has the same leaf.
 
     Raises:
-        BindingError: the missing parameters or their order are unknown.
+        BindingError: it is unknown which parameters are missing, or where they belong in the order.
     """
     missing = list(missing_parameters(checkpoint))
     head, optimizer = checkpoint.head, checkpoint.optimizer

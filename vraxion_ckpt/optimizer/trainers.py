@@ -5,7 +5,7 @@ from __future__ import annotations
 from vraxion_ckpt.checkpoint.model import Checkpoint
 
 _WALL_CLOCK_KEYS = frozenset({"ptr_inertia", "ptr_inertia_ema", "ptr_inertia_floor"})
-# Other trainers may use the step trainer's keys, so the names of VRAXION's model must be there, too.
+# Other trainers may use the step trainer's keys, so the model must also have the names of VRAXION's model.
 _STEP_KEYS = frozenset({"step", "losses", "scaler"})
 _MODEL_NAMES = frozenset(
     {"theta_ptr_reduced", "theta_gate_reduced", "context_logit", "router_map", "input_proj.weight"}
