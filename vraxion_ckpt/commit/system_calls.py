@@ -68,7 +68,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a file to a name that does not exist. This check is not atomic if the file system does not support it.
+    """Rename a file to a name that must not exist. The check is atomic only if the file system supports it.
 
     Raises:
         FileExistsError: the new name exists.

@@ -1,8 +1,8 @@
 """A checkpoint as named tensors and one JSON document, for formats that hold only tensors and text.
 
-The tensors of the model keep their names in the state dict. The tensors of the optimizer and the payload get names that
+The tensors of the model keep their names in the state dict. All other tensors, such as the optimizer's, get names that
 begin with `OUR_PREFIX`. So do tensors of the model whose name or dtype the format cannot hold. A tensor of such a dtype
-is stored as bytes, and aliased tensors are stored once. The document refers to the tensors by name and holds everything
+is stored as bytes. Aliased tensors are stored once. The document refers to the tensors by name and holds everything
 else: training state, param groups, lifecycle rows, history, format variants. `vraxion_ckpt.formats.document_values`
 describes the encoding of values.
 """

@@ -140,7 +140,7 @@ class ValueDecoder:
             vars(ordered).update(attributes)
             return ordered
         if len(value) != 1:
-            raise ValueError("it has further entries")
+            raise ValueError("it must have only this one key")
         if kind == "$dict":
             return dict(self._pairs(inside, place, depth))
         if kind == "$tuple" and isinstance(inside, list):
@@ -158,7 +158,7 @@ class ValueDecoder:
 
     def _tensor(self, found: dict[str, Any], place: str) -> Tensor:
         if not found.keys() <= {"$tensor", "dtype", "shape", "parameter", "requires_grad"}:
-            raise ValueError("it has further entries")
+            raise ValueError("it has unknown further entries")
         name = found["$tensor"]
         if name not in self._tensors:
             raise InconsistentError(f"refers to the tensor {name!r}, which does not exist", key=place)

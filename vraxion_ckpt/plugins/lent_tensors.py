@@ -38,7 +38,7 @@ class WriteCounts:
         self._experts = dict(checkpoint.head.experts) if checkpoint.head else {}
 
     def risen(self) -> list[str]:
-        """Return the names of tensors and experts that were written into since `__init__`, also if opened later."""
+        """Return the names of tensors and experts written into since this object was made, or since they were opened."""
         written = [name for name, tensor, state in self._states if tensor_state(tensor) != state]
         return written + [f"expert {i}" for i, expert in self._experts.items() if expert.was_written_into]
 
@@ -167,7 +167,7 @@ class SourceTensors:
         fresh = list(_outside_experts(self._fresh))
         if [name for name, _ in fresh] != [name for name, _ in self._lent]:
             self._before.sources.check_unchanged()
-            raise PluginError("returned other tensor names when it read the files again", key=self._before.origin.format)
+            raise PluginError("gave other tensor names when it read the files again", key=self._before.origin.format)
         return fresh
 
     def _open_again(self) -> Checkpoint:
