@@ -38,7 +38,7 @@ class WriteCounts:
         self._experts = dict(checkpoint.head.experts) if checkpoint.head else {}
 
     def risen(self) -> list[str]:
-        """Return the names of tensors and experts written into since this object was made, or since they were opened."""
+        """Return the names of the tensors written into since `__init__`, and of experts written into since opened."""
         written = [name for name, tensor, state in self._states if tensor_state(tensor) != state]
         return written + [f"expert {i}" for i, expert in self._experts.items() if expert.was_written_into]
 
