@@ -50,7 +50,7 @@ _OUT_OF_MEMORY = (
 class CkptError(Exception):
     """Base class of all errors of this package: what is wrong, where, and what to do.
 
-    An error is not modified after it was made; `with_facts` returns a changed copy.
+    Errors are not modified. `with_facts` returns a changed copy.
 
     Attributes:
         message: what is wrong, without `path` and `key`.
@@ -190,14 +190,14 @@ class StorageError(CkptError):
 
     @classmethod
     def from_os_error(cls, error: OSError, path: str | os.PathLike[str]) -> StorageError:
-        """Return an error about `path` with the reason of an operating-system error; `OutOfMemoryError` for ENOMEM."""
+        """Return an error about `path` with the reason that an `OSError` states; `OutOfMemoryError` for ENOMEM."""
         if is_out_of_memory(error):
             return OutOfMemoryError(path=path)
         return cls(error.strerror or str(error), path=path)
 
 
 class OutOfMemoryError(StorageError):
-    """There was not enough memory; detected by Python, numpy, torch or the operating system."""
+    """Python, numpy, torch or the operating system reported that there is not enough memory."""
 
     def __init__(self, *, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__("not enough memory", path=path, hint="run it where more memory is free")
@@ -248,7 +248,7 @@ def raise_if_out_of_memory(error: BaseException, path: str | os.PathLike[str] | 
 
 @contextmanager
 def errors_at(path: str | os.PathLike[str] | None = None, *, key: str | None = None) -> Iterator[None]:
-    """Add `path` to each `CkptError` of a ``with`` block that has none; add `key` to one that has neither."""
+    """Give a `CkptError` of a ``with`` block `path` if it has no path; else `key` if it has neither path nor key."""
     try:
         yield
     except CkptError as error:

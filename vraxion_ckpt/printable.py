@@ -18,7 +18,7 @@ _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 
-_HINT = "\n  → "  # comes before the hint in the text of an error
+_HINT = "\n  → "  # precedes the hint in the text of an error
 
 
 def printable(text: str) -> str:
@@ -34,7 +34,7 @@ def in_one_line(text: str) -> str:
 
 
 def printable_facts(facts: _T) -> _T:
-    """Return a copy of a value with all texts in it escaped by `in_one_line`; the line break before a hint stays."""
+    """Return a copy of a value with each text in it escaped by `in_one_line`. Keep the line break before a hint."""
     found: Any = facts
     if type(found) is str:
         found = _HINT.join(map(in_one_line, found.split(_HINT)))

@@ -20,7 +20,7 @@ def count(number: int, noun: str) -> str:
 
 
 def listed(items: Collection[object], most: int = 8, separator: str = ", ") -> str:
-    """Return the first `most` items; if there are more, with an ellipsis and the total number."""
+    """Return the first `most` items as text. If there are more, append an ellipsis and the total number."""
     shown = separator.join(map(str, islice(items, most)))
     return shown if len(items) <= most else f"{shown}{separator}… ({len(items):,} in all)"
 
@@ -31,7 +31,7 @@ def numbered(noun: str, ids: Collection[object], most: int = 8) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return the first `most` characters of a text; with an ellipsis if there are more."""
+    """Return the first `most` characters of a text. If there are more, append an ellipsis."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -1,4 +1,4 @@
-"""Marks of files: detect that a file was written or replaced, without reading its content. Imports without torch."""
+"""Marks of files. A changed mark shows that a file was written or replaced. Imports without torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-# Inode, size and modification time of a file; only the inode of a directory, whose size and time say nothing.
+# Inode, size and modification time of a file. For a directory only the inode, because its size and time vary.
 Mark = tuple[int, ...]
 
 
@@ -34,7 +34,7 @@ def required_mark(path: Path | str) -> Mark:
 
 
 def survey(target: Path) -> dict[str, Mark]:
-    """Return the mark of each file in a directory, by relative path; for a single file, its mark under ``.``.
+    """Return the marks of all files in a directory by relative path. A target that is a file has the path ``.``.
 
     Raises:
         FileNotFoundError: a file was removed while the directory was read.

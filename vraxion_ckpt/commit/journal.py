@@ -1,6 +1,6 @@
 """The journal of a transaction: which files it replaces, so that a later run can roll it back or forward.
 
-It is flushed before the first change of the target, and removed after the last one. Imports without torch.
+The journal is flushed before the first change of the target, and removed after the last one. Imports without torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ JOURNAL = "journal.json"
 
 @dataclass(frozen=True)
 class FileChanges:
-    """The files that a transaction changes, by their path relative to the target, and when.
+    """The files that a transaction changes at each step. Paths are relative to the target.
 
     Attributes:
-        exchanged: what the commit exchanges: the index file, which readers open first and which determines the other
-            files that they read; or ``.``, the whole target.
+        exchanged: the file that the commit exchanges: the index file, which readers open first and which determines
+            the other files that they open. It is ``.`` if the commit exchanges the whole target.
         first: files that are added or replaced before the commit; a reader of the old state does not open them.
         later: files that are replaced after the commit; a reader of the new state does not open the old ones.
         removed: files that are removed after the commit; a reader of the new state does not open them.
@@ -40,9 +40,9 @@ class Journal:
 
     Attributes:
         change: the files that change.
-        keep_old: whether the old state is kept.
+        keep_old: whether the old state is kept beside the target.
         old: the marks of the files that are replaced or removed.
-        new: the marks of the files that replace or join them.
+        new: the marks of the files that replace old files or are added.
     """
 
     change: FileChanges
@@ -52,7 +52,7 @@ class Journal:
 
 
 def dump_journal(journal: Journal, folder: Path) -> bytes:
-    """Return a journal as JSON; the inode of `folder`, the stage, is part of it."""
+    """Return a journal as JSON, together with the inode of `folder`, the stage that it belongs to."""
     change = journal.change
     content = {
         "version": 1,
@@ -67,12 +67,12 @@ def dump_journal(journal: Journal, folder: Path) -> bytes:
 
 
 def load_journal(folder: Path, target: Path) -> Journal | None:
-    """Return the journal in the stage `folder` of `target`; None if there is none, or only a part of one.
+    """Return the journal in the stage `folder` of `target`; None if there is none or it is incomplete.
 
     The journal is flushed before the target is changed, so an incomplete one means that nothing was changed.
 
     Raises:
-        StorageError: it cannot be read, is complete but not of this version, or belongs to another stage.
+        StorageError: the journal cannot be read, is not of this version, or belongs to another stage.
     """
     path = folder / JOURNAL
     if not os.path.lexists(path):
@@ -104,7 +104,7 @@ def load_journal(folder: Path, target: Path) -> Journal | None:
 
 
 def _lies_within(target: Path, name: str) -> bool:
-    """Tell whether a name leads to a file in the target, and not out of it through a link."""
+    """Tell whether a relative path stays inside the target when the links to its folder are followed."""
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         return False
     return name == "." or (target / name).parent.resolve().is_relative_to(target.resolve())

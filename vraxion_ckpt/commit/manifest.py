@@ -1,4 +1,4 @@
-"""Manifests: the size and SHA-256 of each file of a checkpoint, which detect any damage in any format.
+"""Manifests: the size and SHA-256 of each file of a checkpoint, to detect damage in any format.
 
 A manifest is a separate JSON file. It holds no times and no absolute paths, so the manifests of equal checkpoints
 differ only in the checkpoint's name.
@@ -19,7 +19,7 @@ from vraxion_ckpt.support import json_files, progress
 from vraxion_ckpt.support.json_models import Fact, Facts
 from vraxion_ckpt.support.model_errors import refusals
 
-# The relative path of a checkpoint that is a single file.
+# The path in a manifest for a checkpoint that is a single file.
 SELF = "."
 
 
@@ -39,7 +39,7 @@ class Manifest(Facts):
     """The checkpoint's name when the manifest was written."""
     format: str
     files: dict[str, FileDigest]
-    """By path relative to the checkpoint; ``.`` for a checkpoint that is a single file."""
+    """The digests by path relative to the checkpoint. A checkpoint that is a single file has the path ``.``."""
 
 
 def make_manifest(checkpoint: str, format_name: str, files: Mapping[str, Path]) -> Manifest:
@@ -78,7 +78,7 @@ def load_manifest(path: Path) -> Manifest:
     Raises:
         UsageError: the file does not exist or is not a regular file.
         CorruptError: the file is not JSON.
-        InconsistentError: it is not a manifest of this version, or lists a path outside the checkpoint.
+        InconsistentError: the file is not a manifest of this version, or lists a path outside the checkpoint.
         LimitError: the file is too large or nested too deeply.
         StorageError: the file cannot be read.
     """

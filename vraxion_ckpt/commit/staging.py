@@ -1,8 +1,8 @@
-"""Stage a result beside its target, and commit it: afterwards the target has its old state or its new one.
+"""Stage a result beside its target, then commit it. The target always has either its old state or its new one.
 
 The result is written to ``.<name>.<txid>.stage/<name>``. A new target is renamed into place; an existing one is changed
-by a `vraxion_ckpt.commit.transaction`. A lock lets one run at a time work on a target; each run first recovers what
-killed runs have left. Imports without torch.
+by a `vraxion_ckpt.commit.transaction`. A lock lets only one run at a time work on a target. Each run first rolls back
+or finishes the changes of killed runs. Imports without torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Check, before anything is read, that a target may be written.
 
     Raises:
-        UsageError: it exists and `overwrite` is false, or its folder is missing or not writable.
+        UsageError: the target exists and `overwrite` is false, or its folder is missing or not writable.
         StorageError: its file system is read-only.
     """
     if target.exists() and not overwrite:
@@ -66,9 +66,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Lock a target for the length of a ``with`` block, and recover what killed runs have left of it.
+    """Lock a target during a ``with`` block, and first roll back or finish the changes of killed runs.
 
-    The lock is a file beside the target, because the commit may exchange a directory's inode. It is removed at the end.
+    The lock is a file beside the target, because the commit may replace a directory. It is removed at the end.
 
     Raises:
         BusyError: another run holds the lock.
@@ -98,7 +98,7 @@ def exclusive(target: Path) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, place: Path, target: Path) -> None:
-    """Take the lock without waiting; try again if its holder was just about to remove the file."""
+    """Take the lock without waiting. Try three times, because the holder may just be removing the lock file."""
     existed = os.path.lexists(place)
     for last in (False, False, True):
         try:
@@ -106,7 +106,7 @@ def _acquire(lock: FileLock, place: Path, target: Path) -> None:
             return
         except Timeout:
             if last:
-                _check_can_make_files(target)  # filelock reports a folder in which no file can be made as a held lock
+                _check_can_make_files(target)  # filelock reports a held lock if no file can be made
                 hint = "wait for it to end; if none is running on this machine, one on another may be"
                 raise BusyError("another run is at work on it", path=target, hint=hint) from None
         except Exception as error:  # filelock raises several classes where the file system has no locks
@@ -133,7 +133,7 @@ def _not_lockable(error: Exception, target: Path) -> StorageError:
 
 
 def leftovers(target: Path) -> list[Path]:
-    """List the stages beside a target, of a running process or of killed ones."""
+    """List the staging folders beside a target, including those that killed processes left."""
     staged = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.stage")
     try:
         with os.scandir(target.parent) as entries:
@@ -144,7 +144,7 @@ def leftovers(target: Path) -> list[Path]:
 
 
 def was_interrupted(target: Path) -> bool:
-    """Tell whether there is a journal of an unfinished change of a target."""
+    """Tell whether there is a journal beside a target, so that a change of the target is unfinished."""
     try:
         return any((folder / JOURNAL).exists() for folder in leftovers(target))
     except StorageError:
@@ -155,7 +155,7 @@ def recover(folder: Path, target: Path) -> str | None:
     """Roll back or forward from the journal in a stage, then remove the stage.
 
     Returns:
-        what was done, as part of a sentence; None if there was no journal.
+        what was done, such as ``rolled back``; None if there was no journal.
 
     Raises:
         StorageError: the journal cannot be followed, or the file system refused; the stage is kept.
@@ -212,7 +212,7 @@ class Staged:
     change: FileChanges = field(default_factory=FileChanges)
 
     def prepare(self) -> None:
-        """Flush the result to disk. Called for each of several results before the first of them is published.
+        """Flush the result to disk. If there are several results, prepare all before the first is published.
 
         Raises:
             UsageError: the target was created by another process.
@@ -232,12 +232,12 @@ class Staged:
         """Flush the result to disk and commit it.
 
         Args:
-            check: called after the flush; raises if a source of the result has changed since it was read.
-            watched: marks, from `survey`, of files of an existing target that must not have changed.
-            keep_old: keep the old state of an existing target beside it.
+            check: a function that is called after the flush. It raises if a source of the result has changed.
+            watched: the marks, as of `survey`, of the files of an existing target that must not have changed.
+            keep_old: whether to keep the old state of an existing target beside it.
 
         Returns:
-            where the old state is kept; None if it is not.
+            the path of the old state; None if it is not kept.
 
         Raises:
             UsageError: the target was created by another process.
@@ -272,7 +272,7 @@ class Staged:
 
 @contextmanager
 def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChanges | None = None) -> Iterator[Staged]:
-    """Make a stage for a result; remove it at the end of the ``with`` block, whether the result was published or not.
+    """Make a stage for a result, and remove the stage at the end of the ``with`` block.
 
     Args:
         target: the path of the result.
@@ -281,7 +281,7 @@ def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChange
         change: see `Staged`.
 
     Raises:
-        CkptError: errors of the block; their paths name the target instead of the stage.
+        CkptError: an error of the block; its path names the target instead of the stage.
         StorageError: the file system refused.
     """
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
@@ -316,7 +316,7 @@ def _naming_target(error: BaseException, stage: Staged) -> BaseException:
 
 
 def _recover_after(error: BaseException, folder: Path, target: Path) -> None:
-    """Recover after an error. A second error becomes a warning and a note on the first."""
+    """Recover the target after an error. An error of the recovery becomes a warning and a note on the first error."""
     if not folder.exists():
         return
     try:

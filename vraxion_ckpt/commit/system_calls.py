@@ -1,8 +1,8 @@
 """The system calls with which the commit protocol changes the disk.
 
-After a crash, each change is either complete or not made at all; only `copy` and `remove` take several steps. The
-other modules change the disk through this module only, so tests can record each call or make it fail. Imports without
-torch.
+Renaming and exchanging are atomic: after a crash, they are complete or not made. `write_new`, `copy` and `remove` may
+be incomplete. Other modules change the disk only through this module, so tests can record each call or make it fail.
+Imports without torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 # Errors of renameat2(2) if the file system, the kernel or the C library does not support it.
 _UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP)
-# Errors of link(2) if links are not supported, too many, or forbidden to this user (fs.protected_hardlinks).
+# Errors of link(2) if links are unsupported, too many, or forbidden to this user (fs.protected_hardlinks).
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -51,7 +51,7 @@ def fsync(path: Path) -> None:
     """Flush a file's bytes, or a directory's entries, to disk.
 
     Raises:
-        OSError: the flush failed; names `path`.
+        OSError: the flush failed; the error names `path`.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -68,7 +68,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename to a new name. Where the kernel cannot refuse an existing name atomically, test for it first.
+    """Rename a file to a name that must not exist. The check is atomic only if the file system supports it.
 
     Raises:
         FileExistsError: the new name exists.
@@ -101,7 +101,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file with its times and mode. Symbolic links are not followed; for a pipe, make a hard link."""
+    """Copy a file with its times and mode. Copy a symbolic link as a link; make a hard link to a pipe."""
     if source.is_symlink() or source.is_file():
         shutil.copy2(source, target, follow_symlinks=False)
     else:
@@ -109,7 +109,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def copy_mode_and_owner(path: Path, model: Path) -> None:
-    """Copy the mode bits of `model` to `path`, and its group and owner if this user has the right to."""
+    """Copy the mode bits of `model` to `path`, and the group and owner if this user may change them."""
     wanted, found = model.stat(), path.stat()
     if wanted.st_gid != found.st_gid:
         with contextlib.suppress(OSError):

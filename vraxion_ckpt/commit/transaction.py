@@ -12,7 +12,7 @@ Every change takes the same steps, `Transaction.STEPS`:
 ``close``    remove the journal
 ===========  ===================================================================================================
 
-The index file is the file that a reader opens first and that determines which others it reads, such as the
+The index file is the file that a reader opens first and that determines which other files it opens, such as the
 ``router.state`` of a modular checkpoint. `FileChanges` lists what is done before the commit and what after it.
 
 After a crash, the journal shows whether the commit took place, and so whether to roll back or forward. A file is
@@ -38,7 +38,7 @@ from vraxion_ckpt.commit.journal import JOURNAL, FileChanges, Journal, dump_jour
 from vraxion_ckpt.errors import ChangedError, StorageError
 from vraxion_ckpt.support import signals
 
-# The targets that this process has committed: a signal that arrives afterwards does not make its run a failure.
+# The targets that this process has committed. A signal that arrives after a commit does not make the run a failure.
 committed: set[Path] = set()
 
 
@@ -47,16 +47,16 @@ class Transaction:
     """A change of an existing target.
 
     Attributes:
-        folder: the stage. Under the target's name it holds the new state, or the files of it that change.
-        target: a file or a directory.
-        change: which of its files change, and when.
-        keep_old: keep the old state beside the target; only if the target is exchanged as a whole.
-        check: raises if a source of the new state has changed.
-        watched: marks of files of the target that must not change. A mark that is an inode alone means that the file
-            must not be replaced. If the target is exchanged as a whole, no file may be added either.
+        folder: the stage. Its entry with the target's name is the new state, or a directory of the files that change.
+        target: the path to change, a file or a directory.
+        change: the files of the target that change at each step.
+        keep_old: whether to keep the old state beside the target; possible only if the whole target is exchanged.
+        check: a function that raises if a source of the new state has changed.
+        watched: the marks of the target's files that must not change. If a mark is only an inode, the file may be
+            written but not replaced. If the whole target is exchanged, no file may be added either.
         old: the marks of the files that are replaced or removed.
-        new: the marks of the files that replace or join them.
-        kept: where the old state was kept.
+        new: the marks of the files that replace old files or are added.
+        kept: the path of the kept old state; None if it is not kept.
     """
 
     STEPS: ClassVar[tuple[str, ...]] = ("seal", "place", "verify", "commit", "recheck", "finish", "close")
@@ -70,11 +70,11 @@ class Transaction:
     old: dict[str, Mark] = field(default_factory=dict)
     new: dict[str, Mark] = field(default_factory=dict)
     kept: Path | None = None
-    _sealed: dict[str, Mark] = field(default_factory=dict)  # the exchanged files, as they must be after the commit
+    _sealed: dict[str, Mark] = field(default_factory=dict)  # the marks of the exchanged files after the commit
 
     @classmethod
     def load(cls, folder: Path, target: Path) -> Transaction | None:
-        """Return the transaction whose journal is in a stage; None if there is none, or only a part of one.
+        """Return the transaction whose journal is in a stage; None if there is no journal or it is incomplete.
 
         Raises:
             StorageError: see `load_journal`.
@@ -99,7 +99,7 @@ class Transaction:
                 getattr(self, step)()
 
     def seal(self) -> None:
-        """Flush the staged files and the journal, so that they survive a power loss from here on."""
+        """Flush the staged files and the journal, so that they survive a power loss."""
         for mount in mounts_within(self.target):
             message = f"cannot be changed in place, because a file system is mounted on it or in it ({mount})"
             raise StorageError(message, path=self.target, hint="use convert to a new path")
@@ -131,7 +131,7 @@ class Transaction:
         """Check that no watched file and no source has changed.
 
         Raises:
-            ChangedError: one has.
+            ChangedError: a watched file or a source has changed.
         """
         if self.check is not None:
             self.check()
@@ -143,7 +143,7 @@ class Transaction:
         if self._is_whole and self.watched and self._live(".").is_dir():
             old = self._where_old(".")
             for name in sorted(survey(old).keys() - self.watched.keys() if old else ()):
-                self._raise_changed(name)  # it would be removed with the old state
+                self._raise_changed(name)  # the added file would be removed with the old state
 
     def _raise_changed(self, name: str) -> NoReturn:
         hint = "wait for the trainer to finish saving, then run again"
@@ -153,7 +153,7 @@ class Transaction:
         """Exchange the index file, or the whole target, with the staged one.
 
         Raises:
-            StorageError: the file system cannot exchange names, and the old state cannot be renamed over.
+            StorageError: the file system cannot exchange names, and the old state is a directory or must be kept.
         """
         staged, live = self._staged(self.change.exchanged), self._live(self.change.exchanged)
         try:
@@ -170,7 +170,7 @@ class Transaction:
     def recheck(self) -> None:
         """Undo the commit if another process wrote between `verify` and `commit`.
 
-        Where names could not be exchanged, the old index file is gone and nothing can be undone.
+        If the file system cannot exchange names, the old index file is gone and nothing can be undone.
 
         Raises:
             ChangedError: another process wrote.
@@ -185,7 +185,7 @@ class Transaction:
                 system_calls.exchange(staged, live)
                 committed.discard(self.target)
                 system_calls.fsync(live.parent)
-            else:  # it has already written into the new state and goes on: keep its files
+            else:  # the other process has already written into the new state: keep its files
                 committed.discard(self.target)
                 self.undo()
                 self.close()
@@ -206,11 +206,11 @@ class Transaction:
             system_calls.fsync(self.target.parent)
 
     def close(self) -> None:
-        """Remove the journal. If a power loss brings it back, no file has a mark that it lists."""
+        """Remove the journal. If it reappears after a power loss, following it changes nothing."""
         system_calls.unlink(self.folder / JOURNAL)
 
     def undo(self) -> None:
-        """Roll back what `place` did; calling it again changes nothing."""
+        """Restore or remove the files that `place` installed. A second call changes nothing."""
         for name in self.change.first:
             if mark_of(self._live(name)) != self.new[name]:
                 continue
@@ -221,12 +221,12 @@ class Transaction:
         self._fsync_folders(self.change.first)
 
     def is_committed(self) -> bool:
-        """Tell whether the commit took place: the new index file, or target, is no longer in the stage."""
+        """Tell whether the commit took place. If it did, the new index file, or target, is not in the stage."""
         mark = mark_of(self._staged(self.change.exchanged))
         return mark is None or mark[0] != self.new[self.change.exchanged][0]
 
     def is_in_place(self) -> bool:
-        """Tell whether the new index file, or target, is in place unchanged; false if a trainer has saved since."""
+        """Tell whether the new index file, or target, is in place. False if a trainer has saved since the commit."""
         return mark_of(self._live(self.change.exchanged)) == self.new[self.change.exchanged]
 
     # --- where files are ---
@@ -242,12 +242,12 @@ class Transaction:
         return self.folder / self.target.name / name
 
     def _spare(self, name: str) -> Path:
-        """Return where `_put` has left the old file."""
+        """Return the path at which `_put` keeps the old file."""
         staged = self._staged(name)
         return staged if staged.exists() else staged.with_name(f"{staged.name}.old")
 
     def _put(self, name: str) -> None:
-        """Install a file; the file that it replaces is in the stage afterwards."""
+        """Install a staged file, and keep the file that it replaces in the stage."""
         staged, live = self._staged(name), self._live(name)
         if name not in self.old:
             try:
@@ -265,7 +265,7 @@ class Transaction:
             system_calls.rename(staged, live)
 
     def _replace(self, name: str) -> None:
-        """Replace a file; undo that if another process changed it at that moment."""
+        """Replace a file. Undo the replacement if another process changed the file at the same time."""
         staged, live = self._staged(name), self._live(name)
         try:
             system_calls.exchange(staged, live)
@@ -276,21 +276,21 @@ class Transaction:
             system_calls.exchange(staged, live)
 
     def _remove(self, name: str) -> None:
-        """Move a file into the stage, which is removed later; undo that if another process changed it."""
+        """Move a file into the stage, which is removed later. Move it back if another process changed it."""
         live, aside = self._live(name), self.folder / f"removed{self.change.removed.index(name)}"
         system_calls.rename_new(live, aside)
         if mark_of(aside) != self.old[name]:
             system_calls.rename_new(aside, live)
 
     def _where_old(self, name: str) -> Path | None:
-        """Return where a file of the old state is now; None if it no longer exists."""
+        """Return the current path of a file of the old state; None if it no longer exists or only a copy does."""
         if self._is_whole:
             moved = self._staged(name) if self.is_committed() else self._live(name)
             return moved if moved.exists() or self._staged(".").exists() else None
         if name not in self.new or mark_of(self._live(name)) != self.new[name]:
             return self._live(name)
         spare = mark_of(self._spare(name))
-        return self._spare(name) if spare and spare[0] == self.old[name][0] else None  # the marks of a copy differ
+        return self._spare(name) if spare and spare[0] == self.old[name][0] else None  # a copy has another inode
 
     def _fsync_folders(self, names: Iterable[str]) -> None:
         for folder in sorted({self._live(name).parent for name in names}):
@@ -299,10 +299,10 @@ class Transaction:
 
 
 def mounts_within(target: Path) -> list[str]:
-    """List the mount points at and below a path, across which nothing can be renamed; empty without ``/proc``."""
+    """List the mount points at and below a path, because no rename can cross them. Empty without ``/proc``."""
     try:
         table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:  # then renaming itself fails
+    except OSError:  # without /proc, a rename across a mount point fails
         return []
     escaped = str(target).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
     points = (line.split(" ")[4] for line in table.splitlines())

@@ -1,10 +1,10 @@
 """A checkpoint as named tensors and one JSON document, for formats that hold only tensors and text.
 
-The tensors of the model keep their names in the state dict. All other tensors (the optimizer's, the payload's) get
-names that begin with `OUR_PREFIX`, as do tensors of the model whose name or dtype the format cannot hold; such a dtype
+The tensors of the model keep their names in the state dict. All other tensors, such as the optimizer's, get names that
+begin with `OUR_PREFIX`. So do tensors of the model whose name or dtype the format cannot hold. A tensor of such a dtype
 is stored as bytes. Aliased tensors are stored once. The document refers to the tensors by name and holds everything
 else: training state, param groups, lifecycle rows, history, format variants. `vraxion_ckpt.formats.document_values`
-describes how it encodes values.
+describes the encoding of values.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Document(BaseModel):
     """The entries of a document.
 
     Attributes:
-        model: the state dict in order. An entry is a name if the tensor is stored unchanged under it, otherwise the
-            name and the reference to the tensor.
+        model: the entries of the state dict in order. An entry is the tensor's name if the tensor is stored unchanged
+            under this name, otherwise a pair of the name and the JSON that refers to the stored tensor.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -78,10 +78,10 @@ def dump_document(
     Args:
         checkpoint: the checkpoint; its optimizer is bound.
         dtypes: the dtypes that the format can hold, uint8 among them.
-        is_name: whether the format can hold a tensor of a name.
+        is_name: a function that tells whether the format accepts a name for a tensor.
 
     Returns:
-        the tensors to store by name, each of one of `dtypes`, not necessarily contiguous; and the document.
+        the tensors to store by name, and the document. Each tensor has one of `dtypes`; it may be non-contiguous.
     """
     tensors = TensorStore(dtypes, is_name)
     model: list[Any] = []
@@ -133,7 +133,7 @@ def document_text(document: Mapping[str, Any]) -> str:
     """Return a document as JSON text, in ASCII and without spaces.
 
     Raises:
-        LimitError: it has a number with thousands of digits.
+        LimitError: the document has a number with thousands of digits.
     """
     try:
         return json.dumps(document, allow_nan=False, separators=(",", ":"))
@@ -145,18 +145,18 @@ def document_text(document: Mapping[str, Any]) -> str:
 
 
 def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
-    """Return the checkpoint of which `dump_document` has returned the tensors and the document.
+    """Return the checkpoint that is stored as tensors and a document; the inverse of `dump_document`.
 
     Args:
         tensors: the stored tensors by name.
         document: the document, as parsed JSON.
-        path: the file or directory; named in errors and in the checkpoint's origin.
+        path: the file or directory, for errors and for the checkpoint's origin.
         format_name: the name of the adapter.
 
     Raises:
         InconsistentError: the document is not valid, or does not fit the tensors.
         UnsupportedError: a newer version of this package has written it.
-        LimitError: it is nested too deeply, or has too many values.
+        LimitError: the document is nested too deeply, or has too many values.
     """
     with errors_at(path):
         checkpoint = _load(tensors, document, path, format_name)

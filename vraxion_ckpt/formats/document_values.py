@@ -23,7 +23,7 @@ from vraxion_ckpt.checkpoint.shared_memory import view_of
 from vraxion_ckpt.errors import InconsistentError, LimitError, raise_if_out_of_memory
 from vraxion_ckpt.formats.extras import OUR_PREFIX
 
-_PLACE = 300  # characters of a place that are kept, so that a long key is not copied for every entry below it
+_PLACE = 300  # the longest place in characters, so that a long key is not copied for every entry below it
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**48  # of a tensor; an empty dimension counts as 1
 _DTYPES = {dtype_name(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -34,8 +34,8 @@ class TensorStore:
     """Tensors to store, by name. A tensor that is put twice is stored once.
 
     Args:
-        dtypes: the dtypes that the format can hold; tensors of others are stored as bytes.
-        is_name: whether the format can hold a tensor of a name.
+        dtypes: the dtypes that the format can hold; tensors of other dtypes are stored as bytes.
+        is_name: a function that tells whether the format accepts a name for a tensor.
     """
 
     def __init__(self, dtypes: Collection[torch.dtype], is_name: Callable[[str], bool]) -> None:
@@ -45,7 +45,7 @@ class TensorStore:
         self._known: dict[Any, str] = {}
 
     def put(self, tensor: Tensor, wanted: str) -> dict[str, Any]:
-        """Store a tensor, as `wanted` if that name is valid and free, and return the JSON that refers to it."""
+        """Store a tensor, if possible under the name `wanted`, and return the JSON that refers to the tensor."""
         view = view_of(tensor)
         name = self._known.get(view) if tensor.numel() else None
         native = tensor.dtype in self._dtypes
@@ -97,7 +97,7 @@ class ValueDecoder:
     """Turns JSON data back into plain values.
 
     Attributes:
-        used: the names of the stored tensors that were referred to.
+        used: the names of the stored tensors to which the decoded data referred.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -111,7 +111,7 @@ class ValueDecoder:
 
         Raises:
             InconsistentError: the data is not what `encode_value` returns, or refers to a missing tensor.
-            LimitError: it is nested too deeply.
+            LimitError: the data is nested too deeply.
         """
         if depth > DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", key=place)
@@ -140,7 +140,7 @@ class ValueDecoder:
             vars(ordered).update(attributes)
             return ordered
         if len(value) != 1:
-            raise ValueError("it has further entries")
+            raise ValueError("it must have only this one key")
         if kind == "$dict":
             return dict(self._pairs(inside, place, depth))
         if kind == "$tuple" and isinstance(inside, list):
@@ -158,7 +158,7 @@ class ValueDecoder:
 
     def _tensor(self, found: dict[str, Any], place: str) -> Tensor:
         if not found.keys() <= {"$tensor", "dtype", "shape", "parameter", "requires_grad"}:
-            raise ValueError("it has further entries")
+            raise ValueError("it has unknown further entries")
         name = found["$tensor"]
         if name not in self._tensors:
             raise InconsistentError(f"refers to the tensor {name!r}, which does not exist", key=place)
@@ -183,7 +183,7 @@ class ValueDecoder:
             raise ValueError("it is not stored as bytes")
         if not _is_shape(shape):
             raise ValueError("its shape is not valid")
-        if tensor.data_ptr() % dtype.itemsize:  # stored bytes may not be aligned, which some operations need
+        if tensor.data_ptr() % dtype.itemsize:  # some operations need aligned memory
             tensor = self._tensors[name] = tensor.clone()
         return tensor.view(dtype).view(shape)
 

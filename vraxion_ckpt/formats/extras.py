@@ -1,4 +1,4 @@
-"""The entry that this package adds to a checkpoint, for what VRAXION's own entries cannot hold."""
+"""The entry that this package adds to a checkpoint file, for values that VRAXION's own entries cannot hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vraxion_ckpt.errors import InconsistentError, UnsupportedError
 from vraxion_ckpt.support.model_errors import refusals
 
 OUR_KEY = "vraxion_ckpt"
-OUR_PREFIX = f"{OUR_KEY}/"  # of the names of tensors that are not the model's
+OUR_PREFIX = f"{OUR_KEY}/"  # begins the names of tensors that do not belong to the model
 _ROW = Lifecycle()
 
 
@@ -25,9 +25,9 @@ class Extras(BaseModel):
         lifecycle: lifecycle rows by expert id.
         deleted: ids of deleted experts.
         head_position: the index of the head's first tensor in the state dict.
-        optimizer_names: the parameter names of the optimizer's entries, in order.
-        optimizer_digest: the digest of the optimizer state that the names belong to.
-        optimizer_undecided: names that could not be assigned with certainty.
+        optimizer_names: the names of the optimizer's parameters, in the order of their numbers.
+        optimizer_digest: the digest of the optimizer state to which `optimizer_names` belongs.
+        optimizer_undecided: parameter names that could not be assigned to optimizer state with certainty.
         dialects: for each format, the variant in which the checkpoint was last stored.
     """
 
@@ -71,7 +71,7 @@ def parse_extras(raw: Any) -> Extras:
     """Return the value under `OUR_KEY` as `Extras`.
 
     Raises:
-        InconsistentError: it is not valid.
+        InconsistentError: the value is not valid.
         UnsupportedError: a newer version of this package has written it.
     """
     refuse_newer(raw)

@@ -1,8 +1,8 @@
-"""VRAXION's payload dict, to and from the canonical checkpoint.
+"""Convert VRAXION's payload dict to the canonical checkpoint and back.
 
 A ``.pt`` monolith and the ``router.state`` of a modular directory each hold one dict with the model, the optimizer, and
-training state. Its keys depend on the trainer, see `vraxion_ckpt.formats.payload_dialect`. `Extras` are stored under a
-key of their own, which trainers ignore; in a bare state dict, in its ``_metadata``, which torch ignores.
+training state. Its keys depend on the trainer, see `vraxion_ckpt.formats.payload_dialect`. `Extras` are stored under
+`OUR_KEY`, which trainers ignore. In a bare state dict they are stored in ``_metadata``, which torch ignores.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Parsed:
     """A parsed payload dict. The head is not separated yet; `split_head` does that.
 
     Attributes:
-        checkpoint: its `core` is the whole state dict, in order.
-        num_experts: the number of experts in the payload; None if it is not stated.
+        checkpoint: the checkpoint. Its `core` is the whole state dict, in order.
+        num_experts: the payload's entry ``num_experts``; None if there is none.
         dialect: the dialect of the payload.
         extras: the extras in the payload.
     """
@@ -139,10 +139,10 @@ def build_payload(
     """Return a payload dict; the inverse of `parse_payload`.
 
     Args:
-        checkpoint: the source of everything except the model's tensors.
+        checkpoint: the checkpoint from which everything except the model's tensors is taken.
         state: the tensors of the model by name.
-        dialect: the dialect to write. Entries that it does not list follow in the order of the payload.
-        extras: stored under `OUR_KEY`, unless all fields have their defaults.
+        dialect: the dialect to write. Entries whose keys it does not list come last, in the order of the payload.
+        extras: the value to store under `OUR_KEY`. It is not stored if all its fields have their defaults.
     """
     ours = extras.as_json()
     if ours:
@@ -178,7 +178,7 @@ def make_extras(checkpoint: Checkpoint, dialect: PayloadDialect, origin: Origin,
     Args:
         checkpoint: the checkpoint.
         dialect: the dialect of the payload.
-        origin: the origin whose dialects are recorded.
+        origin: the origin to record in the payload; only its dialects are stored.
         more: further fields of `Extras`.
     """
     names = _names_to_record(checkpoint, dialect)
@@ -186,7 +186,7 @@ def make_extras(checkpoint: Checkpoint, dialect: PayloadDialect, origin: Origin,
 
 
 def _names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str, Any]:
-    """Return the fields that record the optimizer's names; none if a reader can bind them without."""
+    """Return the fields of `Extras` with the optimizer's parameter names. Empty if `bind` finds the names itself."""
     if checkpoint.optimizer is None:
         return {}
     names, undecided = checkpoint.optimizer.params, checkpoint.optimizer.undecided

@@ -1,6 +1,6 @@
 """The dialects of VRAXION's payload dict: which keys it has and in which order, depending on the trainer.
 
-The dialect in which a checkpoint was read is recorded in its origin, so that it is written in the same one.
+The dialect in which a checkpoint was read is recorded in its origin, so that the same dialect is written.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.errors import InconsistentError
 from vraxion_ckpt.formats.extras import OUR_KEY, Extras
 
-# The two places that hold a payload: the single file of a monolith, and ``router.state`` of a modular directory. The
-# recorded dialects have these names in existing files, so they must not change.
+# The two places that hold a payload: the single file of a monolith, and ``router.state`` of a modular directory.
+# Existing files record dialects under these names, so the names must not change.
 MONOLITH = "pt"
 ROUTER = "router"
 
@@ -27,10 +27,10 @@ class PayloadDialect:
     """The dialect of a payload dict.
 
     Attributes:
-        bare: the dict is the state dict itself.
-        ordered: the state dict is an OrderedDict, as ``Module.state_dict()`` returns it.
-        optimizer_key: ``optim``, ``optimizer``, or None if there is none.
-        keys: all keys in order.
+        bare: whether the dict is the state dict itself.
+        ordered: whether the state dict is an OrderedDict, as ``Module.state_dict()`` returns it.
+        optimizer_key: the key of the optimizer, ``optim`` or ``optimizer``; None if there is no such key.
+        keys: the keys of the dict in order; empty for a bare state dict.
     """
 
     bare: bool = False
@@ -45,7 +45,7 @@ class PayloadDialect:
         return replace(self, bare=False, optimizer_key=self.optimizer_key and "optim", keys=tuple(keys))
 
     def implies(self, router: PayloadDialect, has_head: bool) -> bool:
-        """Tell whether `as_router` returns `router`, except for keys without a value."""
+        """Tell whether `as_router` returns `router`, which may lack ``param_names``, or ``num_experts`` if headless."""
         unknown = {"param_names"} if has_head else {"param_names", "num_experts"}
         known = tuple(key for key in self.as_router().keys if key not in unknown or key in router.keys)
         return replace(self.as_router(), keys=known) == router
@@ -100,7 +100,7 @@ def monolith_dialect(checkpoint: Checkpoint) -> tuple[PayloadDialect, Origin]:
     router = recorded_dialect(checkpoint, ROUTER)
     dialect = recorded_dialect(checkpoint, MONOLITH) or router or PayloadDialect()
     if dialect.bare and (checkpoint.payload or checkpoint.optimizer):
-        dialect = router or PayloadDialect(ordered=dialect.ordered)  # a trainer has added to a bare state dict
+        dialect = router or PayloadDialect(ordered=dialect.ordered)  # a bare state dict cannot hold them
     if router is None or dialect.implies(router, checkpoint.head is not None):
         origin = origin.without_dialects(ROUTER)
     return dialect, origin

@@ -2,7 +2,7 @@
 
 ``torch.load(weights_only=True)`` does not run code from a pickle, but it trusts sizes in it, and calls functions that
 return uninitialised memory or allocate any amount of it. This module runs the pickle first with each class and function
-replaced by a stub. It compares each requested storage with the archive, and rejects what torch would not handle safely.
+replaced by a stub. It compares the size of each storage with the archive, and rejects what torch cannot handle safely.
 Imports without torch.
 """
 
@@ -74,7 +74,7 @@ class _Dict(dict[Any, Any]):
         self.dry_run.copy(state)
 
 
-# Functions that torch allows. Their results are not plain data, and calling them is not safe.
+# Functions that torch allows, with what they return. It is not plain data, and calling them is not safe.
 _NOT_PLAIN = {
     "torch._tensor._rebuild_from_type_v2": "a tensor subclass, or a tensor with attributes",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
@@ -82,7 +82,7 @@ _NOT_PLAIN = {
     "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
 }
 
-# Bytes per element of the storage classes that torch writes; newer dtypes come as UntypedStorage.
+# Bytes per element of the storage classes that torch writes. It writes newer dtypes as UntypedStorage.
 _ITEMSIZES = {
     f"{name}Storage": size
     for size, names in {
@@ -116,7 +116,7 @@ def _memory_from_elsewhere(name: str) -> UnsafeError:
     return UnsafeError(f"its pickle would call {name}, which returns memory that is not in the file")
 
 
-# The opcodes that torch's unpickler accepts: most of protocol 2. Some others allocate memory or hash without limit.
+# The opcodes that torch's unpickler accepts: most of protocol 2. Some others allocate or hash without limit.
 _OPCODES = {
     code[0]
     for code in (
@@ -146,7 +146,7 @@ class DryRun(pickle._Unpickler):  # in pure Python: the C one allocates memory f
     def __init__(self, data: bytes, container: Container) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._container = container
-        # A pickle of torch.save copies each of its own values at most once.
+        # In a pickle that torch.save wrote, calls copy each value at most once.
         self._copies_left = 1000 + 4 * len(data)
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,10 +1,11 @@
-"""Check, open and write safetensors files; the only module that does.
+"""The only module that checks, opens and writes safetensors files.
 
 A file has eight bytes with the header's length (little-endian), a JSON header, and the bytes of the tensors without
 gaps. The header holds the dtype, shape and offsets of each tensor, and text under ``__metadata__``; see
-https://huggingface.co/docs/safetensors. The safetensors library opens files, after a check for faults that it accepts,
-such as duplicate keys. It does not write them, because its writer keeps all copies of non-contiguous tensors in memory
-at once, makes files that only their owner can read, and accepts names that no reader accepts.
+https://huggingface.co/docs/safetensors. Files are checked for faults that the safetensors library accepts, such as
+duplicate keys, and then opened with the library. They are not written with it, because its writer keeps all copies of
+non-contiguous tensors in memory at once, makes files that only their owner can read, and accepts names that no reader
+accepts.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class Header:
     """The header of a file.
 
     Attributes:
-        sizes: the size of each tensor in bytes, in the order of their offsets.
-        metadata: text by key.
-        fingerprint: of the file when the header was read.
+        sizes: the size in bytes of each tensor by name, in the order of the offsets.
+        metadata: the text under ``__metadata__`` by key.
+        fingerprint: the fingerprint of the file when the header was read.
     """
 
     sizes: dict[str, int]
@@ -200,7 +201,7 @@ def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, 
     """Return the memory-mapped tensors of a checked file by name, in the order of their offsets.
 
     Args:
-        path: the file. It is registered in `sources`; the format has no checksums.
+        path: the file. It is registered in `sources` without checksums, because the format has none.
         header: the result of `check_safetensors`.
         sources: the files read so far.
 
@@ -221,7 +222,7 @@ def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, 
     opened.add(path, header.fingerprint)
     opened.check_unchanged()  # the library has opened the file again by its name
     sources.files.extend(opened)
-    # Copy tensors that are not aligned, which some operations need, and empty ones, which have the address of the next.
+    # Copy tensors that are not aligned, as some operations need, and empty ones, which share the next one's address.
     return {
         name: tensor.clone() if not tensor.numel() or tensor.data_ptr() % tensor.itemsize else tensor
         for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""The head in a state dict: separate its tensors from the core's."""
+"""Separate the tensors of the head from those of the core in a state dict."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _EXPERT = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)")
 
 
 def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = frozenset()) -> Checkpoint:
-    """Return a checkpoint whose head's tensors are moved from `core` to `head`.
+    """Return a copy of a checkpoint with the tensors of its head moved from `core` to `head`.
 
     Args:
-        checkpoint: its `core` is the whole state dict, in order.
-        path: named in errors.
+        checkpoint: a checkpoint whose `core` is the whole state dict, in order.
+        path: the path of the checkpoint, for errors.
         deleted: ids of deleted experts.
 
     Raises:
-        InconsistentError: there are both kinds of head, an expert without an id, or other tensors between the head's.
+        InconsistentError: there are both kinds of head, a name has no expert id, or other tensors are between the
+            tensors of the head or of one expert.
     """
     core: dict[str, Tensor] = {}
     single: dict[str, Tensor] = {}
@@ -67,7 +68,7 @@ def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = fro
 
 
 def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
-    """Return the checkpoint with a head, and without ``num_experts`` in its payload, which follows from the head."""
+    """Return the checkpoint with a head, and without ``num_experts`` in its payload, which the head determines."""
     payload = {key: value for key, value in checkpoint.payload.items() if key != "num_experts"}
     return replace(checkpoint, head=head, payload=payload)
 

@@ -2,8 +2,8 @@
 
 A ``.pt`` file is a zip archive of uncompressed members: ``<prefix>/data.pkl``, a pickle of the structure, and
 ``<prefix>/data/<key>``, one raw storage each (see ``torch/serialization.py``). ``torch.load`` trusts the archive: it
-skips all checksums, and one flag makes it return uninitialised memory. So this module checks names, flags, sizes,
-overlaps, local headers against the directory, and checksums. Imports without torch.
+skips all checksums, and one flag of a member makes it return uninitialised memory. So this module checks names, flags,
+sizes, overlaps, checksums, and that local headers agree with the directory. Imports without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CRC_CHUNK = 16 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Container:
-    """A torch zip archive whose structure is checked. The checksums of storages are not, see `verify`."""
+    """A torch zip archive whose structure was checked. The checksums of storages are checked by `verify`."""
 
     path: Path
     fingerprint: Fingerprint
@@ -45,7 +45,7 @@ class Container:
         """Record the CRC-32 of a member's bytes that was computed elsewhere.
 
         Returns:
-            whether it is the stated one; then `verify` does not read the member again.
+            whether it matches the CRC-32 in the archive. If so, `verify` does not read the member.
         """
         if crc and crc == self.members[name].crc:
             self._sound.add(name)
@@ -53,7 +53,7 @@ class Container:
         return False
 
     def verify(self) -> None:
-        """Compare the CRC-32 of each member with its bytes.
+        """Compare the CRC-32 of each member with its bytes. Skip members that `note` has confirmed.
 
         Raises:
             CorruptError: a checksum does not match; the key is the member's name.
@@ -90,9 +90,9 @@ def check_archive(path: Path) -> Container:
     """Check the archive of a ``.pt`` file, and the checksums of all members that are not storages.
 
     Raises:
-        CorruptError: it is not a torch archive, or has contradicting, overlapping, duplicate or damaged members.
-        UnsupportedError: it is of an older torch format or TorchScript, is compressed, or is big-endian.
-        LimitError: it has too many members, or a compressed member that is larger than the file.
+        CorruptError: the file is not a torch archive, or has contradicting, overlapping, duplicate or damaged members.
+        UnsupportedError: the file is of an older torch format or TorchScript, is compressed, or is big-endian.
+        LimitError: the file has too many members, or a compressed member that is larger than the file.
         StorageError: the file cannot be read.
     """
     if not path.is_file():
@@ -145,7 +145,7 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
 
 
 def _check_names(path: Path, members: Sequence[Member]) -> str:
-    """Return the prefix of all member names, under which there must be one ``data.pkl``."""
+    """Check that the archive has one ``data.pkl``, and that all members have its prefix. Return the prefix."""
     pickles = [member.name for member in members if member.name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].count("/") != 1:
         raise CorruptError(f"has {len(pickles)} members called data.pkl; there must be one", path=path)

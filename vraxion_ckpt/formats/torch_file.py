@@ -1,7 +1,7 @@
 """Load and save torch files; the only module that calls ``torch.load`` and ``torch.save``.
 
-Before torch reads a file, its archive is checked (`vraxion_ckpt.formats.torch_archive`) and its pickle is run without
-effects (`vraxion_ckpt.formats.pickle_dry_run`). Afterwards, everything that is not plain data is rejected
+Before torch reads a file, its archive is checked (`vraxion_ckpt.formats.torch_archive`) and its pickle is run with
+inert stubs (`vraxion_ckpt.formats.pickle_dry_run`). Afterwards, everything that is not plain data is rejected
 (`vraxion_ckpt.checkpoint.plain_data`).
 """
 
@@ -40,7 +40,7 @@ from vraxion_ckpt.support import progress, signals
 
 # Modules that torch never lets a pickle use, even with allow_globals.
 _NEVER_ALLOWED = frozenset({"builtins", "nt", "os", "posix", "subprocess", "sys"})
-_LARGE = 2**17  # bytes from which a checksum is computed in another thread
+_LARGE = 2**17  # bytes; the checksum of a piece of this size or more is computed in another thread
 
 
 def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
@@ -100,10 +100,10 @@ def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] =
 
 
 def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPart]]:
-    """Yield which part of the mapped file each storage is.
+    """Yield the memory range of each storage, and the part of the mapped file that it is.
 
-    torch maps the whole file, so storages have the same distances in memory as in the file. A storage that does not is
-    left out, and its checksum is verified by reading the file.
+    torch maps the whole file, so storages have the same distances in memory as in the file. A storage for which this is
+    not so is left out, and its checksum is verified by reading the file.
     """
     found = (tensor.untyped_storage() for _, tensor in named_tensors(value))
     storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
@@ -131,7 +131,7 @@ def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Calla
             found.append((getattr(import_module(module), attribute), name))
         except (ImportError, AttributeError, ValueError, TypeError):
             raise UsageError(f"--allow-global {name}: there is no such class or function") from None
-    if "numpy.dtype" in names:  # it returns instances of these classes, which no pickle names
+    if "numpy.dtype" in names:  # a call of it returns instances of these classes, which the pickle does not name
         found += [type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code not in "OV"]
     return found
 
@@ -162,7 +162,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
-    """Return a copy of a value with Python numbers instead of numpy scalars; `done` has the copied containers by id."""
+    """Return a copy of a value with Python numbers for numpy scalars. `done` maps ids of containers to their copies."""
     if depth > DEEPEST:
         raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
     if id(value) in done:
@@ -187,7 +187,7 @@ def save_torch_file(value: Any, path: Path) -> None:
     """Write plain data to a new file with ``torch.save``; tensors are streamed, not copied.
 
     The name inside the archive does not depend on `path`, so equal data gives equal bytes. Checksums are computed in
-    another thread while the bytes are written; torch would compute them before.
+    another thread while the bytes are written, because torch would compute them before it writes.
 
     Raises:
         UsageError: the name of the file ends in ``.safetensors``, which torch would read as another format.
@@ -285,7 +285,7 @@ class _Writer:
         self.error: BaseException | None = None
 
     def end(self) -> None:
-        """Ignore further writes: torch finishes an archive even after an error, and aborts if it cannot."""
+        """Ignore further writes, because torch finishes an archive even after an error, and aborts if it cannot."""
         self._ended = True
 
     def write(self, data: memoryview) -> int:

@@ -27,7 +27,7 @@ _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 
 @dataclass(frozen=True)
 class Member:
-    """An uncompressed member of an archive: where its bytes start in the file, their number, and their CRC-32."""
+    """An uncompressed member of an archive: the offset of its bytes in the file, their number, and their CRC-32."""
 
     name: str
     start: int
@@ -37,7 +37,7 @@ class Member:
 
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[memoryview]:
-    """Memory-map a file read-only for the length of a ``with`` block.
+    """Memory-map a file read-only during a ``with`` block.
 
     Raises:
         CorruptError: the file is empty.
@@ -211,7 +211,7 @@ def fill_in_checksums(path: Path, known: Mapping[tuple[int, int], int]) -> None:
 
     Args:
         path: the archive; no other process may have opened it.
-        known: the CRC-32 of members, by offset and size of their bytes. For other members, the bytes are read.
+        known: CRC-32s by offset and size of a member's bytes. For other members, they are computed from the bytes.
 
     Raises:
         CorruptError: the archive is not valid.

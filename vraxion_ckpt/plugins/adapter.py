@@ -58,7 +58,7 @@ class Faults:
         """Call `step` and return its result. If it raises an error about the checkpoint, note it and return None.
 
         Raises:
-            OutOfMemoryError, PluginError: they do not describe the checkpoint.
+            OutOfMemoryError, PluginError: raised by `step`; they do not describe the checkpoint.
         """
         try:
             return step()

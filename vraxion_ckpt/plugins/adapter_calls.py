@@ -42,7 +42,7 @@ def is_directory(adapter: Adapter) -> bool:
 
 
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Read a checkpoint. Later calls of the adapter, to open an expert or to verify a file, are guarded too."""
+    """Read a checkpoint. Later calls of the adapter, to open an expert or verify a file, use `plugin_call` too."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.read(path, context)
@@ -56,7 +56,7 @@ def read_overlay(
     removed: Collection[str],
     allow_globals: Sequence[str] = (),
 ) -> Checkpoint:
-    """Read a directory with staged files in place of its own. Later calls are guarded as for `call_read`."""
+    """Read a directory with staged files in place of its own. Later calls use `plugin_call` as after `call_read`."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.read_overlay(path, staged, removed, context)
@@ -115,7 +115,7 @@ def foreign_files(adapter: Adapter, path: Path) -> list[Path] | None:
 
 
 def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -> dict[str, OutputFile]:
-    """Return the files of a directory. Their `write` and `size` are guarded too."""
+    """Return the files of a directory. Their functions `write` and `size` are called within `plugin_call` too."""
     with calling(adapter):
         found = adapter.output_files(checkpoint)
     checked = _checked(adapter, "output_files", found, Mapping[str, OutputFile])
@@ -157,7 +157,7 @@ def _checked_size(adapter: Adapter, value: S, expected: Any) -> S:
 
 
 def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
-    """Attach the context's files to the checkpoint, and guard the functions that open experts and verify files."""
+    """Attach the context's files to the checkpoint. Experts are opened and files verified within `plugin_call`."""
 
     def opened(opener: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         with calling(adapter):

@@ -19,7 +19,7 @@ class PluginEntry(Fact):
     kind: str
     """``format``, ``transform`` or ``probe``."""
     distribution: str
-    """The package it comes from."""
+    """The package that provides the plugin."""
     version: str
     entry_point: str
     summary: str
@@ -131,7 +131,7 @@ def describe_plugin(name: str) -> Description:
 
 
 def _default(field: FieldInfo, schema: dict[str, Any]) -> Any:
-    """Return the default of an option. If it is None, the schema may give its name, such as ``auto``."""
+    """Return the default of an option. If it is None, return the default in the schema, such as ``auto``."""
     return schema.get("default") if field.default is None else field.default
 
 

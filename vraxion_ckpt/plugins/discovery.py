@@ -99,11 +99,11 @@ def registry() -> Registry:
 
 
 def _distributions() -> list[metadata.Distribution]:
-    """Return the distributions with an entry point in our group. The metadata of the others is not parsed."""
+    """Return the distributions with an entry point in our group. Other distributions' metadata is not parsed."""
     group = f"[{hookspecs.GROUP}]"
     offering = (each for each in metadata.distributions() if group in (each.read_text("entry_points.txt") or ""))
     names = {distribution.name for distribution in offering if distribution.metadata}
-    # A distribution can be found twice: as an editable install and as its source tree. The first one counts.
+    # A distribution can be found twice: as an editable install and as its source tree. The first one is used.
     return [metadata.distribution(name) for name in sorted(names)]
 
 
@@ -114,7 +114,7 @@ def _key(entry: metadata.EntryPoint, distribution: metadata.Distribution) -> str
 def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
     plugin = entry.load()
     found.manager.register(plugin, name=_key(entry, distribution))
-    # pluggy silently ignores a hook with a misspelt name otherwise.
+    # Otherwise, pluggy silently ignores a hook with a misspelt name.
     found.manager.check_pending()
     offers: list[tuple[dict[str, list[Registered[Any]]], Registered[Any]]] = []
     kinds: tuple[tuple[str, type[Plugin], dict[str, list[Registered[Any]]]], ...] = (
@@ -263,12 +263,12 @@ def _name_and_options(item: Any, what: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def adapters() -> dict[str, type[Adapter]]:
-    """Return every adapter by its name, without names that two plugins share."""
+    """Return the adapters by name. Names that two or more plugins share are left out."""
     return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
 
 
 def run_probes(checkpoint: Checkpoint) -> Visits | None:
-    """Return the visit counts of the first installed probe that returns any, or None.
+    """Return the visit counts of the first installed probe that returns any; None if none does.
 
     Raises:
         PluginError: a probe raised an error, returned a wrong type or wrote into a tensor.

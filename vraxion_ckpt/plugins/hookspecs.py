@@ -1,4 +1,4 @@
-"""The hooks that a plugin module may define. Each is marked with `hookimpl`.
+"""The hooks that a plugin module may define, marked with `hookimpl`.
 
 A plugin is a module that is listed in the entry-point group ``vraxion_ckpt``::
 

@@ -1,14 +1,14 @@
-"""Detect plugins that write into tensors of their input.
+"""Detect plugins that write into tensors of their input, the lent tensors.
 
 torch counts most writes in a version counter, but not those through ``.data``, ``.numpy()`` or a pointer. Therefore,
-bytes are compared. Tensors of the source are compared with a second opening of its files, which no plugin gets.
-Tensors that a step of the chain created are compared with a checksum taken when the step returned.
+bytes are compared. Tensors of the source are compared with those of a second opening of its files, which no plugin
+gets. Tensors that a step of the chain created are compared with a checksum taken when the step returned.
 
 * `SourceTensors.altered` is called after a chain, before anything is derived from its result.
-* The later calls of the adapter (``losses``, ``held``, ``size``, ``output_files``, ``write``) need no pass of their
-  own: the written files are read back and compared with the tensors that `SourceTensors.original` returns, not with
-  memory. A write into a tensor that is not written to the target, or into a copy made by the adapter, is not detected;
-  it changes no file.
+* The later calls of the adapter (``losses``, ``held``, ``size``, ``output_files``, ``write``) need no check of their
+  own, because the written files are read back and compared with the tensors that `SourceTensors.original` returns. A
+  write into a tensor that is not written to the target, or into a copy made by the adapter, is not detected; it changes
+  no file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WriteCounts:
         self._experts = dict(checkpoint.head.experts) if checkpoint.head else {}
 
     def risen(self) -> list[str]:
-        """Return the names of tensors and experts that were written into since; includes experts opened since."""
+        """Return the names of the tensors written into since `__init__`, and of experts written into since opened."""
         written = [name for name, tensor, state in self._states if tensor_state(tensor) != state]
         return written + [f"expert {i}" for i, expert in self._experts.items() if expert.was_written_into]
 
@@ -52,7 +52,7 @@ class MadeTensors:
         self.steps = 0  # number of steps that have returned
 
     def note(self, after: Checkpoint) -> None:
-        """Compute the checksums of the tensors that a step returned, except known ones and those of the source."""
+        """Compute the checksums of the tensors that a step returned, unless they are known or of the source."""
         lent = {id(tensor) for _, tensor in tensors_by_name(self._before)}
         made = {id(tensor): (name, tensor) for name, tensor in tensors_by_name(after) if id(tensor) not in lent}
         new = checksums([tensor for key, (_, tensor) in made.items() if key not in self._known])
@@ -81,8 +81,8 @@ class SourceTensors:
         """Remember the tensors of `before`. Call this before any plugin gets the checkpoint.
 
         Args:
-            before: the checkpoint.
-            reopen: opens the checkpoint again in the same way.
+            before: the checkpoint that was read from the files.
+            reopen: a function that opens the checkpoint again in the same way.
         """
         self.made = MadeTensors(before)
         self._counts = WriteCounts(before)
@@ -114,7 +114,7 @@ class SourceTensors:
         return tensor, self.made.checksum(tensor)
 
     def written(self) -> list[str]:
-        """Return the names of source tensors with a write that torch counted. Reads no bytes."""
+        """Return the names of source tensors into which torch counted a write. No bytes are read."""
         return self._counts.risen()
 
     def altered_in(self, checkpoint: Checkpoint) -> list[str]:
@@ -167,7 +167,7 @@ class SourceTensors:
         fresh = list(_outside_experts(self._fresh))
         if [name for name, _ in fresh] != [name for name, _ in self._lent]:
             self._before.sources.check_unchanged()
-            raise PluginError("reads the same files as different checkpoints", key=self._before.origin.format)
+            raise PluginError("gave other tensor names when it read the files again", key=self._before.origin.format)
         return fresh
 
     def _open_again(self) -> Checkpoint:
@@ -181,7 +181,7 @@ class SourceTensors:
 
 
 def _proven(checkpoint: Checkpoint) -> set[int]:
-    """Return the ids of small tensors that match the checksum stated in their file. Opens no file."""
+    """Return the ids of small tensors that match the checksum stated in their file. No file is opened."""
     parts = checkpoint.sources.parts()
     stated = [
         (tensor, part)
@@ -193,7 +193,7 @@ def _proven(checkpoint: Checkpoint) -> set[int]:
 
 
 def tensors_by_name(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and tensor of everything in a checkpoint except experts that are not open."""
+    """Yield each tensor of a checkpoint with its name. Experts that are not open are skipped."""
     yield from _outside_experts(checkpoint)
     for i, expert in _open_experts(checkpoint):
         yield from ((f"expert {i} {leaf}", tensor) for leaf, tensor in expert.items())

@@ -42,7 +42,7 @@ _P = TypeVar("_P", bound=Plugin)
 
 
 def calling(plugin: Plugin | type[Plugin]) -> AbstractContextManager[None]:
-    """Return a `plugin_call` for a plugin or its class."""
+    """Return the context manager `plugin_call` for a plugin or its class."""
     return plugin_call(plugin.name, partial(distribution_of, _class_of(plugin)))
 
 
@@ -133,7 +133,7 @@ def configure(plugin: type[_P], options: Mapping[str, Any]) -> _P:
 
     Raises:
         OptionError: options are unknown, missing or of the wrong type. The message lists all of them.
-        PluginError: a validator of the plugin raises another error than `ValueError`.
+        PluginError: a validator of the plugin raises an error other than `ValueError`.
         StorageError: a validator of the plugin raises an `OSError`.
     """
     wrong = problems_with(plugin, options)

@@ -21,7 +21,7 @@ from vraxion_ckpt.errors import CkptError, CkptWarning, PluginError, is_out_of_m
 from vraxion_ckpt.support import signals
 
 _STDOUT, _STDERR = 1, 2
-_FIRST_FREE = 10  # copies of descriptors are kept away from the standard ones, which may be closed
+_FIRST_FREE = 10  # the lowest descriptor for copies, because a closed standard descriptor would be reused
 
 _libc = ctypes.CDLL(None)
 
@@ -65,7 +65,7 @@ def defect(message: str, name: str, distribution: str | Callable[[], str]) -> Pl
 def is_fault_of_plugin(error: BaseException) -> bool:
     """Return whether an exception is a plugin's fault.
 
-    Interruptions, out-of-memory errors and warnings that Python raises as errors are not.
+    Interruptions, out-of-memory errors and a `CkptWarning` that Python raises as an error are not.
     """
     passes = isinstance(error, KeyboardInterrupt | signals.Interrupted | CkptWarning)
     return not passes and not is_out_of_memory(error)
@@ -173,7 +173,7 @@ def _flush(stream: Any) -> bool:
 
 
 def _redirect_descriptor() -> Callable[[], None] | None:
-    """Make descriptor 1 a copy of descriptor 2 or of the null device. Return a function that restores it."""
+    """Make descriptor 1 a copy of descriptor 2 or of the null device. Return a function that restores descriptor 1."""
     with suppress(OSError):  # without a free descriptor, only Python's output is redirected
         target = _error_descriptor()
         try:

@@ -20,7 +20,7 @@ from vraxion_ckpt.support import json_files
 
 @dataclass(frozen=True)
 class ReadContext:
-    """The read options of a call, and functions that open and register files for an adapter.
+    """The options of one read, and functions that open and register files for an adapter.
 
     An adapter may keep the context to open further files later, such as the tensors of an expert.
 

@@ -17,20 +17,20 @@ class Effect:
     """What a transform may do to the function that the model computes. Use `exact`, `within_noise` or `changed`.
 
     Attributes:
-        noise: standard deviation of the Gaussian noise by which the expert tensors behind each address may change; 0
-            if they stay bit-identical, None if the function changes on purpose.
+        noise: standard deviation of the Gaussian noise that may be added to the tensors of the expert that owns an
+            address; 0 if the tensors stay bit-identical, None if the function changes on purpose.
     """
 
     noise: float | None
 
     @classmethod
     def exact(cls) -> Effect:
-        """Declare that the expert tensors behind each address stay bit-identical."""
+        """Declare that each address is still served by bit-identical expert tensors."""
         return cls(0.0)
 
     @classmethod
     def within_noise(cls, std: float) -> Effect:
-        """Declare that the expert tensors change by Gaussian noise of standard deviation `std`.
+        """Declare that Gaussian noise of standard deviation `std` may be added to expert tensors.
 
         Raises:
             ValueError: `std` is not a finite number ≥ 0.
@@ -70,7 +70,7 @@ class Transform(Plugin):
     def side_files(self, checkpoint: Checkpoint) -> Mapping[Path, bytes]:  # noqa: ARG002 - most have none
         """Return the content, by path, of additional files to write with the target.
 
-        `checkpoint` is the one that `apply` returned.
+        `checkpoint` is the checkpoint that `apply` returned.
         """
         return {}
 

@@ -14,7 +14,7 @@ from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError
 from vraxion_ckpt.support import text_files
 
 _LARGEST = 2**26  # bytes: enough for a hundred thousand experts or files
-_MOST_VALUES = 5_000_000  # ``[]``, two bytes of text, takes sixty bytes of memory
+_MOST_VALUES = 5_000_000  # each takes much more memory than text; ``[]`` takes sixty bytes
 
 
 def load_json(path: Path, *, most: int = _LARGEST) -> Any:
@@ -23,8 +23,8 @@ def load_json(path: Path, *, most: int = _LARGEST) -> Any:
     Raises:
         UsageError: the file does not exist or is not a regular file.
         CorruptError: the file is not JSON, or not UTF-8.
-        InconsistentError: it has a duplicate key, or a number that is not finite or has thousands of digits.
-        LimitError: it is larger, is nested too deeply, or has more than five million values.
+        InconsistentError: the file has a duplicate key, or a number that is not finite or has thousands of digits.
+        LimitError: the file is larger than `most`, is nested too deeply, or has more than five million values.
         StorageError: the file cannot be read.
     """
     try:
@@ -34,7 +34,7 @@ def load_json(path: Path, *, most: int = _LARGEST) -> Any:
 
 
 def parse_json(text: str | bytes, path: Path | None = None) -> Any:
-    """Parse JSON, given as text or as UTF-8; errors name `path`.
+    """Parse JSON that is given as text or as UTF-8 bytes. Errors name `path`.
 
     Raises:
         CorruptError: see `load_json`.

@@ -1,6 +1,6 @@
 """Base classes of the models that commands print with ``--json``, and of their versioned JSON Schemas.
 
-A new field does not change the version. Removing a field, or changing its meaning, does.
+Adding a field keeps the version. Removing a field, or changing its meaning, needs a new version.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Number = Annotated[
 
 
 def _as_plain(value: Any) -> Any:
-    """Return a value of a checkpoint as JSON data: a scalar tensor as a number, any other as its dtype and shape."""
+    """Return a value of a checkpoint as JSON data: a scalar tensor as a number, other tensors as dtype and shape."""
     if isinstance(value, float):
         return _as_json_number(value)
     if value is None or isinstance(value, bool | int | str):
@@ -51,7 +51,7 @@ class Fact(BaseModel):
 
 
 class Facts(Fact):
-    """The whole output of a command; the entry ``schema`` names its kind and version."""
+    """The whole output of a command. Its entry ``schema`` names the kind and the version of the output."""
 
     kind_of_facts: ClassVar[str]
     schema_version: ClassVar[int] = 1

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from vraxion_ckpt.wording import did_you_mean, listed, plural
 
-# By pydantic's error types; the fields in braces are in the context of the error.
+# Messages by pydantic's error type. The context of the error fills in the fields in braces.
 _WORDS = {
     "missing": "is required",
     "string_type": "must be text",
@@ -53,11 +53,11 @@ class Refusal:
 
 
 def refusals(error: ValidationError, model: type[BaseModel], noun: str = "entry") -> list[Refusal]:
-    """Return the invalid entries of some data.
+    """Return the invalid entries that a validation error lists.
 
     Args:
         error: the error that pydantic raised.
-        model: the model that the data does not fit.
+        model: the model against which the data was validated.
         noun: the name of an entry in messages, such as "option".
     """
     found = []
@@ -76,7 +76,7 @@ def refusals(error: ValidationError, model: type[BaseModel], noun: str = "entry"
 
 
 def _names_at(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
-    """Return the names of the fields at a place. Parts of the place that are no field, such as indices, are skipped."""
+    """Return the field names at a place. Parts of the place that are not fields, such as indices, are skipped."""
     models = [model]
     for part in place:
         fields = [field for each in models for name, field in each.model_fields.items() if part in (name, field.alias)]

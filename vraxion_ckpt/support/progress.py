@@ -16,13 +16,13 @@ _INTERVAL = 0.1  # seconds between two drawings
 
 @contextmanager
 def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
-    """Show progress during a ``with`` block; call the yielded function with each number of bytes, or units, done.
+    """Show progress during a ``with`` block. Call the yielded function with the number of bytes or units just done.
 
     The bar appears after `_DELAY`, if standard error is a terminal and no other bar is shown. It is erased at the end.
 
     Args:
         what: the label.
-        total: the number of bytes or units in all.
+        total: the total number of bytes or units.
         unit: the name of the unit; ``B`` for bytes.
     """
     if not wanted or _shown or sys.stderr is None or not sys.stderr.isatty():
@@ -55,7 +55,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[i
         progress.advance(task, done)
         if time.monotonic() >= due:
             due = time.monotonic() + _INTERVAL
-            with suppress(OSError, SystemExit):  # if the terminal is gone, rich exits
+            with suppress(OSError, SystemExit):  # rich exits if the terminal is gone
                 progress.start()
                 progress.refresh()
 

@@ -42,7 +42,7 @@ class Interrupted(BaseException):
 
 
 def raise_on_signals() -> None:
-    """Install handlers that raise `Interrupted` on SIGINT, SIGTERM and SIGHUP; for the program, not for library use."""
+    """Install handlers that raise `Interrupted` on SIGINT, SIGTERM and SIGHUP. Only the command line calls this."""
     _received.clear()
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, or by a shell for a background job
@@ -50,7 +50,7 @@ def raise_on_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore the signals that raise `Interrupted`; called at the end, when the exit code is known."""
+    """Ignore the signals that raise `Interrupted`. Called at the end, when the exit code is known."""
     for number in _ENDING:
         if signal.getsignal(number) is _raise:
             signal.signal(number, signal.SIG_IGN)
@@ -62,7 +62,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 
 def raise_pending() -> None:
-    """Raise `Interrupted` again if it was lost: Python drops exceptions that are raised in a finalizer.
+    """Raise `Interrupted` again if it was lost, because Python drops exceptions that are raised in a finalizer.
 
     Raises:
         Interrupted: a signal has arrived since `raise_on_signals`.
@@ -106,7 +106,7 @@ def interruptible() -> Iterator[None]:
             signal.raise_signal(block.pending.pop(0))
         yield
     finally:
-        if block in _blocks:  # false if a signal leaves this to the garbage collector
+        if block in _blocks:  # false if a signal left this cleanup to the garbage collector
             _install(deferring)
 
 

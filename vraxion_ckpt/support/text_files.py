@@ -26,7 +26,7 @@ def opened(path: Path, *, most: int) -> Iterator[BinaryIO]:
 
     Raises:
         UsageError: the file does not exist or is not a regular file.
-        LimitError: the file is larger.
+        LimitError: the file is larger than `most`.
         StorageError: the file cannot be read.
     """
     try:

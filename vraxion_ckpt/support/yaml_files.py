@@ -77,10 +77,10 @@ class Yaml:
 
 
 def load(path: Path) -> Yaml:
-    """Read a file of one YAML document, without running code or expanding aliases.
+    """Read a file with one YAML document. No code is run.
 
     Raises:
-        UsageError: the file does not exist, is not a regular file, is too large, or is not UTF-8 or YAML.
+        UsageError: the file does not exist, is not a regular file, is too large, is not YAML in UTF-8, or has aliases.
         StorageError: the file cannot be read.
     """
     try:
@@ -163,7 +163,7 @@ def _value(node: yaml.Node | None, place: Place, found: Yaml) -> Any:
 
 
 def _has_default_tag(node: yaml.ScalarNode) -> bool:
-    """Tell whether a scalar has the tag that PyYAML gives to its text, and no explicit one."""
+    """Tell whether a scalar has the tag that PyYAML derives from its text, and no other."""
     plain = node.style is None
     return bool(node.tag == yaml.SafeLoader("").resolve(yaml.ScalarNode, node.value, (plain, not plain)))  # type: ignore[no-untyped-call]
 
