@@ -81,7 +81,7 @@ class ArcMeta(Transform):
     parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
     arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
         None,
-        description="addresses in the arc; auto: max(16, ring // (2 * experts))",
+        description="number of addresses in the arc; auto: max(16, ring // (2 * experts))",
         json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "null"}, {"const": "auto"}], "default": "auto"},
     )
     top_k: int = Field(256, ge=1, description="for topk_loss: the largest number of addresses to move")

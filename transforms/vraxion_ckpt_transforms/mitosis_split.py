@@ -39,16 +39,14 @@ class MitosisSplit(Transform):
     name: ClassVar[str] = "mitosis_split"
 
     parent: int | None = Field(None, ge=0, description="expert to clone; from the plan if not given")
-    addresses: IntList | None = Field(
-        None, description="addresses of the clone, like [1,3,8-15]; from the plan if not given"
-    )
+    addresses: IntList | None = Field(None, description="addresses for the clone, like [1,3,8-15]; default: the plan's")
     meta: Path | None = Field(None, description="JSON file with parent_expert and hot_addresses, instead of the plan")
     noise: float = Field(
         1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation of the noise added to the clone"
     )
     seed: int = Field(1337, description="seed of the noise; each tensor gets its own noise")
     optimizer: StatePolicy = Field(
-        "copy", description="the clone's optimizer state: copy the parent's, or reset (no state)"
+        "copy", description="optimizer state of the clone: the parent's (copy), or none (reset)"
     )
     foreign_addresses: Literal["refuse", "allow"] = Field(
         "refuse", description="refuse or allow addresses that the parent does not own"

@@ -28,9 +28,7 @@ class PruneMerge(Transform):
 
     merge_from: int | None = Field(None, ge=0, description="expert to remove; the one with the highest id if not given")
     merge_into: int = Field(ge=0, description="expert that takes over the addresses")
-    renumber: bool = Field(
-        False, description="allow removing an expert that is not the last; higher ids move down by one"
-    )
+    renumber: bool = Field(False, description="allow removing an expert that is not last; higher ids move down by one")
     allow_tenured: bool = Field(False, description="allow removing a tenured expert")
     allow_zero: bool = Field(False, description="allow an expert merge_into whose weights are all zero")
     allow_nan: bool = Field(False, description="allow an expert merge_into with weights that are NaN or infinite")

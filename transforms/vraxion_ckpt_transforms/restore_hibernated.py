@@ -45,7 +45,7 @@ class RestoreHibernated(Transform):
     name: ClassVar[str] = "restore_hibernated"
 
     snapshots: Path = Field(description="directory with the files expert_<id>.pt that the trainer has written")
-    experts: IntList | None = Field(None, description="experts to restore, like [0,2]; all zero ones if not given")
+    experts: IntList | None = Field(None, description="experts to restore, like [0,2]; by default all that are zero")
     replace: bool = Field(False, description="allow replacing experts whose weights are not all zero")
     allow_nan: bool = Field(False, description="allow snapshots with weights that are NaN or infinite")
 

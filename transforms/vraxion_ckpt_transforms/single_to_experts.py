@@ -38,7 +38,7 @@ class SingleToExperts(Transform):
     )
     seed: int = Field(1337, description="seed of the noise; each tensor gets its own noise")
     optimizer: StatePolicy = Field(
-        "copy", description="the clones' optimizer state: copy expert 0's, or reset (no state)"
+        "copy", description="optimizer state of the clones: expert 0's (copy), or none (reset)"
     )
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, if the model has no router map")
     allow_zero: bool = Field(False, description="allow a single head whose weights are all zero")

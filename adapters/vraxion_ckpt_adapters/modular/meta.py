@@ -32,7 +32,7 @@ _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probatio
 
 @dataclass(frozen=True)
 class MetaDialect:
-    """The variant of a meta.json. The defaults describe the offline tool's, which is written if no other is known.
+    """The variant of a meta.json. By default, it is the offline tool's, which is written if no other is known.
 
     Attributes:
         keys: the keys of the file's object, in order.
@@ -136,7 +136,7 @@ def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
 
 
 def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return a row as JSON: first the entries in `keys`, in order, then others that have no default value."""
+    """Return a row as JSON: first the entries in `keys`, in order, then others that differ from the default."""
     known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
     more = [key for key in _ROW_KEYS if key not in keys and known[key] != getattr(Lifecycle, key)]
     entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)

@@ -166,7 +166,7 @@ def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, P
 
 
 def check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
-    """Raise InconsistentError if a shard's tensors do not fit those of `model`, another expert.
+    """Raise InconsistentError if a shard's tensors do not fit `model`, the tensors of expert `other`.
 
     A trainer's loader would skip such a shard.
     """

@@ -78,7 +78,7 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def save_id(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """Return a digest of all content, 16 hexadecimal digits. Shards of different saves are recognised by it."""
+    """Return a digest of all content, 16 hexadecimal digits. It shows whether shards belong to one save."""
     digest = hashlib.sha256(document_text(facts).encode())
     for name, tensor in tensors.items():
         digest.update(
