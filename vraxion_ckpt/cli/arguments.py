@@ -25,9 +25,9 @@ _S = TypeVar("_S", bound="Facts")
 
 def as_json(option: _F) -> _F:
     """Add ``--json``, which may also be given before the command."""
-    return click.option("--json", "as_json", is_flag=True, callback=_here_or_before, help="Print the result as JSON.")(
-        option
-    )
+    return click.option(
+        "--json", "as_json", is_flag=True, callback=_here_or_before, help="Print the result as JSON instead of text."
+    )(option)
 
 
 def _here_or_before(context: click.Context, _: click.Parameter, given: bool) -> bool:

@@ -16,9 +16,7 @@ from vraxion_ckpt.support import signals
 @command(short_help="Show the contents of a checkpoint.")
 @click.argument("path", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor: dtype, shape, bytes.")
-@click.option(
-    "--values", is_flag=True, help="Also read all data: show minimum, maximum, number of NaN and infinite values."
-)
+@click.option("--values", is_flag=True, help="Also read all data; show minimum, maximum, NaN and infinite counts.")
 @arguments.visits_options
 @arguments.read_options
 @arguments.as_json

@@ -219,9 +219,7 @@ def _grow(tree: Tree, module: dict[str, Any]) -> None:
         if isinstance(entry, TensorFacts):
             tree.add(_leaf(name, entry))
             continue
-        while len(entry) == 1 and isinstance(
-            next(iter(entry.values())), dict
-        ):  # a module that only holds one module shares its line
+        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # a lone submodule shares the line
             (more, entry) = next(iter(entry.items()))
             name += more
         _grow(tree.add(Text(name.removesuffix("."))), entry)

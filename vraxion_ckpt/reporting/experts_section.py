@@ -30,7 +30,7 @@ class ExpertsSection:
         norms: a legend entry and a norm for each expert; empty if a figure or a sentence shows the norms.
         copies: rows of the table of copies: the experts, the expert that they are copies of, what differs.
         more_copies: the number of rows omitted from `copies`.
-        sentences: what is said without a figure or table.
+        sentences: the facts that need neither a figure nor a table.
     """
 
     figures: Sequence[Drawn]

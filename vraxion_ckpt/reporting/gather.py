@@ -63,7 +63,7 @@ class Subject:
     Attributes:
         shares: the share of each expert, by state: before, predicted, measured, after or now.
         shares_of: what the shares are shares of, ``visits`` or ``addresses``.
-        signs: the experts' loads in the states of the split; None if no visits were given.
+        signs: the experts' loads before the split, predicted and measured; None if no visits were given.
         lifecycle: the lifecycle row of each expert, if the checkpoint records it.
         changes: labels and descriptions of the differences between the earlier checkpoint and this one.
     """
