@@ -1,4 +1,4 @@
-"""Monolithic ``.pt``: one file of ``torch.save``, holding one payload dict.
+"""Monolithic ``.pt``: one file, written by ``torch.save``, that holds one payload dict.
 
 There are four dialects, and each is written back as it was read: the wall-clock trainer's (``optim``), the step
 trainer's (``optimizer``), the evolution trainer's, and a bare state dict. See `vraxion_ckpt.formats.payload_dialect`.
@@ -37,7 +37,7 @@ from vraxion_ckpt.plugin_api import (
 
 
 class PtAdapter(Adapter):
-    """One file of torch.save with the whole checkpoint."""
+    """One file, written by torch.save, with the whole checkpoint."""
 
     name: ClassVar[str] = "pt"
     suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".ckpt")
@@ -61,7 +61,7 @@ class PtAdapter(Adapter):
         return opened[0]
 
     def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
-        """Return the checkpoint and the file's entry `num_experts`, unchecked."""
+        """Return the checkpoint, and the file's `num_experts` without comparing it with the model."""
         parsed = parse_payload(context.load_torch(path), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
@@ -84,7 +84,7 @@ class PtAdapter(Adapter):
 
 
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the payload in the dialect of the source."""
+    """Return the payload in the dialect of the checkpoint's source."""
     dialect, origin = monolith_dialect(checkpoint)
     extras = make_extras(
         checkpoint,
@@ -106,7 +106,7 @@ def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:
 def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> dict[int, Lifecycle]:
     """Return the recorded lifecycle rows of existing experts.
 
-    A trainer that resumed may have copied the rows of an earlier checkpoint without updating them.
+    A resumed trainer may have copied the rows of an earlier checkpoint, so some may be missing or superfluous.
     """
     if extras.lifecycle and extras.lifecycle.keys() != rows.keys():
         stated = count(len(extras.lifecycle), "expert")
@@ -118,7 +118,7 @@ def _recorded_rows(extras: Extras, rows: dict[int, Lifecycle], path: Path) -> di
 
 
 def _worth_keeping(checkpoint: Checkpoint) -> bool:
-    """Return whether the lifecycle rows differ from those that are assumed for a file without any."""
+    """Return whether to write lifecycle rows: there is a history, or a reader would assume other rows."""
     fresh = Lifecycle.fresh(checkpoint.step)
     return bool(checkpoint.history) or any(row != fresh for row in checkpoint.lifecycle.values())
 

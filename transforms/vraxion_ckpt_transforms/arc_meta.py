@@ -1,7 +1,7 @@
 """Choose which expert to split and which addresses its child takes; changes no tensor.
 
-The plan is attached to the checkpoint. With `output` it is also written as a ``mitosis_meta_v1`` file, which equals the
-file of VRAXION's own planner plus two predictions.
+The plan is attached to the checkpoint. If `output` is given, the plan is also written as a ``mitosis_meta_v1`` file. It
+has the entries that VRAXION's own planner writes, and two predictions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _HOW_TO_SUPPLY = (
 
 
 def _about_runtime() -> str:
-    """Return a sentence for hints if VRAXION's runtime, which can count visits, is not importable; else empty."""
+    """Return an addition to a hint if VRAXION's runtime, which can count visits, cannot be imported; else ""."""
     try:
         found = find_spec("vraxion") is not None
     except (ImportError, ValueError):
@@ -75,15 +75,16 @@ class ArcMeta(Transform):
 
     visits: Path | None = Field(None, description="visits per address: .json, .npy or .csv")
     policy: Literal["ptr_hist_arc", "topk_loss"] = Field(
-        "ptr_hist_arc", description="rank addresses by visits, or by summed loss, keeping the top_k"
+        "ptr_hist_arc",
+        description="ptr_hist_arc: the arc with most visits; topk_loss: the arc with most loss, cut to top_k addresses",
     )
     parent: int | None = Field(None, ge=0, description="expert to split; the busiest if not given")
     arc_len: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
         None,
-        description="addresses in the arc; auto: max(16, ring // (2 * experts))",
+        description="number of addresses in the arc; auto: max(16, ring // (2 * experts))",
         json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "null"}, {"const": "auto"}], "default": "auto"},
     )
-    top_k: int = Field(256, ge=1, description="for topk_loss: the largest number of addresses")
+    top_k: int = Field(256, ge=1, description="for topk_loss: the largest number of addresses to move")
     allow_empty_parent: bool = Field(False, description="allow a plan that leaves the parent without addresses")
     output: Path | None = Field(None, description="also write the plan to this JSON file")
 
@@ -173,7 +174,7 @@ class ArcMeta(Transform):
         )
 
     def _hottest(self, addresses: Ints, visits: Visits) -> Ints:
-        """Return the `top_k` visited addresses with the highest mean loss, in arc order. Of equals, the first wins."""
+        """Return the `top_k` visited addresses with the highest mean loss, in arc order. Ties go to earlier ones."""
         assert visits.loss_sum is not None
         seen = addresses[visits.visits[addresses] > 0]
         means = visits.loss_sum[seen] / visits.visits[seen]
@@ -190,7 +191,7 @@ class ArcMeta(Transform):
             )
 
     def _adopt(self, request: tuple[int, tuple[int, ...]], checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
-        """Return the split that the trainer requests, as a plan."""
+        """Return a plan for the split that the trainer requests."""
         parent, addresses = request
         if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
             raise InconsistentError(
@@ -204,7 +205,10 @@ class ArcMeta(Transform):
 
 
 class _Shares:
-    """Shares of all visits to addresses with a valid owner, before and after the split."""
+    """Shares of the visits: the parent's before and after the split, and the largest after it.
+
+    Visits to addresses without a valid owner are not counted.
+    """
 
     def __init__(self, visits: Weights, owners: Ints, parent: int, hot: Ints, experts: int) -> None:
         totals = total_by_owner(visits, owners, experts)

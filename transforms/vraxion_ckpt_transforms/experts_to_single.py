@@ -1,4 +1,4 @@
-"""Rename identical experts to ``head.single.*``: the inverse of `single_to_experts`."""
+"""Turn bit-identical experts into ``head.single.*``. This is the inverse of `single_to_experts`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HOW_TO_REMOVE = "remove it first with prune_merge, which lets another expert ta
 
 
 class ExpertsToSingle(Transform):
-    """Make the only expert, or experts that are bit-identical, the single head."""
+    """Turn the only expert, or several bit-identical experts, into a single head."""
 
     name: ClassVar[str] = "experts_to_single"
 
@@ -80,7 +80,7 @@ class ExpertsToSingle(Transform):
                 )
 
     def _check_optimizer(self, other: int, head: Head, optimizer: Optimizer) -> None:
-        """Raise TransformError if the optimizer's state or param group of the two experts differs."""
+        """Raise TransformError if the optimizer state or the param group of experts 0 and `other` differs."""
         groups = {name: number for number, group in enumerate(optimizer.groups) for name in group.params}
         for leaf in head.experts[other]:
             kept, lost = head.prefix(0) + leaf, head.prefix(other) + leaf

@@ -1,4 +1,4 @@
-"""Clone an expert and give the clone part of its addresses: the model grows by one."""
+"""Clone an expert and give the clone part of the expert's addresses. The model grows by one expert."""
 
 from __future__ import annotations
 
@@ -34,16 +34,20 @@ from vraxion_ckpt.plugin_api import (
 
 
 class MitosisSplit(Transform):
-    """Clone one expert into a new one, which takes part of its addresses."""
+    """Clone an expert, and give part of its addresses to the clone."""
 
     name: ClassVar[str] = "mitosis_split"
 
     parent: int | None = Field(None, ge=0, description="expert to clone; from the plan if not given")
-    addresses: IntList | None = Field(None, description="addresses of the clone, like [1,3,8-15]; else the plan's")
+    addresses: IntList | None = Field(None, description="addresses for the clone, like [1,3,8-15]; default: the plan's")
     meta: Path | None = Field(None, description="JSON file with parent_expert and hot_addresses, instead of the plan")
-    noise: float = Field(1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clone")
-    seed: int = Field(1337, description="seed of the noise, drawn per tensor")
-    optimizer: StatePolicy = Field("copy", description="the clone's optimizer state: copy, or reset (none)")
+    noise: float = Field(
+        1e-5, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation of the noise added to the clone"
+    )
+    seed: int = Field(1337, description="seed of the noise; each tensor gets its own noise")
+    optimizer: StatePolicy = Field(
+        "copy", description="optimizer state of the clone: the parent's (copy), or none (reset)"
+    )
     foreign_addresses: Literal["refuse", "allow"] = Field(
         "refuse", description="refuse or allow addresses that the parent does not own"
     )
@@ -84,7 +88,7 @@ class MitosisSplit(Transform):
         return head, router_owners(checkpoint.router_map)
 
     def _parent_and_addresses(self, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]:
-        """Return parent and addresses: from options, else from `meta`, the attached plan, or the trainer's request."""
+        """Return parent and addresses from the options, else from `meta`, the plan or the trainer's request."""
         parent, addresses = self.parent, self.addresses
         if parent is None or addresses is None or self.meta is not None:
             planned = self._planned(checkpoint)

@@ -1,4 +1,4 @@
-"""Remove an expert and give its addresses to another: the model shrinks by one."""
+"""Remove an expert and give its addresses to another expert. The model shrinks by one expert."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from vraxion_ckpt.plugin_api import (
 
 
 class PruneMerge(Transform):
-    """Remove one expert; another takes over its addresses."""
+    """Remove an expert, and give its addresses to another expert."""
 
     name: ClassVar[str] = "prune_merge"
 
     merge_from: int | None = Field(None, ge=0, description="expert to remove; the one with the highest id if not given")
-    merge_into: int = Field(ge=0, description="expert that takes over its addresses")
-    renumber: bool = Field(False, description="allow removing another than the last: the ids above it move down by one")
+    merge_into: int = Field(ge=0, description="expert that takes over the addresses")
+    renumber: bool = Field(False, description="allow removing an expert that is not last; higher ids move down by one")
     allow_tenured: bool = Field(False, description="allow removing a tenured expert")
-    allow_zero: bool = Field(False, description="allow a merge_into whose weights are all zero")
-    allow_nan: bool = Field(False, description="allow a merge_into with weights that are NaN or infinite")
+    allow_zero: bool = Field(False, description="allow an expert merge_into whose weights are all zero")
+    allow_nan: bool = Field(False, description="allow an expert merge_into with weights that are NaN or infinite")
 
     def effect(self) -> Effect:
         return Effect.changed()

@@ -40,12 +40,12 @@ from vraxion_ckpt.plugin_api import (
 
 
 class RestoreHibernated(Transform):
-    """Replace the zeros of hibernated experts with their snapshots."""
+    """Replace hibernated experts, whose weights are all zero, with their snapshots."""
 
     name: ClassVar[str] = "restore_hibernated"
 
     snapshots: Path = Field(description="directory with the files expert_<id>.pt that the trainer has written")
-    experts: IntList | None = Field(None, description="experts to restore, like [0,2]; else all with zero weights")
+    experts: IntList | None = Field(None, description="experts to restore, like [0,2]; by default all that are zero")
     replace: bool = Field(False, description="allow replacing experts whose weights are not all zero")
     allow_nan: bool = Field(False, description="allow snapshots with weights that are NaN or infinite")
 
@@ -58,7 +58,7 @@ class RestoreHibernated(Transform):
             raise UsageError("no such directory", path=self.snapshots)
         chosen = self._chosen(head)
         restored = {i: self._restored(i, head.experts[i], checkpoint) for i in chosen}
-        # Assigned after all are read, so that an error changes nothing.
+        # The experts are replaced after all snapshots are read, so that an error changes nothing.
         head.experts = {i: restored.get(i, expert) for i, expert in head.experts.items()}
         self._warn(restored)
         return checkpoint
@@ -84,7 +84,7 @@ class RestoreHibernated(Transform):
         return chosen
 
     def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
-        """Return an expert with the tensors of its snapshot, which must have the same names, shapes and dtypes."""
+        """Return an expert with the tensors of its snapshot. Names, shapes and dtypes must be those of `old`."""
         path = self._snapshot(expert)
         snapshot = load_torch_file(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):

@@ -25,17 +25,21 @@ from vraxion_ckpt.plugin_api import (
 
 
 class SingleToExperts(Transform):
-    """Make the single head expert 0, and clone it if more experts are wanted."""
+    """Turn the single head into expert 0, and clone it if more experts are wanted."""
 
     name: ClassVar[str] = "single_to_experts"
 
     experts: int = Field(1, ge=1, le=4096, description="number of experts to make; 1 only renames the head")
     route: Literal["keep", "modulo"] = Field(
-        "keep", description="keep the router map (all 0), or modulo: address % experts, as in a new model"
+        "keep", description="keep: do not change the router map (all 0); modulo: address % experts, as in a new model"
     )
-    noise: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation added to the clones")
-    seed: int = Field(1337, description="seed of the noise, drawn per tensor")
-    optimizer: StatePolicy = Field("copy", description="the clones' optimizer state: copy, or reset (none)")
+    noise: float = Field(
+        0.0, ge=0, le=1e6, allow_inf_nan=False, description="standard deviation of the noise added to the clones"
+    )
+    seed: int = Field(1337, description="seed of the noise; each tensor gets its own noise")
+    optimizer: StatePolicy = Field(
+        "copy", description="optimizer state of the clones: expert 0's (copy), or none (reset)"
+    )
     ring_len: int | None = Field(None, ge=1, le=2**31, description="ring length, if the model has no router map")
     allow_zero: bool = Field(False, description="allow a single head whose weights are all zero")
     allow_nan: bool = Field(False, description="allow a single head with weights that are NaN or infinite")

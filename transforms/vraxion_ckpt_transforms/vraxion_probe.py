@@ -1,9 +1,8 @@
 """Count the ring addresses that a VRAXION model visits, by running the model on random input.
 
 Without VRAXION's runtime, the probe returns None. The model is built on the CPU from the shapes in the checkpoint, with
-the checkpoint's weights except those of the head. The runtime reads the remaining settings of the model and its pointer
-from environment variables, which are recorded with the result. Torch's random state and the runtime's global expert
-count are restored afterwards.
+the checkpoint's weights except those of the head. The runtime reads its other settings from environment variables.
+These are recorded with the result. Torch's random state and the runtime's global expert count are restored afterwards.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def probe_visits(checkpoint: Checkpoint) -> Visits | None:
     """Run the model on random input and count the addresses at which its pointer ends.
 
     Returns:
-        The visits. None if this is not a VRAXION model with a head, or the runtime is not installed.
+        The visits, or None if this is not a VRAXION model with a head or the runtime is not installed.
 
     Raises:
         PluginError: the runtime cannot be imported, or does not build the checkpoint's model.
@@ -61,7 +60,7 @@ def _import_runtime() -> Any | None:
     """Return the runtime's module, or None if it is not installed.
 
     Raises:
-        PluginError: it is installed, but importing it fails.
+        PluginError: the runtime is installed, but importing it fails.
     """
     try:
         return import_module(RUNTIME)
@@ -89,7 +88,7 @@ def _expert_heads(runtime: Any, number: int) -> Iterator[None]:
 
 def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, input_dim: int) -> Any:
     """Build the model and load the checkpoint's weights, except the head's. Warn of names that do not match."""
-    torch.manual_seed(_SEED)  # weights that the checkpoint lacks stay as they are initialised
+    torch.manual_seed(_SEED)  # weights that the checkpoint lacks keep their initial values
     model = runtime.AbsoluteHallway(
         input_dim=input_dim, num_classes=_output_rows(checkpoint), ring_len=ring_len, slot_dim=slot_dim
     )

@@ -26,7 +26,7 @@ _S = TypeVar("_S", bound="Facts")
 def as_json(option: _F) -> _F:
     """Add ``--json``, which may also be given before the command."""
     return click.option(
-        "--json", "as_json", is_flag=True, callback=_here_or_before, help="Print the same facts as JSON."
+        "--json", "as_json", is_flag=True, callback=_here_or_before, help="Print the result as JSON instead of text."
     )(option)
 
 
@@ -74,7 +74,7 @@ def read_options(command: _F) -> _F:
 
 
 def chain_options(command: _F) -> _F:
-    """Add the options for a chain of transforms and for losses."""
+    """Add the options for a chain of transforms, and for data that the target format cannot hold."""
     return _taking(
         command,
         click.option(
@@ -126,7 +126,7 @@ def manifest(command: _F) -> _F:
 
 
 def visits_options(command: _F) -> _F:
-    """Add the files of visits before and after a split, and the checkpoint before it."""
+    """Add the options for visits before and after a split, and for the checkpoint before the split."""
     return _taking(
         command,
         click.option("--against", type=click.Path(), metavar="OLD", help="The checkpoint before the split."),
@@ -146,7 +146,7 @@ def visits_options(command: _F) -> _F:
 
 
 def must_exist(path: str) -> None:
-    """Raise UsageError for a missing source, before torch is imported."""
+    """Raise UsageError if a source is missing. Commands call this before they import torch."""
     if not Path(path).exists():
         raise UsageError("no such file or directory", path=path)
 
@@ -155,7 +155,7 @@ _MOST_NAMES = 2**26  # largest size in bytes of a file of names
 
 
 def load_names(path: Path | None, option: str = "--param-names") -> list[str] | None:
-    """Read the file of names that an option gives: one name per line, or a JSON list.
+    """Read a file of names, which has one name per line or a JSON list.
 
     Returns:
         The names, or None if `path` is None.

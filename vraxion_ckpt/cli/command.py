@@ -79,16 +79,16 @@ command = partial(click.command, cls=_Command)
 
 
 def global_options(group: _F) -> _F:
-    """Add the options that are accepted before and after every command. ``--json`` needs a command that has it."""
+    """Add the global options. ``--json`` is refused before a command that does not have it."""
     for option in (
         click.option(
             "--json",
             "as_json",
             is_flag=True,
             allow_from_autoenv=False,
-            help="Print facts as JSON, for commands that have --json.",
+            help="Print the result as JSON, for commands that have --json.",
         ),
-        click.option("--no-progress", is_flag=True, help="Show no progress. It is never shown in logs and pipes."),
+        click.option("--no-progress", is_flag=True, help="Show no progress bars. Logs and pipes never have them."),
         click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did."),
         click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings."),
     ):
@@ -108,7 +108,7 @@ def _global_options(ctx: click.Context) -> list[click.Option]:
 
 
 def _repeated(option: click.Option) -> click.Option:
-    """Return a hidden option for a command that sets the global option of the same name."""
+    """Return a hidden option for a command. The hidden option sets the global option of the same name."""
     return click.Option(
         option.opts,
         is_flag=True,

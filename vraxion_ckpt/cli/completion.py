@@ -80,7 +80,7 @@ def _name_and_options(plugins: Mapping[str, type[Plugin]], text: str) -> list[Co
 
 
 def _options(name: str, fields: Mapping[str, FieldInfo], text: str) -> list[CompletionItem[str]]:
-    """Complete the last option of ``key=value,key=value``: an unused name, or the value."""
+    """Complete the last item of ``key=value,key=value``: the name of an unused option, or a value."""
     from vraxion_ckpt.plugins.options import parse_call
 
     done, comma, last = text.rpartition(",")
@@ -121,12 +121,12 @@ class _Completion(ShellComplete):
 
     The script passes the line up to the cursor as ``COMP_LINE``, exactly as typed, because bash would split words at
     ``:`` and ``=``. It receives one line for each completion, with four fields: its kind, the text before it, the text
-    to add, and a description. The kinds are ``word``; ``open``, which is not followed by a space; and ``file`` and
-    ``dir``, which the shell completes itself.
+    to add, and a description. A ``word`` is followed by a space, ``open`` is not. For ``file`` and ``dir``, the shell
+    completes the path itself.
     """
 
     def complete(self) -> str:
-        """Print the completions. Return an empty text, because click would print it."""
+        """Print the completions. Return an empty text, because click prints the returned text."""
         with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape") as shell:
             nowhere = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
@@ -153,7 +153,7 @@ class _Completion(ShellComplete):
 
     def get_completion_args(self) -> tuple[list[str], str]:
         """Return the arguments before the cursor, and the word that ends at the cursor."""
-        # The added character keeps an empty last word.
+        # Without the added character, an empty last word would be lost.
         *words, last = split_arg_string(os.environ["COMP_LINE"] + "|")
         return words[1:], last[:-1]
 

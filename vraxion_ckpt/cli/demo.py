@@ -29,7 +29,7 @@ from vraxion_ckpt.plugins.discovery import TransformLike
 from vraxion_ckpt.printable import printable, printable_facts
 from vraxion_ckpt.reading.opening import read
 
-# File name → format of the results.
+# The name of each result → its format.
 _RESULTS = {"ckpt_post_split.pt": "pt", "ckpt_post_split_modular": "modular"}
 
 
@@ -37,7 +37,7 @@ def run_demo(directory: Path | None) -> None:
     """Inspect, convert and split the bundled ``head.single`` checkpoint, to ``.pt`` and to a modular directory.
 
     Raises:
-        UsageError: `directory` has a file with the name of a result that no earlier demo has written.
+        UsageError: `directory` has a file that is named like a result, but was not written by a demo.
         InvariantError: a result fails its verification.
     """
     out = console()

@@ -16,14 +16,14 @@ from vraxion_ckpt.support import signals
 @command(short_help="Show the contents of a checkpoint.")
 @click.argument("path", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor: dtype, shape, bytes.")
-@click.option("--values", is_flag=True, help="Also read all data: minimum, maximum, number of NaN and infinite values.")
+@click.option("--values", is_flag=True, help="Also read all data; show minimum, maximum, NaN and infinite counts.")
 @arguments.visits_options
 @arguments.read_options
 @arguments.as_json
 def inspect(path: str, param_names: Path | None, as_json: bool, **options: Any) -> None:
     """Show the contents of PATH: experts, ring, optimizer, history.
 
-    Tensor data is only read with --values.
+    Tensor data is read only with --values.
     """
     arguments.must_exist(path)
     from vraxion_ckpt.analysis.inspection import inspect as run

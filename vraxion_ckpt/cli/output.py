@@ -1,4 +1,4 @@
-"""Print messages to standard error. They are wrapped on a terminal, but not in a log."""
+"""Print messages to standard error. Lines are wrapped on a terminal, but not in a log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def say(label: str, message: str, colour: str) -> None:
     # A message that cannot be printed must not change the result or the exit code; rich exits on a closed pipe.
     with suppress(OSError, SystemExit):
         console = Console(stderr=True)
-        # A terminal would break lines within words; a log keeps lines whole.
+        # Without rich's wrapping, a terminal would break lines within words. A log keeps lines whole.
         console.print(text + Text(printable(message)), soft_wrap=not console.is_terminal)
 
 

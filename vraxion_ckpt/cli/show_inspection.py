@@ -85,7 +85,7 @@ def _unknown_lines(unknown: UnknownExperts | None) -> list[Line]:
 
 
 def _loss_lines(losses: Mapping[str, Sequence[Loss]]) -> list[Line]:
-    """Return a line for each format that would lose something, and one for those that would not."""
+    """Return one line for the formats that lose nothing, and a line for each other format."""
     lossless = [name for name, lost in losses.items() if not lost]
     lines: list[Line] = [("would lose", f"nothing as {_alternatives(lossless)}")] if lossless else []
     for name, lost in losses.items():
@@ -219,7 +219,7 @@ def _grow(tree: Tree, module: dict[str, Any]) -> None:
         if isinstance(entry, TensorFacts):
             tree.add(_leaf(name, entry))
             continue
-        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # nested single modules share a line
+        while len(entry) == 1 and isinstance(next(iter(entry.values())), dict):  # a lone submodule shares the line
             (more, entry) = next(iter(entry.items()))
             name += more
         _grow(tree.add(Text(name.removesuffix("."))), entry)

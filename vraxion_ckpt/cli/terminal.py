@@ -26,7 +26,7 @@ _OWNER_SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def console() -> Console:
-    """Return the console for data. It has no colours if it is not a terminal or NO_COLOR is set."""
+    """Return the console for standard output. It uses colours on a terminal, unless NO_COLOR is set."""
     return Console(highlight=False)
 
 
@@ -41,7 +41,7 @@ def byte_size(number: int) -> str:
 
 
 def band(owners: Ints, width: int) -> Text:
-    """Draw a ring as one line of cells with their owners' colours.
+    """Draw a ring as one line of cells, each in the colour of its owner.
 
     Args:
         owners: the expert of each address, shape ``[L]``.
@@ -56,7 +56,7 @@ def band(owners: Ints, width: int) -> Text:
 
 
 def style_of(expert: int) -> Style:
-    """Return a style with the expert's colour, as in reports, as the background of readable text."""
+    """Return a style whose background is the colour of the expert in reports. Text on it is readable."""
     colour = expert_colour(expert)
     return Style(color=text_colour(colour), bgcolor=colour)
 
@@ -120,5 +120,5 @@ def put_table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]], num
 
 
 def _widest(cell: str) -> int:
-    """Return the width of the longest word, limited because long names may be broken."""
+    """Return the width of the longest word, at most `_LONGEST_WORD`. Longer words may be broken."""
     return min(_LONGEST_WORD, max(map(len, cell.split()), default=0))

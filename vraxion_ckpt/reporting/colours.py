@@ -18,7 +18,8 @@ NUM_COLOURS = len(_EXPERTS)
 
 HOT_ARC = "#d70087"
 VISITS = "#808080"
-# Shares of visits are before, predicted or measured; shares of addresses are before or after. One checkpoint has "now".
+# Shares of visits are called before, predicted or measured, and shares of addresses before or after. Without a split to
+# show, there is only "now".
 LOADS = {"before": "#b2b2b2", "predicted": "#767676", "measured": "#00875f", "after": "#767676", "now": "#767676"}
 
 

@@ -21,14 +21,14 @@ _HOT, _INNER, _OUTER, _VISITS, _TALLEST, _ROOM = 0.49, 0.62, 1.0, 1.04, 0.42, 0.
 _THICKNESS = 0.08
 # Hot arcs shorter than this, in degrees, are drawn with this length.
 _SHORTEST_MARK = 3.0
-# The shares of more experts are drawn as a curve.
+# The shares of more experts than this are drawn as a curve instead of bars.
 MOST_BARS = 32
 _MOST_SECTORS = 1440
 _MOST_OUTLINED = 360
 _MOST_BINS = 720
 # Sectors smaller than this part of the ring have no label.
 _LABELLED = 1 / 42
-# With more experts, the key lists only those of the split.
+# With more experts, the legend lists only those of the split.
 _MOST_KEYS = 64
 
 
@@ -37,9 +37,9 @@ class Sector:
     """A part of the ring that begins at address `start`.
 
     Attributes:
-        owner: the expert whose colour it has.
-        owned: the number of its addresses that this expert owns.
-        owners: the number of experts that own addresses in it; 1 for an arc.
+        owner: the expert whose colour the sector has.
+        owned: the number of the sector's addresses that `owner` owns.
+        owners: the number of experts that own addresses in the sector.
     """
 
     start: int
@@ -54,7 +54,7 @@ class Bars:
     """Bars on a circle. All sequences have one entry for each bar.
 
     Attributes:
-        name: the quantity that they show.
+        name: the quantity that the bars show.
         base: the radius of the circle.
         heights: the radial length of each bar.
         middles: the angle of each bar's middle in turns (1 = 360°), measured from address 0.
@@ -94,10 +94,10 @@ class Label:
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """An entry of the key.
+    """An entry of the legend.
 
     Attributes:
-        number: an expert's id, or empty.
+        number: an expert's id, or empty if the entry is not about an expert.
         text: the meaning of the colour, shown next to the number.
     """
 
@@ -168,7 +168,7 @@ def ring_labels(one: Ring) -> list[Label]:
 
 
 def ring_radius(*, room: bool) -> float:
-    """Return the radius of the whole drawing, with room for visits or without."""
+    """Return the radius of the whole drawing, including the bars of visits if `room` is set."""
     return _VISITS + (_TALLEST + _ROOM) * room
 
 
@@ -187,16 +187,16 @@ def given_away(hot: Hot) -> str:
 def sectors(owners: Ints) -> tuple[list[Sector], bool]:
     """Divide a ring into arcs with one owner, or, if there are too many arcs, into equal parts with one colour.
 
-    Each expert's colour is as frequent among the equal parts as its addresses are in that region. If each part had the
-    colour of its most common owner, an expert with slightly more addresses everywhere would fill the ring.
+    In each region, an expert's colour is as frequent among the parts as the expert's addresses are. If each part had
+    the colour of its most common owner, an expert with slightly more addresses everywhere would fill the ring.
 
     Returns:
-        The sectors, and whether they are arcs.
+        The sectors, and True if they are arcs.
     """
     if number_of_arcs(owners) <= _MOST_SECTORS:
         return [Sector(start, length, owner, length, 1) for start, length, owner in ring.arcs(owners)], True
     edges = np.linspace(0, len(owners), _MOST_SECTORS + 1).astype(int)
-    due = np.zeros(int(owners.max()) + 1, dtype=np.int64)  # addresses by owner that are not yet drawn
+    due = np.zeros(int(owners.max()) + 1, dtype=np.int64)  # by owner: the number of addresses that are not yet drawn
     parts = []
     for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         found, counts = np.unique(owners[start:end], return_counts=True)
@@ -261,14 +261,14 @@ def largest(shares: Sequence[float], most: int) -> list[int]:
 
 
 def curve(shares: Sequence[float]) -> list[tuple[int, int]]:
-    """Return pairs of rank and expert for a curve of shares. Rank 1 is the largest; points get sparser with rank."""
+    """Return pairs of rank and expert for a curve of shares. Rank 1 is the largest share; gaps grow with rank."""
     order = largest(shares, len(shares))
     ranks = np.unique(np.geomspace(1, len(order), _MOST_BINS).round().astype(int)).tolist()
     return [(rank, order[rank - 1]) for rank in ranks]
 
 
 def key_entries(subject: Subject) -> list[KeyEntry]:
-    """Return the key of the rings' colours. If there are many experts, it lists only those of the split."""
+    """Return the legend of the rings' colours. If there are many experts, list only those of the split."""
     if not subject.rings:
         return []
     hot = subject.hot

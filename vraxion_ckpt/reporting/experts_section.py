@@ -1,4 +1,4 @@
-"""The page's section on experts. It has a figure only if a sentence or a table would not be enough."""
+"""The page's section on experts. It has figures only where a sentence or a table is not enough."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from vraxion_ckpt.reporting.similarity import Similarity
 from vraxion_ckpt.wording import count, listed, numbered
 
 _MOST_ROWS = 12
-# The norms of so few experts are shown in a table. Norms whose relative difference is this small become a sentence.
+# The norms of at most this many experts are shown in a table.
 _FEW = 8
+# Norms are given in one sentence if their relative difference is at most this.
 _NEAR = 0.01
 _NOT_A_NUMBER = "not a number"
 
@@ -25,11 +26,11 @@ class ExpertsSection:
     """The section on experts.
 
     Attributes:
-        figures: the matrix of cosines, and the norms as bars.
-        norms: rows of an expert's colour and norm; empty if a figure or a sentence shows the norms.
-        copies: rows of experts, the expert they are copies of, and the differences.
+        figures: the matrix of cosines and the bars of norms, each only if it is needed.
+        norms: a legend entry and a norm for each expert; empty if a figure or a sentence shows the norms.
+        copies: rows of the table of copies: the experts, the expert that they are copies of, what differs.
         more_copies: the number of rows omitted from `copies`.
-        sentences: everything else.
+        sentences: the facts that need neither a figure nor a table.
     """
 
     figures: Sequence[Drawn]
@@ -85,7 +86,7 @@ def _about_cosines(subject: Subject, similarity: Similarity) -> str:
 
 
 def _about_pair(similarity: Similarity) -> list[str]:
-    """Return the cosine of two experts as a sentence. Two need no matrix."""
+    """Return the cosine as a sentence if there are exactly two groups of copies, else an empty list."""
     if len(similarity.groups) != 2:
         return []
     cosine = float(similarity.cosines[0, 1])

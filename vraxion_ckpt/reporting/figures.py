@@ -33,7 +33,7 @@ class Drawn:
 
     Attributes:
         name: the id of its HTML element.
-        title: the heading above it, or empty.
+        title: the heading above the figure, or empty.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Drawn:
     caption: str
 
 
-# Larger matrices have no values in their cells.
+# Matrices with more rows than this have no values in their cells.
 _MOST_WRITTEN = 12
-# Larger matrices have no gaps between their cells.
+# Matrices with more rows than this have no gaps between their cells.
 _MOST_APART = 24
-# The ids of more copies do not fit on an axis.
+# The ids of more copies than this do not fit on an axis.
 _MOST_LISTED = 3
 
 
@@ -55,7 +55,7 @@ def ring_figure(one: Ring, hot: Hot | None, *, room: bool) -> Figure:
 
     Args:
         one: the ring.
-        hot: the hot arc.
+        hot: the hot arc, if there is one.
         room: whether to leave room for visits even if this ring has none, so that two rings have the same scale.
     """
     length = len(one.owners)
@@ -116,7 +116,7 @@ def _label_trace(labels: Sequence[Label]) -> dict[str, Any]:
 
 
 def share_figure(shares: Mapping[str, Sequence[float]], of: str, hot: Hot | None) -> Figure:
-    """Draw the experts' shares as bars. Many experts become a curve with the experts of the split marked."""
+    """Draw the experts' shares as bars. If there are many, draw a curve and mark the experts of the split."""
     number = max(map(len, shares.values()), default=0)
     many = number > MOST_BARS
     traces = [(_curve if many else _bars)(name, values) for name, values in shares.items()]

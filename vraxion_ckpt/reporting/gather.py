@@ -46,8 +46,8 @@ class Hot:
     """The addresses that a split moves from a parent to its child.
 
     Attributes:
-        child: the expert that received them; None if the split is only planned.
-        arc: the shortest arc that covers them.
+        child: the expert that received the addresses; None if the split is only planned.
+        arc: the shortest arc that covers the addresses.
     """
 
     parent: int
@@ -61,11 +61,11 @@ class Subject:
     """The content of a report.
 
     Attributes:
-        shares: the experts' shares, keyed by before, predicted, measured, after or now.
-        shares_of: the quantity that is shared, ``visits`` or ``addresses``.
-        signs: the expert load; None if no visits were given.
-        lifecycle: the lifecycle rows by expert, without assumed ones.
-        changes: labels and descriptions of the differences from the checkpoint before.
+        shares: the share of each expert, by state: before, predicted, measured, after or now.
+        shares_of: what the shares are shares of, ``visits`` or ``addresses``.
+        signs: the experts' loads before the split, predicted and measured; None if no visits were given.
+        lifecycle: the lifecycle row of each expert, if the checkpoint records it.
+        changes: labels and descriptions of the differences between the earlier checkpoint and this one.
     """
 
     name: str
@@ -97,7 +97,7 @@ def gather(
     Args:
         checkpoint: the checkpoint to show.
         before: the checkpoint before the split, if given.
-        signs: the expert load, if visits were given.
+        signs: the experts' loads, if visits were given.
         visits: visits counted before the split, shape ``[L]``.
         visits_after: visits counted after training was resumed, shape ``[L]``.
         difference: the difference between `before` and `checkpoint`.
@@ -141,7 +141,8 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
     """Return the addresses that moved from one expert to another, or None.
 
     If addresses moved between several pairs of experts, this is the largest move to a new expert, or else the largest
-    move. If none moved, these are the addresses of the plan. Without `before` and a plan, the last split's are used.
+    move. If none moved, these are the addresses of the plan. If there is neither `before` nor a plan, they are the
+    addresses of the child of the last split.
     """
     router = checkpoint.router_map
     if router is None or checkpoint.head is None:
@@ -170,7 +171,7 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
 def _shares(rings: Sequence[Ring], signs: ExpertLoads | None) -> tuple[dict[str, Sequence[float]], str]:
     """Return each expert's share of the visits, or of the addresses if no visits were given."""
     if signs is not None:
-        # Without a split, there is no before and after.
+        # Without a split, there is only one state.
         now = len(rings) == 1 and signs.predicted is None and signs.measured is None
         loads = {"now" if now else "before": signs.before, "predicted": signs.predicted, "measured": signs.measured}
         return {name: load.shares for name, load in loads.items() if load}, "visits"
@@ -250,7 +251,7 @@ def _unmoved(before: Checkpoint, checkpoint: Checkpoint) -> str:
 
 
 def _similarity(checkpoint: Checkpoint, hot: Hot | None, shares: Mapping[str, Sequence[float]]) -> Similarity | None:
-    """Compare experts: those of the split, then those with the largest shares."""
+    """Compare the experts of the split, and those with the largest shares up to a limit."""
     if checkpoint.head is None or not checkpoint.head.experts:
         return None
     present = checkpoint.head.experts

@@ -1,7 +1,7 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 600px)");
-const widestUnlabelled = 1 / 24;  // part of the ring; used on narrow screens
+const widestUnlabelled = 1 / 24;  // on narrow screens, smaller parts of the ring have no label
 
 function inColours(layout) {
   const ink = dark.matches ? "#e6e8eb" : "#1b1f24";

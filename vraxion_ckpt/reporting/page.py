@@ -20,7 +20,7 @@ from vraxion_ckpt.wording import listed
 
 _MOST_ROWS = 12
 _MOST_CHANGES = 40
-# Longer words may be broken after a separator.
+# Words longer than this may be broken after a separator.
 _LONG = 16
 _AFTER_SEPARATOR = re.compile(r"(?<=[/\\._:=-])(?=[^/\\._:=-])")
 

@@ -32,7 +32,7 @@ from vraxion_ckpt.reporting.drawing import (
 from vraxion_ckpt.reporting.gather import Ring, Subject
 
 _STYLES = {"solid": "-", "dash": "--", "dot": ":"}
-# More experts than this get a separate part of the key, with this many columns for each ring.
+# More experts than this have a legend of their own, with this many columns for each ring.
 _FEW_EXPERTS = 4
 _KEY_COLUMNS = 10
 
@@ -62,7 +62,7 @@ def draw(subject: Subject) -> bytes:
 
 
 def _key(figure: Figure, axes: Any, subject: Subject) -> None:
-    """Draw the key. Many experts get a separate part with only their numbers."""
+    """Draw the legend. If there are many experts, their ids are in a separate legend."""
     axes.axis("off")
     key = key_entries(subject)
     experts = [entry for entry in key if entry.number and not entry.text]

@@ -1,4 +1,4 @@
-"""Compare experts: cosines, norms, and which of them are copies of each other."""
+"""Compute cosines and norms of experts, and find experts that are copies of each other."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
 from vraxion_ckpt.support import progress
 
-# Experts with at least this cosine count as copies, because a cosine of 1.000 does not show how they differ.
+# Experts with at least this cosine are listed as copies, because a cosine of 1.000 does not show how they differ.
 _COPY = 0.9995
 _PIECE = 2**16
 
 
 @dataclass(frozen=True)
 class Copy:
-    """An expert that equals another one or nearly does.
+    """An expert that is equal or nearly equal to another expert.
 
     Attributes:
-        expert: its id.
+        expert: the id of this expert.
         leaves: the names of the tensors that differ; empty if all are bit-identical.
-        measure: the size of the difference; None if there is none.
+        measure: the size of the difference; None if all tensors are bit-identical.
     """
 
     expert: int
@@ -42,7 +42,7 @@ class Group:
 
     Attributes:
         first: the id of the expert that the others were compared with.
-        copies: the other members.
+        copies: the other experts of the group.
     """
 
     first: int
@@ -62,7 +62,7 @@ class Similarity:
         ids: the experts that were compared, in ascending order.
         norms: the Euclidean norm of all parameters of each expert, shape ``[len(ids)]``; NaN if an entry is not
             finite, has no numeric value, or is too large to be squared.
-        groups: the experts, with copies in one group.
+        groups: groups of experts that are copies of each other; each expert is in one group.
         cosines: the cosine between the first experts of the groups, shape ``[len(groups), len(groups)]``; NaN if
             shapes differ, or a norm is NaN or zero.
     """
@@ -98,7 +98,7 @@ def compare_experts(experts: Mapping[int, Expert], ids: Sequence[int]) -> Simila
 
 
 def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list[Group]:
-    """Group copies. All experts must have the same shapes; rows of `cosines` are in their order."""
+    """Group copies. All experts must have the same shapes. `cosines` has a row for each expert, in order."""
     found: list[tuple[int, list[Copy]]] = []  # the first expert's position and the copies of each group
     ids = list(experts)
     for place, i in enumerate(ids):

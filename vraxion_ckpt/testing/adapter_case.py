@@ -16,7 +16,7 @@ from vraxion_ckpt.testing.watch import written
 
 
 class AdapterCase:
-    """Write and read checkpoints with the adapter under test."""
+    """Write and read checkpoints with the tested adapter."""
 
     adapter: ClassVar[Adapter]
     examples: ClassVar[int] = 50
@@ -44,6 +44,6 @@ class AdapterCase:
         return found
 
     def assert_holds(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Compare the files at `path` bit by bit with the part of a checkpoint that the format can hold."""
+        """Assert that `path` holds, bit for bit, the part of a checkpoint that the format can hold."""
         expected = adapter_calls.held(self.adapter, checkpoint)
         assert_none(checkpoint_differences(expected, self.read_all(path)), f"{path.name} came back changed")

@@ -27,7 +27,7 @@ class DamageTests(AdapterCase):
 
     @pytest.mark.parametrize("sample", ["experts", "single", "odd_payload"])
     def test_every_file_that_matters_is_registered(self, sample: str, tmp_path: Path) -> None:
-        """A file must be registered if the checkpoint cannot be read without it, or reads differently."""
+        """A file must be registered if, without it, reading fails or gives another checkpoint."""
         path = self.written(samples()[sample], tmp_path)
         registered = {os.path.realpath(source.path) for source in self.read_all(path).sources}
         for name in contents(path):

@@ -65,7 +65,7 @@ class AdapterTests(RoundTripTests, DamageTests):
     # --- names and options ---
 
     def test_it_can_be_registered(self) -> None:
-        """For example, an `IncrementalDirectoryAdapter` must define all of its abstract methods."""
+        """The class must be complete: for example, it must define all abstract methods of its base class."""
         check_offer(type(self.adapter), Adapter, "register_adapters")
 
     @named

@@ -1,4 +1,4 @@
-"""Add the plugin, its options and the sample to failures of the conformance suites."""
+"""Add the plugin's name, its options and the sample's name to failures of the conformance suites."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def case(name: str, options: Mapping[str, Any], sample: str | None = None) -> It
 
     Args:
         name: name of the adapter or transform.
-        options: its options, as given.
+        options: the options of the adapter or transform, as given.
         sample: name of the checkpoint in `samples()`, or None if it is another checkpoint.
     """
     try:
@@ -32,7 +32,7 @@ def case(name: str, options: Mapping[str, Any], sample: str | None = None) -> It
 
 
 def named(test: _F) -> _F:
-    """Run a test of `AdapterTests` within the `case` of its adapter and of its parameter ``sample``, if any."""
+    """Add the adapter, its options and the parameter ``sample``, if any, to failures of a test."""
 
     @functools.wraps(test)
     def run(self: Any, *args: Any, **fixtures: Any) -> None:
@@ -48,7 +48,7 @@ def assert_none(found: Iterable[object], what: str) -> None:
     """Fail if `found` is not empty.
 
     Raises:
-        AssertionError: with `what` and the first twenty items.
+        AssertionError: `found` is not empty. The message has `what` and the first twenty items.
     """
     listed = list(found)
     more = [f"and {len(listed) - _MOST_SHOWN} more"] if listed[_MOST_SHOWN:] else []

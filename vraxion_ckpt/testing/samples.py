@@ -32,9 +32,9 @@ def make(
 
     Args:
         experts: number of experts; 0 for no head, 1 for a single head.
-        widths: hidden width of each expert, for experts with an inner layer.
-        position: number of core tensors before the head; all of them if None.
-        groups: number of param groups; 1, or 2 for weights and everything else.
+        widths: hidden width of each expert; if empty, the experts have no inner layer.
+        position: number of core tensors before the head. If None, the head is last.
+        groups: number of param groups: 1, or 2 (the weights, and everything else).
         optimizer: whether to add an optimizer. It has no state for the parameter ``unused``.
         seed: seed of the tensors' values.
     """
@@ -127,7 +127,7 @@ def samples() -> dict[str, Checkpoint]:
 
 
 def _one_left() -> Checkpoint:
-    """Return a model whose experts were merged into one. It must become a single head again."""
+    """Return a model with a list of one expert, as merging leaves it. Runtimes can load only a single head."""
     checkpoint = make(experts=1)
     rename_head(checkpoint, HeadKind.EXPERTS)
     return checkpoint

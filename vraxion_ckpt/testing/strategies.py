@@ -45,7 +45,7 @@ _RESERVED = frozenset({"model", "optim", "optimizer", "num_experts", "param_name
 
 
 def arbitrary_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int) -> Tensor:
-    """Return a tensor of random bits, which include NaNs with payloads, subnormals and infinities."""
+    """Return a tensor of random bits. Values may be NaNs with payloads, subnormals and infinities."""
     count = torch.Size(shape).numel() * dtype.itemsize
     data = bytearray(random.Random(seed).randbytes(count))
     if dtype == torch.bool:
@@ -91,7 +91,7 @@ def plain_values() -> st.SearchStrategy[Any]:
 
 @st.composite
 def checkpoints(draw: st.DrawFn) -> Checkpoint:
-    """Generate consistent checkpoints with any head, deleted experts, tied tensors, one or two param groups."""
+    """Generate consistent checkpoints: any head or none, deleted experts, tied tensors, one or two param groups."""
     kind = draw(st.sampled_from(["none", "single", "experts"]))
     names = draw(st.lists(_TEXT.filter(lambda name: name not in _RESERVED), unique=True, max_size=4))
     core = {f"body.{name}": draw(tensors()) for name in names}

@@ -55,8 +55,8 @@ class TransformTests:
 
     Attributes:
         transform: the transform's class.
-        accepted: at least one pair of options, as a user gives them, and the name of a sample that they work on.
-        refused: options, the name of a sample, and a part of the error message.
+        accepted: calls that must succeed, at least one: options, as a user gives them, and the name of a sample.
+        refused: calls that must fail: options, the name of a sample, and a part of the error message.
         examples: the number of generated checkpoints to try. They are the same in every run.
     """
 
@@ -235,6 +235,6 @@ def _formats() -> dict[str, Adapter]:
 
 
 def _by_name(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Return tensors and optimizer state, sorted by name."""
+    """Return the model tensors and the optimizer state, each sorted by name."""
     state = checkpoint.optimizer.state if checkpoint.optimizer else {}
     return [dict(sorted(checkpoint.state_dict().items())), dict(sorted(state.items()))]

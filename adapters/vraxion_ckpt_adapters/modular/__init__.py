@@ -2,7 +2,7 @@
 
 ``router.state`` holds the payload dict with every model tensor except ``head.experts.*``, and the optimizer state of
 all parameters, including the experts'. Each shard is a plain dict of leaf name → tensor. ``meta.json`` has the
-lifecycle rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and the offline exploder's, with
+lifecycle rows, in one of two variants: the trainer's, with ``step`` and ``deleted``, and the offline tool's, with
 ``source_checkpoint``. A single head is stored in ``router.state``; then there are no shards.
 """
 

@@ -83,7 +83,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     loads_pickles: ClassVar[bool] = True
     index_file: ClassVar[str] = ROUTER_STATE
 
-    tenure_all: bool = Field(False, description="on writing, mark every expert tenured")
+    tenure_all: bool = Field(False, description="mark every expert as tenured in the written files")
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -181,7 +181,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         reference: list[tuple[int, dict[str, Tensor]]] = []  # the first shard that was opened
 
         def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
-            context.check_unchanged(router)  # else the shard may be from a later save
+            context.check_unchanged(router)  # if it has changed, the shard may be from a later save
             tensors = load_shard(path, expert, leaves.get(expert), context)
             other = of_another_size(expert, tensors, shards)
             if not reference and other is not None:
@@ -244,7 +244,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     def output_files(self, checkpoint: Checkpoint) -> dict[str, OutputFile]:
         head = checkpoint.head
         meta = meta_of(checkpoint)
-        # router.state is always written, because object() equals no other object.
+        # router.state is always written: object() equals no other object, so it never counts as unchanged.
         files = {ROUTER_STATE: torch_output(object(), lambda: self._router(checkpoint))}
         if head is not None and head.kind is HeadKind.EXPERTS:
             for i, expert in head.experts.items():
@@ -253,9 +253,9 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         return files
 
     def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
-        if name == META:  # a loader uses the rows of its experts, by position, and `step`
+        if name == META:  # a loader uses only `step` and the first `num_experts` rows
             if "meta" not in before.origin.local:
-                return False  # without meta.json, a loader makes up rows
+                return False  # without meta.json, a loader assumes rows, so writing the file changes what it reads
             old, new = meta_of(before), meta_of(after)
             rows = slice(0, reader.num_experts)
             return bool(old["experts"][rows] == new["experts"][rows] and old.get("step") == new.get("step"))
@@ -283,7 +283,7 @@ def _uncounted(_: int) -> None: ...
 
 
 def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> int:
-    """Return the head's position among the core tensors according to param_names; last if they do not show it."""
+    """Return the index in `core` of the first core tensor after the head in `param_names`, else ``len(core)``."""
     names = list(param_names or ())
     head = [i for i, name in enumerate(names) if name.startswith("head.experts.")]
     following = names[head[-1] + 1 :] if head else []

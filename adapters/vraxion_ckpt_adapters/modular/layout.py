@@ -13,7 +13,7 @@ ROUTER_STATE = "system/router.state"
 
 
 def root_of(path: Path) -> Path:
-    """Return the checkpoint's directory for its own path or the path of its router.state."""
+    """Return the checkpoint's directory, given its own path or the path of its router.state."""
     is_router = path.name == "router.state" and path.parent.name == "system"
     return path.parent.parent if is_router else path
 
@@ -48,7 +48,7 @@ class CheckpointFiles:
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
 
     def shards(self) -> dict[int, Path]:
-        """Return the path of each shard by expert id, without opening any."""
+        """Return the path of each shard by expert id, without opening the files."""
         found = list_shards(self.root / "experts")
         found = {i: path for i, path in found.items() if f"experts/{path.name}" not in self.removed}
         return found | (list_shards(self.staged / "experts") if self.staged else {})

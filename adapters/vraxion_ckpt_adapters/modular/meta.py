@@ -1,4 +1,4 @@
-"""``experts/meta.json``: the lifecycle rows, in the trainer's variant or the offline exploder's."""
+"""``experts/meta.json``: the lifecycle rows, in the trainer's variant or the offline tool's."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from vraxion_ckpt.plugin_api import (
 )
 
 META = "experts/meta.json"
-_DIALECT = "meta"  # the name under which `Origin` records the dialect
+_DIALECT = "meta"  # the name under which `Origin` records the variant
 _ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
 
 
 @dataclass(frozen=True)
 class MetaDialect:
-    """The variant of a meta.json. The defaults are the offline exploder's, which is written if no other is known.
+    """The variant of a meta.json. By default, it is the offline tool's, which is written if no other is known.
 
     Attributes:
-        keys: the keys in order.
-        row_keys: the keys of a row in order.
-        entries: the entries that cannot be derived from the rest of the checkpoint.
+        keys: the keys of the file's object, in order.
+        row_keys: the keys of each row of ``experts``, in order.
+        entries: other entries of the source's file, which are written unchanged.
     """
 
     keys: tuple[str, ...] = ("source_checkpoint", "num_experts", "experts")
@@ -52,10 +52,10 @@ def read_meta(path: Path, context: ReadContext, parsed: Parsed) -> dict[str, Any
     """Read meta.json and compare it with router.state.
 
     Returns:
-        Its content. None if the file is missing; then there is a warning.
+        The content of meta.json, or None, with a warning, if the file is missing.
 
     Raises:
-        InconsistentError: it is malformed, or belongs to another save than router.state.
+        InconsistentError: meta.json is malformed, or belongs to another save than router.state.
     """
     if not os.path.lexists(path):
         warnings.warn(f"{path} is missing; lifecycle rows are rebuilt", CkptWarning, stacklevel=2)
@@ -104,7 +104,7 @@ def listed_as_deleted(meta: dict[str, Any] | None, num_experts: int, root: Path)
 
 
 def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, Lifecycle]:
-    """Return the lifecycle rows by expert id. Raise InconsistentError unless there is one for each expert."""
+    """Return the lifecycle rows by expert id. Raise InconsistentError if they do not match the experts."""
     path = root / META
     rows: dict[int, Lifecycle] = {}
     for place, row in enumerate(meta["experts"]):
@@ -136,7 +136,7 @@ def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
 
 
 def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return a row as JSON, with its entries in the order of `keys`."""
+    """Return a row as JSON: first the entries in `keys`, in order, then others that differ from the default."""
     known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
     more = [key for key in _ROW_KEYS if key not in keys and known[key] != getattr(Lifecycle, key)]
     entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)
@@ -145,7 +145,7 @@ def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str
 
 
 def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
-    """Record the variant of meta.json in the origin. Other formats keep it only if it is not the exploder's."""
+    """Record the variant of meta.json in `origin`. Other formats also keep it, unless it is the offline tool's."""
     if meta is None:
         return origin
     rows = meta["experts"]
@@ -161,7 +161,7 @@ def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
 
 
 def without_meta(origin: Origin) -> Origin:
-    """Remove the recorded variant, which need not be stored besides meta.json itself."""
+    """Remove the variant of meta.json from `origin`, because meta.json itself shows it."""
     return origin.without_dialects(_DIALECT)
 
 
@@ -179,16 +179,16 @@ def rows_of(
     """Return the lifecycle row of every expert, with assumed values if meta.json has no rows.
 
     Args:
-        checkpoint: with its head.
-        meta: the content of meta.json, if it exists.
-        listed: the experts that it lists as deleted. One whose tensors exist is treated as live, with a warning.
+        checkpoint: the checkpoint, whose head is already read.
+        meta: the content of meta.json; None if the file is missing.
+        listed: the ids that meta.json lists as deleted. If such an expert has tensors, it is read, with a warning.
         root: the checkpoint's directory.
     """
     head = checkpoint.head
     unknown = {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
     if meta is None or head is None:
         return unknown
-    # The exploder writes no row for a single head.
+    # The offline tool writes no row for a single head.
     rows_omitted = head.kind is HeadKind.SINGLE and not meta["experts"]
     rows = unknown if rows_omitted else parse_rows(meta, checkpoint.num_experts, root)
     collected = sorted(listed & head.experts.keys())
@@ -202,11 +202,11 @@ def rows_of(
 
 
 def meta_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the content of meta.json in the variant of the source; in the exploder's if the source had none."""
+    """Return the content of meta.json, in the source's variant, or in the offline tool's if the source had none."""
     origin = checkpoint.origin
     dialect = _recorded_meta(origin)
     single = checkpoint.head is not None and checkpoint.head.kind is HeadKind.SINGLE
-    # The exploder writes no row for a single head. Known rows are written nevertheless.
+    # The offline tool writes no row for a single head. If rows are known, they are written nevertheless.
     without_rows = single and checkpoint.has_no_rows and "step" not in dialect.keys
     rows = {} if without_rows else checkpoint.lifecycle
     deleted = checkpoint.head.deleted if checkpoint.head else frozenset()

@@ -35,18 +35,18 @@ SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
 
 
 def shard_name(expert: int) -> str:
-    """Return a shard's file name: the id in at least three digits."""
+    """Return a shard's file name, in which the expert's id has at least three digits."""
     return f"expert_{expert:03d}.pt"
 
 
 def list_shards(folder: Path) -> dict[int, Path]:
-    """Return the paths with the name of a shard, by expert id."""
+    """Return the paths that are named like a shard, by expert id."""
     found = ((SHARD.fullmatch(name), name) for name in _names(folder))
     return dict(sorted((int(match[1]), folder / name) for match, name in found if match))
 
 
 def check_names(folder: Path) -> None:
-    """Raise InconsistentError if a shard's name is not one that loaders look for, such as expert_1.pt."""
+    """Raise InconsistentError if loaders would ignore a shard because of its name, for example expert_1.pt."""
     for name in sorted(_names(folder)):
         if name.startswith("expert_") and name.endswith(".pt") and not SHARD.fullmatch(name):
             message = "a shard must be named expert_<id>.pt, with an id of at least three digits"
@@ -68,7 +68,7 @@ def below(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
 
 
 def leftovers(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
-    """Return the shards that a loader of a model with `num_experts` experts ignores. Folders do not count."""
+    """Return the shards, without folders, that a loader of a model with `num_experts` experts ignores."""
     return {i: path for i, path in shards.items() if i >= num_experts and (path.is_symlink() or not path.is_dir())}
 
 
@@ -76,8 +76,8 @@ def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
     """Warn that some shards are ignored.
 
     Args:
-        ids: the experts of these shards.
-        why: the reason, as a clause.
+        ids: the ids of the experts whose shards are ignored.
+        why: the reason, as a clause that follows "because".
         root: the checkpoint's directory.
     """
     names = listed([shard_name(expert) for expert in ids])
@@ -116,14 +116,14 @@ def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
     """Describe a file that `torch.save` writes.
 
     Args:
-        content: equal for files with the same content.
-        value: returns the object to save. It is called only when the file is written or measured.
+        content: a value that is equal for two files with the same content.
+        value: a function that returns the object to save. It is called when the file is written or measured.
     """
     return OutputFile(content, lambda path: save_torch_file(value(), path), lambda: torch_file_size(value()))
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
-    """Return the names of each expert's parameters according to param_names."""
+    """Return the leaf names of each expert's parameters that `param_names` lists, by expert id."""
     leaves: dict[int, set[str]] = {}
     for name in param_names or ():
         if found := re.fullmatch(r"head\.experts\.([0-9]{1,9})\.(.+)", name):
@@ -135,7 +135,7 @@ def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadCo
     """Open a shard.
 
     Raises:
-        InconsistentError: it is damaged, is not a dict of tensors, or lacks one of `leaves`.
+        InconsistentError: the shard is damaged, is not a dict of tensors, or lacks one of `leaves`.
     """
     try:
         shard = context.load_torch(path)
@@ -154,10 +154,10 @@ def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadCo
 
 
 def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, Path]) -> int | None:
-    """Return another expert whose shard has a different file size, or None.
+    """Return the first other expert if the file size of its shard differs, or None.
 
-    The shards of linear experts should all have the same size. Comparing two of a different size finds a shard that
-    does not fit even if no other shard would be opened.
+    The shards of linear experts should all have the same size. If two sizes differ, the caller opens both to find
+    different shapes. Experts with inner layers may differ in size; for them, the result is None.
     """
     other = next((i for i in shards if i != expert), None)
     if other is None or any("." in leaf for leaf in tensors):
@@ -166,7 +166,7 @@ def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, P
 
 
 def check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
-    """Raise InconsistentError if a shard's tensors do not have the shapes of another expert's.
+    """Raise InconsistentError if a shard's tensors do not fit `model`, the tensors of expert `other`.
 
     A trainer's loader would skip such a shard.
     """
@@ -182,7 +182,7 @@ def tied_across_files(checkpoint: Checkpoint) -> set[str]:
     router: list[tuple[tuple[int | None, str], Tensor]] = [
         ((None, name), tensor) for name, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots])
     ]
-    # An expert that was not opened comes from a file of its own, so it shares no memory.
+    # An expert that was not opened has a file of its own, so it shares no memory with other tensors.
     opened = [(i, expert) for i, expert in checkpoint.head.experts.items() if expert.is_open]
     experts = [((i, checkpoint.head.prefix(i) + leaf), t) for i, expert in opened for leaf, t in expert.items()]
     return {

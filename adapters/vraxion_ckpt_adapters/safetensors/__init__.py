@@ -5,8 +5,8 @@ payload have names that begin with ``vraxion_ckpt/``. Everything that is not a t
 ``vraxion_ckpt`` of ``__metadata__``, described in `vraxion_ckpt.formats.document`.
 
 A folder of shards has ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json``. The index has the
-``weight_map`` (tensor → file) and that JSON. Model tensors and training state are in separate shards. A file that was
-written by other software is read as a state dict.
+``weight_map`` (tensor → file) and the same JSON. Model tensors and training state are in separate shards. A file that
+was written by other software is read as a state dict.
 """
 
 from __future__ import annotations

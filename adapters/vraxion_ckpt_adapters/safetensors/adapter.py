@@ -169,7 +169,7 @@ def _check_shard(path: Path) -> None:
 
 
 def _with_metadata(origin: Origin, format_name: str, metadata: Mapping[str, Any]) -> Origin:
-    """Record the metadata of other software in the origin, except for ``format: pt``, which is always written."""
+    """Add metadata that other software wrote to `origin`, except ``format: pt``, which is always written."""
     others = {key: text for key, text in metadata.items() if (key, text) != ("format", "pt")}
     others = {**_recorded_metadata(origin, format_name), **others}
     return origin.with_dialect(format_name, others) if others else origin

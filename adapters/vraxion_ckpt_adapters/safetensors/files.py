@@ -20,7 +20,7 @@ from vraxion_ckpt.plugin_api import (
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MODEL_FILE = "model.safetensors"
-# The metadata key, in the index and in every shard, of the id of the save that they are parts of.
+# The metadata key of the save's id, which the index and all shards of a save have in common.
 SAVE_KEY = f"{OUR_KEY}_save"
 _SHARD = re.compile(r".*-[0-9]{5}-of-([0-9]{5})(\..*)?\.safetensors")
 
@@ -50,10 +50,10 @@ def file_to_open(path: Path) -> Path:
 
 
 def check_regular(path: Path) -> Path:
-    """Return the path of an index or shard.
+    """Check the file of an index or shard, and return its path.
 
     Raises:
-        InconsistentError: it is missing, is not a regular file, or is a link to another folder.
+        InconsistentError: the file is missing, is not a regular file, or is a link to another folder.
     """
     if path.is_symlink() and Path(os.path.realpath(path)).parent != Path(os.path.realpath(path.parent)):
         hint = "copy the folder with cp -rL, which follows links"
@@ -69,7 +69,7 @@ def read_single_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor
     """Return the tensors and the metadata of a checkpoint that is one file.
 
     Raises:
-        InconsistentError: the file is one of several shards, or our JSON in its metadata is malformed.
+        InconsistentError: the file is one of several shards, or the JSON under ``vraxion_ckpt`` is malformed.
     """
     header = check_safetensors(path)
     shard = _SHARD.fullmatch(path.name)

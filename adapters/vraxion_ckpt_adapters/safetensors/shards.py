@@ -59,7 +59,7 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the weight map and the metadata of an index.
 
     Raises:
-        InconsistentError: it is malformed, or names a file outside its folder.
+        InconsistentError: the index is malformed, or names a file outside its folder.
     """
     check_regular(index)
     content = load_json(index, most=LARGEST_SAFETENSORS_HEADER)
@@ -78,7 +78,7 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def save_id(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """Return a digest of all content, so that shards of different saves are never mixed: 16 hexadecimal digits."""
+    """Return a digest of all content, 16 hexadecimal digits. It shows whether shards belong to one save."""
     digest = hashlib.sha256(document_text(facts).encode())
     for name, tensor in tensors.items():
         digest.update(
@@ -90,7 +90,7 @@ def save_id(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
 def fill_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Divide tensors into shards of at most `max_bytes`, in order. A larger tensor has a shard of its own.
 
-    Model tensors come first, training state follows in separate shards.
+    Model tensors come first. Training state follows in separate shards.
     """
     shard: dict[str, Tensor] = {}
     size, ours = 0, False

@@ -1,4 +1,4 @@
-"""Run the conformance suites on both plugins, and test what they do beyond."""
+"""Run the conformance suites on both plugins, and test what the suites do not cover."""
 
 import numpy as np
 from vraxion_ckpt_npy.folder import NpyAdapter

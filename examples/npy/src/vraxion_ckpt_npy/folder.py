@@ -104,7 +104,7 @@ def _refuse_link(path: Path) -> None:
 
 
 def _read_tensor(path: Path, context: ReadContext) -> Tensor:
-    """Map a tensor. It is read when it is needed, and writing to it does not change the file."""
+    """Map a file as a tensor. Data is read when it is needed; writing to the tensor does not change the file."""
     _refuse_link(path)
     try:
         with context.open(path) as file:
