@@ -434,11 +434,11 @@ def absolute(root: Path) -> None:
 INDEX: Entries = {
     **{
         f"path: {name}": Bad(
-            index(of_safetensors.index_says(file)), InconsistentError, (r"\[theta\]: is said to be in",), to=SHARDS
+            index(of_safetensors.index_says(file)), InconsistentError, (r"\[theta\]: the index lists the tensor in",), to=SHARDS
         )
         for name, file in of_safetensors.PATHS.items()
     },
-    "path: absolute, and there": Bad(index(absolute), InconsistentError, (r"\[theta\]: is said to be in",), to=SHARDS),
+    "path: absolute, and there": Bad(index(absolute), InconsistentError, (r"\[theta\]: the index lists the tensor in",), to=SHARDS),
     **{
         name: Bad(index(damage), error, (re.escape(says),), to=SHARDS)
         for name, (damage, error, says) in of_safetensors.INDEXES.items()
@@ -503,7 +503,7 @@ MODULAR: Entries = {
     "num_experts a billion, in both": Bad(
         directory(of_modular.both(BILLION, of_modular.meta(lambda meta: meta.update(num_experts=10**9)))),
         InconsistentError,
-        (r"expert_003\.pt is missing; num_experts is 1000000000",),
+        (r"expert_003\.pt is missing, but num_experts is 1000000000",),
     ),
     **{
         f"evil shard of expert {expert}": Bad(
