@@ -434,11 +434,16 @@ def absolute(root: Path) -> None:
 INDEX: Entries = {
     **{
         f"path: {name}": Bad(
-            index(of_safetensors.index_says(file)), InconsistentError, (r"\[theta\]: the index lists the tensor in",), to=SHARDS
+            index(of_safetensors.index_says(file)),
+            InconsistentError,
+            (r"\[theta\]: the index lists the tensor in",),
+            to=SHARDS,
         )
         for name, file in of_safetensors.PATHS.items()
     },
-    "path: absolute, and there": Bad(index(absolute), InconsistentError, (r"\[theta\]: the index lists the tensor in",), to=SHARDS),
+    "path: absolute, and there": Bad(
+        index(absolute), InconsistentError, (r"\[theta\]: the index lists the tensor in",), to=SHARDS
+    ),
     **{
         name: Bad(index(damage), error, (re.escape(says),), to=SHARDS)
         for name, (damage, error, says) in of_safetensors.INDEXES.items()

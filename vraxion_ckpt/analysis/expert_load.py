@@ -32,7 +32,7 @@ def expert_loads(
 
     Args:
         checkpoint: a checkpoint after or before a split.
-        against: the checkpoint before the split. If None, the last split that the payload records is undone.
+        against: the checkpoint before the split. If None, it is derived from the last split that the payload records.
         visits_file: visits counted before the split.
         visits_after: visits counted after training was resumed.
 

@@ -70,7 +70,7 @@ def inspect(
         values: list every tensor with the range of its values. This reads all tensors.
         visits: a file of visits counted before a split, see `vraxion_ckpt.checkpoint.visits`.
         visits_after: a file of visits counted after training was resumed.
-        against: the checkpoint before the split. If None, the last split that the payload records is undone.
+        against: the checkpoint before the split. If None, it is derived from the last split that the payload records.
         reading: see `ReadOptions`.
 
     Returns:
@@ -231,7 +231,7 @@ def _plan_facts(checkpoint: Checkpoint) -> PlanFacts | None:
 
 
 def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
-    """Return the losses of every format with default options. Warn about a format that fails, and leave it out."""
+    """Return what each format, with default options, cannot hold. Warn about a format that fails, and leave it out."""
     lost: dict[str, tuple[Loss, ...]] = {}
     for name, adapter in sorted(adapters().items()):
         try:

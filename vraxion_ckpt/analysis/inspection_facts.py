@@ -127,7 +127,7 @@ class Inspection(Facts):
     step: Plain
     core: CoreFacts
     payload: tuple[str, ...]
-    """Keys of the other entries."""
+    """Keys of the entries that are neither the model nor the optimizer."""
     head: HeadKind | None
     num_experts: int
     experts: tuple[ExpertFacts, ...]

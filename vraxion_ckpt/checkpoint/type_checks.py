@@ -50,7 +50,9 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
     if origin in (UnionType, Union):
         found = [list(_faults(value, each, place)) for each in arguments if each is not NoneType]
         if not (value is None and NoneType in arguments) and all(found):
-            yield from found[0] if len(found) == 1 else [f"{place} is a {_kind(value)}, not {_type_text(expected)}"]
+            yield from (
+                found[0] if len(found) == 1 else [f"{place or 'it'} is a {_kind(value)}, not {_type_text(expected)}"]
+            )
     elif expected is Tensor:
         yield from _tensor_faults(value, place)
     elif not _is_instance(value, origin or expected):

@@ -109,8 +109,8 @@ def convert(
         manifest: a file to write the digests of the written files to, see `vraxion_ckpt.commit.manifest`.
         result_order: the names of all optimizer parameters of the result, in optimizer order, if no rule determines
             the order.
-        optimizer: as for `vraxion_ckpt.open`. ``keep`` refuses an optimizer that lacks parameters of some experts
-            only; ``partial`` accepts it.
+        optimizer: as for `vraxion_ckpt.open`. ``keep`` refuses an optimizer that has a parameter for some experts but
+            not for others; ``partial`` accepts it.
         companions: how to handle companions, such as averages of the model, if the chain changes the head. ``grow``
             changes them like the head, or refuses; ``keep`` leaves them unchanged; ``drop`` omits them.
         reading: ``from_``, ``param_names``, ``optimizer_order`` and ``allow_globals``, see `ReadOptions`.

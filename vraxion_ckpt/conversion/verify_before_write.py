@@ -23,11 +23,12 @@ from vraxion_ckpt.optimizer import placement
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, Loss
 from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
+from vraxion_ckpt.plugins.options import defect_of
 from vraxion_ckpt.plugins.plugin_calls import defect, observed
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import OptimizerPolicy, refuse
 from vraxion_ckpt.reading.read_options import check_names
-from vraxion_ckpt.wording import count
+from vraxion_ckpt.wording import count, listed
 
 LossPolicy = Literal["raise", "warn", "ignore"]
 
@@ -131,7 +132,18 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
     side_targets = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
     lost = _check_losses(adapter, after, losses)
     held = adapter_calls.held(adapter, after)
+    if not lost and (missing := _missing(after, held)):
+        raise defect_of(adapter, f"held lacks {missing}, although losses lists nothing")
     return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost))
+
+
+def _missing(after: Checkpoint, held: Checkpoint) -> str | None:
+    """Return what a format leaves out of a checkpoint, as far as names show it."""
+    if after.optimizer is not None and held.optimizer is None:
+        return "the optimizer"
+    if gone := [*(after.core.keys() - held.core.keys()), *(after.payload.keys() - held.payload.keys())]:
+        return listed(sorted(map(str, gone)), 3)
+    return "experts" if after.num_experts != held.num_experts else None
 
 
 def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) -> Preservation | None:
@@ -165,7 +177,7 @@ def _untrained(name: str) -> str:
 
 
 def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
-    """Refuse an optimizer that lacks parameters of some experts only. Policies other than ``keep`` accept it.
+    """Refuse an optimizer that has a parameter for some experts but not for others. Policies other than ``keep`` accept it.
 
     Raises:
         BindingError: the key is the first missing parameter.

@@ -187,7 +187,10 @@ class IncrementalDirectoryAdapter(Adapter):
 
     @abstractmethod
     def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
-        """Return whether a reader gets the same checkpoint with the old and with the new version of a file.
+        """Return whether a trainer's loader gets the same checkpoint with the old and with the new version of a file.
+
+        An edit writes such a file before or after the index file. If it is killed in between, a loader finds the other
+        version. This adapter itself may refuse such a mixture, but must not read it as another checkpoint.
 
         Args:
             name: a file of `output_files` of either checkpoint, other than the index file.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -119,6 +119,12 @@ def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -
     with calling(adapter):
         found = adapter.output_files(checkpoint)
     checked = _checked(adapter, "output_files", found, Mapping[str, OutputFile])
+    for name in checked:
+        path = PurePosixPath(name)
+        if path.is_absolute() or name != str(path) or not path.parts or ".." in path.parts or "\0" in name:
+            raise defect_of(adapter, f"output_files names {name!r}, which is not a path below the directory")
+    if adapter.index_file not in checked:
+        raise defect_of(adapter, f"output_files lacks the index file {adapter.index_file!r}")
 
     def write_file(write: Callable[[Path], None], path: Path) -> None:
         with calling(adapter):
@@ -133,6 +139,13 @@ def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -
         name: replace(file, write=partial(write_file, file.write), size=partial(size_of_file, file.size))
         for name, file in checked.items()
     }
+
+
+def same_content(adapter: IncrementalDirectoryAdapter, one: OutputFile, other: OutputFile) -> bool:
+    """Return whether two files have the same content, as their `OutputFile.content` compares."""
+    with calling(adapter):
+        found = one.content == other.content
+    return _checked(adapter, "a comparison of OutputFile.content", found, bool)
 
 
 def is_ignored(

@@ -79,7 +79,7 @@ class Recipe(_Entry):
 
 
 def mappings_with_key(key: str) -> list[str]:
-    """Return the mappings of a recipe that have a key."""
+    """Return the names of the parts of a recipe in which `key` is allowed."""
     entries: dict[str, type[_Entry]] = {"source": Source, "targets": Output, "the top level": Recipe}
     fields = {name: entry.model_fields.items() for name, entry in entries.items()}
     return [name for name, found in fields.items() if key in {field.alias or each for each, field in found}]

@@ -26,6 +26,7 @@ class DamageTests(AdapterCase):
     # --- registered files ---
 
     @pytest.mark.parametrize("sample", ["experts", "single", "odd_payload"])
+    @named
     def test_every_file_that_matters_is_registered(self, sample: str, tmp_path: Path) -> None:
         """A file must be registered if, without it, reading fails or gives another checkpoint."""
         path = self.written(samples()[sample], tmp_path)
@@ -39,6 +40,7 @@ class DamageTests(AdapterCase):
                 f"{file.name} is not registered: open it with the context of `read`"
             )
 
+    @named
     def test_a_change_of_a_file_after_reading_is_detected(self, tmp_path: Path) -> None:
         path = self.written(make(), tmp_path)
         found = self.read_all(path)

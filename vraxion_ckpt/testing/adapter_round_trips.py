@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.conversion.convert import convert
 from vraxion_ckpt.conversion.edit import edit
-from vraxion_ckpt.errors import CkptError
+from vraxion_ckpt.errors import CkptError, CkptWarning
 from vraxion_ckpt.plugins import adapter_calls
+from vraxion_ckpt.plugins.adapter import IncrementalDirectoryAdapter
 from vraxion_ckpt.reading.opening import read
 from vraxion_ckpt.testing.adapter_case import AdapterCase
 from vraxion_ckpt.testing.cases import assert_none, named
@@ -64,6 +66,42 @@ class RoundTripTests(AdapterCase):
             shutil.rmtree(folder)
 
         run_on_generated(comes_back, self.examples)
+
+    @pytest.mark.parametrize("sample", ["experts", "single", "odd_payload"])
+    @named
+    def test_the_size_is_that_of_the_files(self, sample: str, tmp_path: Path) -> None:
+        held = adapter_calls.held(self.adapter, samples()[sample])
+        told = adapter_calls.size(self.adapter, held)
+        size = sum(map(len, contents(self.written(samples()[sample], tmp_path)).values()))
+        assert told in (None, size), f"`size` returned {told}, but {size} bytes were written"
+
+    @pytest.mark.parametrize("kind", list(_EDITS))
+    @named
+    def test_a_file_that_a_reader_ignores_does_not_change_what_is_read(self, kind: str, tmp_path: Path) -> None:
+        """An edit writes such a file before or after the index file; until then, a reader finds either version."""
+        adapter = self.adapter
+        if not isinstance(adapter, IncrementalDirectoryAdapter):
+            pytest.skip("the format is not written file by file")
+        old, new = self.written(make(), tmp_path / "old"), self.place(tmp_path / "new")
+        convert(old, new, from_=adapter, to=adapter, transforms=_EDITS[kind], losses="ignore")
+        before, after = self.read_all(old), self.read_all(new)
+        files = {*contents(old), *contents(new)} - {Path(adapter.index_file)}
+        for reader, place, other in ((before, old, new), (after, new, old)):
+            for name in sorted(map(str, files)):
+                if not adapter_calls.is_ignored(adapter, name, before, after, reader):
+                    continue
+                mixed = Path(shutil.copytree(place, self.place(tmp_path / "mixed")))
+                (mixed / name).unlink(missing_ok=True)
+                if (other / name).exists():
+                    shutil.copy(other / name, mixed / name)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", CkptWarning)
+                    try:
+                        found = list(checkpoint_differences(reader, self.read_all(mixed)))
+                    except CkptError:  # the adapter may be stricter than a trainer's loader
+                        found = []
+                assert_none(found, f"`is_ignored` says that {name} is ignored, but it changes what is read")
+                shutil.rmtree(mixed)
 
     @named
     def test_a_conversion_with_a_split_reads_back(self, tmp_path: Path) -> None:
