@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,3 +312,10 @@ def test_an_unknown_keyword_names_the_function_that_was_called(function):
     two = ["a.pt", "b.pt"] if function in ("convert", "diff", "report") else ["a.pt"]
     with pytest.raises(TypeError, match=rf"^{function}\(\) got an unexpected keyword argument 'overwite'"):
         getattr(vc, function)(*two, overwite=True)
+
+
+def test_a_command_runs_with_standard_error_closed(tmp_path):
+    shutil.copy(DATA / "named_experts3.pt", tmp_path / "a.pt")
+    command = f"{sys.executable} -m vraxion_ckpt.cli convert a.pt b.pt >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "b.pt").exists()

@@ -446,6 +446,12 @@ def test_a_wrong_type_from_an_adapter_names_it(method, value, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_that_drops_what_it_does_not_declare_is_named(tmp_path):
+    odd = adapter(held=lambda _, checkpoint: checkpoint.with_optimizer(None))
+    refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.odds", to=odd), name="odds")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("answer", [None, "3", -1, True, SystemExit(0)], ids=str)
 def test_a_wrong_size_names_the_adapter(answer, tmp_path):
     shutil.copy(EXPERTS3, tmp_path / "c.odds")
@@ -533,6 +539,7 @@ def _directory(**methods: Any) -> Adapter:
     return type("D", (kind,), {"name": "odds", "__doc__": "x.", **methods})()
 
 
+FILE = OutputFile(object(), lambda _: None, lambda: 1)
 DIRECTORY = [
     ("foreign_files", lambda *_: None),
     ("foreign_files", lambda *_: ["x"]),
@@ -540,6 +547,10 @@ DIRECTORY = [
     ("output_files", lambda *_: {"x": 3}),
     ("output_files", lambda *_: {"system/router.state": OutputFile(object(), raises(Odd()), lambda: 1)}),
     ("output_files", lambda *_: {"system/router.state": OutputFile(object(), lambda _: None, lambda: None)}),
+    ("output_files", lambda *_: {"experts/meta.json": OutputFile(1, lambda _: None, lambda: 1)}),
+    ("output_files", lambda *_: {"../out": FILE, "system/router.state": FILE}),
+    ("output_files", lambda *_: {"/out": FILE, "system/router.state": FILE}),
+    ("output_files", lambda *_: {"system/router.state": OutputFile(torch.zeros(3), lambda _: None, lambda: 1)}),
     ("is_ignored", lambda *_: None),
     ("read_overlay", lambda *_: None),
 ]

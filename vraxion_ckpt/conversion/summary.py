@@ -83,7 +83,7 @@ class Outcome:
     losses: tuple[Loss, ...]
 
     def facts(self, *, dropped: bool) -> dict[str, Any]:
-        """Return the fields of `Summary` that this outcome determines. Set `dropped` if the caller dropped the optimizer."""
+        """Return the fields of `Summary` that this outcome determines; `dropped`: the caller dropped the optimizer."""
         return {
             "source_format": self.before.origin.format,
             "experts_before": self.before.num_experts,

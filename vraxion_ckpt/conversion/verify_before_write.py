@@ -177,7 +177,7 @@ def _untrained(name: str) -> str:
 
 
 def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
-    """Refuse an optimizer that has a parameter for some experts but not for others. Policies other than ``keep`` accept it.
+    """Refuse an optimizer that has parameters of some experts but not of others, unless the policy accepts it.
 
     Raises:
         BindingError: the key is the first missing parameter.
