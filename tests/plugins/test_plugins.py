@@ -183,6 +183,6 @@ def test_describe_shows_what_an_option_is_if_it_is_not_given(run_cli):
     assert options["top_k"] == ("whole number", 256)
     assert options["parent"] == ("whole number", None)
     said = {line.split()[0]: line for line in run_cli("describe", "arc_meta")[1].splitlines() if line[:1].strip()}
-    assert re.search("auto +addresses in the arc", said["arc_len"])
+    assert re.search("auto +number of addresses", said["arc_len"])
     assert re.search("not set +expert to split", said["parent"])
     assert re.search("false +allow", said["allow_empty_parent"])
