@@ -397,6 +397,7 @@ def test_the_first_experts_can_be_told_apart_with_any_colour_vision(missing, tmp
     assert nearest > 0.06  # 0.02 is the least difference that is seen at all
 
 
+@pytest.mark.slow
 def test_the_key_lists_forty_experts_and_of_thousands_those_of_the_split(tmp_path):
     (tmp_path / "visits.json").write_text(json.dumps([1] * 8192))
     forty = ringed(tmp_path / "a.pt", 40, torch.arange(640) % 40)

@@ -10,6 +10,8 @@ from functools import cache
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each runs a whole suite in a process of its own
+
 ADAPTER = '''
 from dataclasses import replace
 from pydantic import Field
