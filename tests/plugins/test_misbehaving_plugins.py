@@ -379,6 +379,20 @@ def test_noise_that_is_none_is_refused(noise, tmp_path):
     refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(said=lambda: Effect(noise))]))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda core: core.update(theta_ptr_reduced=core["theta_ptr_reduced"] + 1), dict.popitem]
+)
+def test_a_core_tensor_that_changes_although_the_effect_is_exact_is_refused(change, tmp_path):
+    def body(checkpoint: Checkpoint) -> Checkpoint:
+        change(checkpoint.core)
+        return checkpoint
+
+    with pytest.raises(vc.CkptError) as refusal:
+        vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(body=body, said=Effect.exact)])
+    assert refusal.value.exit_code == 11
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("effect", [None, 0.0, "exact"], ids=str)
 def test_an_effect_of_another_type_is_refused(effect, tmp_path):
     refused(lambda: vc.convert(EXPERTS3, tmp_path / "o.pt", transforms=[transform(said=lambda: effect)]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint
@@ -154,6 +155,8 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
         refuse(InvariantError, map(_of_result, map(_untrained, placement.missing_parameters(after))), None)
     noises = [effect_of(step).noise for step in chain]
     known = [noise for noise in noises if noise is not None]
+    if chain and len(known) == len(noises):
+        refuse(InvariantError, _changed_core(before, after), None)
     preservation = invariants.preservation(before, after, sum(known) if len(known) == len(noises) else None)
     if preservation and not preservation.as_asked:
         raise InvariantError(
@@ -166,6 +169,14 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
     return preservation
+
+
+def _changed_core(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
+    """Yield what changed outside the head, although every transform declares that it keeps the function."""
+    for name, tensor in before.core.items():
+        new = after.core.get(name)
+        if new is None or not (new is tensor or tensor is before.router_map or same_bits(tensor, new)):
+            yield f"every transform declares that it keeps the function, but {name} has changed"
 
 
 def _of_result(finding: str) -> str:

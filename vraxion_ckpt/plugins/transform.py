@@ -16,6 +16,8 @@ from vraxion_ckpt.plugins.options import Plugin
 class Effect:
     """What a transform may do to the function that the model computes. Use `exact`, `within_noise` or `changed`.
 
+    With `exact` and `within_noise`, tensors outside the head must stay bit-identical; a new tensor is allowed.
+
     Attributes:
         noise: standard deviation of the Gaussian noise that may be added to the tensors of the expert that owns an
             address; 0 if the tensors stay bit-identical, None if the function changes on purpose.
