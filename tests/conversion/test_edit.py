@@ -661,7 +661,7 @@ def test_a_second_run_is_busy_until_the_first_is_dead(tmp_path, command):
         try:
             with exclusive(target):
                 os.write(send, b"!")
-                signal.pause()  # until it is killed: whoever waits for it, waits for ever
+                signal.pause()  # until it is killed; a process that waits for it waits forever
         finally:
             os._exit(0)
     try:

@@ -94,7 +94,7 @@ def _serve(place: str) -> None:
     running = set()
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:  # whoever started this is gone
+        if sys.stdin in ready:  # the process that started this has ended
             return
         caller, _ = listener.accept()
         child = os.fork()

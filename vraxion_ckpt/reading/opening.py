@@ -26,6 +26,7 @@ from vraxion_ckpt.errors import (
     StorageError,
     UnknownFormatError,
     UsageError,
+    errors_at,
     memory_errors,
 )
 from vraxion_ckpt.optimizer import binding, placement
@@ -77,12 +78,9 @@ def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy =
         raise UsageError(f"{reason}; leave param_names out", path=path)
     if optimizer == "drop":
         return checkpoint.with_optimizer(None)
-    try:
+    with errors_at(checkpoint.origin.path):
         bound = binding.bind(checkpoint, options.param_names, options.optimizer_order)
         return placement.with_missing_parameters(bound) if optimizer == "complete" else bound
-    except (BindingError, SourceError) as error:
-        error.path = error.path or checkpoint.origin.path
-        raise
 
 
 def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
