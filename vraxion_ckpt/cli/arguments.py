@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vraxion_ckpt.cli import output
+from vraxion_ckpt.cli.command import add_options
 from vraxion_ckpt.cli.completion import complete_format, complete_transform
 from vraxion_ckpt.errors import CkptError, OutOfMemoryError, UsageError
 from vraxion_ckpt.printable import printable_facts
@@ -34,15 +35,9 @@ def _here_or_before(context: click.Context, _: click.Parameter, given: bool) -> 
     return given or bool(context.find_root().params.get("as_json"))
 
 
-def _taking(command: _F, *options: Callable[[_F], _F]) -> _F:
-    for option in options:
-        command = option(command)
-    return command
-
-
 def read_options(command: _F) -> _F:
     """Add the options for reading a source."""
-    return _taking(
+    return add_options(
         command,
         click.option(
             "--from",
@@ -75,7 +70,7 @@ def read_options(command: _F) -> _F:
 
 def chain_options(command: _F) -> _F:
     """Add the options for a chain of transforms, and for data that the target format cannot hold."""
-    return _taking(
+    return add_options(
         command,
         click.option(
             "--losses",
@@ -127,7 +122,7 @@ def manifest(command: _F) -> _F:
 
 def visits_options(command: _F) -> _F:
     """Add the options for visits before and after a split, and for the checkpoint before the split."""
-    return _taking(
+    return add_options(
         command,
         click.option("--against", type=click.Path(), metavar="OLD", help="The checkpoint before the split."),
         click.option(

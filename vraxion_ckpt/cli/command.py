@@ -78,9 +78,17 @@ def exit_at_closed_pipe() -> Iterator[None]:
 command = partial(click.command, cls=_Command)
 
 
+def add_options(command: _F, *options: Callable[[_F], _F]) -> _F:
+    """Apply option decorators to a command, in order. ``--help`` lists the last one first."""
+    for option in options:
+        command = option(command)
+    return command
+
+
 def global_options(group: _F) -> _F:
     """Add the global options. ``--json`` is refused before a command that does not have it."""
-    for option in (
+    return add_options(
+        group,
         click.option(
             "--json",
             "as_json",
@@ -91,9 +99,7 @@ def global_options(group: _F) -> _F:
         click.option("--no-progress", is_flag=True, help="Show no progress bars. Logs and pipes never have them."),
         click.option("-v", "--verbose", is_flag=True, help="Also print what each transform did."),
         click.option("-q", "--quiet", is_flag=True, help="Print no summary and no warnings."),
-    ):
-        group = option(group)
-    return group
+    )
 
 
 def follow_global_options(ctx: click.Context) -> None:
@@ -133,7 +139,7 @@ def _where_it_belongs(error: click.NoSuchOption, ctx: click.Context) -> str:
     name, root = error.option_name, ctx.find_root()
     owners = _owners(name, ctx)
     if ctx is root and owners:
-        return f"{name} belongs after the command; {_listed(owners)} {'has' if len(owners) == 1 else 'have'} it"
+        return f"{name} belongs after the command; {_have_it(owners)}"
     if ctx is not root and ctx.command.name == "run" and name in RECIPE_KEYS:
         return f"`run` has no option {name}: write it into the recipe, as `{RECIPE_KEYS[name]}`"
     if owners:
@@ -145,8 +151,7 @@ def _where_it_belongs(error: click.NoSuchOption, ctx: click.Context) -> str:
 
 
 def _other_commands(option: str, ctx: click.Context) -> str:
-    owners = _owners(option, ctx)
-    return f"`{ctx.command.name}` has no option {option}; {_listed(owners)} {'has' if len(owners) == 1 else 'have'} it"
+    return f"`{ctx.command.name}` has no option {option}; {_have_it(_owners(option, ctx))}"
 
 
 def _owners(option: str, ctx: click.Context) -> list[str]:
@@ -160,5 +165,6 @@ def _has(command: click.Command, option: str) -> bool:
     return any(option in (*param.opts, *param.secondary_opts) for param in command.params)
 
 
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _have_it(names: list[str]) -> str:
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f"{listed} {'has' if len(names) == 1 else 'have'} it"

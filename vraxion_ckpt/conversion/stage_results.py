@@ -100,12 +100,14 @@ def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: S
         raise
 
 
-def stage_side_files(stack: ExitStack, side_files: dict[Path, bytes], besides: Sequence[SideTarget]) -> list[Staged]:
-    """Stage the side files. `besides` has the target of each."""
+def stage_side_files(
+    stack: ExitStack, side_files: dict[Path, bytes], side_targets: Sequence[SideTarget]
+) -> list[Staged]:
+    """Stage the side files. `side_targets` has the target of each."""
     stages = []
-    for content, beside in zip(side_files.values(), besides, strict=True):
-        stack.enter_context(exclusive(beside.path))
-        stages.append(stack.enter_context(staged(beside.path, directory=False, overwrite=beside.replace)))
+    for content, side in zip(side_files.values(), side_targets, strict=True):
+        stack.enter_context(exclusive(side.path))
+        stages.append(stack.enter_context(staged(side.path, directory=False, overwrite=side.replace)))
         write_new(stages[-1].path, content)
     return stages
 

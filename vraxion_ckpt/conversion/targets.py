@@ -163,7 +163,7 @@ def check_side_files(
     inputs = files_read(chain, side_files)
     found = []
     for path in side_files:
-        real = _check_beside(path, before, target, inputs)
+        real = _check_side_target(path, before, target, inputs)
         # An identical file may have been written by the same run, which was killed and is now repeated.
         check_target(real, overwrite=overwrite or _holds(real, side_files[path]))
         found.append(SideTarget(real, real.exists()))
@@ -191,7 +191,7 @@ def check_manifest(
     Raises:
         UsageError: a side file could not be written there, or the path has a file other than a manifest of `target`.
     """
-    real = _check_beside(path, before, target, files_read(chain, side_files))
+    real = _check_side_target(path, before, target, files_read(chain, side_files))
     if real.exists() and overwrite:
         described = described_by(real)
         if described is None:
@@ -221,7 +221,7 @@ def check_inputs(places: Iterable[Path], chain: Sequence[Step], side_files: dict
                 )
 
 
-def _check_beside(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
+def _check_side_target(path: Path, before: Checkpoint, target: Path, inputs: set[Path]) -> Path:
     if "\0" in str(path):
         raise UsageError(f"{str(path)!r} is not a valid path")
     real = Path(os.path.realpath(path))
