@@ -226,7 +226,9 @@ def test_an_average_that_has_not_followed_is_a_finding(tmp_path):
     assert not [each for each in vc.check(tmp_path / "fine.pt").findings if each.rule == "companion"]
 
 
-@pytest.mark.parametrize("spell", [lambda n: "ema." + n.replace(".", ""), lambda n: "ema_" + n])
+@pytest.mark.parametrize(
+    "spell", [lambda n: "ema." + n.replace(".", ""), lambda n: "ema_" + n, lambda n: n.replace(".", "_")]
+)
 def test_a_copy_inside_the_model_with_other_punctuation_is_refused(spell, tmp_path):
     model, optimizer, _ = trained(1)
     copies = {spell(name): tensor.clone() for name, tensor in model.state_dict().items() if "head" in name}

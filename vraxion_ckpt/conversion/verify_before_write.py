@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import HeadKind
@@ -20,6 +22,7 @@ from vraxion_ckpt.conversion.summary import Outcome
 from vraxion_ckpt.conversion.targets import check_side_files
 from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, InvariantError, LossError, UsageError
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
+from vraxion_ckpt.experts.companions import find_companions
 from vraxion_ckpt.optimizer import placement
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, Loss
@@ -172,11 +175,20 @@ def _check_result(before: Checkpoint, after: Checkpoint, chain: Sequence[Step]) 
 
 
 def _changed_core(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
-    """Yield what changed outside the head, although every transform declares that it keeps the function."""
-    for name, tensor in before.core.items():
-        new = after.core.get(name)
-        if new is None or not (new is tensor or tensor is before.router_map or same_bits(tensor, new)):
-            yield f"every transform declares that it keeps the function, but {name} has changed"
+    """Yield what changed outside the head, although every transform declares that it keeps the function.
+
+    Copies of the head, such as averages, are not part of the function. They follow the head, or are dropped.
+    """
+    changed = [name for name, tensor in before.core.items() if not _is_kept(before, name, tensor, after.core.get(name))]
+    if changed:
+        copies = tuple(each.prefix for each in find_companions(before) if each.place == ("model",))
+        for name in changed:
+            if not name.startswith(copies):
+                yield f"every transform declares that it keeps the function, but {name} has changed"
+
+
+def _is_kept(before: Checkpoint, name: str, tensor: Tensor, new: Tensor | None) -> bool:
+    return new is not None and (new is tensor or tensor is before.router_map or same_bits(tensor, new))
 
 
 def _of_result(finding: str) -> str:

@@ -39,7 +39,7 @@ class Companion:
         place: the keys that lead to the value, beginning with ``payload``, ``model`` or ``optimizer``.
         kind: ``names`` for a dict with the model's names under `prefix`; ``list`` for a list with one tensor for each
             parameter, possibly nested by param group; ``unknown`` for a value that cannot be updated.
-        prefix: what precedes the model's names in the keys of the dict.
+        prefix: what precedes the model's names in the keys of the dict; a whole name if nothing precedes it.
         problem: the reason why the value cannot be updated, or empty.
         fits: whether the value's names and shapes fit the present head.
         has_router: whether the value contains a router map.
@@ -160,7 +160,7 @@ class _Finder:
                 continue
             for mine in (mine for mine in self._tensors if split_name(mine, names)):
                 if name != mine and _letters(name).endswith(_letters(mine)):
-                    found.setdefault(name[: _start_of(_letters(mine), name)], name)
+                    found.setdefault(name[: _start_of(_letters(mine), name)] or name, name)
         for prefix, name in found.items():
             problem = f"has {name}, which seems to be a copy of a tensor of the head under another name"
             yield Companion(("model",), "unknown", prefix, problem)
