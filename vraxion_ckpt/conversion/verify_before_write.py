@@ -179,7 +179,7 @@ def _changed_core(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
 
     Copies of the head, such as averages, are not part of the function. They follow the head, or are dropped.
     """
-    changed = [name for name, tensor in before.core.items() if not _is_kept(before, name, tensor, after.core.get(name))]
+    changed = [name for name, tensor in before.core.items() if not _is_kept(before, tensor, after.core.get(name))]
     if changed:
         copies = tuple(each.prefix for each in find_companions(before) if each.place == ("model",))
         for name in changed:
@@ -187,7 +187,7 @@ def _changed_core(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
                 yield f"every transform declares that it keeps the function, but {name} has changed"
 
 
-def _is_kept(before: Checkpoint, name: str, tensor: Tensor, new: Tensor | None) -> bool:
+def _is_kept(before: Checkpoint, tensor: Tensor, new: Tensor | None) -> bool:
     return new is not None and (new is tensor or tensor is before.router_map or same_bits(tensor, new))
 
 
