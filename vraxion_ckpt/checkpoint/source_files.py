@@ -1,18 +1,29 @@
-"""The files from which a checkpoint was read: detect changes and verify checksums.
+"""The files from which a checkpoint was read, and the bytes in them that tensors refer to.
 
-Opening a checkpoint maps its files and reads almost nothing. So readers register every file here, and both checks run
-before a result is committed. Does not import torch.
+Opening a checkpoint reads names, shapes and small values only. So readers register every file here. Before a result is
+committed, the files must be unchanged, and every checksum that they state must be right. Imports without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+import ctypes
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vraxion_ckpt.errors import ChangedError, CorruptError
+from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError
+from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
+from vraxion_ckpt.support.file_bytes import read_at
+from vraxion_ckpt.wording import count, listed
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 2**20  # bytes that are read at a time
 
 
 @dataclass(frozen=True)
@@ -25,39 +36,210 @@ class Fingerprint:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> Fingerprint:
-        """Return the fingerprint of a file."""
-        status = path.stat()
+    def of(cls, file: Path | int) -> Fingerprint:
+        """Return the fingerprint of a file, given by its path or by a file descriptor."""
+        status = os.stat(file)  # noqa: PTH116 - it may be a descriptor
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-# A range of memory of this process: address and size in bytes.
-Extent = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class MappedPart:
-    """A memory-mapped part of a file that has a checksum.
+@dataclass(eq=False)
+class StoredBytes:
+    """A run of bytes in a source file. Tensors with equal `StoredBytes` share memory when they are loaded.
 
     Attributes:
-        note: records a CRC-32 that was computed elsewhere, so that `SourceFile.verify` need not read the part again.
-            Returns whether it equals the CRC-32 that the file states. A difference is not an error yet, because mapped
-            memory may have been written to. `SourceFile.verify` then reads the part from the file.
-        memory: the object that keeps the part mapped.
+        file: the file.
+        start: offset of the first byte.
+        nbytes: number of bytes.
+        crc: the CRC-32 that the file states, or None if it states none.
+        name: the name of the bytes in the file, for messages.
+        alignment: the memory that plugins get begins at a multiple of this number of bytes.
+        proven: whether the bytes were read and have the stated CRC-32.
+        given: the mapped memory that plugins got, or None if no plugin has looked at the bytes.
     """
 
-    note: Callable[[int], bool]
-    memory: Any
+    file: SourceFile
+    start: int
+    nbytes: int
+    crc: int | None = None
+    name: str = ""
+    alignment: int = 1
+    proven: bool = False
+    given: torch.UntypedStorage | None = None
+
+    def memory(self) -> torch.UntypedStorage:
+        """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
+        if self.given is None:
+            self.given = self._aligned(self.file.mapped_for_plugins[self.start : self.start + self.nbytes])
+        return self.given
+
+    def view(self) -> torch.UntypedStorage:
+        """Return the bytes as memory for reading, which no plugin gets."""
+        return self._aligned(self.file.mapped[self.start : self.start + self.nbytes])
+
+    def _aligned(self, mapped: torch.UntypedStorage) -> torch.UntypedStorage:
+        return mapped.clone() if self.start % self.alignment else mapped
+
+    def was_written_into(self) -> bool:
+        """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.
+
+        Raises:
+            ChangedError: the file was replaced, written to or removed since it was registered.
+            StorageError: the operating system cannot read it.
+        """
+        if self.given is None:
+            return False
+        memory = buffer_of(self.given)
+        if self.crc is not None and crc32(memory) == self.crc:
+            return False
+        return any(memory[first : first + len(piece)] != piece for first, piece in self.pieces())
+
+    def read(self, first: int, size: int) -> bytes:
+        """Read `size` bytes, beginning with byte number `first`.
+
+        Raises:
+            ChangedError: the file was replaced, written to or removed since it was registered.
+            StorageError: the operating system cannot read it.
+        """
+        return self.file.read(self.start + first, size)
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the offset of each piece, and its bytes. Raises the errors of `read`."""
+        with self.file.opened() as descriptor:
+            for first in range(0, self.nbytes, PIECE):
+                size = min(PIECE, self.nbytes - first)
+                yield first, read_at(descriptor, self.start + first, size, self.file.path)
+
+    def copied(self) -> StoredBytes:
+        """Return equal bytes that share no memory with these when they are loaded."""
+        return StoredBytes(self.file, self.start, self.nbytes, self.crc, self.name, self.alignment)
+
+    def __deepcopy__(self, memo: object) -> StoredBytes:
+        return self.copied()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SourceFile:
-    """One file that was read, with its fingerprint from before it was opened."""
+    """One file that was read.
+
+    Attributes:
+        path: the file.
+        fingerprint: its fingerprint from before it was read.
+        parts: the runs of bytes whose checksums the file states or could state.
+        states_checksums: whether the format has checksums. If so, parts without one are reported.
+    """
 
     path: Path
     fingerprint: Fingerprint
-    verify: Callable[[], None] | None = None
-    parts: Mapping[Extent, MappedPart] = field(default_factory=dict)
+    parts: Sequence[StoredBytes] = ()
+    states_checksums: bool = False
+
+    def read(self, start: int, size: int) -> bytes:
+        """Read bytes from the file. See `StoredBytes.read`."""
+        with self.opened() as descriptor:
+            return read_at(descriptor, start, size, self.path)
+
+    @cached_property
+    def mapped(self) -> torch.UntypedStorage:
+        """The file, mapped into memory for reading."""
+        return self._map()
+
+    @cached_property
+    def mapped_for_plugins(self) -> torch.UntypedStorage:
+        """The file, mapped a second time, so that writes of plugins do not reach what the core reads."""
+        return self._map()
+
+    def _map(self) -> torch.UntypedStorage:
+        import torch
+
+        try:
+            mapping = torch.UntypedStorage.from_file(os.fspath(self.path), False, self.fingerprint.size)
+        except RuntimeError as error:
+            self.check_unchanged()
+            raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
+        self.check_unchanged()  # torch has opened the file by its name
+        return mapping
+
+    def opened(self) -> _Opened:
+        """Return a context manager that gives a descriptor of the file, as it was when it was registered."""
+        return _Opened(self)
+
+    def check_unchanged(self) -> None:
+        """Compare the file with its fingerprint.
+
+        Raises:
+            ChangedError: it is gone, replaced or written to.
+        """
+        try:
+            now = Fingerprint.of(self.path)
+        except OSError:
+            now = None
+        if now != self.fingerprint:
+            raise self.changed()
+
+    def changed(self) -> ChangedError:
+        """Return the error for a file that has changed."""
+        return ChangedError(
+            "changed while it was being read",
+            path=self.path,
+            written=(),
+            hint="wait until the trainer has finished saving, then run again",
+        )
+
+    def verify(self) -> None:
+        """Compare the checksum of each part that is not proven with its bytes.
+
+        Raises:
+            CorruptError: a checksum does not match; the key is the name of the part.
+            ChangedError: the file has changed.
+        """
+        stated = [part for part in self.parts if part.crc is not None and not part.proven]
+        damaged = []
+        with self.opened() as descriptor:
+            found = checksums_of_ranges(descriptor, [(part.start, part.nbytes) for part in stated], self.path)
+        for part, crc in zip(stated, found, strict=True):
+            part.proven = crc == part.crc
+            if not part.proven:
+                damaged.append(part.name)
+        if damaged:
+            self.check_unchanged()
+            others = f"; the same holds for {listed(damaged[1:])}" if damaged[1:] else ""
+            raise CorruptError(f"its checksum does not match its bytes{others}", path=self.path, key=damaged[0])
+        without = sum(part.crc is None and part.nbytes > 0 for part in self.parts) if self.states_checksums else 0
+        if without:
+            some = f"{count(without, 'member')} without a checksum"
+            message = f"{self.path}: has {some}, so damage to these bytes cannot be detected"
+            warnings.warn(message, CkptWarning, stacklevel=2)
+
+
+def buffer_of(storage: torch.UntypedStorage) -> memoryview:
+    """Return the memory of a storage as bytes, without a copy. The storage must outlive it."""
+    size = storage.nbytes()
+    if not size:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
+
+
+class _Opened:
+    """A context manager that opens a source file, and checks that it is the file that was registered."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._file = file
+        self._descriptor = -1
+
+    def __enter__(self) -> int:
+        try:
+            self._descriptor = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._file.changed() from None
+        except OSError as error:
+            raise StorageError.from_os_error(error, self._file.path) from error
+        if Fingerprint.of(self._descriptor) != self._file.fingerprint:
+            os.close(self._descriptor)
+            raise self._file.changed()
+        return self._descriptor
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
 
 @dataclass
@@ -66,39 +248,14 @@ class Sources:
 
     files: list[SourceFile] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
-    _call: Callable[[Callable[[], None]], None] | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[SourceFile]:
         return iter(self.files)
 
-    def add(
-        self,
-        path: Path,
-        fingerprint: Fingerprint,
-        verify: Callable[[], None] | None = None,
-        parts: Mapping[Extent, MappedPart] | None = None,
-    ) -> None:
-        """Register a file.
-
-        Args:
-            path: the file.
-            fingerprint: the file's fingerprint from before it was read.
-            verify: raises `CorruptError` if a checksum is wrong. It skips parts that `MappedPart.note` has confirmed.
-            parts: the mapped parts that have checksums, by memory range.
-        """
-        self.files.append(SourceFile(path, fingerprint, self._through(verify), parts or {}))
-
-    def verify_through(self, call: Callable[[Callable[[], None]], None]) -> None:
-        """Call the `verify` function of every file, including files that are added later, through `call`."""
-        self._call = call
-        self.files[:] = [replace(source, verify=self._through(source.verify)) for source in self.files]
-
-    def _through(self, verify: Callable[[], None] | None) -> Callable[[], None] | None:
-        return verify if verify is None or self._call is None else partial(self._call, verify)
-
-    def parts(self) -> dict[Extent, MappedPart]:
-        """Return the mapped parts of all files."""
-        return {place: part for source in self.files for place, part in source.parts.items()}
+    def add(self, path: Path, fingerprint: Fingerprint) -> SourceFile:
+        """Register a file with its fingerprint from before it is read, and return it."""
+        self.files.append(SourceFile(path, fingerprint))
+        return self.files[-1]
 
     def verify(self) -> None:
         """Verify the checksums of every file that was added since the last call.
@@ -108,13 +265,11 @@ class Sources:
             ChangedError: a checksum is wrong, and a file has changed since it was opened.
         """
         while self._verified < len(self.files):
-            source = self.files[self._verified]
-            if source.verify is not None:
-                try:
-                    source.verify()
-                except CorruptError:
-                    self.check_unchanged()
-                    raise
+            try:
+                self.files[self._verified].verify()
+            except CorruptError:
+                self.check_unchanged()
+                raise
             self._verified += 1
 
     def check_unchanged(self) -> None:
@@ -124,14 +279,4 @@ class Sources:
             ChangedError: a file is gone, replaced or written to. The error names the first such file.
         """
         for source in self.files:
-            try:
-                now = Fingerprint.of(source.path)
-            except OSError:
-                now = None
-            if now != source.fingerprint:
-                raise ChangedError(
-                    "changed while it was being read",
-                    path=source.path,
-                    written=(),
-                    hint="wait until the trainer has finished saving, then run again",
-                )
+            source.check_unchanged()

@@ -1,0 +1,448 @@
+"""References to tensors: dtype, shape, and where the bytes are.
+
+A checkpoint holds a `TensorRef` for each tensor until a plugin or a user looks at it. Opening, inspecting and copying
+need no torch tensor. Untouched bytes are copied from file to file. Two references with the same storage object are
+views of the same memory.
+
+There are three kinds of storage: `StoredBytes` in a source file, `MadeBytes` in memory, and `ComputedBytes`, which are
+computed when they are written or looked at. Imports without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+# Bytes per element of torch's dtypes.
+ITEMSIZES = {
+    **dict.fromkeys(("bool", "uint8", "int8", "quint8", "qint8", "quint4x2", "quint2x4"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    "float4_e2m1fn_x2": 1,
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32", "complex32", "qint32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+
+
+@dataclass(eq=False)
+class MadeBytes:
+    """Bytes in memory, created by a plugin or a user."""
+
+    given: torch.UntypedStorage
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.given.nbytes()
+
+    def memory(self) -> torch.UntypedStorage:
+        """Return the memory."""
+        return self.given
+
+    view = memory
+
+    def read(self, first: int, size: int) -> bytes:
+        """Return `size` bytes, beginning with byte number `first`."""
+        import torch
+
+        return torch.tensor([], dtype=torch.uint8).set_(self.given)[first : first + size].numpy().tobytes()
+
+
+@dataclass(eq=False)
+class ComputedBytes:
+    """Bytes of a contiguous tensor that a function returns. The function is called each time that they are needed."""
+
+    nbytes: int
+    function: Callable[[], Tensor]
+    given: torch.UntypedStorage | None = None
+
+    def memory(self) -> torch.UntypedStorage:
+        """Return the bytes as memory that plugins may get. They are computed once."""
+        if self.given is None:
+            self.given = self.view()
+        return self.given
+
+    def view(self) -> torch.UntypedStorage:
+        """Compute the bytes."""
+        return self.given if self.given is not None else self.function().contiguous().untyped_storage()
+
+
+Storage = StoredBytes | MadeBytes | ComputedBytes
+
+
+@dataclass(eq=False)
+class TensorRef:
+    """A reference to a tensor. It has the attributes of a tensor that need no data.
+
+    Attributes:
+        storage: the bytes. References with the same object share memory.
+        dtype: name of the dtype, such as ``float32``.
+        shape: number of elements in each dimension.
+        strides: distance between neighbouring elements of each dimension, in elements.
+        first: index in the storage of the first element, in elements.
+        requires_grad: as `torch.Tensor.requires_grad`.
+        parameter: whether it is a `torch.nn.Parameter`.
+        conj: whether the values are the complex conjugates of the stored ones, see ``torch.Tensor.is_conj``.
+        neg: whether the values are the negatives of the stored ones, see ``torch.Tensor.is_neg``.
+    """
+
+    storage: Storage
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int = 0
+    requires_grad: bool = False
+    parameter: bool = False
+    conj: bool = False
+    neg: bool = False
+    _tensor: weakref.ref[Tensor] | None = field(default=None, repr=False)
+
+    @classmethod
+    def contiguous(cls, storage: Storage, dtype: str, shape: tuple[int, ...]) -> TensorRef:
+        """Return a reference to a contiguous tensor that fills its storage."""
+        return cls(storage, dtype, shape, contiguous_strides(shape))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.numel() * self.itemsize
+
+    def is_floating_point(self) -> bool:
+        """Return whether the dtype is floating-point and real."""
+        return self.dtype.startswith(("float", "bfloat"))
+
+    def is_complex(self) -> bool:
+        """Return whether the dtype is complex."""
+        return self.dtype.startswith("complex")
+
+    def is_contiguous(self) -> bool:
+        """Return whether the elements are adjacent, in the order of their indices."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size > 1 and stride != expected:
+                return not self.numel()
+            expected *= size
+        return True
+
+    def fills_storage(self) -> bool:
+        """Return whether the storage holds exactly the elements, in the order of their indices."""
+        return self.nbytes == self.storage.nbytes and self.is_contiguous() and not (self.conj or self.neg)
+
+    def extent(self) -> tuple[int, int, int]:
+        """Return where the elements are: a number for the address space, the first byte, and the number of bytes.
+
+        Bytes that are in memory share one address space. Others have one for each storage.
+        """
+        given = self.storage.given
+        space, start = (0, given.data_ptr()) if given is not None else (id(self.storage), 0)
+        if not self.numel():
+            return space, start + self.first * self.itemsize, 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return space, start + self.first * self.itemsize, (last + 1) * self.itemsize
+
+    def tensor(self) -> Tensor:
+        """Return the tensor for a plugin or a user. Its bytes are compared with the file before a result is committed.
+
+        Returns:
+            the same object as long as it exists.
+        """
+        tensor = self._tensor() if self._tensor is not None else None
+        if tensor is None or not _describes(self, tensor):
+            tensor = self._on(self.storage.memory())
+            _remember(tensor, self)
+        return tensor
+
+    def values(self) -> Tensor:
+        """Return a tensor with the values, for reading by the core. Plugins never get it."""
+        return self._on(self.storage.view())
+
+    def _on(self, memory: torch.UntypedStorage) -> Tensor:
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        tensor = torch.empty(0, dtype=dtype).set_(memory, self.first, self.shape, self.strides)
+        if self.conj or self.neg:
+            torch._utils.set_tensor_metadata(tensor, {"conj": self.conj, "neg": self.neg})
+        if self.parameter:
+            return torch.nn.Parameter(tensor, self.requires_grad)
+        return tensor.requires_grad_(self.requires_grad) if self.requires_grad else tensor
+
+    def copied(self) -> TensorRef:
+        """Return an equal tensor that shares no memory with this one. Bytes are copied when it is written."""
+        if isinstance(self.storage, StoredBytes):
+            return replace(self, storage=self.storage.copied(), _tensor=None)
+        return reference(self.values().clone())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
+        storage = memo.get(id(self.storage))
+        if storage is None:
+            storage = self.copied().storage
+            memo[id(self.storage)] = storage
+            memo.setdefault(id(memo), []).append(self.storage)  # keep it alive, as `copy.deepcopy` does
+        return replace(self, storage=storage, _tensor=None)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+# --- tensors that exist ---
+
+
+class _Known:
+    """The references of all tensors that exist, and the storage objects of their memory."""
+
+    def __init__(self) -> None:
+        from torch.utils.weak import WeakIdKeyDictionary
+
+        self.references: Any = WeakIdKeyDictionary()
+        self.storages: weakref.WeakValueDictionary[int, Storage] = weakref.WeakValueDictionary()
+
+
+@cache
+def _known() -> _Known:
+    return _Known()
+
+
+def _remember(tensor: Tensor, ref: TensorRef) -> None:
+    ref._tensor = weakref.ref(tensor)
+    _known().references[tensor] = ref
+    _known().storages[tensor.untyped_storage()._cdata] = ref.storage
+
+
+def _describes(ref: TensorRef, tensor: Tensor) -> bool:
+    return (
+        ref.storage.given is not None
+        and ref.storage.given.data_ptr() == tensor.untyped_storage().data_ptr()
+        and (ref.dtype, ref.shape, ref.strides, ref.first)
+        == (str(tensor.dtype)[6:], tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        and (ref.requires_grad, ref.conj, ref.neg) == (tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
+    )
+
+
+def reference(tensor: Tensor) -> TensorRef:
+    """Return the reference of a dense tensor on the CPU: the one from which it was made, or a new one."""
+    import torch
+
+    known = _known()
+    found = known.references.get(tensor)
+    if found is not None and _describes(found, tensor):
+        return found
+    memory = tensor.untyped_storage()
+    storage = known.storages.get(memory._cdata)
+    ref = TensorRef(
+        storage if storage is not None else MadeBytes(memory),
+        str(tensor.dtype)[6:],  # without "torch."
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.requires_grad,
+        isinstance(tensor, torch.nn.Parameter),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+    _remember(tensor, ref)
+    return ref
+
+
+def is_tensor(value: object) -> bool:
+    """Return whether a value is a reference or a `torch.Tensor`. Does not import torch."""
+    if isinstance(value, TensorRef):
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+# --- values that contain tensors ---
+
+
+def referenced(value: Any) -> Any:
+    """Return a value with a reference for each tensor in it. Containers without tensors are returned unchanged."""
+    if isinstance(value, TensorDict):
+        return value.references()
+    return _replaced(value, lambda each: reference(each) if not isinstance(each, TensorRef) else each)
+
+
+def resolved(value: Any) -> Any:
+    """Return a value with a tensor for each reference in it. Containers without references are returned unchanged."""
+    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each)
+
+
+def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+    if is_tensor(value):
+        return change(value)
+    if isinstance(value, TensorDict):
+        return value
+    if isinstance(value, dict):
+        if _SCALARS.issuperset(map(type, value.values())):
+            return value
+        entries = {key: _replaced(entry, change) for key, entry in value.items()}
+        if all(entries[key] is entry for key, entry in value.items()):
+            return value
+        if not isinstance(value, OrderedDict):
+            return entries
+        ordered = OrderedDict(entries)
+        ordered.__dict__.update(value.__dict__)
+        return ordered
+    if isinstance(value, list | tuple):
+        if _SCALARS.issuperset(map(type, value)):
+            return value
+        items = [_replaced(entry, change) for entry in value]
+        if all(one is other for one, other in zip(items, value, strict=True)):
+            return value
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+class _Closed:
+    """An entry of a `TensorDict` at which nobody has looked yet. It is shared by copies of the dict."""
+
+    __slots__ = ("resolved", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.resolved: Any = None
+
+    def look(self) -> Any:
+        if self.resolved is None:
+            self.resolved = resolved(self.value)
+        return self.resolved
+
+    def references(self) -> Any:
+        return self.value if self.resolved is None else referenced(self.resolved)
+
+
+class TensorDict(dict[K, V]):
+    """A dict of tensors, or of values that contain tensors. They are references until somebody looks at them.
+
+    Indexing gives tensors, and assigning takes them. `references` returns the entries without making a tensor.
+    """
+
+    def __init__(self, entries: Mapping[K, Any] | Iterable[tuple[K, Any]] = ()) -> None:
+        if isinstance(entries, TensorDict):
+            super().__init__(dict.items(entries))
+        else:
+            super().__init__(entries)
+            for key, value in dict.items(self):
+                if isinstance(value, dict | list | tuple):
+                    dict.__setitem__(self, key, _Closed(value))  # type: ignore[arg-type]
+
+    def references(self) -> dict[K, Any]:
+        """Return the entries, in order, with a `TensorRef` for each tensor."""
+        found: dict[K, Any] = {}
+        for key, value in dict.items(self):
+            if isinstance(value, _Closed):
+                found[key] = value.references()
+            else:
+                found[key] = value if isinstance(value, TensorRef) else referenced(value)
+        return found
+
+    def reference(self, key: K) -> Any:
+        """Return one entry with a `TensorRef` for each tensor.
+
+        Raises:
+            KeyError: there is no such entry.
+        """
+        value = dict.__getitem__(self, key)
+        return value.references() if isinstance(value, _Closed) else referenced(value)
+
+    def __getitem__(self, key: K) -> V:
+        value: Any = dict.__getitem__(self, key)
+        if isinstance(value, TensorRef):
+            value = value.tensor()
+            dict.__setitem__(self, key, value)
+        elif isinstance(value, _Closed):
+            value = value.look()
+        return value  # type: ignore[no-any-return]
+
+    # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and
+    # ``{**x}`` use it.
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self.keys())
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 - it would call itself
+
+    def items(self) -> Any:
+        return ItemsView(self)
+
+    def values(self) -> Any:
+        return ValuesView(self)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        if key not in self:
+            return dict.pop(self, key, *default)
+        value = self[key]
+        del self[key]
+        return value
+
+    def popitem(self) -> tuple[K, V]:
+        key = next(reversed(list(self)))
+        return key, self.pop(key)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        dict.setdefault(self, key, default)
+        return self[key]
+
+    def copy(self) -> TensorDict[K, V]:
+        return TensorDict(self)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDict[K, V]:
+        return TensorDict(deepcopy(self.references(), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and dict(self) == dict(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | dict(other)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
