@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, is_tensor
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
 from vraxion_ckpt.wording import shortened
 
@@ -46,7 +47,11 @@ def _measure(
     `seen` caches the result by the container's ``id()``. Lists that share nested lists may hold exponentially many
     values, so each container is visited once, but counted wherever it occurs.
     """
+    if isinstance(item, TensorDict):
+        item = item.references()
     kind = type(item)
+    if kind is TensorRef:
+        return 1, 0
     if kind in _SCALARS:
         return 1, 0
     if kind is Tensor or kind is nn.Parameter:
@@ -80,11 +85,13 @@ def _measure(
 
 def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor in a plain value with its path, such as ``ema.head.weight``."""
-    if isinstance(value, Tensor):
+    if isinstance(value, TensorDict):
+        value = value.references()
+    if is_tensor(value):
         yield place, value
     elif isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(entry, Tensor | dict | list | tuple):  # skip numbers: there may be millions
+            if isinstance(entry, Tensor | TensorRef | dict | list | tuple):  # skip numbers: there may be millions
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
             yield from named_tensors(vars(value), f"{place} attributes")

@@ -31,7 +31,7 @@ from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors
+from vraxion_ckpt.plugins.lent_tensors import LentTensors
 from vraxion_ckpt.reading.opening import files_of
 
 
@@ -49,7 +49,7 @@ class EditJob:
     allow_globals: Sequence[str]
     target: Path
     outcome: Outcome
-    lent: SourceTensors
+    lent: LentTensors
     plan: EditPlan
     listed: SideTarget | None
     keep_old: bool
@@ -65,7 +65,7 @@ class EditJob:
         else:
             size = adapter_calls.size(self.adapter, held)
         if size is None:
-            size = size_of([held.state_dict(), held.payload, held.optimizer.state if held.optimizer else {}])
+            size = size_of([held.state_references(), held.payload, held.optimizer.state if held.optimizer else {}])
         return Staging(sizes=[size + plan.copied + sum(map(len, self.outcome.side_files.values()))])
 
     def stage(self, stack: ExitStack) -> Staging:

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
@@ -21,8 +20,9 @@ from typing import Any, BinaryIO, NoReturn, cast
 import numpy
 import torch
 
-from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain, named_tensors, size_of
-from vraxion_ckpt.checkpoint.source_files import Extent, MappedPart, Sources
+from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain, size_of
+from vraxion_ckpt.checkpoint.references import resolved
+from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import (
     CkptError,
     CorruptError,
@@ -34,7 +34,7 @@ from vraxion_ckpt.errors import (
     raise_if_out_of_memory,
 )
 from vraxion_ckpt.formats.pickle_dry_run import DryRun
-from vraxion_ckpt.formats.torch_archive import Container, check_archive
+from vraxion_ckpt.formats.torch_archive import check_archive
 from vraxion_ckpt.formats.zip_directory import fill_in_checksums, mapped
 from vraxion_ckpt.support import progress, signals
 
@@ -88,32 +88,11 @@ def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] =
     except Exception as error:
         raise_if_out_of_memory(error, path)
         raise CorruptError(f"torch cannot read it: {_first_line(error)}", path=path) from error
-    opened = Sources()
-    opened.add(path, container.fingerprint, container.verify)
-    opened.check_unchanged()  # torch has opened the file again by its name
     if allow_globals:
         value = _plain(value, 0, path, {})
     check_plain(value, path)
-    parts = dict(_parts(value, container))
-    sources.add(path, container.fingerprint, container.verify, parts)
+    sources.add(path, container.fingerprint)
     return value
-
-
-def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPart]]:
-    """Yield the memory range of each storage, and the part of the mapped file that it is.
-
-    torch maps the whole file, so storages have the same distances in memory as in the file. A storage for which this is
-    not so is left out, and its checksum is verified by reading the file.
-    """
-    found = (tensor.untyped_storage() for _, tensor in named_tensors(value))
-    storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
-    members = {member.start: member for member in container.storages() if member.size}
-    if storages and members:
-        begin = min(storages) - min(members)
-        for address, storage in storages.items():
-            member = members.get(address - begin)
-            if member and member.size == storage.nbytes():
-                yield (address, member.size), MappedPart(partial(container.note, member.name), storage)
 
 
 def _require_torch() -> None:
@@ -198,6 +177,7 @@ def save_torch_file(value: Any, path: Path) -> None:
         raise UsageError(
             "torch would read a file of this name as safetensors", path=path, hint="use a name that ends in .pt"
         )
+    value = resolved(value)
     check_plain(value)
     writer = None
     try:
@@ -232,6 +212,7 @@ def torch_file_size(value: Any) -> int:
     Raises:
         UnsupportedError: `value` is not plain data.
     """
+    value = resolved(value)
     check_plain(value)
     counted = _Counter()
     with _uninterrupted():
