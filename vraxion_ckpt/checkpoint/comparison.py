@@ -39,7 +39,7 @@ def same_bits(a: TensorRef | Tensor, b: TensorRef | Tensor) -> bool:
         return False
     if x is y or refer_to_same_bytes(x, y):
         return True
-    one, other = bytes_of(x.values()), bytes_of(y.values())
+    one, other = bytes_of(x), bytes_of(y)
     return one.data_ptr() == other.data_ptr() or _memcmp(one.data_ptr(), other.data_ptr(), len(one)) == 0
 
 

@@ -199,7 +199,7 @@ class Checkpoint:
                 count(1)
 
     def open_references(self) -> dict[str, TensorRef]:
-        """Return the model tensors that are available without opening a file: the core, then the open experts."""
+        """Return the references of the tensors of `open_tensors`."""
         found: dict[str, TensorRef] = self.core.references()
         for i, expert in self.head.experts.items() if self.head else ():
             if self.head and expert.is_open:
@@ -207,12 +207,16 @@ class Checkpoint:
                 found.update((prefix + leaf, tensor) for leaf, tensor in expert.references().items())
         return found
 
+    def open_tensors(self) -> TensorDict[str, Tensor]:
+        """Return the model tensors that are available without opening a file: the core, then the open experts."""
+        return TensorDict(self.open_references())
+
     def tensor_names(self) -> list[str]:
         """Return the names of all model tensors in state-dict order. Opens the experts."""
         return list(self.state_references())
 
     def state_references(self) -> dict[str, TensorRef]:
-        """Return all model tensors in state-dict order. Opens the experts."""
+        """Return the references of the tensors of `state_dict`. Opens the experts."""
         if self.head is None:
             return self.core.references()
         core = list(self.core.references().items())

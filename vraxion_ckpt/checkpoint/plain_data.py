@@ -5,7 +5,6 @@ Plain data are dicts, lists, tuples, strings, numbers, None, and dense CPU tenso
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, is_tensor
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, is_tensor
 from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
+from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import shortened
 
 _MOST_NODES = 5_000_000
@@ -112,8 +112,10 @@ def dtype_and_shape(tensor: Tensor) -> str:
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: TensorRef | Tensor) -> Tensor:
     """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only if the tensor is not contiguous."""
+    if isinstance(tensor, TensorRef):
+        tensor = tensor.values()
     if not tensor.numel():  # its strides may not allow a view as bytes
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -136,9 +138,12 @@ def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...
         yield tuple(one[start : start + size] for one in flat)
 
 
-def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of the bytes of a tensor's elements."""
-    return zlib.crc32(bytes_of(tensor).numpy().data)
+def checksum(tensor: TensorRef | Tensor) -> int:
+    """Return the CRC-32 of the bytes of a tensor's elements. It is not computed if a file states it."""
+    ref = as_reference(tensor)
+    if ref.fills_storage() and ref.storage.crc is not None:
+        return ref.storage.crc
+    return crc32(bytes_of(ref).numpy().data)
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:

@@ -322,8 +322,8 @@ def _stage(stack: ExitStack, result: _Result, lent: LentTensors) -> Staged:
     adapter, held = result.adapter, result.outcome.held
     is_directory = adapter_calls.is_directory(adapter)
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
-    write_whole(adapter, result.outcome.before, held, stage)
+    written = write_whole(adapter, result.outcome.before, held, stage)
     with quietly():
         found = adapter_calls.call_read(adapter, stage.path)
-    check_read_back(adapter, found, held, lent, result.place)
+    check_read_back(adapter, found, held, lent, written, result.place)
     return stage
