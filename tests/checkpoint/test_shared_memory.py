@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vraxion_ckpt.checkpoint.shared_memory import extent, fills_storage, sharing, view_of, without_tied
+from vraxion_ckpt.checkpoint.references import reference
+from vraxion_ckpt.checkpoint.shared_memory import fills_storage, sharing, view_of, without_tied
 
 BASE = torch.arange(24.0).reshape(4, 6)
 CASES = {
@@ -47,10 +48,10 @@ def test_empty_tensors_are_never_tied():
 
 
 def test_an_extent_reaches_to_the_last_element():
-    assert extent(BASE) == (BASE.data_ptr(), 24 * 4)
-    assert extent(BASE[:, 0]) == (BASE.data_ptr(), (3 * 6 + 1) * 4)
-    assert extent(BASE[1]) == (BASE.data_ptr() + 24, 24)
-    assert extent(torch.ones(0))[1] == 0
+    assert reference(BASE).extent() == (0, BASE.data_ptr(), 24 * 4)
+    assert reference(BASE[:, 0]).extent() == (0, BASE.data_ptr(), (3 * 6 + 1) * 4)
+    assert reference(BASE[1]).extent() == (0, BASE.data_ptr() + 24, 24)
+    assert reference(torch.ones(0)).extent()[2] == 0
 
 
 def test_a_part_does_not_fill_its_storage():
