@@ -24,7 +24,7 @@ CASES = {
 @pytest.mark.parametrize(("other", "shares", "tied"), CASES.values(), ids=CASES)
 def test_what_shares_memory_and_what_is_tied(other, shares, tied):
     assert sharing([("a", BASE), ("b", other)]) == ([[("a", BASE), ("b", other)]] if shares else [])
-    assert (view_of(BASE) == view_of(other)) is tied
+    assert (view_of(reference(BASE)) == view_of(reference(other))) is tied
     assert len(without_tied([("a", BASE), ("b", other)])) == (1 if tied else 2)
 
 

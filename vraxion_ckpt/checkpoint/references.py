@@ -223,8 +223,8 @@ class TensorRef:
 
         dtype = getattr(torch, self.dtype)
         tensor = torch.empty(0, dtype=dtype).set_(memory, self.first, self.shape, self.strides)
-        if self.conj or self.neg:
-            torch._utils.set_tensor_metadata(tensor, {"conj": self.conj, "neg": self.neg})
+        tensor = tensor.conj() if self.conj else tensor
+        tensor = tensor._neg_view() if self.neg else tensor
         if self.parameter:
             return torch.nn.Parameter(tensor, self.requires_grad)
         return tensor.requires_grad_(self.requires_grad) if self.requires_grad else tensor

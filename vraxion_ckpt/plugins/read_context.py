@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from vraxion_ckpt.checkpoint.references import TensorRef, resolved
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.errors import InconsistentError, StorageError
-from vraxion_ckpt.formats import safetensors_file, torch_file
+from vraxion_ckpt.formats import safetensors_file, torch_reader
 from vraxion_ckpt.support import json_files
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class ReadContext:
 
         Nothing is mapped. Tensors at which nobody looks are copied from file to file. Raises the same errors.
         """
-        from vraxion_ckpt.checkpoint.references import referenced
-
-        return referenced(torch_file.load_torch_file(path, self.sources, self.allow_globals))
+        return torch_reader.load_torch_file(path, self.sources, self.allow_globals)
 
     def load_safetensors(
         self, path: Path, header: safetensors_file.Header | None = None
