@@ -407,6 +407,16 @@ def _reference_of(value: Any) -> Any:
     return referenced(value.stored() if isinstance(value, _Closed) else value)
 
 
+class _Items(ItemsView[Any, Any]):
+    def __reversed__(self) -> Iterator[tuple[Any, Any]]:
+        return ((key, self._mapping[key]) for key in reversed(list(self._mapping)))
+
+
+class _Values(ValuesView[Any]):
+    def __reversed__(self) -> Iterator[Any]:
+        return (self._mapping[key] for key in reversed(list(self._mapping)))
+
+
 class TensorDict(dict[K, V]):
     """A dict of tensors, or of values that contain tensors. They are references until somebody looks at them.
 
@@ -463,10 +473,10 @@ class TensorDict(dict[K, V]):
         return self[key] if key in self else default  # noqa: SIM401 - it would call itself
 
     def items(self) -> Any:
-        return ItemsView(self)
+        return _Items(self)
 
     def values(self) -> Any:
-        return ValuesView(self)
+        return _Values(self)
 
     def pop(self, key: Any, *default: Any) -> Any:
         if key not in self:

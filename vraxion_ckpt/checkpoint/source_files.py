@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 PIECE = 2**20  # bytes that are read at a time
+_MOST_OPEN = 128  # files that are kept open, because processes may open only some hundreds
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class StoredBytes:
         crc: the CRC-32 that the file states, or None if it states none.
         name: the name of the bytes in the file, for messages.
         alignment: the memory that plugins get begins at a multiple of this number of bytes.
+        is_copy: whether the memory that plugins get is a copy, so that it shares no memory with other `StoredBytes`.
         proven: whether the bytes were read and have the stated CRC-32.
         given: the mapped memory that plugins got, or None if no plugin has looked at the bytes.
     """
@@ -63,20 +67,21 @@ class StoredBytes:
     crc: int | None = None
     name: str = ""
     alignment: int = 1
+    is_copy: bool = False
     proven: bool = False
     given: torch.UntypedStorage | None = None
 
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
         if self.given is None:
-            self.given = self._aligned(self.file.mapped_for_plugins[self.start : self.start + self.nbytes])
+            mapped = self.file.mapped if self.is_copy else self.file.mapped_for_plugins
+            given = mapped[self.start : self.start + self.nbytes]
+            self.given = given.clone() if self.is_copy or self.start % self.alignment else given
         return self.given
 
     def view(self) -> torch.UntypedStorage:
         """Return the bytes as memory for reading, which no plugin gets."""
-        return self._aligned(self.file.mapped[self.start : self.start + self.nbytes])
-
-    def _aligned(self, mapped: torch.UntypedStorage) -> torch.UntypedStorage:
+        mapped = self.file.mapped[self.start : self.start + self.nbytes]
         return mapped.clone() if self.start % self.alignment else mapped
 
     def was_written_into(self) -> bool:
@@ -111,7 +116,7 @@ class StoredBytes:
 
     def copied(self) -> StoredBytes:
         """Return equal bytes that share no memory with these when they are loaded."""
-        return StoredBytes(self.file, self.start, self.nbytes, self.crc, self.name, self.alignment)
+        return StoredBytes(self.file, self.start, self.nbytes, self.crc, self.name, self.alignment, is_copy=True)
 
     def __deepcopy__(self, memo: object) -> StoredBytes:
         return self.copied()
@@ -132,6 +137,7 @@ class SourceFile:
     fingerprint: Fingerprint
     parts: Sequence[StoredBytes] = ()
     states_checksums: bool = False
+    _descriptor: int | None = field(default=None, init=False, repr=False)
 
     def read(self, start: int, size: int) -> bytes:
         """Read bytes from the file. See `StoredBytes.read`."""
@@ -152,16 +158,57 @@ class SourceFile:
         import torch
 
         try:
-            mapping = torch.UntypedStorage.from_file(os.fspath(self.path), False, self.fingerprint.size)
+            with self.opened() as descriptor:
+                name = f"/proc/self/fd/{descriptor}"  # the file itself, even if another one has its path now
+                return torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
         except RuntimeError as error:
-            self.check_unchanged()
             raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
-        self.check_unchanged()  # torch has opened the file by its name
-        return mapping
 
-    def opened(self) -> _Opened:
-        """Return a context manager that gives a descriptor of the file, as it was when it was registered."""
-        return _Opened(self)
+    def keep_open(self) -> None:
+        """Open the file, so that its bytes stay readable when another file takes its path.
+
+        At most `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
+        """
+        if self._descriptor is None and len(_kept_open) < _MOST_OPEN:
+            self._descriptor = self._open()
+            _kept_open.add(self)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """Give a descriptor of the file, as it was when it was registered, during a ``with`` block.
+
+        Raises:
+            ChangedError: the file was replaced, written to or removed.
+            StorageError: the operating system cannot open it.
+        """
+        if self._descriptor is not None:
+            self._check(self._descriptor)
+            yield self._descriptor
+            return
+        descriptor = self._open()
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self.changed() from None
+        except OSError as error:
+            raise StorageError.from_os_error(error, self.path) from error
+        try:
+            self._check(descriptor)
+        except ChangedError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check(self, descriptor: int) -> None:
+        if Fingerprint.of(descriptor) != self.fingerprint:
+            raise self.changed()
 
     def check_unchanged(self) -> None:
         """Compare the file with its fingerprint.
@@ -219,27 +266,7 @@ def buffer_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
 
 
-class _Opened:
-    """A context manager that opens a source file, and checks that it is the file that was registered."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self._file = file
-        self._descriptor = -1
-
-    def __enter__(self) -> int:
-        try:
-            self._descriptor = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise self._file.changed() from None
-        except OSError as error:
-            raise StorageError.from_os_error(error, self._file.path) from error
-        if Fingerprint.of(self._descriptor) != self._file.fingerprint:
-            os.close(self._descriptor)
-            raise self._file.changed()
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+_kept_open: weakref.WeakSet[SourceFile] = weakref.WeakSet()
 
 
 @dataclass
@@ -255,6 +282,7 @@ class Sources:
     def add(self, path: Path, fingerprint: Fingerprint) -> SourceFile:
         """Register a file with its fingerprint from before it is read, and return it."""
         self.files.append(SourceFile(path, fingerprint))
+        self.files[-1].keep_open()
         return self.files[-1]
 
     def verify(self) -> None:

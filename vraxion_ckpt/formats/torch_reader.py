@@ -66,7 +66,7 @@ def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] =
     except Exception as error:  # a damaged pickle can raise anything
         raise_if_out_of_memory(error, path)
         raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
-    source.check_unchanged()
+    source.keep_open()
     if allow_globals:
         value = _plain(value, 0, path, {})
     check_plain(value, path)

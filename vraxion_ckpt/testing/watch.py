@@ -14,33 +14,28 @@ import torch
 
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.lent_tensors import LentTensors, counted_writes
 
 
 @contextmanager
 def untouched(checkpoint: Checkpoint) -> Iterator[None]:
     """Fail if the block changes a checkpoint's containers, its tensors, or global random state.
 
-    Tensors are compared with a copy bit by bit, which detects writes through ``.data`` or ``.numpy()``. Torch's version
-    counters are compared, too: they detect writes that do not change a value.
+    Tensors are compared with a copy bit by bit, or with their file, which detects writes through ``.data`` or
+    ``.numpy()``. Torch's version counters are compared, too: they detect writes that do not change a value.
     """
-    before, versions, state = copy.deepcopy(checkpoint), _versions(checkpoint), _random_state()
+    before, lent, state = copy.deepcopy(checkpoint), LentTensors(checkpoint), _random_state()
+    counted = counted_writes(checkpoint)
     yield
     changed = list(checkpoint_differences(before, checkpoint))
     changed += differences(before.param_names, checkpoint.param_names, "param_names")
     assert not changed, "the input was changed: " + "; ".join(changed)
-    written = [name for name, version in _versions(checkpoint).items() if versions.get(name) != version]
+    written = [name for name in (*counted_writes(checkpoint), *lent.altered()) if name not in counted]
     assert not written, f"tensors were written to: {', '.join(written)}"
     moved = list(differences(state, _random_state(), "global random state"))
     assert not moved, "; ".join(moved)
-
-
-def _versions(checkpoint: Checkpoint) -> dict[str, int]:
-    optimizer = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    everything = {"model": checkpoint.state_dict(), "optimizer": optimizer, "payload": checkpoint.payload}
-    return {name: tensor._version for name, tensor in named_tensors(everything)}
 
 
 def _random_state() -> dict[str, Any]:
