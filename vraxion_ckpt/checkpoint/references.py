@@ -78,6 +78,9 @@ class MadeBytes:
         """Return `size` bytes, beginning with byte number `first`."""
         return buffer_of(self.given)[first : first + size].tobytes()
 
+    def __deepcopy__(self, memo: object) -> MadeBytes:
+        return MadeBytes(self.given.clone())
+
 
 @dataclass(eq=False)
 class ComputedBytes:
@@ -113,6 +116,9 @@ class ComputedBytes:
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from what the function returns."""
         return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
+
+    def __deepcopy__(self, memo: object) -> ComputedBytes:
+        return ComputedBytes(self.nbytes, self.function)
 
 
 Storage = StoredBytes | MadeBytes | ComputedBytes
@@ -239,12 +245,7 @@ class TensorRef:
         return reference(torch.nn.Parameter(copy, self.requires_grad) if self.parameter else copy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
-        storage = memo.get(id(self.storage))
-        if storage is None:
-            storage = self.copied().storage
-            memo[id(self.storage)] = storage
-            memo.setdefault(id(memo), []).append(self.storage)  # keep it alive, as `copy.deepcopy` does
-        return replace(self, storage=storage, _tensor=None)
+        return replace(self, storage=deepcopy(self.storage, memo), _tensor=None)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
