@@ -54,6 +54,7 @@ class StoredBytes:
         name: the name of the bytes in the file, for messages.
         alignment: the memory that plugins get begins at a multiple of this number of bytes.
         proven: whether the bytes were read and have the stated CRC-32.
+        found_crc: the CRC-32 of the bytes, computed when they were copied, or None. Only if the file states none.
         given: the mapped memory that plugins got, or None if no plugin has looked at the bytes.
     """
 
@@ -64,6 +65,7 @@ class StoredBytes:
     name: str = ""
     alignment: int = 1
     proven: bool = False
+    found_crc: int | None = None
     given: torch.UntypedStorage | None = None
 
     def memory(self) -> torch.UntypedStorage:
