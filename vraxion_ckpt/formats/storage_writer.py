@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from vraxion_ckpt.checkpoint.references import ComputedBytes, MadeBytes, Storage
+from vraxion_ckpt.checkpoint.references import ComputedBytes, Storage
 from vraxion_ckpt.checkpoint.source_files import SourceFile, StoredBytes, buffer_of
 from vraxion_ckpt.errors import CorruptError, StorageError
 from vraxion_ckpt.support.checksums import checksums_of_ranges

@@ -18,6 +18,7 @@ _END64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
 _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 _MOST_32, _MOST_16 = 0xFFFFFFFF, 0xFFFF
+_NEEDS_64 = 0xFFFFFFFF  # numbers from here on are in zip64 fields
 ALIGNMENT = 64
 
 
@@ -40,7 +41,7 @@ class NewMember:
     @property
     def is_zip64(self) -> bool:
         """Whether its size or its offset needs more than 32 bits."""
-        return max(self.size, self.header_start) >= _MOST_32
+        return max(self.size, self.header_start) >= _NEEDS_64
 
     @property
     def end(self) -> int:
@@ -64,7 +65,7 @@ class NewMember:
     def directory_entry(self, crc: int) -> bytes:
         """Return the entry in the central directory."""
         extra = _zip64_field(self.size, self.header_start)
-        size, offset = min(self.size, _MOST_32), min(self.header_start, _MOST_32)
+        size, offset = (_MOST_32 if number >= _NEEDS_64 else number for number in (self.size, self.header_start))
         lengths = (len(self.name), len(extra), 0, 0, 0, 0)
         fixed = (b"PK\x01\x02", 0, 0, self._flags, 0, 0, 0, crc, size, size, *lengths, offset)
         return _CENTRAL.pack(*fixed) + self.name + extra
@@ -76,7 +77,7 @@ class NewMember:
 
 def _zip64_field(size: int, offset: int) -> bytes:
     """Return the extra field for what needs more than 32 bits; empty if nothing does."""
-    values = [*([size, size] if size >= _MOST_32 else []), *([offset] if offset >= _MOST_32 else [])]
+    values = [*([size, size] if size >= _NEEDS_64 else []), *([offset] if offset >= _NEEDS_64 else [])]
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 

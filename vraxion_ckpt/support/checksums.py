@@ -11,9 +11,9 @@ from pathlib import Path
 from vraxion_ckpt.support.file_bytes import read_at
 
 try:  # three to five times as fast as zlib
-    from isal.isal_zlib import crc32
+    from isal.isal_zlib import crc32 as crc32
 except ImportError:  # no wheel for this machine
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 THREADS = min(4, _CORES or 1)

@@ -40,7 +40,7 @@ def read_into(descriptor: int, start: int, buffer: memoryview, path: Path) -> No
         raise StorageError.from_os_error(error, path) from error
 
 
-def write_at(descriptor: int, start: int, content: bytes | memoryview, path: Path) -> None:
+def write_at(descriptor: int, start: int, content: bytes | bytearray | memoryview, path: Path) -> None:
     """Write all bytes at an offset.
 
     Raises:

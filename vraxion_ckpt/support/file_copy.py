@@ -78,7 +78,7 @@ class _Run:
 def copy_all(copies: Sequence[Copy], target: OpenFile, advance: Callable[[int], object]) -> None:
     """Copy runs of bytes into an open file, and set their checksums.
 
-    Pending signals are delivered between pieces. After an error, no thread copies more than the piece that it has begun.
+    Pending signals are delivered between pieces. After an error, no thread begins another piece.
 
     Args:
         copies: the runs, in the order of their offsets in the target.
