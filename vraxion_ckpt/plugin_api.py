@@ -70,13 +70,13 @@ from vraxion_ckpt.formats.safetensors_file import (
     NATIVE_DTYPES,
     check_safetensors,
     is_tensor_name,
-    safetensors_size,
-    save_safetensors,
     starts_like_safetensors,
 )
+from vraxion_ckpt.formats.safetensors_writer import safetensors_size, save_safetensors
 from vraxion_ckpt.formats.state_dict import from_state_dict, split_head, with_head
 from vraxion_ckpt.formats.torch_archive import is_archive
-from vraxion_ckpt.formats.torch_file import load_torch_file, save_torch_file, torch_file_size
+from vraxion_ckpt.formats.torch_reader import load_torch_file
+from vraxion_ckpt.formats.torch_writer import save_torch_file, torch_file_size
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.discovery import run_probes
 from vraxion_ckpt.plugins.hookspecs import hookimpl

@@ -267,7 +267,7 @@ def assert_foreign(path: Path) -> None:
 
 def test_a_file_that_the_library_wrote_is_read_as_a_bare_state_dict(tmp_path):
     save_file(foreign_model(), tmp_path / "theirs.safetensors", metadata={"format": "pt", "author": "someone"})
-    held = list(safetensors_file.check_safetensors(tmp_path / "theirs.safetensors").sizes)
+    held = list(safetensors_file.check_safetensors(tmp_path / "theirs.safetensors").tensors)
     assert [name.split(".")[2] for name in held if "weight" in name][:4] == ["0", "1", "10", "11"], "the fixture"
     assert held.index("head.experts.0.weight") > held.index("head.experts.11.steps"), "the fixture"
     assert_foreign(tmp_path / "theirs.safetensors")

@@ -15,7 +15,7 @@ from work import bounded
 
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
-from vraxion_ckpt.formats.torch_file import load_torch_file
+from vraxion_ckpt.formats.torch_reader import load_torch_file
 
 
 def read(path: Path, allow_globals: Sequence[str] = ()) -> Any:

@@ -58,6 +58,7 @@ class StoredBytes:
         alignment: the memory that plugins get begins at a multiple of this number of bytes.
         is_copy: whether the memory that plugins get is a copy, so that it shares no memory with other `StoredBytes`.
         proven: whether the bytes were read and have the stated CRC-32.
+        found_crc: the CRC-32 of the bytes, computed when they were copied, or None. Only if the file states none.
         given: the mapped memory that plugins got, or None if no plugin has looked at the bytes.
     """
 
@@ -69,6 +70,7 @@ class StoredBytes:
     alignment: int = 1
     is_copy: bool = False
     proven: bool = False
+    found_crc: int | None = None
     given: torch.UntypedStorage | None = None
 
     def memory(self) -> torch.UntypedStorage:

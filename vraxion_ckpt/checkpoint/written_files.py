@@ -1,13 +1,53 @@
-"""Stub until the writers arrive."""
+"""Record the checksums that the writers have read back, so that the final check need not read the bytes again.
 
+Imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, SourceFile
 
 
 class WrittenFiles:
-    def crc(self, file, start, nbytes):
-        return None
+    """The CRC-32s of ranges of files that this process has written and read back."""
+
+    def __init__(self) -> None:
+        self._found: dict[Fingerprint, dict[tuple[int, int], int]] = {}
+
+    def note(self, fingerprint: Fingerprint, crcs: Mapping[tuple[int, int], int]) -> None:
+        """Add a file.
+
+        Args:
+            fingerprint: its fingerprint from after the last write.
+            crcs: the CRC-32 of each range, by its offset and its number of bytes.
+        """
+        self._found[fingerprint] = dict(crcs)
+
+    def crc(self, file: SourceFile, start: int, nbytes: int) -> int | None:
+        """Return the CRC-32 of a range, or None if it was not read back or the file was written to since."""
+        return self._found.get(file.fingerprint, {}).get((start, nbytes))
+
+
+_recording: ContextVar[WrittenFiles | None] = ContextVar("_recording", default=None)
 
 
 @contextmanager
-def recording():
-    yield WrittenFiles()
+def recording() -> Iterator[WrittenFiles]:
+    """Collect the checksums of all files that are written in a ``with`` block."""
+    written = WrittenFiles()
+    token = _recording.set(written)
+    try:
+        yield written
+    finally:
+        _recording.reset(token)
+
+
+def note_written(descriptor: int, crcs: Mapping[tuple[int, int], int]) -> None:
+    """Add an open file, after the last write, to the record of the innermost `recording` block, if there is one."""
+    written = _recording.get()
+    if written is not None:
+        written.note(Fingerprint.of(descriptor), crcs)

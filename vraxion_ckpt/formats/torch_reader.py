@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain
+from vraxion_ckpt.checkpoint.references import resolved
 from vraxion_ckpt.checkpoint.source_files import SourceFile, Sources, StoredBytes
 from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, UsageError, errors_at, raise_if_out_of_memory
 from vraxion_ckpt.formats.torch_archive import check_archive
@@ -23,6 +24,11 @@ _ALIGNMENT = 16  # bytes of the largest element
 
 
 def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
+    """Load the plain data of a torch file, as `load_torch_references` does, with tensors that are views of the file."""
+    return resolved(load_torch_references(path, sources, allow_globals))
+
+
+def load_torch_references(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
     """Load the plain data of a torch file.
 
     Args:

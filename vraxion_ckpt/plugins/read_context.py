@@ -51,7 +51,7 @@ class ReadContext:
 
         Nothing is mapped. Tensors at which nobody looks are copied from file to file. Raises the same errors.
         """
-        return torch_reader.load_torch_file(path, self.sources, self.allow_globals)
+        return torch_reader.load_torch_references(path, self.sources, self.allow_globals)
 
     def load_safetensors(
         self, path: Path, header: safetensors_file.Header | None = None
@@ -76,9 +76,7 @@ class ReadContext:
     ) -> tuple[dict[str, TensorRef], dict[str, str]]:
         """Open a safetensors file as `load_safetensors` does, but return a `TensorRef` for each tensor."""
         found = header if header is not None else safetensors_file.check_safetensors(path)
-        from vraxion_ckpt.checkpoint.references import referenced
-
-        return referenced(safetensors_file.load_safetensors(path, found, self.sources)), dict(found.metadata)
+        return safetensors_file.load_safetensors(path, found, self.sources), dict(found.metadata)
 
     def load_json(self, path: Path) -> Any:
         """Read a JSON file strictly.

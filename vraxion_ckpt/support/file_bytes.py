@@ -1,4 +1,4 @@
-"""Read bytes at an offset of an open file. Imports without torch."""
+"""Read and write bytes at an offset of an open file. Imports without torch."""
 
 from __future__ import annotations
 
@@ -25,3 +25,31 @@ def read_at(descriptor: int, start: int, size: int, path: Path) -> bytes:
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     return found
+
+
+def read_into(descriptor: int, start: int, buffer: memoryview, path: Path) -> None:
+    """Fill a buffer with the bytes at an offset. Raises the errors of `read_at`."""
+    done = 0
+    try:
+        while done < len(buffer):
+            more = os.preadv(descriptor, [buffer[done:]], start + done)
+            if not more:
+                raise CorruptError("is truncated", path=path)
+            done += more
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error
+
+
+def write_at(descriptor: int, start: int, content: bytes | bytearray | memoryview, path: Path) -> None:
+    """Write all bytes at an offset.
+
+    Raises:
+        StorageError: the operating system cannot write.
+    """
+    left = memoryview(content)
+    try:
+        while left:
+            done = os.pwrite(descriptor, left, start)
+            left, start = left[done:], start + done
+    except OSError as error:
+        raise StorageError.from_os_error(error, path) from error

@@ -32,16 +32,16 @@ def read_shards(index: Path, context: ReadContext) -> tuple[dict[str, TensorRef]
     files = dict.fromkeys(weight_map.values())
     headers = {name: check_safetensors(check_regular(index.with_name(name))) for name in files}
     for file, header in headers.items():
-        for name in header.sizes:
+        for name in header.tensors:
             if weight_map.get(name) != file:
                 listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
                 raise InconsistentError(f"the tensor is in {file}, but the index {listed}", path=index, key=name)
         if header.metadata.get(SAVE_KEY) != metadata.get(SAVE_KEY):
             raise InconsistentError("the shard belongs to another save than the index", path=index.with_name(file))
     for name, file in weight_map.items():
-        if name not in headers[file].sizes:
+        if name not in headers[file].tensors:
             raise InconsistentError(f"the index lists the tensor in {file}, which lacks it", path=index, key=name)
-    total = sum(size for header in headers.values() for size in header.sizes.values())
+    total = sum(entry.nbytes for header in headers.values() for entry in header.tensors.values())
     stated = metadata.pop("total_size", total)
     if stated != total:
         message = f"total_size is {stated!r}, but the shards hold {total} bytes"

@@ -1,0 +1,134 @@
+"""Pickle plain data as ``torch.save`` does, with a reference for each tensor."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from vraxion_ckpt.checkpoint.references import Storage, TensorDict, TensorRef, is_tensor, reference
+from vraxion_ckpt.errors import UnsupportedError
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A pickle, and the storages that it names ``0``, ``1`` and so on."""
+
+    content: bytes
+    storages: tuple[Storage, ...]
+
+
+def pickled(value: Any) -> Pickled:
+    """Pickle plain data, as ``torch.save`` does.
+
+    Raises:
+        UnsupportedError: two tensors of different dtypes share memory, which torch cannot save either.
+    """
+    content = io.BytesIO()
+    pickler = _Pickler(content, 2)
+    pickler.dump(_with_references(value, {}))
+    return Pickled(content.getvalue(), tuple(pickler.keys))
+
+
+def _with_references(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """Return a value with a reference for each tensor, and a dict for each `TensorDict`.
+
+    Other containers are the same objects if nothing in them is replaced. Containers that occur twice also do in the
+    result, so that they are pickled once. `done` has, by its id, each container and its replacement.
+    """
+    if is_tensor(value):
+        return value if isinstance(value, TensorRef) else reference(value)
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if id(value) not in done:
+        done[id(value)] = value, _replaced(value, done)
+    return done[id(value)][1]
+
+
+def _replaced(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    if isinstance(value, TensorDict):
+        return _with_references(value.references(), done)
+    entries = value.values() if isinstance(value, dict) else value
+    if _SCALARS.issuperset(map(type, entries)):
+        return value
+    new = [_with_references(entry, done) for entry in entries]
+    if all(one is other for one, other in zip(new, entries, strict=True)):
+        return value
+    if not isinstance(value, dict):
+        return type(value)(new)
+    if not isinstance(value, OrderedDict):
+        return dict(zip(value, new, strict=True))
+    ordered = OrderedDict(zip(value, new, strict=True))
+    ordered.__dict__.update(value.__dict__)
+    return ordered
+
+
+@dataclass(frozen=True)
+class _NamedStorage:
+    """A storage in the pickle: torch's class for its dtype, its name, and its number of elements."""
+
+    kind: type
+    key: str
+    numel: int
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as `torch.Tensor.__reduce_ex__` does."""
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.keys: dict[Storage, str] = {}
+        self._kinds: dict[Storage, type] = {}
+
+    def persistent_id(self, value: Any) -> tuple[str, type, str, str, int] | None:
+        if type(value) is _NamedStorage:
+            return "storage", value.kind, value.key, "cpu", value.numel
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, TensorRef):
+            return NotImplemented
+        if value.parameter:
+            plain = replace(value, parameter=False, requires_grad=False, _tensor=None)
+            return torch._utils._rebuild_parameter, (plain, value.requires_grad, OrderedDict())
+        return self._tensor(value)
+
+    def _tensor(self, ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        kind = _storage_class(ref.dtype)
+        storage = ref.storage
+        if storage.nbytes and self._kinds.setdefault(storage, kind) is not kind:
+            raise UnsupportedError("has tensors of different dtypes that share memory; torch cannot save them")
+        key = self.keys.setdefault(storage, str(len(self.keys)))
+        typed = kind is not torch.UntypedStorage
+        named = _NamedStorage(kind, key, storage.nbytes // ref.itemsize if typed else storage.nbytes)
+        # New tuples, as a pickle of equal values must not depend on which ones are the same object.
+        arguments: tuple[Any, ...] = (
+            named,
+            ref.first,
+            (*ref.shape,),
+            (*ref.strides,),
+            ref.requires_grad,
+            OrderedDict(),
+        )
+        if not typed:
+            arguments += (getattr(torch, ref.dtype),)
+        metadata = {name: True for name in ("conj", "neg") if getattr(ref, name)}
+        if metadata:
+            arguments += (metadata,)
+        rebuild = torch._utils._rebuild_tensor_v2 if typed else torch._utils._rebuild_tensor_v3
+        return rebuild, arguments
+
+
+@cache
+def _storage_class(dtype: str) -> type:
+    """Return torch's typed storage class of a dtype, or `torch.UntypedStorage` if there is none."""
+    name = torch.storage._dtype_to_storage_type_map().get(getattr(torch, dtype))
+    return getattr(torch, name) if name else torch.UntypedStorage

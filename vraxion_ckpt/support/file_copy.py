@@ -1,0 +1,209 @@
+"""Copy bytes into an open file on all cores, and read each piece back while it is in the cache.
+
+Bytes of files are copied by the kernel, with ``copy_file_range``. Where it cannot, they are read and written. Imports
+without torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from vraxion_ckpt.support import signals
+from vraxion_ckpt.support.checksums import THREADS, crc32, crc32_combined
+from vraxion_ckpt.support.file_bytes import read_at, read_into, write_at
+
+PIECE = 2**18  # bytes that are copied and read back at a time; they fit into the CPU's cache
+_STRIPE = 2**22  # bytes for which a thread computes one checksum
+_MOST_TOGETHER = 256  # small copies for which a thread is woken once
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file descriptor, and the path for messages."""
+
+    descriptor: int
+    path: Path
+
+
+@dataclass(eq=False)
+class Copy:
+    """A run of bytes to be copied into the target.
+
+    Attributes:
+        source: a file, or bytes in memory.
+        start: offset of the first byte in `source`.
+        nbytes: number of bytes.
+        target_start: offset of the first byte in the target.
+        sums_source: whether to compute `source_crc`.
+        crc: the CRC-32 of the bytes that were read back from the target.
+        source_crc: the CRC-32 of the bytes of the source. They are read a second time for this.
+    """
+
+    source: OpenFile | memoryview
+    start: int
+    nbytes: int
+    target_start: int
+    sums_source: bool
+    crc: int = 0
+    source_crc: int = 0
+
+
+@dataclass(eq=False)
+class _Stripe:
+    """A part of a copy, and its checksums."""
+
+    copy: Copy
+    first: int
+    nbytes: int
+    crc: int = 0
+    source_crc: int = 0
+
+
+@dataclass(eq=False)
+class _Run:
+    """The state that the threads share."""
+
+    target: OpenFile
+    waiting: deque[list[_Stripe]]
+    stopped: bool = False
+    copied: list[int] = field(default_factory=lambda: [0] * THREADS)  # bytes, by thread
+
+
+def copy_all(copies: Sequence[Copy], target: OpenFile, advance: Callable[[int], object]) -> None:
+    """Copy runs of bytes into an open file, and set their checksums.
+
+    Pending signals are delivered between pieces. After an error, no thread begins another piece.
+
+    Args:
+        copies: the runs, in the order of their offsets in the target.
+        target: the file, open for reading and writing.
+        advance: called with the number of bytes copied since the last call.
+
+    Raises:
+        CorruptError: a source ends before.
+        StorageError: the operating system cannot read a source, or write the target or read it back.
+    """
+    stripes = [stripe for copy in copies for stripe in _stripes(copy)]
+    run = _Run(target, deque(_bundles(stripes)))
+    threads = min(THREADS, len(run.waiting))
+    if threads > 1:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(_work, run, number, None) for number in range(1, threads)]
+            _work(run, 0, advance)
+            for other in others:
+                other.result()
+    else:
+        _work(run, 0, advance)
+    for stripe in stripes:
+        copy = stripe.copy
+        copy.crc = crc32_combined(copy.crc, stripe.crc, stripe.nbytes) if stripe.first else stripe.crc
+        if copy.sums_source:
+            found = stripe.source_crc
+            copy.source_crc = crc32_combined(copy.source_crc, found, stripe.nbytes) if stripe.first else found
+
+
+def _stripes(copy: Copy) -> Iterator[_Stripe]:
+    """Cut a copy at multiples of `_STRIPE` in the target, where blocks begin that file systems can share."""
+    end = copy.target_start + copy.nbytes
+    cuts = range(copy.target_start // _STRIPE * _STRIPE + _STRIPE, end, _STRIPE)
+    for start, stop in pairwise([copy.target_start, *cuts, end]):
+        yield _Stripe(copy, start - copy.target_start, stop - start)
+
+
+def _bundles(stripes: Sequence[_Stripe]) -> Iterator[list[_Stripe]]:
+    bundle: list[_Stripe] = []
+    size = 0
+    for stripe in stripes:
+        bundle.append(stripe)
+        size += stripe.nbytes
+        if size >= _STRIPE // 2 or len(bundle) == _MOST_TOGETHER:
+            yield bundle
+            bundle, size = [], 0
+    if bundle:
+        yield bundle
+
+
+def _work(run: _Run, number: int, advance: Callable[[int], object] | None) -> None:
+    """Copy stripes until none is waiting. The main thread shows the progress and delivers signals."""
+    buffer = memoryview(bytearray(PIECE))
+    shown = 0
+    try:
+        while True:
+            try:
+                bundle = run.waiting.popleft()
+            except IndexError:
+                return
+            for stripe in bundle:
+                for first, size in _pieces(stripe):
+                    if run.stopped:
+                        return
+                    if advance is not None:
+                        signals.deliver_pending()
+                    _copy_piece(stripe, first, size, run.target, buffer)
+                    run.copied[number] += size
+            if advance is not None:
+                copied = sum(run.copied)
+                advance(copied - shown)
+                shown = copied
+    except BaseException:
+        run.stopped = True
+        raise
+
+
+def _pieces(stripe: _Stripe) -> Iterator[tuple[int, int]]:
+    """Yield the offset and the size of each piece. Pieces end at multiples of `PIECE` in the target."""
+    first, end = stripe.first, stripe.first + stripe.nbytes
+    while first < end:
+        size = min(PIECE - (stripe.copy.target_start + first) % PIECE, end - first)
+        yield first, size
+        first += size
+
+
+def _copy_piece(stripe: _Stripe, first: int, size: int, target: OpenFile, buffer: memoryview) -> None:
+    copy = stripe.copy
+    source, start, target_start = copy.source, copy.start + first, copy.target_start + first
+    piece = buffer[:size]
+    if isinstance(source, memoryview):
+        write_at(target.descriptor, target_start, source[start : start + size], target.path)
+    else:
+        copy_range(source, start, target, target_start, size)
+    read_into(target.descriptor, target_start, piece, target.path)
+    stripe.crc = crc32(piece, stripe.crc)
+    if not copy.sums_source:
+        return
+    if isinstance(source, memoryview):
+        stripe.source_crc = crc32(source[start : start + size], stripe.source_crc)
+    else:
+        read_into(source.descriptor, start, piece, source.path)
+        stripe.source_crc = crc32(piece, stripe.source_crc)
+
+
+def copy_range(source: OpenFile, start: int, target: OpenFile, target_start: int, size: int) -> None:
+    """Copy bytes from file to file, in the kernel if it can.
+
+    Raises:
+        CorruptError: the source ends before.
+        StorageError: the operating system cannot read the source, or write the target.
+    """
+    done = 0
+    try:
+        while done < size:
+            more = os.copy_file_range(
+                source.descriptor, target.descriptor, size - done, start + done, target_start + done
+            )
+            if not more:
+                break
+            done += more
+    except (OSError, AttributeError):
+        # Some file systems, some pairs of them and macOS do not have it. If it failed for another reason, the calls
+        # below fail, too, and tell which file it is.
+        pass
+    if done < size:
+        content = read_at(source.descriptor, start + done, size - done, source.path)
+        write_at(target.descriptor, target_start + done, content, target.path)
