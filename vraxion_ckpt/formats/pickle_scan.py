@@ -7,6 +7,7 @@ allocate without limit, hash nested tuples, or change objects other than dicts a
 from __future__ import annotations
 
 import pickle
+import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -62,6 +63,10 @@ _PUSHES: dict[int, tuple[int, int]] = {
     pickle.EMPTY_LIST[0]: (0, _LIST),
     pickle.EMPTY_DICT[0]: (0, _DICT),
 }
+_BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
+_MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
+_PUTS = frozenset({_BINPUT, pickle.LONG_BINPUT[0]})
+_LONG = struct.Struct("<I").unpack_from
 ORDERED_DICT = "collections.OrderedDict"
 _MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
 
@@ -86,7 +91,7 @@ class PickleScan:
     _stack: bytearray = field(default_factory=bytearray)
     _marks: list[int] = field(default_factory=list)
     _memo: bytearray = field(default_factory=bytearray)
-    _puts: int = 0
+    _gaps: int = 0
 
     def run(self) -> None:
         """Follow all opcodes up to the end of the pickle.
@@ -102,38 +107,43 @@ class PickleScan:
         """
         try:
             self._run()
-        except (IndexError, ValueError):
+        except (IndexError, ValueError, struct.error):
             raise pickle.UnpicklingError("it ends too early, or takes values that it did not make") from None
 
     def _run(self) -> None:
-        data, stack, push, others = self.data, self._stack, _PUSHES.get, self._others()
-        text, many, stop = pickle.BINUNICODE[0], pickle.TUPLE[0], pickle.STOP[0]
-        puts = {pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4}
-        gets = {pickle.BINGET[0]: 1, pickle.LONG_BINGET[0]: 4}
+        data, stack, memo, push, others = self.data, self._stack, self._memo, _PUSHES.get, self._others()
         at = 0
         while True:  # the order of the cases is by how frequent they are
             code = data[at]
             at += 1
-            if code in puts:
-                after = at + puts[code]
-                self._put(int.from_bytes(data[at:after], "little"))
-                at = after
+            if code in _PUTS:
+                if code == _BINPUT:
+                    index = data[at]
+                    at += 1
+                else:
+                    (index,) = _LONG(data, at)
+                    at += 4
+                if index == len(memo):
+                    memo.append(_IN_MEMO[stack[-1]])
+                else:
+                    self._put(index)
             elif pushed := push(code):
                 at += pushed[0]
                 stack.append(pushed[1])
-            elif code in gets:
-                after = at + gets[code]
-                stack.append(self._memo[int.from_bytes(data[at:after], "little")])
-                at = after
-            elif code == text:
-                at += 4 + int.from_bytes(data[at : at + 4], "little")
+            elif code == _BINGET:
+                stack.append(memo[data[at]])
+                at += 1
+            elif code == _TEXT:
+                at += 4 + _LONG(data, at)[0]
                 stack.append(_OTHER)
-            elif code == many:
+            elif code == _MARK:
+                self._marks.append(len(stack))
+            elif code == _MANY:
                 del stack[self._marks.pop() :]
                 stack.append(_TUPLE)
             elif code in others:
                 at = others[code](at)
-            elif code == stop:
+            elif code == _STOP:
                 return
             else:
                 raise UnsupportedError("its pickle has opcodes that torch.save does not write by default")
@@ -141,7 +151,7 @@ class PickleScan:
     def _others(self) -> dict[int, Callable[[int], int]]:
         """Return a method for each of the less frequent opcodes. It takes and returns an offset in the pickle."""
         return {
-            pickle.MARK[0]: self._mark,
+            pickle.LONG_BINGET[0]: self._get,
             pickle.TUPLE1[0]: partial(self._tuple, 1),
             pickle.TUPLE2[0]: partial(self._tuple, 2),
             pickle.TUPLE3[0]: partial(self._tuple, 3),
@@ -161,16 +171,16 @@ class PickleScan:
 
     def _put(self, index: int) -> None:
         # The unpickler allocates memory for all indices up to the largest one.
-        self._puts += 1
-        if index >= len(self._memo):
-            if index > self._puts + _MOST_UNUSED:
-                raise LimitError("the memo of its pickle has large gaps, which would take much memory")
-            self._memo.extend(bytes(index + 1 - len(self._memo)))
-        self._memo[index] = _IN_MEMO[self._stack[-1]]
+        gap = max(0, index - len(self._memo))
+        self._gaps += gap
+        if self._gaps > _MOST_UNUSED:
+            raise LimitError("the memo of its pickle has large gaps, which would take much memory")
+        self._memo.extend(bytes(gap))
+        self._memo[index : index + 1] = bytes([_IN_MEMO[self._stack[-1]]])
 
-    def _mark(self, at: int) -> int:
-        self._marks.append(len(self._stack))
-        return at
+    def _get(self, at: int) -> int:
+        self._stack.append(self._memo[_LONG(self.data, at)[0]])
+        return at + 4
 
     def _tuple(self, size: int, at: int) -> int:
         del self._stack[-size:]

@@ -10,9 +10,8 @@ import mmap
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from vraxion_ckpt.errors import CorruptError, LimitError, StorageError, UnsupportedError
 
@@ -25,8 +24,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """An uncompressed member of an archive: the offset of its bytes in the file, their number, and their CRC-32."""
 
     name: str
@@ -73,14 +71,8 @@ class ZipDirectory:
         count, start, end = self.end_of_directory()
         if count > _MOST_MEMBERS:
             raise LimitError(f"has {count} members; at most {_MOST_MEMBERS} are supported", path=self._path)
-        found: list[tuple[int, Member]] = []
-        seen = set()
-        for _, offset, member in self.entries(count, start, end):
-            # torch ignores case when it looks up a member.
-            if member.name.lower() in seen:
-                self._corrupt("occurs twice", member.name)
-            seen.add(member.name.lower())
-            found.append((offset, member))
+        found = [(offset, member) for _, offset, member in self.entries(count, start, end)]
+        self._refuse_duplicates([member.name for _, member in found])
         if self._compressed:  # after the loop, which finds zip bombs behind harmless members
             hint = "save the file again with torch.save"
             raise UnsupportedError("is compressed", path=self._path, key=self._compressed[0], hint=hint)
@@ -94,14 +86,26 @@ class ZipDirectory:
             self._corrupt("the last member overlaps the directory")
         return [member for _, member in found]
 
+    def _refuse_duplicates(self, names: list[str]) -> None:
+        # torch ignores case when it looks up a member.
+        if len({name.lower() for name in names}) < len(names):
+            seen: set[str] = set()
+            for name in names:
+                if name.lower() in seen:
+                    self._corrupt("occurs twice", name)
+                seen.add(name.lower())
+
     def entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, int, Member]]:
         """Yield the offset of each directory entry, the offset of its local header, and the member."""
-        at = start
+        directory = bytes(self._data[start:end])
+        at = 0
         for _ in range(count):
-            after, offset, member = self._central_entry(at, end, start)
-            yield at, offset, member
+            if at + _CENTRAL.size > len(directory):
+                self._corrupt("the directory's size does not match its entries")
+            after, offset, member = self._central_entry(directory, at, start)
+            yield start + at, offset, member
             at = after
-        if at != end:
+        if at != len(directory):
             self._corrupt("the directory's size does not match its entries")
 
     def end_of_directory(self) -> tuple[int, int, int]:
@@ -128,19 +132,36 @@ class ZipDirectory:
             self._corrupt("its directory is not where its end record says")
         return count, start, at
 
-    def _central_entry(self, at: int, end: int, directory: int) -> tuple[int, int, Member]:
-        if at + _CENTRAL.size > end:
-            self._corrupt("the directory's size does not match its entries")
-        signature, _, _, flags, method, _, _, crc, packed, size, *rest = self._unpack(_CENTRAL, at)
-        n_name, n_extra, n_comment, disk, _, attributes, offset = rest
+    def _central_entry(self, directory: bytes, at: int, start: int) -> tuple[int, int, Member]:
+        """Read the entry at offset `at` of the directory, which is at offset `start` of the file."""
+        (
+            signature,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            n_name,
+            n_extra,
+            n_comment,
+            disk,
+            _,
+            attributes,
+            offset,
+        ) = _CENTRAL.unpack_from(directory, at)
         name_at = at + _CENTRAL.size
-        after = name_at + n_name + n_extra + n_comment
-        if signature != b"PK\x01\x02" or after > end:
+        extra_at = name_at + n_name
+        after = extra_at + n_extra + n_comment
+        if signature != b"PK\x01\x02" or after > len(directory):
             self._corrupt("a directory entry is damaged")
-        raw_name = bytes(self._data[name_at : name_at + n_name])
+        raw_name = directory[name_at:extra_at]
         name = self._decode(raw_name)
-        extra = bytes(self._data[name_at + n_name : name_at + n_name + n_extra])
-        size, packed, offset = self._zip64(extra, size, packed, offset, name)
+        if 0xFFFFFFFF in (size, packed, offset):
+            size, packed, offset = self._zip64(directory[extra_at : extra_at + n_extra], size, packed, offset, name)
         if method:
             if size > len(self._data):
                 raise LimitError("is compressed and would inflate beyond the file", path=self._path, key=name)
@@ -150,12 +171,12 @@ class ZipDirectory:
             self._corrupt("is encrypted, or its header is damaged", name)
         if name.endswith("/") or attributes & 0x10:
             self._corrupt("is marked as a directory", name)
-        if offset + _LOCAL.size > directory:
+        if offset + _LOCAL.size > start:
             self._corrupt("lies beyond the directory", name)
-        start = self._check_local(offset, raw_name, flags, crc, size, name)
-        if start + size > directory:
+        begin = self._check_local(offset, raw_name, flags, crc, size, name)
+        if begin + size > start:
             self._corrupt("reaches into the directory", name)
-        return after, offset, Member(name, start, size, crc)
+        return after, offset, Member(name, begin, size, crc)
 
     def _zip64(self, extra: bytes, size: int, packed: int, offset: int, name: str) -> tuple[int, int, int]:
         """Return the sizes and the offset, read from the zip64 extra field if they do not fit 32 bits."""
@@ -175,15 +196,14 @@ class ZipDirectory:
 
     def _check_local(self, offset: int, raw_name: bytes, flags: int, crc: int, size: int, name: str) -> int:
         """Compare a local header with its directory entry, and return the offset of the member's bytes."""
-        fields = self._unpack(_LOCAL, offset)
-        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = fields
+        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = self._unpack(_LOCAL, offset)
         name_at = offset + _LOCAL.size
-        if signature != b"PK\x03\x04" or bytes(self._data[name_at : name_at + n_name]) != raw_name:
+        if signature != b"PK\x03\x04" or self._data[name_at : name_at + n_name] != raw_name:
             self._corrupt("its local header names another member", name)
         if method or local_flags != flags:
             self._corrupt("its local header contradicts the directory", name)
         if not flags & _HAS_DESCRIPTOR:
-            allowed = {size, 0xFFFFFFFF} if size >= 0xFFFFFFFF else {size}
+            allowed = (size, 0xFFFFFFFF) if size >= 0xFFFFFFFF else (size,)
             if local_crc != crc or packed not in allowed or full not in allowed:
                 self._corrupt("its local header contradicts the directory", name)
         return int(name_at + n_name + n_extra)
