@@ -277,7 +277,7 @@ def test_checksums_are_put_where_they_belong_also_before_the_bytes(tmp_path: Pat
 def test_only_the_checksum_of_exactly_a_members_bytes_is_taken_from_the_caller(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(zip_bytes(tensor_archive()))
-    start = check_archive(path).members["archive/data/0"].start
+    start = check_archive(path).storages["0"].start
     fill_in_checksums(path, {(start, 15): 1, (start + 1, 16): 2})
     assert not list(differences({"w": torch.arange(4.0)}, read(path)))
     fill_in_checksums(path, {(start, 16): 3})

@@ -7,6 +7,7 @@ allocate without limit, hash nested tuples, or change objects other than dicts a
 from __future__ import annotations
 
 import pickle
+import pickletools
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
-from vraxion_ckpt.errors import InconsistentError, LimitError, UnsafeError, UnsupportedError
+from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
 
 
 def current_name(module: str, name: str) -> str:
@@ -66,9 +67,16 @@ _PUSHES: dict[int, tuple[int, int]] = {
 _BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
 _MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
 _PUTS = frozenset({_BINPUT, pickle.LONG_BINPUT[0]})
+_OPCODES = frozenset(map(ord, pickletools.code2op))
 _LONG = struct.Struct("<I").unpack_from
 ORDERED_DICT = "collections.OrderedDict"
 _MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
+
+
+def _wrong_opcode(code: int) -> Exception:
+    if code in _OPCODES:
+        return UnsupportedError("its pickle has opcodes that torch.save does not write by default")
+    return pickle.UnpicklingError(f"there is no opcode {code:#x}")
 
 
 @dataclass
@@ -81,12 +89,14 @@ class PickleScan:
         allowed: full names of further classes and functions that the user allows.
 
     Attributes:
-        unsafe: full names of all others, after `run`.
+        names: full names of all classes and functions in the pickle, after `run`.
+        unsafe: those that are neither known nor allowed.
     """
 
     data: bytes
     known: Callable[[str], object]
     allowed: Collection[str] = ()
+    names: set[str] = field(default_factory=set)
     unsafe: set[str] = field(default_factory=set)
     _stack: bytearray = field(default_factory=bytearray)
     _marks: list[int] = field(default_factory=list)
@@ -100,10 +110,9 @@ class PickleScan:
 
         Raises:
             UnsupportedError: there is an opcode that ``torch.save`` does not write.
-            UnsafeError: something other than a dict, list or function is used as one.
             InconsistentError: a dict has a tuple as a key.
             LimitError: a dict is copied repeatedly.
-            pickle.UnpicklingError: the pickle is damaged.
+            pickle.UnpicklingError: the pickle is damaged, or uses something other than a dict, list or function as one.
         """
         try:
             self._run()
@@ -146,7 +155,7 @@ class PickleScan:
             elif code == _STOP:
                 return
             else:
-                raise UnsupportedError("its pickle has opcodes that torch.save does not write by default")
+                raise _wrong_opcode(code)
 
     def _others(self) -> dict[int, Callable[[int], int]]:
         """Return a method for each of the less frequent opcodes. It takes and returns an offset in the pickle."""
@@ -203,6 +212,7 @@ class PickleScan:
         return end + 1
 
     def _kind_of(self, name: str) -> int:
+        self.names.add(name)
         if name == ORDERED_DICT:
             return _Kind.ORDERED_DICT_CLASS
         if self.known(name) is not None:
@@ -215,14 +225,14 @@ class PickleScan:
     def _call(self, at: int) -> int:
         self._stack.pop()
         if self._stack[-1] not in _RESULTS:
-            raise UnsafeError("its pickle calls something other than a named class or function")
+            raise pickle.UnpicklingError("it calls something other than a named class or function")
         self._stack[-1] = _RESULTS[self._stack[-1]]
         return at
 
     def _build(self, at: int) -> int:
         state, target = self._stack.pop(), self._stack[-1]
         if target not in _WITH_STATE:
-            raise UnsafeError("its pickle changes the attributes of something other than an OrderedDict")
+            raise pickle.UnpicklingError("it changes the attributes of something other than an OrderedDict")
         if target == _ORDERED_DICT and state == _Kind.REPEATED_DICT:
             raise LimitError("its pickle copies far more data than it has: a dict is the attributes of many objects")
         if target == _ORDERED_DICT and state != _DICT:
@@ -239,7 +249,7 @@ class PickleScan:
 
     def _extended(self, at: int) -> int:
         if self._stack[-1] not in (_LIST, _UNSAFE):
-            raise UnsafeError("its pickle appends to something other than a list")
+            raise pickle.UnpicklingError("it appends to something other than a list")
         return at
 
     def _set_item(self, at: int) -> int:
@@ -254,5 +264,5 @@ class PickleScan:
             raise InconsistentError("has a key of type tuple; keys must be text")
         del self._stack[start:]
         if self._stack[-1] not in _WITH_ITEMS:
-            raise UnsafeError("its pickle sets items of something other than a dict")
+            raise pickle.UnpicklingError("it sets items of something other than a dict")
         return at

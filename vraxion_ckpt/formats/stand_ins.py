@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -161,6 +161,15 @@ class StandIns:
         if name not in _CONSTANT and re.fullmatch(r"torch\.(storage\.)?\w+Storage", name):
             raise pickle.UnpicklingError(f"unknown storage type {name!r}")
         return _CONSTANT.get(name)
+
+    def refuse_not_carried(self, names: Collection[str]) -> None:
+        """Raise an error if names belong to tensors of a kind that cannot be carried, such as subclasses.
+
+        Raises:
+            UnsupportedError: one does.
+        """
+        for name in sorted(_NOT_CARRIED.keys() & names):
+            _CONSTANT[name]()
 
     def count(self, *values: Any) -> None:
         """Count the values that a call copies, because many calls may each copy the same long list.

@@ -43,6 +43,7 @@ def read_pickle(data: bytes, storages: Mapping[str, StoredBytes], allowed: Mappi
     scan = PickleScan(data, stand_ins.find, usable)
     scan.run()
     if scan.unsafe:
+        stand_ins.refuse_not_carried(scan.names)
         raise _unsafe(scan.unsafe, allowed)
     reader = _AllowingReader if allowed else _Reader
     with _uncollected():
