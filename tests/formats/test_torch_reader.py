@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import struct
+import tracemalloc
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -13,21 +14,29 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import Entry, zip_bytes
+from hostile import Entry, refused, zip_bytes
 from pickle_dry_run import load_with_torch
 from support import MONOLITHS, assert_same
+from test_torchfile import FOUR, call, tensor, text, write_pickle
 from torch import nn
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from vraxion_ckpt.checkpoint.references import resolved
 from vraxion_ckpt.checkpoint.source_files import Sources
-from vraxion_ckpt.errors import CkptError
+from vraxion_ckpt.errors import (
+    CkptError,
+    CorruptError,
+    InconsistentError,
+    LimitError,
+    UnsafeError,
+    UnsupportedError,
+)
 from vraxion_ckpt.formats.stand_ins import StandIns
 from vraxion_ckpt.formats.torch_reader import load_torch_file
 
 LARGE = torch.arange(60.0).reshape(6, 10)
 STATE = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)).state_dict()  # an OrderedDict with attributes
-KINDS = {
+KINDS: dict[str, Any] = {
     "model": STATE,
     "views": [LARGE, LARGE[2:4].t(), LARGE[0, 0], LARGE[:, ::3], LARGE[1:1]],
     "parameters": (nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)),
@@ -38,7 +47,7 @@ KINDS = {
         str(dtype): torch.zeros(3).to(dtype)
         for dtype in (
             *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16),
-            *(torch.bfloat16, torch.float64, torch.complex64, torch.complex128, torch.complex32, torch.uint16),
+            *(torch.bfloat16, torch.float64, torch.complex64, torch.complex128, torch.uint16),
             *(torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
         )
     },
@@ -94,6 +103,96 @@ def test_all_kinds_of_plain_data_are_read_as_torch_reads_them(path: Path) -> Non
 def test_every_name_that_torch_allows_has_a_stand_in() -> None:
     """If a torch release allows more, files that use it are refused until it has one."""
     assert not [name for name in _get_allowed_globals() if StandIns(0).find(name) is None]
+
+
+def test_a_long_list_of_numbers_takes_memory_in_proportion_to_the_file(path: Path) -> None:
+    torch.save({"losses": [0.5 + i for i in range(200_000)], "steps": list(range(10**6, 10**6 + 100_000))}, path)
+    tracemalloc.start()
+    try:
+        value = load_torch_file(path, Sources())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(value["losses"]) == 200_000
+    assert peak < 8 * path.stat().st_size  # a float takes 9 bytes in the file and 32 in memory
+
+
+# --- Opcodes ---
+
+
+MEMO = b"}" + text("a") + b"Nr" + struct.pack("<I", 2**31 - 1) + b"s"
+ATTRIBUTES = call("collections.OrderedDict") + b"}" + text("items") + b"]sb"
+
+
+@pytest.mark.parametrize(
+    ("operations", "error", "match"),
+    [
+        (MEMO, LimitError, "memo of its pickle has large gaps"),
+        (b"](N" + b"r\xff\0\0\0" * 3 + b"e", None, ""),
+        (b"\x82\1", UnsupportedError, "torch.save does not write"),
+        (b"](Nee", CorruptError, "pickle is damaged"),
+        (b"]Na" + b"K\0" + b"Ns", CorruptError, "sets items of something other than a dict"),
+        (b"}Na", CorruptError, "appends to something other than a list"),
+        (b"})R", CorruptError, "calls something other than a named class"),
+        (tensor((4,), (1,)) + b"}" + text("shape") + b"]sb", CorruptError, "changes the attributes"),
+        (
+            call("collections.OrderedDict") + b"}}\x86b",
+            InconsistentError,
+            "are not a dict",
+        ),
+        (ATTRIBUTES, InconsistentError, "hide methods"),
+        (ATTRIBUTES.replace(b"items", b"other"), None, ""),
+        (call("collections.OrderedDict") + b"(" + text("a") + b"Nu", None, ""),
+        (b"ccollections\nOrderedDict\n)\x81", CorruptError, "pickle is damaged"),
+        (b"cbuiltins\ncomplex\n)\x81", UnsupportedError, r"is a builtins\.complex"),
+        (b"ctorch\nTensor\n)\x81", UnsafeError, "memory that is not in the file"),
+        (b"ctorch\nfloat32\n", UnsupportedError, r"is a torch\.dtype"),
+        (tensor((2**40, 2**40, 0), (1, 1, 1)), CorruptError, "torch cannot read it"),
+        (tensor((4,), (1,)).replace(b"\x89", b"\x88"), None, ""),
+        (tensor((4,), (1,)).replace(b"\x89", b"K\1"), CorruptError, "without a flag for gradients"),
+        (tensor((4,), (1,)).replace(b"Float", b"Int").replace(b"\x89", b"\x88"), CorruptError, "requires gradients"),
+        (
+            b"(" + tensor((4,), (1,)) + tensor((4,), (1,)).replace(b"Float", b"Int") + b"t",
+            CorruptError,
+            "several dtypes",
+        ),
+    ],
+)
+def test_each_opcode_is_used_as_torch_uses_it_or_refused(
+    path: Path, operations: bytes, error: type[CkptError] | None, match: str
+) -> None:
+    write_pickle(path, operations, FOUR)
+    if error is not None:
+        refused(path, error, match)
+    else:
+        assert compared(path) == "read"
+
+
+# --- Names that the user allows ---
+
+
+class Pair:
+    """A class with attributes."""
+
+
+def test_a_blocked_module_stays_blocked(path: Path) -> None:
+    write_pickle(path, call("builtins.eval", text("1")))
+    assert "do not load this file" in str(
+        refused(path, UnsafeError, "module builtins is blocked", ["builtins.eval"]).hint
+    )
+
+
+def test_an_object_of_an_allowed_class_is_made_and_then_refused_as_not_plain(path: Path) -> None:
+    pair = Pair()
+    pair.x = 1  # type: ignore[attr-defined]
+    torch.save({"pair": pair}, path)
+    name = f"{Pair.__module__}.Pair"
+    assert refused(path, UnsupportedError, rf"is a {name}", [name]).key == "pair"
+
+
+def test_only_objects_of_allowed_classes_get_attributes(path: Path) -> None:
+    write_pickle(path, call("copy.copy", b"cbuiltins\nset\n") + b"}" + text("x") + b"Nsb")
+    refused(path, UnsafeError, "changes the attributes", ["copy.copy"])
 
 
 # --- Changed pickles ---

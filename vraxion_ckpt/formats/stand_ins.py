@@ -145,7 +145,7 @@ class StandIns:
             ORDERED_DICT: _ordered_dict,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": _device_tensor,
             "torch._utils._rebuild_parameter": _parameter,
-            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor": self._bare_tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_v3,
         }
@@ -213,8 +213,8 @@ class StandIns:
         first: Any,
         shape: Any,
         strides: Any,
-        requires_grad: Any = False,
-        hooks: Any = None,
+        requires_grad: Any,
+        hooks: Any,
         metadata: Any = None,
     ) -> TensorRef | NotPlain:
         if type(storage) is not StandInStorage:
@@ -229,6 +229,9 @@ class StandIns:
         if hooks or requires_grad is not False:
             _require_grad(ref, requires_grad, hooks)
         return ref
+
+    def _bare_tensor(self, storage: Any, first: Any, shape: Any, strides: Any) -> TensorRef | NotPlain:
+        return self._tensor(storage, first, shape, strides, False, None)
 
     def _tensor_v3(
         self,
