@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import Entry, refused, zip_bytes
+from hostile import FOUR, Entry, call, refused, tensor, text, write_pickle, zip_bytes
 from pickle_dry_run import load_with_torch
 from support import MONOLITHS, assert_same
-from test_torchfile import FOUR, call, tensor, text, write_pickle
 from torch import nn
 from torch._weights_only_unpickler import _get_allowed_globals
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import archive, read, refused, zip_bytes
+from hostile import FOUR, call, number, read, refused, tensor, text, write_pickle
 from support import DATA
 from torch import nn
 
@@ -33,6 +33,7 @@ from vraxion_ckpt.checkpoint import plain_data, source_files
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.provenance import Record
+from vraxion_ckpt.checkpoint.references import referenced
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import (
     ChangedError,
@@ -45,41 +46,12 @@ from vraxion_ckpt.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from vraxion_ckpt.formats import torch_archive, torch_file, torch_pickle, torch_reader
+from vraxion_ckpt.formats import torch_archive, torch_pickle, torch_reader, torch_writer
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "x.pt"
-
-
-def write_pickle(path: Path, operations: bytes, storages: dict[str, bytes] | None = None) -> None:
-    """Write a torch file whose pickle is given as a list of opcodes."""
-    path.write_bytes(zip_bytes(archive(b"\x80\x02" + operations + b".", storages)))
-
-
-def call(name: str, *arguments: bytes) -> bytes:
-    module, _, attribute = name.rpartition(".")
-    return f"c{module}\n{attribute}\n".encode() + b"(" + b"".join(arguments) + b"tR"
-
-
-def number(value: int) -> bytes:
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def tensor(size: tuple[int, ...], stride: tuple[int, ...], held: int = 4) -> bytes:
-    """Rebuild a float tensor from storage 0 of `held` elements."""
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(held) + b"tQ"
-    shape, steps = (b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride))
-    hooks = call("collections.OrderedDict")
-    return call("torch._utils._rebuild_tensor_v2", storage, number(0), shape, steps, b"\x89", hooks)
-
-
-FOUR = {"0": torch.arange(4.0).numpy().tobytes()}
 
 
 def test_a_pickle_made_by_these_tests_is_read_where_nothing_is_wrong_with_it(path: Path) -> None:
@@ -407,7 +379,7 @@ MANY["view"] = MANY["large"][3:5].t()
 
 def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
     """Readers may use the checksum in the directory, or the one before or after the bytes."""
-    torch_file.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(MANY, path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as zipped:
         assert zipped.testzip() is None
@@ -424,28 +396,15 @@ def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
 
 
 def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
-    torch_file.save_torch_file(MANY, path)
-    torch_file.save_torch_file(torch.load(path, weights_only=True), path.with_name("another.pt"))
+    torch_writer.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(torch.load(path, weights_only=True), path.with_name("another.pt"))
     assert path.read_bytes() == path.with_name("another.pt").read_bytes()
 
 
-def test_checksums_of_large_tensors_are_taken_while_they_are_written(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If a torch release writes storages in other pieces, checksums are still right, but the bytes are read again."""
-    known: dict[tuple[int, int], int] = {}
-    fill_in = torch_file.fill_in_checksums
-    monkeypatch.setattr(torch_file, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
-    torch_file.save_torch_file(MANY, path)
-    members = torch_archive.check_archive(path).storages.values()
-    assert known == {(m.start, m.size): m.crc for m in members if m.size >= 2**17}
-    assert len(known) == 2
-
-
 def test_torch_computes_checksums_again_after_a_file_was_written_or_could_not_be(path: Path) -> None:
-    torch_file.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(MANY, path)
     with pytest.raises(StorageError, match="exists"):
-        torch_file.save_torch_file(MANY, path)
+        torch_writer.save_torch_file(MANY, path)
     assert torch.serialization.get_crc32_options()
 
 
@@ -462,7 +421,7 @@ def test_why_a_write_failed_is_said(
 
     monkeypatch.setattr(Path, "open", lambda *_: Failing())
     with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
-        torch_file.save_torch_file({"w": torch.zeros(size)}, path)
+        torch_writer.save_torch_file({"w": torch.zeros(size)}, path)
     assert caught.value is error or "No space left" in str(caught.value)
     assert torch.serialization.get_crc32_options()
 
@@ -477,7 +436,7 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in (torch_file.__file__, torch.serialization.__file__):
+        if frame.f_code.co_filename not in (torch_writer.__file__, torch.serialization.__file__):
             return None
         left -= event == "line"
         if event == "line" and not left:
@@ -494,7 +453,7 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "work", [torch_file.save_torch_file, lambda value, _: torch_file.torch_file_size(value)], ids=["save", "size"]
+    "work", [torch_writer.save_torch_file, lambda value, _: torch_writer.torch_file_size(value)], ids=["save", "size"]
 )
 def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
     path: Path, work: Callable[[Any, Path], object]
@@ -524,10 +483,10 @@ def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
 
 def test_every_storage_of_a_file_is_registered_with_its_checksum(path: Path) -> None:
     """Tensors that share a storage refer to the same bytes, and no others do."""
-    for save in (torch.save, torch_file.save_torch_file):
+    for save in (torch.save, torch_writer.save_torch_file):
         save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
         sources = Sources()
-        value = torch_file.load_torch_file(path.with_name(save.__module__), sources)
+        value = referenced(torch_reader.load_torch_file(path.with_name(save.__module__), sources))
         (source,) = sources
         assert source.states_checksums
         assert sorted(part.nbytes for part in source.parts) == [0, 2, 4, 6, 8, 2**17 + 3, 800_000]
@@ -543,12 +502,12 @@ def test_every_storage_of_a_file_is_registered_with_its_checksum(path: Path) -> 
 
 
 def test_a_flipped_bit_is_found_by_the_checksum_of_its_storage(path: Path) -> None:
-    torch_file.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(MANY, path)
     whole = bytearray(path.read_bytes())
     whole[whole.index(MANY["large"].numpy().tobytes()) + 100_000] ^= 1
     path.write_bytes(whole)
     sources = Sources()
-    torch_file.load_torch_file(path, sources)
+    torch_reader.load_torch_file(path, sources)
     with pytest.raises(CorruptError, match="checksum") as caught:
         sources.verify()
     assert caught.value.key == "archive/data/0"
@@ -584,7 +543,7 @@ def test_a_damaged_source_is_blamed_whether_or_not_the_damage_would_have_been_ca
 def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
     tmp_path: Path, damage: str, error: type[CkptError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch_file.save_torch_file
+    save = torch_writer.save_torch_file
 
     def save_badly(value: Any, path: Path) -> None:
         save(value, path)

@@ -1,4 +1,4 @@
-"""Read the directory of a zip archive strictly, and fill in its checksums.
+"""Read the directory of a zip archive strictly.
 
 Format: PKWARE APPNOTE 6.3.10 (zip and zip64). Imports without torch.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -68,10 +67,10 @@ class ZipDirectory:
             UnsupportedError: a member is compressed.
             LimitError: there are too many members, or a compressed one is larger than the file.
         """
-        count, start, end = self.end_of_directory()
+        count, start, end = self._end_of_directory()
         if count > _MOST_MEMBERS:
             raise LimitError(f"has {count} members; at most {_MOST_MEMBERS} are supported", path=self._path)
-        found = [(offset, member) for _, offset, member in self.entries(count, start, end)]
+        found = list(self._entries(count, start, end))
         self._refuse_duplicates([member.name for _, member in found])
         if self._compressed:  # after the loop, which finds zip bombs behind harmless members
             hint = "save the file again with torch.save"
@@ -95,20 +94,20 @@ class ZipDirectory:
                     self._corrupt("occurs twice", name)
                 seen.add(name.lower())
 
-    def entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, int, Member]]:
-        """Yield the offset of each directory entry, the offset of its local header, and the member."""
+    def _entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, Member]]:
+        """Yield the offset of each member's local header, and the member."""
         directory = bytes(self._data[start:end])
         at = 0
         for _ in range(count):
             if at + _CENTRAL.size > len(directory):
                 self._corrupt("the directory's size does not match its entries")
             after, offset, member = self._central_entry(directory, at, start)
-            yield start + at, offset, member
+            yield offset, member
             at = after
         if at != len(directory):
             self._corrupt("the directory's size does not match its entries")
 
-    def end_of_directory(self) -> tuple[int, int, int]:
+    def _end_of_directory(self) -> tuple[int, int, int]:
         """Return the number of entries, and the offsets at which the directory starts and ends."""
         size = len(self._data)
         if size < _END.size or bytes(self._data[size - _END.size :][:4]) != b"PK\x05\x06":
@@ -224,35 +223,3 @@ class ZipDirectory:
 
     def _corrupt(self, message: str, member: str | None = None) -> NoReturn:
         raise CorruptError(message, path=self._path, key=member)
-
-
-def fill_in_checksums(path: Path, known: Mapping[tuple[int, int], int]) -> None:
-    """Write the CRC-32 of each member into an archive that was written without checksums.
-
-    Args:
-        path: the archive; no other process may have opened it.
-        known: CRC-32s by offset and size of a member's bytes. For other members, they are computed from the bytes.
-
-    Raises:
-        CorruptError: the archive is not valid.
-        StorageError: it cannot be read.
-        OSError: it cannot be written.
-    """
-    patches: list[tuple[int, int]] = []
-    with mapped(path) as data:
-        directory = ZipDirectory(path, data)
-        for at, offset, member in directory.entries(*directory.end_of_directory()):
-            end = member.start + member.size
-            crc = known.get((member.start, member.size))
-            if crc is None:
-                crc = zlib.crc32(data[member.start : end])
-            (flags,) = struct.unpack_from("<H", data, at + 8)
-            if flags & _HAS_DESCRIPTOR:
-                local = end + 4 if bytes(data[end : end + 4]) == b"PK\x07\x08" else end
-            else:
-                local = offset + 14
-            patches += [(local, crc), (at + 16, crc)]
-    with path.open("r+b") as file:
-        for place, crc in patches:
-            file.seek(place)
-            file.write(struct.pack("<I", crc))
