@@ -7,7 +7,6 @@ allocate without limit, hash nested tuples, or change objects other than dicts a
 from __future__ import annotations
 
 import pickle
-import pickletools
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
@@ -67,7 +66,7 @@ _PUSHES: dict[int, tuple[int, int]] = {
 _BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
 _MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
 _PUTS = frozenset({_BINPUT, pickle.LONG_BINPUT[0]})
-_OPCODES = frozenset(map(ord, pickletools.code2op))
+_OPCODES = frozenset(pickle._Unpickler.dispatch)
 _LONG = struct.Struct("<I").unpack_from
 ORDERED_DICT = "collections.OrderedDict"
 _MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
