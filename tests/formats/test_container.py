@@ -8,7 +8,6 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from hostile import Entry, archive, read, refused, zip_bytes
 
 from vraxion_ckpt.checkpoint.comparison import differences
 from vraxion_ckpt.errors import CkptError, CkptWarning, CorruptError, LimitError, UnsupportedError
-from vraxion_ckpt.formats.torch_archive import check_archive
-from vraxion_ckpt.formats.zip_directory import fill_in_checksums
 
 SMALL = {
     "model": {
@@ -259,29 +256,6 @@ def test_the_most_members_that_are_looked_at_are_looked_at_in_time(tmp_path: Pat
     many = [Entry(f"archive/more/{i}") for i in range(199_990)]
     path.write_bytes(zip_bytes([*tensor_archive(), *many, Entry("archive/more/0")]))
     refused(path, CorruptError, "occurs twice")
-
-
-# --- Checksums that are written later ---
-
-
-def test_checksums_are_put_where_they_belong_also_before_the_bytes(tmp_path: Path) -> None:
-    """torch writes them after the bytes of a member; this archive has them before, as other writers do."""
-    whole = zip_bytes(tensor_archive())
-    blank = {"local": {"crc": 0}, "central": {"crc": 0}}
-    path = tmp_path / "x.pt"
-    path.write_bytes(zip_bytes([replace(entry, **blank) for entry in tensor_archive()]))
-    fill_in_checksums(path, {})
-    assert path.read_bytes() == whole
-
-
-def test_only_the_checksum_of_exactly_a_members_bytes_is_taken_from_the_caller(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    path.write_bytes(zip_bytes(tensor_archive()))
-    start = check_archive(path).members["archive/data/0"].start
-    fill_in_checksums(path, {(start, 15): 1, (start + 1, 16): 2})
-    assert not list(differences({"w": torch.arange(4.0)}, read(path)))
-    fill_in_checksums(path, {(start, 16): 3})
-    refused(path, CorruptError, "checksum")
 
 
 # --- No checksum ---

@@ -9,11 +9,12 @@ import pickle
 import re
 import signal
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -23,21 +24,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import archive, read, refused, zip_bytes
+from hostile import FOUR, call, number, read, refused, tensor, text, write_pickle
 from support import DATA
 from torch import nn
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.checkpoint import comparison, plain_data
-from vraxion_ckpt.checkpoint.comparison import (
-    checkpoint_differences,
-    checksum_if_same,
-    differences,
-    differences_and_checksums,
-    same_bits,
-)
+from vraxion_ckpt.checkpoint import plain_data, source_files
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.provenance import Record
+from vraxion_ckpt.checkpoint.references import referenced
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import (
     ChangedError,
@@ -50,41 +46,12 @@ from vraxion_ckpt.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from vraxion_ckpt.formats import torch_archive, torch_file, zip_directory
+from vraxion_ckpt.formats import torch_archive, torch_pickle, torch_reader, torch_writer
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "x.pt"
-
-
-def write_pickle(path: Path, operations: bytes, storages: dict[str, bytes] | None = None) -> None:
-    """Write a torch file whose pickle is given as a list of opcodes."""
-    path.write_bytes(zip_bytes(archive(b"\x80\x02" + operations + b".", storages)))
-
-
-def call(name: str, *arguments: bytes) -> bytes:
-    module, _, attribute = name.rpartition(".")
-    return f"c{module}\n{attribute}\n".encode() + b"(" + b"".join(arguments) + b"tR"
-
-
-def number(value: int) -> bytes:
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def tensor(size: tuple[int, ...], stride: tuple[int, ...], held: int = 4) -> bytes:
-    """Rebuild a float tensor from storage 0 of `held` elements."""
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(held) + b"tQ"
-    shape, steps = (b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride))
-    hooks = call("collections.OrderedDict")
-    return call("torch._utils._rebuild_tensor_v2", storage, number(0), shape, steps, b"\x89", hooks)
-
-
-FOUR = {"0": torch.arange(4.0).numpy().tobytes()}
 
 
 def test_a_pickle_made_by_these_tests_is_read_where_nothing_is_wrong_with_it(path: Path) -> None:
@@ -386,14 +353,14 @@ def test_a_file_that_is_replaced_while_it_is_being_opened_has_changed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save({"w": torch.ones(2)}, path)
-    original = torch.load
+    original = torch_pickle.read_pickle
 
-    def load_slowly(*args: Any, **options: Any) -> Any:
+    def read_slowly(*args: Any) -> Any:
         torch.save({"w": torch.zeros(2)}, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
-        return original(*args, **options)
+        return original(*args)
 
-    monkeypatch.setattr(torch, "load", load_slowly)
+    monkeypatch.setattr(torch_reader, "read_pickle", read_slowly)
     refused(path, ChangedError, "changed while it was being read")
 
 
@@ -412,7 +379,7 @@ MANY["view"] = MANY["large"][3:5].t()
 
 def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
     """Readers may use the checksum in the directory, or the one before or after the bytes."""
-    torch_file.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(MANY, path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as zipped:
         assert zipped.testzip() is None
@@ -429,28 +396,15 @@ def test_every_checksum_of_a_written_file_is_right(path: Path) -> None:
 
 
 def test_the_same_data_gives_the_same_bytes(path: Path) -> None:
-    torch_file.save_torch_file(MANY, path)
-    torch_file.save_torch_file(torch.load(path, weights_only=True), path.with_name("another.pt"))
+    torch_writer.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(torch.load(path, weights_only=True), path.with_name("another.pt"))
     assert path.read_bytes() == path.with_name("another.pt").read_bytes()
 
 
-def test_checksums_of_large_tensors_are_taken_while_they_are_written(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If a torch release writes storages in other pieces, checksums are still right, but the bytes are read again."""
-    known: dict[tuple[int, int], int] = {}
-    fill_in = torch_file.fill_in_checksums
-    monkeypatch.setattr(torch_file, "fill_in_checksums", lambda p, k: (known.update(k), fill_in(p, k)))
-    torch_file.save_torch_file(MANY, path)
-    members = torch_archive.check_archive(path).members.values()
-    assert known == {(m.start, m.size): m.crc for m in members if m.size >= 2**17}
-    assert len(known) == 2
-
-
 def test_torch_computes_checksums_again_after_a_file_was_written_or_could_not_be(path: Path) -> None:
-    torch_file.save_torch_file(MANY, path)
+    torch_writer.save_torch_file(MANY, path)
     with pytest.raises(StorageError, match="exists"):
-        torch_file.save_torch_file(MANY, path)
+        torch_writer.save_torch_file(MANY, path)
     assert torch.serialization.get_crc32_options()
 
 
@@ -467,7 +421,7 @@ def test_why_a_write_failed_is_said(
 
     monkeypatch.setattr(Path, "open", lambda *_: Failing())
     with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
-        torch_file.save_torch_file({"w": torch.zeros(size)}, path)
+        torch_writer.save_torch_file({"w": torch.zeros(size)}, path)
     assert caught.value is error or "No space left" in str(caught.value)
     assert torch.serialization.get_crc32_options()
 
@@ -482,7 +436,7 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in (torch_file.__file__, torch.serialization.__file__):
+        if frame.f_code.co_filename not in (torch_writer.__file__, torch.serialization.__file__):
             return None
         left -= event == "line"
         if event == "line" and not left:
@@ -499,7 +453,7 @@ def signalled_at(line: int, work: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "work", [torch_file.save_torch_file, lambda value, _: torch_file.torch_file_size(value)], ids=["save", "size"]
+    "work", [torch_writer.save_torch_file, lambda value, _: torch_writer.torch_file_size(value)], ids=["save", "size"]
 )
 def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
     path: Path, work: Callable[[Any, Path], object]
@@ -524,39 +478,47 @@ def test_a_signal_at_any_line_of_a_write_is_raised_and_not_an_error_of_torch(
     assert line > 100
 
 
-# --- Checksums that were computed elsewhere ---
+# --- References ---
 
 
-def test_every_storage_of_a_file_is_found_in_memory(path: Path) -> None:
-    """If a torch release maps files differently, checksums are still verified, but the file is read again."""
-    for save in (torch.save, torch_file.save_torch_file):
+def test_every_storage_of_a_file_is_registered_with_its_checksum(path: Path) -> None:
+    """Tensors that share a storage refer to the same bytes, and no others do."""
+    for save in (torch.save, torch_writer.save_torch_file):
         save({"model": MANY, "more": [{"w": nn.Parameter(torch.ones(2))}]}, path.with_name(save.__module__))
         sources = Sources()
-        torch_file.load_torch_file(path.with_name(save.__module__), sources)
-        sizes = sorted(size for _, size in sources.parts())
-        assert sizes == [2, 4, 6, 8, 2**17 + 3, 800_000]
+        value = referenced(torch_reader.load_torch_file(path.with_name(save.__module__), sources))
+        (source,) = sources
+        assert source.states_checksums
+        assert sorted(part.nbytes for part in source.parts) == [0, 2, 4, 6, 8, 2**17 + 3, 800_000]
+        assert [part.start for part in source.parts] == sorted(part.start for part in source.parts)
+        whole = source.path.read_bytes()
+        for part in source.parts:
+            assert part.crc == zlib.crc32(whole[part.start : part.start + part.nbytes])
+            assert part.file is source
+            assert not part.proven
+        assert value["model"]["view"].storage is value["model"]["large"].storage
+        held = {id(ref.storage) for _, ref in plain_data.named_tensors(value)}
+        assert held == {id(part) for part in source.parts}
 
 
-def test_a_wrong_checksum_is_looked_into_and_a_right_one_believed(path: Path) -> None:
-    torch_file.save_torch_file(MANY, path)
-    sources = Sources()
-    value = torch_file.load_torch_file(path, sources)
-    value["large"] += 1  # only in memory
-    for part in sources.parts().values():
-        part.note(1)
-    sources.verify()
-
+def test_a_flipped_bit_is_found_by_the_checksum_of_its_storage(path: Path) -> None:
+    torch_writer.save_torch_file(MANY, path)
     whole = bytearray(path.read_bytes())
     whole[whole.index(MANY["large"].numpy().tobytes()) + 100_000] ^= 1
     path.write_bytes(whole)
     sources = Sources()
-    value = torch_file.load_torch_file(path, sources)
-    for address, size in (parts := sources.parts()):
-        held = next(t for t in value.values() if (t.data_ptr(), t.numel() * t.itemsize) == (address, size))
-        parts[address, size].note(zlib.crc32(plain_data.bytes_of(held).numpy()))
+    torch_reader.load_torch_file(path, sources)
     with pytest.raises(CorruptError, match="checksum") as caught:
         sources.verify()
     assert caught.value.key == "archive/data/0"
+    assert [part.name for source in sources for part in source.parts if not part.proven] == ["archive/data/0"]
+
+
+def test_reading_imports_no_torch() -> None:
+    code = "import sys; from pathlib import Path; from vraxion_ckpt.formats.torch_reader import load_torch_references; "
+    code += "from vraxion_ckpt.checkpoint.source_files import Sources; "
+    code += "load_torch_references(Path(sys.argv[1]), Sources()); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, DATA / "named_experts3.pt"], check=True)
 
 
 @pytest.mark.parametrize("target", ["new.pt", "new/"])
@@ -581,7 +543,7 @@ def test_a_damaged_source_is_blamed_whether_or_not_the_damage_would_have_been_ca
 def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
     tmp_path: Path, damage: str, error: type[CkptError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch_file.save_torch_file
+    save = torch_writer.save_torch_file
 
     def save_badly(value: Any, path: Path) -> None:
         save(value, path)
@@ -600,17 +562,14 @@ def test_a_result_that_is_not_what_was_to_be_written_is_never_published(
 # --- Compared ---
 
 
-def test_tensors_are_the_same_if_all_their_bits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "_PIECE", 8)
+def test_tensors_are_the_same_if_all_their_bits_are() -> None:
     for size in (0, 1, 7, 8, 9, 16, 31):
         a = torch.arange(size, dtype=torch.uint8)
         assert same_bits(a, a.clone())
-        assert checksum_if_same(a, a.clone()) == zlib.crc32(a.numpy())
         for place in range(size):
             b = a.clone()
             b[place] ^= 128
             assert not same_bits(a, b)
-            assert checksum_if_same(a, b) is None
 
 
 def test_what_only_equals_a_tensor_is_not_the_same() -> None:
@@ -627,11 +586,10 @@ def test_what_only_equals_a_tensor_is_not_the_same() -> None:
         (torch.ones(2), torch.ones(2, requires_grad=True), False),
     ]:
         assert same_bits(a, b) is same
-        assert (checksum_if_same(a, b) is not None) is same
 
 
 @pytest.mark.parametrize("where", ["nowhere", "core", "transposed", "payload", "history"])
-def test_comparing_in_threads_finds_what_comparing_in_turn_does(where: str) -> None:
+def test_a_change_of_any_part_of_a_checkpoint_is_found(where: str) -> None:
     def checkpoint(changed: str) -> Checkpoint:
         flip = {name: float(changed == name) for name in ("core", "transposed", "payload")}
         tensors = {f"w{i}": torch.full((100,), float(i)) for i in range(20)}
@@ -643,9 +601,7 @@ def test_comparing_in_threads_finds_what_comparing_in_turn_does(where: str) -> N
         return made if changed != "history" else replace(made, history=(Record("x", {}, "", "", "", ""),))
 
     a, b = checkpoint("nowhere"), checkpoint(where)
-    found = list(differences_and_checksums(a, b))
-    assert found == list(checkpoint_differences(a, b))
-    assert len(found) == (where != "nowhere")
+    assert len(list(checkpoint_differences(a, b))) == (where != "nowhere")
 
 
 def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
@@ -653,13 +609,15 @@ def test_a_conversion_reads_no_large_tensor_once_more_to_verify_its_checksum(
 ) -> None:
     read_again: list[str] = []
 
-    def verify_members(_: Any, __: memoryview, members: Iterable[zip_directory.Member]) -> None:
-        read_again.extend(member.name for member in members if member.size > 1000)
+    def checksums(descriptor: int, ranges: Sequence[tuple[int, int]], path: Path) -> list[int]:
+        read_again.extend(f"{path.name} {start}" for start, size in ranges if size > 1000)
+        return original(descriptor, ranges, path)
 
+    original = source_files.checksums_of_ranges
     torch.save(
         {"model": {"a": torch.rand(1000), "b": torch.rand(10, 100)}, "ema": [torch.rand(500)]}, tmp_path / "a.pt"
     )
-    monkeypatch.setattr(torch_archive.Container, "verify_members", verify_members)
+    monkeypatch.setattr(source_files, "checksums_of_ranges", checksums)
     vc.convert(tmp_path / "a.pt", tmp_path / "b.pt")
     assert not read_again
     vc.convert(tmp_path / "a.pt", tmp_path / "c.pt", dry_run=True)

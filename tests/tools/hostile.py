@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from work import bounded
 
 from vraxion_ckpt.checkpoint.source_files import Sources
@@ -93,3 +94,35 @@ def zip_bytes(entries: Sequence[Entry], count: int | None = None) -> bytes:
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
     last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     return bytes(body + directory + end64 + locator + last)
+
+
+# --- Pickles ---
+
+
+def write_pickle(path: Path, operations: bytes, storages: dict[str, bytes] | None = None) -> None:
+    """Write a torch file whose pickle is given as a list of opcodes."""
+    path.write_bytes(zip_bytes(archive(b"\x80\x02" + operations + b".", storages)))
+
+
+def call(name: str, *arguments: bytes) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def tensor(size: tuple[int, ...], stride: tuple[int, ...], held: int = 4) -> bytes:
+    """Rebuild a float tensor from storage 0 of `held` elements."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(held) + b"tQ"
+    shape, steps = (b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride))
+    hooks = call("collections.OrderedDict")
+    return call("torch._utils._rebuild_tensor_v2", storage, number(0), shape, steps, b"\x89", hooks)
+
+
+FOUR = {"0": torch.arange(4.0).numpy().tobytes()}

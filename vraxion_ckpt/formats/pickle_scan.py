@@ -7,13 +7,14 @@ allocate without limit, hash nested tuples, or change objects other than dicts a
 from __future__ import annotations
 
 import pickle
+import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
-from vraxion_ckpt.errors import InconsistentError, LimitError, UnsafeError, UnsupportedError
+from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
 
 
 def current_name(module: str, name: str) -> str:
@@ -62,8 +63,19 @@ _PUSHES: dict[int, tuple[int, int]] = {
     pickle.EMPTY_LIST[0]: (0, _LIST),
     pickle.EMPTY_DICT[0]: (0, _DICT),
 }
+_BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
+_MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
+_PUTS = frozenset({_BINPUT, pickle.LONG_BINPUT[0]})
+_OPCODES = frozenset(pickle._Unpickler.dispatch)
+_LONG = struct.Struct("<I").unpack_from
 ORDERED_DICT = "collections.OrderedDict"
 _MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
+
+
+def _wrong_opcode(code: int) -> Exception:
+    if code in _OPCODES:
+        return UnsupportedError("its pickle has opcodes that torch.save does not write by default")
+    return pickle.UnpicklingError(f"there is no opcode {code:#x}")
 
 
 @dataclass
@@ -76,17 +88,19 @@ class PickleScan:
         allowed: full names of further classes and functions that the user allows.
 
     Attributes:
-        unsafe: full names of all others, after `run`.
+        names: full names of all classes and functions in the pickle, after `run`.
+        unsafe: those that are neither known nor allowed.
     """
 
     data: bytes
     known: Callable[[str], object]
     allowed: Collection[str] = ()
+    names: set[str] = field(default_factory=set)
     unsafe: set[str] = field(default_factory=set)
     _stack: bytearray = field(default_factory=bytearray)
     _marks: list[int] = field(default_factory=list)
     _memo: bytearray = field(default_factory=bytearray)
-    _puts: int = 0
+    _gaps: int = 0
 
     def run(self) -> None:
         """Follow all opcodes up to the end of the pickle.
@@ -95,53 +109,57 @@ class PickleScan:
 
         Raises:
             UnsupportedError: there is an opcode that ``torch.save`` does not write.
-            UnsafeError: something other than a dict, list or function is used as one.
             InconsistentError: a dict has a tuple as a key.
             LimitError: a dict is copied repeatedly.
-            pickle.UnpicklingError: the pickle is damaged.
+            pickle.UnpicklingError: the pickle is damaged, or uses something other than a dict, list or function as one.
         """
         try:
             self._run()
-        except (IndexError, ValueError):
+        except (IndexError, ValueError, struct.error):
             raise pickle.UnpicklingError("it ends too early, or takes values that it did not make") from None
 
     def _run(self) -> None:
-        data, stack, push, others = self.data, self._stack, _PUSHES.get, self._others()
-        text, many, stop = pickle.BINUNICODE[0], pickle.TUPLE[0], pickle.STOP[0]
-        puts = {pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4}
-        gets = {pickle.BINGET[0]: 1, pickle.LONG_BINGET[0]: 4}
+        data, stack, memo, push, others = self.data, self._stack, self._memo, _PUSHES.get, self._others()
         at = 0
         while True:  # the order of the cases is by how frequent they are
             code = data[at]
             at += 1
-            if code in puts:
-                after = at + puts[code]
-                self._put(int.from_bytes(data[at:after], "little"))
-                at = after
+            if code in _PUTS:
+                if code == _BINPUT:
+                    index = data[at]
+                    at += 1
+                else:
+                    (index,) = _LONG(data, at)
+                    at += 4
+                if index == len(memo):
+                    memo.append(_IN_MEMO[stack[-1]])
+                else:
+                    self._put(index)
             elif pushed := push(code):
                 at += pushed[0]
                 stack.append(pushed[1])
-            elif code in gets:
-                after = at + gets[code]
-                stack.append(self._memo[int.from_bytes(data[at:after], "little")])
-                at = after
-            elif code == text:
-                at += 4 + int.from_bytes(data[at : at + 4], "little")
+            elif code == _BINGET:
+                stack.append(memo[data[at]])
+                at += 1
+            elif code == _TEXT:
+                at += 4 + _LONG(data, at)[0]
                 stack.append(_OTHER)
-            elif code == many:
+            elif code == _MARK:
+                self._marks.append(len(stack))
+            elif code == _MANY:
                 del stack[self._marks.pop() :]
                 stack.append(_TUPLE)
             elif code in others:
                 at = others[code](at)
-            elif code == stop:
+            elif code == _STOP:
                 return
             else:
-                raise UnsupportedError("its pickle has opcodes that torch.save does not write by default")
+                raise _wrong_opcode(code)
 
     def _others(self) -> dict[int, Callable[[int], int]]:
         """Return a method for each of the less frequent opcodes. It takes and returns an offset in the pickle."""
         return {
-            pickle.MARK[0]: self._mark,
+            pickle.LONG_BINGET[0]: self._get,
             pickle.TUPLE1[0]: partial(self._tuple, 1),
             pickle.TUPLE2[0]: partial(self._tuple, 2),
             pickle.TUPLE3[0]: partial(self._tuple, 3),
@@ -161,16 +179,16 @@ class PickleScan:
 
     def _put(self, index: int) -> None:
         # The unpickler allocates memory for all indices up to the largest one.
-        self._puts += 1
-        if index >= len(self._memo):
-            if index > self._puts + _MOST_UNUSED:
-                raise LimitError("the memo of its pickle has large gaps, which would take much memory")
-            self._memo.extend(bytes(index + 1 - len(self._memo)))
-        self._memo[index] = _IN_MEMO[self._stack[-1]]
+        gap = max(0, index - len(self._memo))
+        self._gaps += gap
+        if self._gaps > _MOST_UNUSED:
+            raise LimitError("the memo of its pickle has large gaps, which would take much memory")
+        self._memo.extend(bytes(gap))
+        self._memo[index : index + 1] = bytes([_IN_MEMO[self._stack[-1]]])
 
-    def _mark(self, at: int) -> int:
-        self._marks.append(len(self._stack))
-        return at
+    def _get(self, at: int) -> int:
+        self._stack.append(self._memo[_LONG(self.data, at)[0]])
+        return at + 4
 
     def _tuple(self, size: int, at: int) -> int:
         del self._stack[-size:]
@@ -193,6 +211,7 @@ class PickleScan:
         return end + 1
 
     def _kind_of(self, name: str) -> int:
+        self.names.add(name)
         if name == ORDERED_DICT:
             return _Kind.ORDERED_DICT_CLASS
         if self.known(name) is not None:
@@ -205,14 +224,14 @@ class PickleScan:
     def _call(self, at: int) -> int:
         self._stack.pop()
         if self._stack[-1] not in _RESULTS:
-            raise UnsafeError("its pickle calls something other than a named class or function")
+            raise pickle.UnpicklingError("it calls something other than a named class or function")
         self._stack[-1] = _RESULTS[self._stack[-1]]
         return at
 
     def _build(self, at: int) -> int:
         state, target = self._stack.pop(), self._stack[-1]
         if target not in _WITH_STATE:
-            raise UnsafeError("its pickle changes the attributes of something other than an OrderedDict")
+            raise pickle.UnpicklingError("it changes the attributes of something other than an OrderedDict")
         if target == _ORDERED_DICT and state == _Kind.REPEATED_DICT:
             raise LimitError("its pickle copies far more data than it has: a dict is the attributes of many objects")
         if target == _ORDERED_DICT and state != _DICT:
@@ -229,7 +248,7 @@ class PickleScan:
 
     def _extended(self, at: int) -> int:
         if self._stack[-1] not in (_LIST, _UNSAFE):
-            raise UnsafeError("its pickle appends to something other than a list")
+            raise pickle.UnpicklingError("it appends to something other than a list")
         return at
 
     def _set_item(self, at: int) -> int:
@@ -244,5 +263,5 @@ class PickleScan:
             raise InconsistentError("has a key of type tuple; keys must be text")
         del self._stack[start:]
         if self._stack[-1] not in _WITH_ITEMS:
-            raise UnsafeError("its pickle sets items of something other than a dict")
+            raise pickle.UnpicklingError("it sets items of something other than a dict")
         return at

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -80,6 +80,8 @@ _DTYPES = {
     "ComplexDouble": "complex128",
     **{name: name.lower() for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
 }
+_INTS = frozenset({int})
+_FEW = 64  # dimensions
 _QUANTISED = ("qint", "quint")
 _PREFIX = ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse")
 _NUMBERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)]
@@ -143,7 +145,7 @@ class StandIns:
             ORDERED_DICT: _ordered_dict,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": _device_tensor,
             "torch._utils._rebuild_parameter": _parameter,
-            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor": self._bare_tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_v3,
         }
@@ -159,6 +161,15 @@ class StandIns:
         if name not in _CONSTANT and re.fullmatch(r"torch\.(storage\.)?\w+Storage", name):
             raise pickle.UnpicklingError(f"unknown storage type {name!r}")
         return _CONSTANT.get(name)
+
+    def refuse_not_carried(self, names: Collection[str]) -> None:
+        """Raise an error if names belong to tensors of a kind that cannot be carried, such as subclasses.
+
+        Raises:
+            UnsupportedError: one does.
+        """
+        for name in sorted(_NOT_CARRIED.keys() & names):
+            _CONSTANT[name]()
 
     def count(self, *values: Any) -> None:
         """Count the values that a call copies, because many calls may each copy the same long list.
@@ -202,21 +213,25 @@ class StandIns:
         first: Any,
         shape: Any,
         strides: Any,
-        requires_grad: Any = False,
-        hooks: Any = None,
+        requires_grad: Any,
+        hooks: Any,
         metadata: Any = None,
     ) -> TensorRef | NotPlain:
-        self.count(shape, strides)
         if type(storage) is not StandInStorage:
             raise CorruptError("torch cannot read it: a tensor without a storage")
         if storage.dtype.startswith(_QUANTISED):
             return NotPlain("is a quantised tensor")
+        if type(shape) is tuple and len(shape) > _FEW:
+            self.count(shape, strides)
         _check_layout(storage.stored.nbytes, storage.dtype, first, shape, strides)
         conj, neg = _bits(metadata, storage.dtype) if metadata else (False, False)
         ref = TensorRef(storage.stored, storage.dtype, shape, strides, first, conj=conj, neg=neg)
         if hooks or requires_grad is not False:
             _require_grad(ref, requires_grad, hooks)
         return ref
+
+    def _bare_tensor(self, storage: Any, first: Any, shape: Any, strides: Any) -> TensorRef | NotPlain:
+        return self._tensor(storage, first, shape, strides, False, None)
 
     def _tensor_v3(
         self,
@@ -243,13 +258,15 @@ def _check_layout(held: int, dtype: str, first: Any, shape: Any, strides: Any) -
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise CorruptError("torch cannot read it: a tensor whose shape and strides do not fit each other")
     numbers = (first, *shape, *strides)
-    if any(type(number) is not int for number in numbers) or min(numbers) < 0 or max(numbers) >= 2**63:
+    if not _INTS.issuperset(map(type, numbers)) or min(numbers) < 0 or max(numbers) >= 2**63:
         raise CorruptError("torch cannot read it: a tensor whose shape, strides or offset are negative or no numbers")
-    if prod(size for size in shape if size) >= 2**63:
-        raise CorruptError(f"torch cannot read it: a tensor of shape {_text(shape)}, which is too large")
     if 0 in shape:
+        if prod(filter(None, shape)) >= 2**63:
+            raise CorruptError(f"torch cannot read it: a tensor of shape {_text(shape)}, which is too large")
         return
-    last = first + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    last = first
+    for size, stride in zip(shape, strides, strict=True):
+        last += (size - 1) * stride
     if (last + 1) * ITEMSIZES[dtype] > held:
         place = f"shape {_text(shape)}, strides {_text(strides)} and offset {first}"
         raise CorruptError(f"torch cannot read it: a tensor of {place} exceeds its storage of {held} bytes")

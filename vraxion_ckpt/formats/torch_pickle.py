@@ -6,10 +6,12 @@ class or function it gets a stand-in (`vraxion_ckpt.formats.stand_ins`). Imports
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from vraxion_ckpt.checkpoint.references import ITEMSIZES
@@ -41,9 +43,23 @@ def read_pickle(data: bytes, storages: Mapping[str, StoredBytes], allowed: Mappi
     scan = PickleScan(data, stand_ins.find, usable)
     scan.run()
     if scan.unsafe:
+        stand_ins.refuse_not_carried(scan.names)
         raise _unsafe(scan.unsafe, allowed)
     reader = _AllowingReader if allowed else _Reader
-    return reader(data, stand_ins, storages, usable).load()
+    with _uncollected():
+        return reader(data, stand_ins, storages, usable).load()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python from looking for unused cycles while many objects are made. All of them are used."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _unsafe(names: Collection[str], allowed: Collection[str]) -> UnsafeError:

@@ -1,4 +1,4 @@
-"""Read the directory of a zip archive strictly, and fill in its checksums.
+"""Read the directory of a zip archive strictly.
 
 Format: PKWARE APPNOTE 6.3.10 (zip and zip64). Imports without torch.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import struct
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from vraxion_ckpt.errors import CorruptError, LimitError, StorageError, UnsupportedError
 
@@ -25,8 +23,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """An uncompressed member of an archive: the offset of its bytes in the file, their number, and their CRC-32."""
 
     name: str
@@ -70,17 +67,11 @@ class ZipDirectory:
             UnsupportedError: a member is compressed.
             LimitError: there are too many members, or a compressed one is larger than the file.
         """
-        count, start, end = self.end_of_directory()
+        count, start, end = self._end_of_directory()
         if count > _MOST_MEMBERS:
             raise LimitError(f"has {count} members; at most {_MOST_MEMBERS} are supported", path=self._path)
-        found: list[tuple[int, Member]] = []
-        seen = set()
-        for _, offset, member in self.entries(count, start, end):
-            # torch ignores case when it looks up a member.
-            if member.name.lower() in seen:
-                self._corrupt("occurs twice", member.name)
-            seen.add(member.name.lower())
-            found.append((offset, member))
+        found = list(self._entries(count, start, end))
+        self._refuse_duplicates([member.name for _, member in found])
         if self._compressed:  # after the loop, which finds zip bombs behind harmless members
             hint = "save the file again with torch.save"
             raise UnsupportedError("is compressed", path=self._path, key=self._compressed[0], hint=hint)
@@ -94,17 +85,29 @@ class ZipDirectory:
             self._corrupt("the last member overlaps the directory")
         return [member for _, member in found]
 
-    def entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, int, Member]]:
-        """Yield the offset of each directory entry, the offset of its local header, and the member."""
-        at = start
+    def _refuse_duplicates(self, names: list[str]) -> None:
+        # torch ignores case when it looks up a member.
+        if len({name.lower() for name in names}) < len(names):
+            seen: set[str] = set()
+            for name in names:
+                if name.lower() in seen:
+                    self._corrupt("occurs twice", name)
+                seen.add(name.lower())
+
+    def _entries(self, count: int, start: int, end: int) -> Iterator[tuple[int, Member]]:
+        """Yield the offset of each member's local header, and the member."""
+        directory = bytes(self._data[start:end])
+        at = 0
         for _ in range(count):
-            after, offset, member = self._central_entry(at, end, start)
-            yield at, offset, member
+            if at + _CENTRAL.size > len(directory):
+                self._corrupt("the directory's size does not match its entries")
+            after, offset, member = self._central_entry(directory, at, start)
+            yield offset, member
             at = after
-        if at != end:
+        if at != len(directory):
             self._corrupt("the directory's size does not match its entries")
 
-    def end_of_directory(self) -> tuple[int, int, int]:
+    def _end_of_directory(self) -> tuple[int, int, int]:
         """Return the number of entries, and the offsets at which the directory starts and ends."""
         size = len(self._data)
         if size < _END.size or bytes(self._data[size - _END.size :][:4]) != b"PK\x05\x06":
@@ -128,19 +131,36 @@ class ZipDirectory:
             self._corrupt("its directory is not where its end record says")
         return count, start, at
 
-    def _central_entry(self, at: int, end: int, directory: int) -> tuple[int, int, Member]:
-        if at + _CENTRAL.size > end:
-            self._corrupt("the directory's size does not match its entries")
-        signature, _, _, flags, method, _, _, crc, packed, size, *rest = self._unpack(_CENTRAL, at)
-        n_name, n_extra, n_comment, disk, _, attributes, offset = rest
+    def _central_entry(self, directory: bytes, at: int, start: int) -> tuple[int, int, Member]:
+        """Read the entry at offset `at` of the directory, which is at offset `start` of the file."""
+        (
+            signature,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            n_name,
+            n_extra,
+            n_comment,
+            disk,
+            _,
+            attributes,
+            offset,
+        ) = _CENTRAL.unpack_from(directory, at)
         name_at = at + _CENTRAL.size
-        after = name_at + n_name + n_extra + n_comment
-        if signature != b"PK\x01\x02" or after > end:
+        extra_at = name_at + n_name
+        after = extra_at + n_extra + n_comment
+        if signature != b"PK\x01\x02" or after > len(directory):
             self._corrupt("a directory entry is damaged")
-        raw_name = bytes(self._data[name_at : name_at + n_name])
+        raw_name = directory[name_at:extra_at]
         name = self._decode(raw_name)
-        extra = bytes(self._data[name_at + n_name : name_at + n_name + n_extra])
-        size, packed, offset = self._zip64(extra, size, packed, offset, name)
+        if 0xFFFFFFFF in (size, packed, offset):
+            size, packed, offset = self._zip64(directory[extra_at : extra_at + n_extra], size, packed, offset, name)
         if method:
             if size > len(self._data):
                 raise LimitError("is compressed and would inflate beyond the file", path=self._path, key=name)
@@ -150,12 +170,12 @@ class ZipDirectory:
             self._corrupt("is encrypted, or its header is damaged", name)
         if name.endswith("/") or attributes & 0x10:
             self._corrupt("is marked as a directory", name)
-        if offset + _LOCAL.size > directory:
+        if offset + _LOCAL.size > start:
             self._corrupt("lies beyond the directory", name)
-        start = self._check_local(offset, raw_name, flags, crc, size, name)
-        if start + size > directory:
+        begin = self._check_local(offset, raw_name, flags, crc, size, name)
+        if begin + size > start:
             self._corrupt("reaches into the directory", name)
-        return after, offset, Member(name, start, size, crc)
+        return after, offset, Member(name, begin, size, crc)
 
     def _zip64(self, extra: bytes, size: int, packed: int, offset: int, name: str) -> tuple[int, int, int]:
         """Return the sizes and the offset, read from the zip64 extra field if they do not fit 32 bits."""
@@ -175,15 +195,14 @@ class ZipDirectory:
 
     def _check_local(self, offset: int, raw_name: bytes, flags: int, crc: int, size: int, name: str) -> int:
         """Compare a local header with its directory entry, and return the offset of the member's bytes."""
-        fields = self._unpack(_LOCAL, offset)
-        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = fields
+        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = self._unpack(_LOCAL, offset)
         name_at = offset + _LOCAL.size
-        if signature != b"PK\x03\x04" or bytes(self._data[name_at : name_at + n_name]) != raw_name:
+        if signature != b"PK\x03\x04" or self._data[name_at : name_at + n_name] != raw_name:
             self._corrupt("its local header names another member", name)
         if method or local_flags != flags:
             self._corrupt("its local header contradicts the directory", name)
         if not flags & _HAS_DESCRIPTOR:
-            allowed = {size, 0xFFFFFFFF} if size >= 0xFFFFFFFF else {size}
+            allowed = (size, 0xFFFFFFFF) if size >= 0xFFFFFFFF else (size,)
             if local_crc != crc or packed not in allowed or full not in allowed:
                 self._corrupt("its local header contradicts the directory", name)
         return int(name_at + n_name + n_extra)
@@ -204,35 +223,3 @@ class ZipDirectory:
 
     def _corrupt(self, message: str, member: str | None = None) -> NoReturn:
         raise CorruptError(message, path=self._path, key=member)
-
-
-def fill_in_checksums(path: Path, known: Mapping[tuple[int, int], int]) -> None:
-    """Write the CRC-32 of each member into an archive that was written without checksums.
-
-    Args:
-        path: the archive; no other process may have opened it.
-        known: CRC-32s by offset and size of a member's bytes. For other members, they are computed from the bytes.
-
-    Raises:
-        CorruptError: the archive is not valid.
-        StorageError: it cannot be read.
-        OSError: it cannot be written.
-    """
-    patches: list[tuple[int, int]] = []
-    with mapped(path) as data:
-        directory = ZipDirectory(path, data)
-        for at, offset, member in directory.entries(*directory.end_of_directory()):
-            end = member.start + member.size
-            crc = known.get((member.start, member.size))
-            if crc is None:
-                crc = zlib.crc32(data[member.start : end])
-            (flags,) = struct.unpack_from("<H", data, at + 8)
-            if flags & _HAS_DESCRIPTOR:
-                local = end + 4 if bytes(data[end : end + 4]) == b"PK\x07\x08" else end
-            else:
-                local = offset + 14
-            patches += [(local, crc), (at + 16, crc)]
-    with path.open("r+b") as file:
-        for place, crc in patches:
-            file.seek(place)
-            file.write(struct.pack("<I", crc))

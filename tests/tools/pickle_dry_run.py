@@ -1,22 +1,27 @@
-"""Run the pickle of a ``.pt`` file with inert stubs, before torch runs it.
+"""Read ``.pt`` files with torch, behind a run of the pickle with inert stubs: an oracle for the package's own reader.
 
 ``torch.load(weights_only=True)`` does not run code from a pickle, but it trusts sizes in it, and calls functions that
-return uninitialised memory or allocate any amount of it. This module runs the pickle first with each class and function
-replaced by a stub. It compares the size of each storage with the archive, and rejects what torch cannot handle safely.
-Imports without torch.
+return uninitialised memory or allocate any amount of it. So the pickle is run first with each class and function
+replaced by a stub. The run compares the size of each storage with the archive, and rejects what torch cannot handle
+safely.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from vraxion_ckpt.errors import CorruptError, InconsistentError, LimitError, UnsafeError, UnsupportedError
-from vraxion_ckpt.formats.torch_archive import Container
+import torch
+
+from vraxion_ckpt.checkpoint.plain_data import check_plain
+from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError, UnsafeError, UnsupportedError
+from vraxion_ckpt.formats.torch_archive import Container, check_archive
 
 
 class _Inert:
@@ -188,9 +193,10 @@ class DryRun(pickle._Unpickler):  # in pure Python: the C one allocates memory f
         _, kind, key, _, count = pid
         if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(count) is not int:
             raise pickle.UnpicklingError("a damaged storage reference")
-        size, path = self._container.storage_size(key), self._container.path
-        if size is None:
+        member, path = self._container.storages.get(key), self._container.path
+        if member is None:
             raise CorruptError("a tensor's storage is missing", path=path, key=f"data/{key}")
+        size = member.size
         if size != count * kind.itemsize:
             message = f"a tensor asks for {count * kind.itemsize} bytes, but its storage has {size}"
             raise CorruptError(message, path=path, key=f"data/{key}")
@@ -212,3 +218,28 @@ class DryRun(pickle._Unpickler):  # in pure Python: the C one allocates memory f
         pickle.EMPTY_DICT[0]: _empty_dict,
         pickle.NEWOBJ[0]: _new_object,
     }
+
+
+def load_with_torch(path: Path) -> Any:
+    """Return the plain data of a ``.pt`` file with torch's tensors.
+
+    Raises:
+        CkptError: the file is damaged, unsafe or not supported.
+    """
+    container = check_archive(path)
+    try:
+        DryRun(container.pickled, container).load()
+    except CkptError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CorruptError(f"its pickle is damaged: {error!r}", path=path) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(path, map_location="cpu", weights_only=True)  # copies, so that all memory is aligned
+    except pickle.UnpicklingError as error:
+        raise UnsafeError(f"torch rejects its pickle: {error}", path=path) from error
+    except Exception as error:
+        raise CorruptError(f"torch cannot read it: {error!r}", path=path) from error
+    check_plain(value, path)
+    return value
