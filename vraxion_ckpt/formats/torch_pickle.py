@@ -120,7 +120,8 @@ class _Pickler(pickle.Pickler):
         )
         if not typed:
             arguments += (getattr(torch, ref.dtype),)
-        metadata = {name: True for name in ("conj", "neg") if getattr(ref, name)}
+        # New strings, for the same reason.
+        metadata = {name.decode(): True for name, is_set in ((b"conj", ref.conj), (b"neg", ref.neg)) if is_set}
         if metadata:
             arguments += (metadata,)
         rebuild = torch._utils._rebuild_tensor_v2 if typed else torch._utils._rebuild_tensor_v3
