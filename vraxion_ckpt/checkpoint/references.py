@@ -224,7 +224,9 @@ class TensorRef:
         dtype = getattr(torch, self.dtype)
         tensor = torch.empty(0, dtype=dtype).set_(memory, self.first, self.shape, self.strides)
         if self.conj or self.neg:
-            torch._utils.set_tensor_metadata(tensor, {"conj": self.conj, "neg": self.neg})
+            flags = {"conj": self.conj, "neg": self.neg}
+            # torch refuses even a conj of False for a real tensor.
+            torch._utils.set_tensor_metadata(tensor, {name: True for name, is_set in flags.items() if is_set})
         if self.parameter:
             return torch.nn.Parameter(tensor, self.requires_grad)
         return tensor.requires_grad_(self.requires_grad) if self.requires_grad else tensor
