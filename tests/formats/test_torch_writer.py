@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import pickletools
+import weakref
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,7 +108,7 @@ def test_has_the_bytes_that_torch_writes(path, name):
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("name", VALUES.keys() - {"packed"})
+@pytest.mark.parametrize("name", sorted(VALUES.keys() - {"packed"}))
 def test_torch_reads_the_same_bits(path, name, mmap):
     save_torch_file(VALUES[name], path)
 
@@ -147,7 +150,7 @@ def as_stored(value: Any, file: Path) -> Any:
     return change(value), list(stored.values())
 
 
-@pytest.mark.parametrize("name", VALUES.keys() - {"containers", "tied"})
+@pytest.mark.parametrize("name", sorted(VALUES.keys() - {"containers", "tied"}))
 def test_references_give_the_same_bytes(path, name, tmp_path):
     (tmp_path / "source.pt").write_bytes(saved(VALUES[name]))
     value, storages = as_stored(VALUES[name], tmp_path / "source.pt")
@@ -186,18 +189,17 @@ def test_it_does_not_matter_whether_somebody_has_looked(path, tmp_path):
 
 
 def test_computed_storages_are_freed_one_after_the_other(path):
+    made: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
     def compute(number: int) -> torch.Tensor:
-        import gc
+        alive.append(sum(each() is not None for each in made))
+        memory = np.full(1234, number, dtype=np.float32)
+        made.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
 
-        gc.collect()
-        living = [each for each in gc.get_objects() if torch.is_tensor(each) and each.shape == (1234,)]
-        alive.append(len(living))
-        return torch.full((1234,), float(number))
-
-    refs = [TensorRef.contiguous(ComputedBytes(4936, lambda n=n: compute(n)), "float32", (1234,)) for n in range(5)]
-    save_torch_file(refs, path)
+    storages = [ComputedBytes(4936, partial(compute, number)) for number in range(5)]
+    save_torch_file([TensorRef.contiguous(storage, "float32", (1234,)) for storage in storages], path)
 
     assert alive == [0] * 5
     assert [each[0].item() for each in torch.load(path, weights_only=True)] == list(range(5))
@@ -219,7 +221,7 @@ def test_more_members_than_16_bits_can_count(path):
     save_torch_file(value, path)
 
     assert len(zipfile.ZipFile(path).infolist()) == 65_600 + 6
-    assert len(torch.load(path, weights_only=True)) == 65_600
+    assert len(torch._C.PyTorchFileReader(str(path)).get_all_records()) == 65_600 + 6
 
 
 def test_the_pickle_has_no_other_globals_than_those_of_torch(path):

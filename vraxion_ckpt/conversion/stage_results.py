@@ -156,7 +156,7 @@ def check_read_back(
     refuse(InvariantError, invariants.invariant_findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
     listed = list(islice(read_back_differences(expected, found, written), 20))
-    if touched := counted_writes(expected) or (lent.altered() if listed else []):
+    if touched := counted_writes(expected) or lent.altered():
         raise defect_of(adapter, wrote_into(touched))
     refuse(InvariantError, iter(listed), target)
     found.sources.verify()

@@ -80,6 +80,10 @@ class _NamedStorage:
     numel: int
 
 
+class _NoHooks:
+    """Stands for an empty `OrderedDict` of hooks, which `pickle` would ask for its slots each time."""
+
+
 class _Pickler(pickle.Pickler):
     """Pickles tensors as `torch.Tensor.__reduce_ex__` does."""
 
@@ -94,11 +98,13 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, _NoHooks):
+            return OrderedDict, ()
         if not isinstance(value, TensorRef):
             return NotImplemented
         if value.parameter:
             plain = replace(value, parameter=False, requires_grad=False, _tensor=None)
-            return torch._utils._rebuild_parameter, (plain, value.requires_grad, OrderedDict())
+            return torch._utils._rebuild_parameter, (plain, value.requires_grad, _NoHooks())
         return self._tensor(value)
 
     def _tensor(self, ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -116,11 +122,12 @@ class _Pickler(pickle.Pickler):
             (*ref.shape,),
             (*ref.strides,),
             ref.requires_grad,
-            OrderedDict(),
+            _NoHooks(),
         )
         if not typed:
             arguments += (getattr(torch, ref.dtype),)
-        metadata = {name: True for name in ("conj", "neg") if getattr(ref, name)}
+        # New strings, for the same reason.
+        metadata = {name.decode(): True for name, is_set in ((b"conj", ref.conj), (b"neg", ref.neg)) if is_set}
         if metadata:
             arguments += (metadata,)
         rebuild = torch._utils._rebuild_tensor_v2 if typed else torch._utils._rebuild_tensor_v3

@@ -27,8 +27,9 @@ _IDENTITY_SIZE = 40
 def save_torch_file(value: Any, path: Path) -> None:
     """Write plain data to a new file that ``torch.load`` can read. Bytes of source files are copied by the kernel.
 
-    The file has the bytes that ``torch.save`` writes to a file object, except for the serialization id. The name inside
-    the archive does not depend on `path`, so equal data gives equal bytes.
+    The file has the bytes that ``torch.save`` writes to a file object, except for the serialization id, and for one of
+    the sizes in the local header of a member of 4 GiB or more, which torch leaves 0. The name inside the archive does
+    not depend on `path`, so equal data gives equal bytes.
 
     Args:
         value: plain data with `torch.Tensor`s, references to tensors, or both.

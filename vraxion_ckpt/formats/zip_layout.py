@@ -95,7 +95,8 @@ def lay_out(members: Iterable[tuple[str, int]]) -> list[NewMember]:
 
 def directory_size(members: Sequence[NewMember]) -> int:
     """Return the number of bytes that `directory` returns."""
-    return len(directory(members, [0] * len(members)))
+    fixed = _CENTRAL.size * len(members) + _END64.size + _END64_LOCATOR.size + _END.size
+    return fixed + sum(len(each.name) + len(_zip64_field(each.size, each.header_start)) for each in members)
 
 
 def directory(members: Sequence[NewMember], crcs: Sequence[int]) -> bytes:

@@ -4,10 +4,8 @@ torch counts most writes in a version counter, but not those through ``.data``, 
 bytes are compared. A plugin can only write into memory that it got. Memory that was mapped from a file is compared with
 the file. Memory that a plugin made is compared with a checksum, which is taken when the plugin hands it over.
 
-* `LentTensors.altered` is called after a chain, before anything is derived from its result.
-* The later calls of the adapter (``losses``, ``held``, ``size``, ``output_files``, ``write``) need no check of their
-  own, because the written files are compared with the source files and the checksums. A write into a tensor that is not
-  written to the target, or into a copy made by the adapter, is not detected; it changes no file.
+`LentTensors.altered` is called after a chain, before anything is derived from its result, and once more when the result
+was read back, which covers the later calls of the adapter. Only tensors that a plugin got are read for this.
 """
 
 from __future__ import annotations

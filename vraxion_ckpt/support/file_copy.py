@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +19,9 @@ from vraxion_ckpt.support.checksums import THREADS, crc32, crc32_combined
 from vraxion_ckpt.support.file_bytes import read_at, read_into, write_at
 
 PIECE = 2**18  # bytes that are copied and read back at a time; they fit into the CPU's cache
-_STRIPE = 2**22  # bytes for which a thread computes one checksum
+_STRIPE = 2**20  # bytes for which a thread computes one checksum
 _MOST_TOGETHER = 256  # small copies for which a thread is woken once
+_LONGEST_WAIT = 0.05  # seconds until signals are delivered
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,17 @@ def copy_all(copies: Sequence[Copy], target: OpenFile, advance: Callable[[int], 
     threads = min(THREADS, len(run.waiting))
     if threads > 1:
         with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(_work, run, number, None) for number in range(1, threads)]
-            _work(run, 0, advance)
-            for other in others:
-                other.result()
+            try:
+                others = {pool.submit(_work, run, number, None) for number in range(1, threads)}
+                _work(run, 0, advance)
+                while others:
+                    signals.deliver_pending()
+                    ended, others = wait(others, _LONGEST_WAIT, FIRST_COMPLETED)
+                    for other in ended:
+                        other.result()
+            except BaseException:
+                run.stopped = True
+                raise
     else:
         _work(run, 0, advance)
     for stripe in stripes:
@@ -122,7 +130,7 @@ def _bundles(stripes: Sequence[_Stripe]) -> Iterator[list[_Stripe]]:
     for stripe in stripes:
         bundle.append(stripe)
         size += stripe.nbytes
-        if size >= _STRIPE // 2 or len(bundle) == _MOST_TOGETHER:
+        if size >= _STRIPE or len(bundle) == _MOST_TOGETHER:
             yield bundle
             bundle, size = [], 0
     if bundle:
