@@ -174,11 +174,11 @@ def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:
     if checkpoint.router_map is None or checkpoint.head is None:
         return None  # the valid owners are unknown without a head
     owners = router_owners(checkpoint.router_map)
-    lengths = [length for _, length, _ in ring.arcs(owners)]
+    starts = ring.arc_starts(owners)
     return RingFacts(
         length=len(owners),
-        arcs=len(lengths),
-        longest_arc=max(lengths, default=0),
+        arcs=len(starts),
+        longest_arc=int(ring.run_lengths(starts, len(owners)).max()),
         owners=tuple(owners.tolist()) if len(owners) <= _MOST_OWNERS else None,
     )
 

@@ -7,6 +7,7 @@ start and length. It may wrap. `owners` is the router map: the expert that owns 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 Weights = NDArray[np.int64] | NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+_PIECE = 2**18  # addresses that are processed at a time, so that temporaries stay small
 
 
 @dataclass(frozen=True)
@@ -146,25 +149,55 @@ def _exact_argmax(weights: Weights, length: int, starts: Ints) -> int:
     return max((int(s) % ring_len for s in starts), key=lambda s: (prefix[s + length] - prefix[s], -s))
 
 
-def covering_arc(addresses: list[int], ring_len: int) -> Arc:
+def covering_arc(addresses: Sequence[int] | Ints, ring_len: int) -> Arc:
     """Return the shortest arc that contains all `addresses`. If several do, the smallest start decides."""
-    points = sorted(set(addresses))
-    gaps = [b - a for a, b in pairwise([*points, points[0] + ring_len])]
+    points = np.unique(np.asarray(addresses, dtype=np.int64))
+    gaps = run_lengths(points, ring_len)  # from each address to the next
     # The arc starts after the widest gap between addresses and ends before it.
-    best = max(range(len(points)), key=lambda i: (gaps[i], -points[(i + 1) % len(points)]))
-    return Arc(points[(best + 1) % len(points)], ring_len - gaps[best] + 1, ring_len)
+    ends = np.flatnonzero(gaps == gaps.max())
+    starts = points[(ends + 1) % len(points)]
+    return Arc(int(starts.min()), ring_len - int(gaps.max()) + 1, ring_len)
 
 
-def in_arc_order(addresses: list[int], arc: Arc) -> list[int]:
+def in_arc_order(addresses: Sequence[int] | Ints, arc: Arc) -> list[int]:
     """Return addresses sorted by their distance from the arc's start along the ring."""
-    return sorted(addresses, key=lambda address: (address - arc.start) % arc.ring_len)
+    array = np.asarray(addresses, dtype=np.int64)
+    order = np.argsort((array - arc.start) % arc.ring_len, kind="stable")
+    ordered: list[int] = array[order].tolist()
+    return ordered
 
 
-def arcs(owners: Ints) -> list[tuple[int, int, int]]:
-    """Return the arcs of addresses with one owner as (start, length, owner). The last one may wrap."""
-    edges = (np.flatnonzero(np.diff(owners)) + 1).tolist()
-    found = [(start, end - start, int(owners[start])) for start, end in pairwise([0, *edges, len(owners)])]
-    if len(found) > 1 and found[0][2] == found[-1][2]:
-        (_, head, _), *middle, (start, tail, owner) = found
-        return [*middle, (start, tail + head, owner)]
-    return found
+def arc_starts(owners: Ints) -> Ints:
+    """Return the first address of each arc of addresses with one owner. The last arc may wrap."""
+    begins = np.empty(len(owners), dtype=bool)
+    begins[0] = owners[0] != owners[-1]
+    np.not_equal(owners[1:], owners[:-1], out=begins[1:])
+    return np.flatnonzero(begins) if begins.any() else np.zeros(1, dtype=np.int64)
+
+
+def run_lengths(starts: Ints, ring_len: int) -> Ints:
+    """Return the distance from each of the ascending addresses `starts` to the next, and from the last to the first."""
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1] = starts[0] + ring_len - starts[-1]
+    return lengths
+
+
+def count_pairs(old: Ints, new: Ints) -> dict[tuple[int, int], int]:
+    """Count the addresses of each pair of owners in two router maps of the same ring.
+
+    Args:
+        old: the owner of each address in the first map, ≥ 0, shape ``[L]``.
+        new: the owner of each address in the second map, ≥ 0, shape ``[L]``.
+
+    Returns:
+        the number of addresses by old and new owner, in ascending order.
+    """
+    ids = int(max(old.max(), new.max())) + 1
+    found: dict[int, int] = {}
+    for first in range(0, len(old), _PIECE):
+        codes = old[first : first + _PIECE] * ids + new[first : first + _PIECE]
+        kinds, counts = np.unique(codes, return_counts=True)
+        for code, number in zip(kinds.tolist(), counts.tolist(), strict=True):
+            found[code] = found.get(code, 0) + number
+    return {divmod(code, ids): found[code] for code in sorted(found)}
