@@ -82,9 +82,11 @@ def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor in a plain value with its path, such as ``ema.head.weight``."""
     if isinstance(value, Tensor):
         yield place, value
+    elif isinstance(value, list | tuple) and _SCALARS.issuperset(map(type, value)):
+        return  # there may be millions of numbers
     elif isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(entry, Tensor | dict | list | tuple):  # skip numbers: there may be millions
+            if isinstance(entry, Tensor | dict | list | tuple):
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
             yield from named_tensors(vars(value), f"{place} attributes")

@@ -21,6 +21,7 @@ from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
 
 _PLAIN = dict[str, Any]  # written as it is, so it must be plain data
+_SCALARS = (int, float, str)
 
 
 def wrong_type(value: object, expected: Any = Checkpoint, place: str = "") -> str | None:
@@ -89,7 +90,7 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
             yield f"{place} has {len(value)} entries, not {len(kinds)}"
         for i, (entry, kind) in enumerate(zip(value, kinds, strict=False)):
             yield from _faults(entry, kind, f"{place}[{i}]")
-    elif kinds[0] is not Any:
+    elif kinds[0] is not Any and not (kinds[0] in _SCALARS and set(map(type, value)) == {kinds[0]}):
         for i, entry in enumerate(value):
             yield from _faults(entry, kinds[0], f"{place}[{i}]")
 
