@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of, in_pieces
+from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.support.json_models import Fact, Number
 
-_PIECE = 2**20
+_LOW = 2**32 - 1
 
 
 class Measure(Fact):
@@ -66,19 +68,21 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
         for x, y in in_pieces(a, b):
             differ = _differ(x, y)
             elements += int(differ.sum())
+            if whole:
+                if bool(differ.any()):
+                    largest = max(largest or 0.0, _exact_gap(x[differ], y[differ]))
+                continue
             one, other = _as_numbers(x, y)
             if one is None or other is None:
                 continue
             finite = one.isfinite() & other.isfinite()
             not_finite += int((differ & ~finite).sum())
             if bool((differ & finite).any()):
-                gap = _exact_gap(x[differ], y[differ]) if whole else float((other - one)[differ & finite].abs().max())
-                largest = max(largest or 0.0, gap)
-            if not whole:
-                one, other = one[finite] / scale, other[finite] / scale
-                for i, part in enumerate((one, other, other - one)):
-                    squares[i] += float(part.abs().square().sum())
-                dot += float(torch.vdot(one, other).real)
+                largest = max(largest or 0.0, float((other - one)[differ & finite].abs().max()))
+            one, other = one[finite] / scale, other[finite] / scale
+            for i, part in enumerate((one, other, other - one)):
+                squares[i] += float(part.abs().square().sum())
+            dot += float(torch.vdot(one, other).real)
     norm_a, norm_b, norm_gap = map(math.sqrt, squares)
     cosine = dot / (norm_a * norm_b) if norm_a and norm_b else None
     return Measure(
@@ -115,7 +119,22 @@ def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, Non
 
 def _exact_gap(x: Tensor, y: Tensor) -> float:
     """Return the largest difference of integers, computed exactly because int64 exceeds the precision of float64."""
-    return float(max(abs(int(a) - int(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)))
+    (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+    low = x_low - y_low
+    high = x_high - y_high + (low >> 32)
+    low &= _LOW
+    most, least = int(high.max()), int(high.min())
+    largest = (most << 32) + int(low[high == most].max())
+    smallest = (least << 32) + int(low[high == least].min())
+    return float(max(largest, -smallest))
+
+
+def _halves(integers: Tensor) -> tuple[Ints, Ints]:
+    """Return the upper and the lower 32 bits of integers, so that differences of int64 and uint64 fit into int64."""
+    array = integers.detach().numpy()
+    if array.dtype != np.uint64:
+        array = array.astype(np.int64)
+    return (array >> 32).astype(np.int64), (array & _LOW).astype(np.int64)
 
 
 def _differ(x: Tensor, y: Tensor) -> Tensor:
