@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from fractions import Fraction
 from unittest import mock
@@ -123,3 +124,25 @@ def test_weights_that_are_none_are_refused(values, reason):
 def test_an_arc_longer_than_the_ring_is_refused():
     with pytest.raises(ValueError, match="not in 1 … 3"):
         ring.hottest_arc(ring.as_weights([1, 2, 3]), 4)
+
+
+@given(wild)
+def test_sums_of_floats_are_rounded_once(values):
+    weights = np.array(values)
+    assert ring.exact_sum(weights) == math.fsum(values)
+
+
+@given(st.lists(st.integers(-3, 12), min_size=1))
+def test_addresses_become_an_array_unless_one_is_off_the_ring(values):
+    found = ring.as_addresses(values, 10)
+    assert (found is None) == any(not 0 <= value < 10 for value in values)
+    assert found is None or found.tolist() == values
+
+
+def test_addresses_beyond_64_bits_are_off_the_ring():
+    assert ring.as_addresses([0, 2**70], 10) is None
+
+
+def test_the_owning_experts_are_found_in_every_piece():
+    with mock.patch.object(ring, "_PIECE", 2):
+        assert ring.owning_experts(np.array([3, 3, -1, 0, 3])) == {-1, 0, 3}

@@ -16,6 +16,7 @@ from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import named_tensors, size_of
+from vraxion_ckpt.checkpoint.ring import as_addresses, owning_experts
 from vraxion_ckpt.experts import companions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.wording import listed, numbered, shortened
@@ -75,7 +76,7 @@ def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     if router.ndim != 1 or router.is_floating_point() or router.is_complex():
         return  # reported as an invariant
-    owning = set(router_owners(router).tolist())
+    owning = owning_experts(router_owners(router))
     idle = [i for i in head.experts if i not in owning]
     if idle:
         what = f"no address belongs to {numbered('expert', idle)}: no input is routed there"
@@ -122,7 +123,8 @@ def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     owners = router_owners(router)
     fits = plan.router_map_len == len(owners) and plan.num_experts == checkpoint.num_experts
-    if not fits or any(not 0 <= a < len(owners) or owners[a] != plan.parent for a in plan.addresses):
+    addresses = as_addresses(plan.addresses, len(owners))
+    if not fits or addresses is None or (owners[addresses] != plan.parent).any():
         what = "the planned split does not fit the checkpoint"
         hint = "plan the split again with arc_meta"
         yield Finding.warning("plan", what, hint=hint)
@@ -135,6 +137,9 @@ def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:
     elif isinstance(value, dict):
         for key, entry in value.items():
             yield from _floats(entry, f"{place}.{key}")
+    elif isinstance(value, list | tuple) and set(map(type, value)) <= {int, float}:
+        # There may be millions of numbers. The difference of a number and itself is 0 unless it is not finite.
+        yield from islice(((f"{place}[{i}]", each) for i, each in enumerate(value) if each - each), 1)
     elif isinstance(value, list | tuple):
         found = (each for i, entry in enumerate(value) for each in _floats(entry, f"{place}[{i}]"))
         yield from islice(found, 1)

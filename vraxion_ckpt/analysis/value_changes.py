@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vraxion_ckpt.analysis.changes import Change
 from vraxion_ckpt.analysis.measurement import measure
-from vraxion_ckpt.checkpoint.comparison import differences, same_bits
+from vraxion_ckpt.checkpoint.comparison import differences, same_bits, unlike_entries
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
 
 # Maps the name of a tensor of the first checkpoint to its name in the second, or to None if it is not there.
@@ -73,15 +73,15 @@ def value_changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
         found = tensor_change(place, place, a, b)
         if found:
             yield found
-    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b) and not _is_flat([*a, *b]):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b) and not (_is_flat(a) and _is_flat(b)):
+        for i, x, y in unlike_entries(a, b):
             yield from value_changes(x, y, f"{place}[{i}]")
     elif not _same(a, b):
         old, new = describe_value(a), describe_value(b)
         if type(a) is not type(b) and isinstance(old, str) and old == new:
             old, new = (f"{type(value).__name__}, {text}" for value, text in ((a, old), (b, new)))
         elif isinstance(a, list | tuple) and isinstance(old, str) and old == new:
-            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _same(x, y))
+            at = next(i for i, x, y in unlike_entries(a, b) if not _same(x, y))
             place, old, new = f"{place}[{at}] and perhaps more", a[at], b[at]
         yield Change(what="changed", before=place, after=place, old=old, new=new)
 
@@ -98,8 +98,8 @@ def entry_changes(a: Mapping[Any, Any], b: Mapping[Any, Any], key: Any, before: 
             yield change.model_copy(update={"before": name})
 
 
-def _is_flat(values: list[Any]) -> bool:
-    return not any(isinstance(value, Tensor | Mapping | list | tuple) for value in values)
+def _is_flat(values: Sequence[Any]) -> bool:
+    return not any(issubclass(kind, Tensor | Mapping | list | tuple) for kind in set(map(type, values)))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -97,7 +97,7 @@ def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int
     parent, addresses = data["parent_expert"], data["hot_addresses"]
     if type(parent) is not int:
         raise InconsistentError("must be an integer", path=path, key="parent_expert")
-    if not isinstance(addresses, list | tuple) or not all(type(a) is int for a in addresses):
+    if not isinstance(addresses, list | tuple) or not set(map(type, addresses)) <= {int}:
         raise InconsistentError("must be a list of integers", path=path, key="hot_addresses")
     return parent, tuple(addresses)
 
@@ -112,6 +112,6 @@ def plan_from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_e
         step: training step of the checkpoint.
     """
     parent, addresses = request
-    arc = ring.covering_arc(list(addresses), ring_len)
-    ordered = tuple(ring.in_arc_order(list(addresses), arc))
+    arc = ring.covering_arc(addresses, ring_len)
+    ordered = tuple(ring.in_arc_order(addresses, arc))
     return SplitPlan(parent, ordered, (arc.start, arc.length), "trainer", ring_len, num_experts, step=step)

@@ -47,12 +47,13 @@ class Hot:
 
     Attributes:
         child: the expert that received the addresses; None if the split is only planned.
+        addresses: the addresses, shape ``[n]`` with n ≥ 1.
         arc: the shortest arc that covers the addresses.
     """
 
     parent: int
     child: int | None
-    addresses: tuple[int, ...]
+    addresses: Ints
     arc: Arc
 
 
@@ -150,22 +151,22 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
     owners = router_owners(router)
     parent: int | None = None
     child: int | None = None
-    addresses: list[int] = []
+    addresses: Ints | None = None
     if before is not None and before.head and before.router_map is not None and difference and difference.ring:
         flow = max(difference.ring.flows, key=lambda one: (one.after >= before.num_experts, one.addresses))
         parent, child = flow.before, flow.after
         old = router_owners(before.router_map)
-        addresses = np.flatnonzero((old == parent) & (owners == child)).tolist()
+        addresses = np.flatnonzero((old == parent) & (owners == child))
     elif checkpoint.plan is not None:
-        parent, addresses = checkpoint.plan.parent, list(checkpoint.plan.addresses)
+        parent, addresses = checkpoint.plan.parent, ring.as_addresses(checkpoint.plan.addresses, len(owners))
     elif before is None:
         done = checkpoint.payload.get("mitosis")
         if isinstance(done, Mapping) and type(done.get("parent")) is int and type(done.get("child")) is int:
             parent, child = done["parent"], done["child"]
-            addresses = np.flatnonzero(owners == child).tolist()
-    if parent is None or not addresses or not all(0 <= address < len(owners) for address in addresses):
+            addresses = np.flatnonzero(owners == child)
+    if parent is None or addresses is None or not len(addresses):
         return None
-    return Hot(parent, child, tuple(addresses), ring.covering_arc(addresses, len(owners)))
+    return Hot(parent, child, addresses, ring.covering_arc(addresses, len(owners)))
 
 
 def _shares(rings: Sequence[Ring], signs: ExpertLoads | None) -> tuple[dict[str, Sequence[float]], str]:
