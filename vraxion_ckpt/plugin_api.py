@@ -16,6 +16,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, Unbo
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, UnboundOptimizer
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_tensors
 from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import (
     Ints,
     Visits,
@@ -86,7 +87,7 @@ from vraxion_ckpt.support.json_files import dump_json, load_json, parse_json
 from vraxion_ckpt.support.progress import progress_bar
 from vraxion_ckpt.wording import count, listed, numbered, plural
 
-CONTRACT = 1
+CONTRACT = 2
 
 __all__ = [
     "CONTRACT",
@@ -129,6 +130,8 @@ __all__ = [
     "SplitPlan",
     "StatePolicy",
     "StorageError",
+    "TensorDict",
+    "TensorRef",
     "Transform",
     "TransformError",
     "UnboundCheckpoint",
@@ -137,6 +140,7 @@ __all__ = [
     "UsageError",
     "Visits",
     "Weights",
+    "as_reference",
     "as_weights",
     "auto_arc_length",
     "build_payload",

@@ -62,7 +62,7 @@ class PtAdapter(Adapter):
 
     def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
         """Return the checkpoint, and the file's `num_experts` without comparing it with the model."""
-        parsed = parse_payload(context.load_torch(path), path)
+        parsed = parse_payload(context.load_torch_references(path), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
         rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
@@ -93,7 +93,7 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
         lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
     )
-    return build_payload(checkpoint, checkpoint.state_dict(), dialect, extras)
+    return build_payload(checkpoint, checkpoint.state_references(), dialect, extras)
 
 
 def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vraxion_ckpt.checkpoint.shared_memory import extent, fills_storage, sharing, view_of, without_tied
+from vraxion_ckpt.checkpoint.references import reference
+from vraxion_ckpt.checkpoint.shared_memory import fills_storage, sharing, view_of, without_tied
 
 BASE = torch.arange(24.0).reshape(4, 6)
 CASES = {
@@ -23,7 +24,7 @@ CASES = {
 @pytest.mark.parametrize(("other", "shares", "tied"), CASES.values(), ids=CASES)
 def test_what_shares_memory_and_what_is_tied(other, shares, tied):
     assert sharing([("a", BASE), ("b", other)]) == ([[("a", BASE), ("b", other)]] if shares else [])
-    assert (view_of(BASE) == view_of(other)) is tied
+    assert (view_of(reference(BASE)) == view_of(reference(other))) is tied
     assert len(without_tied([("a", BASE), ("b", other)])) == (1 if tied else 2)
 
 
@@ -47,10 +48,10 @@ def test_empty_tensors_are_never_tied():
 
 
 def test_an_extent_reaches_to_the_last_element():
-    assert extent(BASE) == (BASE.data_ptr(), 24 * 4)
-    assert extent(BASE[:, 0]) == (BASE.data_ptr(), (3 * 6 + 1) * 4)
-    assert extent(BASE[1]) == (BASE.data_ptr() + 24, 24)
-    assert extent(torch.ones(0))[1] == 0
+    assert reference(BASE).extent() == (0, BASE.data_ptr(), 24 * 4)
+    assert reference(BASE[:, 0]).extent() == (0, BASE.data_ptr(), (3 * 6 + 1) * 4)
+    assert reference(BASE[1]).extent() == (0, BASE.data_ptr() + 24, 24)
+    assert reference(torch.ones(0)).extent()[2] == 0
 
 
 def test_a_part_does_not_fill_its_storage():

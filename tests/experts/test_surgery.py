@@ -13,6 +13,7 @@ from vraxion_ckpt.checkpoint.head import Expert, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.errors import CkptWarning, TransformError
+from vraxion_ckpt.checkpoint.references import reference, referenced
 from vraxion_ckpt.experts.noise import copy_of
 from vraxion_ckpt.experts.optimizer_clones import is_master_copy
 from vraxion_ckpt.experts.surgery import buffers_of, clone_expert, remove_expert, rename_head
@@ -260,17 +261,17 @@ def test_without_a_head_nothing_can_be_done(operation):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64])
 def test_a_copy_keeps_bits_strides_and_kind(dtype):
     tensor = torch.arange(6.0).reshape(2, 3).to(dtype).T
-    copy = copy_of(tensor, (), "weight")
+    copy = copy_of(reference(tensor), (), "weight").tensor()
     assert_same(copy, tensor)
     assert copy.data_ptr() != tensor.data_ptr()
-    noisy = copy_of(tensor, ((0.5, "1:x."),), "weight")
+    noisy = copy_of(reference(tensor), ((0.5, "1:x."),), "weight").tensor()
     assert noisy.stride() == tensor.stride()
     assert (bits(noisy) == bits(tensor)) is (dtype == torch.int64)
 
 
 def test_a_parameter_stays_one():
     parameter = torch.nn.Parameter(torch.ones(2), requires_grad=False)
-    copy = copy_of(parameter, ((1.0, "1:x."),), "weight")
+    copy = copy_of(reference(parameter), ((1.0, "1:x."),), "weight").tensor()
     assert isinstance(copy, torch.nn.Parameter)
     assert not copy.requires_grad
 
@@ -291,4 +292,4 @@ NARROW = torch.tensor([1.5, -2.0]).bfloat16()
     ],
 )
 def test_a_master_copy_is_a_wider_copy_of_the_parameter(value, name, expected):
-    assert is_master_copy(value, name, NARROW) is expected
+    assert is_master_copy(referenced(value), name, reference(NARROW)) is expected

@@ -6,70 +6,73 @@ Two NaNs are equal if and only if their bits are equal.
 from __future__ import annotations
 
 import ctypes
-import itertools
-import os
 import struct
-import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, in_pieces, size_of
-from vraxion_ckpt.checkpoint.shared_memory import extent
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape
+from vraxion_ckpt.checkpoint.references import StoredBytes, TensorDict, TensorRef, as_reference, is_tensor, referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
-from vraxion_ckpt.support import progress
+from vraxion_ckpt.support.checksums import THREADS
 from vraxion_ckpt.wording import shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _memcmp = ctypes.CDLL(None).memcmp  # releases the GIL and allocates no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_PIECE = 2**20  # fits into the CPU cache, so that the second read of a piece is cheap
 _RUN = 2**14  # entries of a list that are compared at a time
 _SCALARS = frozenset({str, int, float, bool, type(None)})
-_THREADS = min(4, os.cpu_count() or 1)
 
 _R = TypeVar("_R")
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same type, dtype, shape and bits. Strides may differ."""
-    if a is b:
-        return True
-    if not _alike(a, b):
+def same_bits(a: TensorRef | Tensor, b: TensorRef | Tensor) -> bool:
+    """Return whether two tensors have the same type, dtype, shape and bits. Strides may differ.
+
+    No bytes are read if both are references to the same bytes.
+    """
+    x, y = as_reference(a), as_reference(b)
+    if not alike(x, y):
         return False
-    x, y = bytes_of(a), bytes_of(b)
-    return x.data_ptr() == y.data_ptr() or _memcmp(x.data_ptr(), y.data_ptr(), len(x)) == 0
+    if x is y or refer_to_same_bytes(x, y):
+        return True
+    one, other = bytes_of(x), bytes_of(y)
+    return one.data_ptr() == other.data_ptr() or _memcmp(one.data_ptr(), other.data_ptr(), len(one)) == 0
 
 
-def checksum_if_same(a: Tensor, b: Tensor) -> int | None:
-    """Return the CRC-32 of `b` if `a` has the same bits, else None. Reads each tensor once."""
-    if not _alike(a, b):
-        return None
-    crc = 0
-    for x, y in in_pieces(bytes_of(a), bytes_of(b), size=_PIECE):
-        if _memcmp(x.data_ptr(), y.data_ptr(), len(x)):
-            return None
-        crc = zlib.crc32(y.numpy().data, crc)
-    return crc
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    same_kind = type(a) is type(b) and a.requires_grad == b.requires_grad
+def alike(a: TensorRef, b: TensorRef) -> bool:
+    """Return whether two tensors have the same type, dtype and shape."""
+    same_kind = a.parameter == b.parameter and a.requires_grad == b.requires_grad
     return same_kind and a.dtype == b.dtype and a.shape == b.shape
 
 
-Same = Callable[[Tensor, Tensor], bool]
+def refer_to_same_bytes(a: TensorRef, b: TensorRef) -> bool:
+    """Return whether two references are to the same bytes in the same layout, so that their values are the same."""
+    if (a.first, a.strides, a.conj, a.neg) != (b.first, b.strides, b.conj, b.neg):
+        return False
+    x, y = a.storage, b.storage
+    return x is y or (
+        isinstance(x, StoredBytes)
+        and isinstance(y, StoredBytes)
+        and (x.file.fingerprint, x.start, x.nbytes) == (y.file.fingerprint, y.start, y.nbytes)
+    )
+
+
+Same = Callable[[TensorRef, TensorRef], bool]
 
 
 def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
     """Yield one line, with a key, for each difference between two plain values. The order of dict entries counts."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if not same(a, b):
+    if isinstance(a, TensorDict) or isinstance(b, TensorDict):
+        yield from differences(referenced(a), referenced(b), key, same=same)
+    elif is_tensor(a) and is_tensor(b):
+        if not same(as_reference(a), as_reference(b)):
             yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
     elif type(a) is not type(b):
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
@@ -124,7 +127,7 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
 
     `origin` and `sources` are not compared.
     """
-    yield from differences(a.state_dict(), b.state_dict(), "model", same=same)
+    yield from differences(a.state_references(), b.state_references(), "model", same=same)
     yield from differences(a.metadata, b.metadata, "model._metadata", same=same)
     for name in ("kind", "position", "deleted"):
         yield from differences(
@@ -145,82 +148,10 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 
 
-# A function of a tensor. It returns the tensor that holds the expected bytes, and their CRC-32 or None.
-Original = Callable[[Tensor], tuple[Tensor, int | None]]
-
-
-def _itself(tensor: Tensor) -> tuple[Tensor, None]:
-    return tensor, None
-
-
-def differences_and_checksums(a: Checkpoint, b: Checkpoint, original: Original = _itself) -> Iterator[str]:
-    """Yield the differences of two checkpoints, and record the CRC-32 of every source part that is read.
-
-    The tensors are compared in a thread pool that reads every byte once. A tensor of `a` that is mapped from a file
-    serves as its own original if the file's checksum confirms it. Otherwise, `b` is compared with the original.
-
-    Args:
-        a: the checkpoint that was written.
-        b: the checkpoint that was read back.
-        original: returns the tensor that holds the expected bytes of a tensor of `a`, and their CRC-32 or None.
-    """
-    postponed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def same_as_original(x: Tensor, y: Tensor) -> bool:
-        holder, known = original(x)
-        crc = checksum_if_same(holder, y)
-        return crc is not None and known in (None, crc)
-
-    def postpone(x: Tensor, y: Tensor) -> bool:
-        if not x.is_contiguous() or not y.is_contiguous():
-            return same_as_original(x, y)  # comparing copies non-contiguous tensors, so one at a time
-        postponed[id(x), id(y)] = x, y
-        return True
-
-    def compare(pair: tuple[Tensor, Tensor]) -> bool | None:
-        """Return whether two tensors are the same. None: they are, but both may differ from the original."""
-        x, y = pair
-        holder, known = originals.get(id(x), (x, None))
-        crc = checksum_if_same(holder, y)
-        if crc is None or known not in (None, crc):
-            return False
-        if theirs := parts.get(extent(y)):
-            theirs.note(crc)
-        ours = parts.get(extent(x))
-        stated = ours is not None and ours.note(crc)
-        return True if stated or id(x) in originals else None
-
-    others = list(checkpoint_differences(a, b, same=postpone))
-    parts = a.sources.parts() | b.sources.parts()
-    originals = {id(x): original(x) for x, _ in postponed.values() if extent(x) not in parts}
-    same = True
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        progress.progress_bar("comparing", size_of([x for x, _ in postponed.values()])) as count,
-    ):
-        for (x, y), alike in zip(postponed.values(), pool.map(compare, postponed.values()), strict=True):
-            same = same and (same_as_original(x, y) if alike is None else alike)
-            count(x.numel() * x.itemsize)
-    if others or not same:  # repeat in order, to yield the differences in order
-        yield from checkpoint_differences(a, b, same=same_as_original)
-
-
-def different(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
-    """Return the names of those pairs whose tensors are not bit-identical."""
-    same = in_threads(same_bits, [(x, y) for _, x, y in pairs])
-    return [name for (name, _, _), alike in zip(pairs, same, strict=True) if not alike]
-
-
-def in_threads(function: Callable[..., _R], items: Sequence[tuple[Tensor, ...]]) -> list[_R]:
-    """Return the results of a function for several tuples of tensors.
-
-    Tuples of contiguous tensors are processed in a thread pool. Tuples with a non-contiguous tensor are processed one
-    at a time, because the function copies such tensors.
-    """
-    contiguous = [all(tensor.is_contiguous() for tensor in item) for item in items]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: function(*item), itertools.compress(items, contiguous))
-        return [next(found) if threaded else function(*item) for item, threaded in zip(items, contiguous, strict=True)]
+def in_threads(function: Callable[..., _R], items: Sequence[tuple[Any, ...]]) -> list[_R]:
+    """Return the results of a function for several tuples of arguments, computed on all cores."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda item: function(*item), items))
 
 
 def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
@@ -232,7 +163,7 @@ def without_experts(checkpoint: Checkpoint, ids: Collection[int]) -> Checkpoint:
 
 
 def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         return dtype_and_shape(value)
     return shortened(repr(value), 60)
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def unfit(
-    expert: Mapping[str, Tensor], sibling: Mapping[str, Tensor], whose: tuple[str, str], *, same_widths: bool = False
+    expert: Mapping[str, TensorRef | Tensor],
+    sibling: Mapping[str, TensorRef | Tensor],
+    whose: tuple[str, str],
+    *,
+    same_widths: bool = False,
 ) -> Iterator[tuple[str | None, str]]:
     """Yield the differences that prevent two experts from belonging to one head.
 
@@ -18,8 +25,8 @@ def unfit(
     shapes. Experts with inner layers may have different hidden widths.
 
     Args:
-        expert: tensors of the first expert by leaf name.
-        sibling: tensors of the second expert by leaf name.
+        expert: tensors or references of the first expert by leaf name.
+        sibling: those of the second expert by leaf name.
         whose: how the text names the first and the second expert.
         same_widths: whether hidden widths must be equal, too.
 
@@ -33,8 +40,8 @@ def unfit(
     if lines:
         yield None, "; ".join(lines)
         return
-    for leaf, tensor in expert.items():
-        other = sibling[leaf]
+    for leaf in expert:
+        tensor, other = as_reference(expert[leaf]), as_reference(sibling[leaf])
         same = tensor.ndim == other.ndim if "." in leaf and not same_widths else tensor.shape == other.shape
         if not same or tensor.dtype != other.dtype:
             yield leaf, f"is {dtype_and_shape(tensor)} in {whose[0]}, {dtype_and_shape(other)} in {whose[1]}"

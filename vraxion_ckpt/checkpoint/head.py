@@ -1,4 +1,4 @@
-"""The output head of a model and its experts."""
+"""The output head of a model and its experts. Imports without torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HeadKind(StrEnum):
@@ -23,16 +24,7 @@ class HeadKind(StrEnum):
     EXPERTS = "experts"
 
 
-TensorState = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...], bool]
-
-
-def tensor_state(tensor: Tensor) -> TensorState:
-    """Return a value that changes if torch counts an in-place write, or if address, dtype, shape or strides change."""
-    address = tensor.data_ptr() if tensor.numel() else 0
-    return tensor._version, address, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
-
-
-class Expert(Mapping[str, Tensor]):
+class Expert(Mapping[str, "Tensor"]):
     """One expert's tensors by leaf name (``weight``, ``down.bias``), opened on first access.
 
     An expert cannot be changed, only replaced by another. Experts are compared by identity, so an untouched expert is
@@ -41,10 +33,7 @@ class Expert(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
         self._open = tensors if callable(tensors) else None
-        self._tensors: dict[str, Tensor] | None = None
-        self._states: list[TensorState] = []
-        if not callable(tensors):
-            self._take(tensors)
+        self._tensors: TensorDict[str, Tensor] | None = None if callable(tensors) else TensorDict(tensors)
 
     def open_through(self, call: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]) -> None:
         """Open the expert through `call` when its tensors are needed. An open expert is not affected.
@@ -55,28 +44,29 @@ class Expert(Mapping[str, Tensor]):
         if self._open is not None and self._tensors is None:
             self._open = partial(call, self._open)
 
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
-        self._states = [tensor_state(tensor) for tensor in self._tensors.values()]
-
     @property
     def is_open(self) -> bool:
         """Whether the tensors are available without opening a file."""
         return self._tensors is not None
 
     @property
-    def was_written_into(self) -> bool:
-        """Whether a tensor was written in place since the expert was opened or created, see `tensor_state`."""
-        return self._tensors is not None and self._states != [tensor_state(t) for t in self._tensors.values()]
-
-    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """The tensors by leaf name, in state-dict order. Opens a closed expert."""
+        return MappingProxyType(self._opened())
+
+    def references(self) -> dict[str, TensorRef]:
+        """Return the references of the tensors by leaf name, in state-dict order. Opens a closed expert."""
+        return self._opened().references()
+
+    def as_stored(self) -> dict[str, Any]:
+        """Return the tensors at which somebody has looked, and references of the others. Opens a closed expert."""
+        return self._opened().as_stored()
+
+    def _opened(self) -> TensorDict[str, Tensor]:
         if self._tensors is None:
             assert self._open is not None
-            self._take(self._open())
-            assert self._tensors is not None
-        return MappingProxyType(self._tensors)
+            self._tensors = TensorDict(self._open())
+        return self._tensors
 
     def __getitem__(self, leaf: str) -> Tensor:
         return self.tensors[leaf]

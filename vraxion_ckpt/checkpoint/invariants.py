@@ -11,21 +11,24 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import dtype_name, in_pieces, named_tensors
+from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
+from vraxion_ckpt.checkpoint.references import StoredBytes, TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import Ints, count_pairs
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
 from vraxion_ckpt.support.json_models import Number
 from vraxion_ckpt.wording import count, listed, numbered
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def invariant_findings(checkpoint: Checkpoint) -> Iterator[str]:
@@ -63,18 +66,18 @@ def _expert_findings(head: Head) -> Iterator[str]:
     opened = [(i, expert) for i, expert in head.experts.items() if expert.is_open]
     if not opened:
         return
-    first, model = opened[0]
+    first, references = opened[0][0], opened[0][1].references()
     for i, expert in opened[1:]:
-        for leaf, what in unfit(expert, model, (f"expert {i}", f"expert {first}")):
+        for leaf, what in unfit(expert.references(), references, (f"expert {i}", f"expert {first}")):
             yield f"{leaf} {what}" if leaf else what
 
 
 def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
-    router = checkpoint.router_map
+    router = checkpoint.router_reference
     if router is None or checkpoint.head is None:
         return
-    if router.is_floating_point() or router.is_complex() or router.dtype == torch.bool:
-        yield f"router_map must hold integers, not {dtype_name(router.dtype)}"
+    if router.is_floating_point() or router.is_complex() or router.dtype == "bool":
+        yield f"router_map must hold integers, not {router.dtype}"
     elif router.ndim != 1 or not router.numel():
         yield f"router_map must have shape [L] with L ≥ 1, not {list(router.shape)}"
     else:
@@ -96,7 +99,7 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer lists {Counter(params).most_common(1)[0][0]} twice"
     for name in optimizer.state.keys() - set(params):
         yield f"the optimizer has state for {name}, which is in no param group"
-    tensors = checkpoint.open_tensors()
+    tensors = checkpoint.open_references()
     for name in params:
         if name not in tensors and not (head and head.is_not_loaded(name)):
             yield f"the optimizer lists {name}, which the model does not have"
@@ -104,9 +107,18 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{conflict.name}: {conflict.what}"
 
 
-def router_owners(router: Tensor) -> Ints:
-    """Return a router map as an int64 array, shape ``[L]``."""
-    return router.detach().to(torch.int64).contiguous().numpy()
+def router_owners(router: TensorRef | Tensor) -> Ints:
+    """Return a router map as an int64 array, shape ``[L]``. The array must not be written into."""
+    ref = as_reference(router)
+    if isinstance(ref.storage, StoredBytes) and ref.is_contiguous() and ref.dtype in _NUMPY_INTS:
+        raw = ref.storage.read(ref.first * ref.itemsize, ref.nbytes)
+        return np.frombuffer(raw, ref.dtype).astype(np.int64, copy=False)
+    import torch
+
+    return ref.values().detach().to(torch.int64).contiguous().numpy()
+
+
+_NUMPY_INTS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 
 
 def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
@@ -118,9 +130,9 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     groups = sharing(
         ((is_after, name), tensor)
         for is_after, checkpoint in enumerate((before, after))
-        for name, tensor in (*checkpoint.open_tensors().items(), *_slots(checkpoint))
+        for name, tensor in (*checkpoint.open_references().items(), *_slots(checkpoint))
     )
-    now, model = after.open_tensors(), before.open_tensors()
+    now, model = after.open_references(), before.open_references()
     place = {key: number for number, group in enumerate(groups) for key, _ in group}
     former = {place[0, name] for name in model if (0, name) in place}
     for number, group in enumerate(groups):
@@ -137,11 +149,11 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
 def shared_names(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
     """Return groups of names of model, optimizer or payload tensors that share memory. Opens no expert."""
     payload = ((f"payload.{name}", tensor) for name, tensor in named_tensors(checkpoint.payload))
-    groups = sharing([*checkpoint.open_tensors().items(), *_slots(checkpoint), *payload])
+    groups = sharing([*checkpoint.open_references().items(), *_slots(checkpoint), *payload])
     return [tuple(name for name, _ in group) for group in groups]
 
 
-def _slots(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _slots(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
     return named_tensors(checkpoint.optimizer.state if checkpoint.optimizer else {})
 
 
@@ -203,16 +215,17 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
     Returns:
         None if either side has no ring or no head, or the rings have different lengths.
     """
-    if before.head is None or after.head is None or before.router_map is None or after.router_map is None:
+    was, now = before.router_reference, after.router_reference
+    if before.head is None or after.head is None or was is None or now is None:
         return None
-    old, new = router_owners(before.router_map), router_owners(after.router_map)
+    old, new = router_owners(was), router_owners(now)
     if old.shape != new.shape:
         return None
     changed = nonfinite = 0
     max_abs = 0.0
-    for (was, now), number in count_pairs(old, new).items():
-        a, b = before.head.experts.get(was), after.head.experts.get(now)
-        if (a is None and b is None and was == now) or (a is not None and b is not None and _same_expert(a, b)):
+    for (former, owner), number in count_pairs(old, new).items():
+        a, b = before.head.experts.get(former), after.head.experts.get(owner)
+        if (a is None and b is None and former == owner) or (a is not None and b is not None and _same_expert(a, b)):
             continue
         changed += number
         largest, finite = _largest_difference(a, b)
@@ -222,19 +235,26 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
 
 
 def _same_expert(a: Expert, b: Expert) -> bool:
-    return a is b or (a.keys() == b.keys() and all(same_bits(a[leaf], b[leaf]) for leaf in a))
+    if a is b:
+        return True
+    one, other = a.references(), b.references()
+    return one.keys() == other.keys() and all(same_bits(one[leaf], other[leaf]) for leaf in one)
 
 
 def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool]:
     """Return the largest absolute difference of two experts, and whether all their elements are finite."""
     if a is None or b is None or a.keys() != b.keys():
         return float("inf"), True
+    import torch
+
     largest, finite = 0.0, True
-    for leaf in a:
-        if a[leaf].shape != b[leaf].shape:
+    olds, news = a.references(), b.references()
+    for leaf, old in olds.items():
+        new = news[leaf]
+        if old.shape != new.shape:
             return float("inf"), True
-        wide = torch.complex128 if a[leaf].is_complex() else torch.float64
-        for x, y in in_pieces(a[leaf], b[leaf]):
+        wide = torch.complex128 if old.is_complex() else torch.float64
+        for x, y in in_pieces(old.values(), new.values()):
             one, other = x.to(wide), y.to(wide)
             same = (one == other) | (one.isnan() & other.isnan())  # inf − inf is NaN
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))

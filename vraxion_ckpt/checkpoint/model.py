@@ -1,24 +1,26 @@
 """The canonical checkpoint: the in-memory form that every adapter reads into and writes from.
 
-It is independent of file formats. Tensors are usually memory-mapped, and are never written in place. A transform works
-on a `Checkpoint.copy` and replaces entries.
+It is independent of file formats. Tensors are references until somebody looks at them, and are never written in place
+(`vraxion_ckpt.checkpoint.references`). A transform works on a `Checkpoint.copy` and replaces entries. Imports without
+torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, reference
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.support import progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Checkpoint:
     """A checkpoint in canonical form.
 
     Attributes:
-        core: every model tensor outside the head's experts, in state-dict order.
+        core: every model tensor outside the head's experts, in state-dict order. Any dict that is assigned becomes a
+            `TensorDict`. The same holds for `payload`.
         head: the output head, or None for a model without one.
         optimizer: the optimizer's state by parameter name, or None. See `UnboundCheckpoint` for numbered parameters.
         payload: all other entries, unchanged and in order (``step``, ``losses``, ``scaler``, unknown keys). Writers
@@ -109,10 +112,10 @@ class Checkpoint:
             `vraxion_ckpt.experts.companion_updates` use it. Empty between steps.
     """
 
-    core: dict[str, Tensor]
+    core: TensorDict[str, Tensor]
     head: Head | None = None
     optimizer: Optimizer | None = None
-    payload: dict[str, Any] = field(default_factory=dict)
+    payload: TensorDict[str, Any] = field(default_factory=TensorDict)
     param_names: tuple[str, ...] | None = None
     metadata: dict[str, Any] | None = None
     lifecycle: dict[int, Lifecycle] = field(default_factory=dict)
@@ -121,6 +124,11 @@ class Checkpoint:
     origin: Origin = field(default_factory=Origin)
     sources: Sources = field(default_factory=Sources)
     ancestors: dict[str, Ancestor] = field(default_factory=dict)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("core", "payload") and isinstance(value, dict) and not isinstance(value, TensorDict):
+            value = TensorDict(value)
+        super().__setattr__(name, value)
 
     @property
     def num_experts(self) -> int:
@@ -140,13 +148,19 @@ class Checkpoint:
 
     @router_map.setter
     def router_map(self, owners: Tensor) -> None:
-        if not isinstance(owners, Tensor):
+        if not hasattr(owners, "untyped_storage"):
             raise ValueError(f"router_map must be a tensor, not a {type(owners).__name__}")
         if owners.ndim != 1 or not len(owners):
             raise ValueError(f"router_map must have shape [L] with L ≥ 1, not {list(owners.shape)}")
-        if owners.dtype is torch.bool or owners.is_floating_point() or owners.is_complex():
+        if reference(owners).dtype == "bool" or owners.is_floating_point() or owners.is_complex():
             raise ValueError(f"router_map must hold integers, not {owners.dtype}")
         self.core[self._router_name] = owners
+
+    @property
+    def router_reference(self) -> TensorRef | None:
+        """The reference of `router_map`, or None if the model has no ring."""
+        found: TensorRef | None = self.core.reference(self._router_name) if self._router_name in self.core else None
+        return found
 
     @property
     def _router_name(self) -> str:
@@ -184,38 +198,47 @@ class Checkpoint:
                 _ = expert.tensors
                 count(1)
 
-    def open_tensors(self) -> dict[str, Tensor]:
-        """Return the model tensors that are available without opening a file: the core, then the open experts."""
-        tensors = dict(self.core)
+    def open_references(self) -> dict[str, TensorRef]:
+        """Return the references of the tensors of `open_tensors`."""
+        found: dict[str, TensorRef] = self.core.references()
         for i, expert in self.head.experts.items() if self.head else ():
             if self.head and expert.is_open:
-                tensors.update((self.head.prefix(i) + leaf, tensor) for leaf, tensor in expert.items())
-        return tensors
+                prefix = self.head.prefix(i)
+                found.update((prefix + leaf, tensor) for leaf, tensor in expert.references().items())
+        return found
+
+    def open_tensors(self) -> TensorDict[str, Tensor]:
+        """Return the model tensors that are available without opening a file: the core, then the open experts."""
+        return TensorDict(self.open_references())
 
     def tensor_names(self) -> list[str]:
         """Return the names of all model tensors in state-dict order. Opens the experts."""
-        return list(self.state_dict())
+        return list(self.state_references())
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all model tensors in state-dict order. Opens the experts."""
+    def state_references(self) -> dict[str, TensorRef]:
+        """Return the references of the tensors of `state_dict`. Opens the experts."""
         if self.head is None:
-            return dict(self.core)
-        core = list(self.core.items())
+            return self.core.references()
+        core = list(self.core.references().items())
         experts = (
-            (self.head.prefix(expert) + leaf, tensor)
-            for expert, tensors in self.head.experts.items()
-            for leaf, tensor in tensors.items()
+            (self.head.prefix(i) + leaf, tensor)
+            for i, expert in self.head.experts.items()
+            for leaf, tensor in expert.references().items()
         )
         return dict([*core[: self.head.position], *experts, *core[self.head.position :]])
+
+    def state_dict(self) -> TensorDict[str, Tensor]:
+        """Return all model tensors in state-dict order. Opens the experts."""
+        return TensorDict(self.state_references())
 
     def copy(self) -> Checkpoint:
         """Return a checkpoint with its own containers. Tensors are shared, and `ancestors` is empty."""
         return replace(
             self,
-            core=dict(self.core),
+            core=TensorDict(self.core),
             head=self.head.copy() if self.head else None,
             optimizer=self.optimizer.copy() if self.optimizer else None,
-            payload=dict(self.payload),
+            payload=TensorDict(self.payload),
             metadata=dict(self.metadata) if self.metadata is not None else None,
             lifecycle=dict(self.lifecycle),
             ancestors={},
@@ -243,7 +266,7 @@ class Checkpoint:
         others = [name for name in self.origin.dialects if name != keep_dialect] if had_state else []
         return replace(
             self.with_optimizer(None),
-            payload={},
+            payload=TensorDict(),
             lifecycle=dict.fromkeys(self.lifecycle, Lifecycle.unknown(0)),
             plan=None,
             origin=self.origin.without_dialects(*others),
@@ -260,6 +283,6 @@ class UnboundCheckpoint(Checkpoint):
     unbound: UnboundOptimizer = field(kw_only=True)
 
 
-def unbound_state_dict(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def unbound_state_dict(checkpoint: Checkpoint) -> TensorDict[str, Any] | None:
     """Return the state dict of an optimizer with numbered parameters, or None if the checkpoint has none."""
-    return checkpoint.unbound.state_dict if isinstance(checkpoint, UnboundCheckpoint) else None
+    return TensorDict(checkpoint.unbound.state_dict) if isinstance(checkpoint, UnboundCheckpoint) else None

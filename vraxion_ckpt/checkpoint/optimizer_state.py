@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vraxion_ckpt.checkpoint.order_rules import Rule
+from vraxion_ckpt.checkpoint.references import TensorDict
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Optimizer:
 
     Attributes:
         groups: the param groups, in order.
-        state: the slots (``exp_avg``, ``momentum_buffer``, ``step``, …) of every parameter that has any.
+        state: the slots (``exp_avg``, ``momentum_buffer``, ``step``, …) of every parameter that has any. Any dict that
+            is assigned becomes a `TensorDict`. The same holds for `extra`.
         extra: all other entries of the optimizer's state dict.
         bound_by: how the names were found and which assumptions were made, as text for users.
         undecided: names that may belong to another id, or to no id. Their state keeps its position. A chain that
@@ -40,12 +42,17 @@ class Optimizer:
     """
 
     groups: list[ParamGroup]
-    state: dict[str, dict[str, Any]]
-    extra: dict[str, Any] = field(default_factory=dict)
+    state: TensorDict[str, dict[str, Any]]
+    extra: TensorDict[str, Any] = field(default_factory=TensorDict)
     bound_by: str = "names"
     undecided: frozenset[str] = frozenset()
     rules: tuple[Rule, ...] | None = None
     prefixes: tuple[str, str] = ("", "")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("state", "extra") and isinstance(value, dict) and not isinstance(value, TensorDict):
+            value = TensorDict(value)
+        super().__setattr__(name, value)
 
     @property
     def params(self) -> list[str]:
@@ -57,7 +64,8 @@ class Optimizer:
         return replace(
             self,
             groups=[replace(g, options=dict(g.options), params=list(g.params)) for g in self.groups],
-            state={name: dict(slots) for name, slots in self.state.items()},
+            state=TensorDict({name: dict(slots) for name, slots in self.state.references().items()}),
+            extra=TensorDict(self.extra),
         )
 
 

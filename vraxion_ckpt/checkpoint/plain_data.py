@@ -1,21 +1,27 @@
 """Plain data: the values that loaders can read without executing code.
 
 Plain data are dicts, lists, tuples, strings, numbers, None, and dense CPU tensors whose storage holds all elements.
+A tensor is a `TensorRef` or a `torch.Tensor`. Imports without torch.
 """
 
 from __future__ import annotations
 
-import zlib
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from vraxion_ckpt.errors import CkptError, InconsistentError, LimitError, UnsupportedError
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, contiguous_strides, is_tensor
+from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
+from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import shortened
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _MOST_NODES = 5_000_000
 DEEPEST = 100
@@ -23,6 +29,18 @@ DEEPEST = 100
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 # Position in a nested value: the position of the container, and the key in it. Formatted only for error messages.
 _Place = tuple[Any, Any] | None
+_METHODS = frozenset(dir(OrderedDict))
+
+
+@dataclass(frozen=True)
+class NotPlain:
+    """A stand-in for a value in a file that is not plain data.
+
+    Attributes:
+        description: what it is, such as ``is a sparse tensor``, for the message of `check_plain`.
+    """
+
+    description: str
 
 
 def check_plain(value: Any, path: Path | None = None) -> None:
@@ -49,20 +67,21 @@ def _measure(
     kind = type(item)
     if kind in _SCALARS:
         return 1, 0
-    if kind is Tensor or kind is nn.Parameter:
-        _check_tensor(item, path, place)
+    if kind is TensorRef or _is_plain_tensor_type(kind):
+        problem = _problem(item)
+        if problem is not None:
+            raise problem.with_facts(path=path, key=_path_text(place))
         return 1, 0
-    if kind not in (dict, OrderedDict, list, tuple):
-        message = f"is a {kind.__module__}.{kind.__qualname__}; only plain data can be written"
-        raise UnsupportedError(message, path=path, key=_path_text(place))
+    if kind not in (dict, OrderedDict, list, tuple, TensorDict):
+        what = item.description if isinstance(item, NotPlain) else f"is a {kind.__module__}.{kind.__qualname__}"
+        raise UnsupportedError(f"{what}; only plain data can be written", path=path, key=_path_text(place))
     if id(item) not in seen:
         if depth >= DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
         entries: Iterable[tuple[Any, Any]] = ()
-        if kind is dict or kind is OrderedDict:
+        if kind is not list and kind is not tuple:
             _check_keys(item, path, place)
-            attributes = vars(item) if kind is OrderedDict else None
-            entries = [*item.items(), *([("<attributes>", attributes)] if attributes else ())]
+            entries = _entries(item, kind, path, place)
         elif not _SCALARS.issuperset(map(type, item)):
             entries = enumerate(item)
         nodes, levels = 1 + len(item), 0
@@ -78,18 +97,41 @@ def _measure(
     return nodes, levels
 
 
-def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in a plain value with its path, such as ``ema.head.weight``."""
-    if isinstance(value, Tensor):
-        yield place, value
-    elif isinstance(value, list | tuple) and _SCALARS.issuperset(map(type, value)):
-        return  # there may be millions of numbers
-    elif isinstance(value, dict | list | tuple):
+def _is_plain_tensor_type(kind: type) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter)
+
+
+def _entries(item: dict[Any, Any], kind: type, path: Path | None, place: _Place) -> Iterable[tuple[Any, Any]]:
+    if kind is TensorDict:
+        return item.references().items()  # type: ignore[attr-defined,no-any-return]
+    if kind is dict:
+        return () if _SCALARS.issuperset(map(type, item.values())) else item.items()
+    attributes = vars(item)
+    if not _METHODS.isdisjoint(attributes):
+        message = "has attributes that hide methods of an OrderedDict"
+        raise InconsistentError(message, path=path, key=_path_text(place) or "top level")
+    return [*item.items(), *([("<attributes>", attributes)] if attributes else ())]
+
+
+def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef | Tensor]]:
+    """Yield every tensor in a plain value with its path, such as ``ema.head.weight``.
+
+    Yields:
+        tensors as they are in the value; references of a `TensorDict`.
+    """
+    if isinstance(value, TensorDict):
+        value = value.references()
+    if isinstance(value, list | tuple) and _SCALARS.issuperset(map(type, value)):
+        return  # there may be millions
+    if isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(entry, Tensor | dict | list | tuple):
+            if type(entry) not in _SCALARS:
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
             yield from named_tensors(vars(value), f"{place} attributes")
+    elif is_tensor(value):
+        yield place, value
 
 
 def size_of(value: Any) -> int:
@@ -97,18 +139,22 @@ def size_of(value: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | str) -> str:
     """Return a dtype's name, like ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_and_shape(tensor: Tensor) -> str:
+def dtype_and_shape(tensor: TensorRef | Tensor) -> str:
     """Return a tensor's dtype and shape as text, like ``float32 [4, 8]``."""
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: TensorRef | Tensor) -> Tensor:
     """Return the bytes of a tensor's elements, uint8 of shape ``[n]``. Copies only if the tensor is not contiguous."""
+    import torch
+
+    if isinstance(tensor, TensorRef):
+        tensor = tensor.values()
     if not tensor.numel():  # its strides may not allow a view as bytes
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -131,46 +177,58 @@ def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...
         yield tuple(one[start : start + size] for one in flat)
 
 
-def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of the bytes of a tensor's elements."""
-    return zlib.crc32(bytes_of(tensor).numpy().data)
+def checksum(tensor: TensorRef | Tensor) -> int:
+    """Return the CRC-32 of the bytes of a tensor's elements. It is not computed if a file states it."""
+    ref = as_reference(tensor)
+    if ref.fills_storage() and ref.storage.crc is not None:
+        return ref.storage.crc
+    return crc32(bytes_of(ref).numpy().data)
 
 
 def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
-    for key in item:
-        if type(key) not in (str, int):
-            raise InconsistentError(
-                f"has a key of type {type(key).__name__}; not a string", path=path, key=_path_text(place) or "top level"
-            )
+    if {str, int}.issuperset(map(type, item)):
+        return
+    kind = next(type(key) for key in item if type(key) not in (str, int))
+    name = "Tensor" if kind is TensorRef else kind.__name__
+    raise InconsistentError(f"has a key of type {name}; not a string", path=path, key=_path_text(place) or "top level")
 
 
-def _check_tensor(tensor: Tensor, path: Path | None, place: _Place) -> None:
-    def refuse(error: type[CkptError], message: str) -> NoReturn:
-        raise error(message, path=path, key=_path_text(place))
+def _problem(tensor: TensorRef | Tensor) -> UnsupportedError | LimitError | None:
+    """Return an error if a tensor cannot be carried, or if its elements overlap."""
+    if isinstance(tensor, TensorRef):
+        return _layout_problem(tensor.shape, tensor.strides, tensor.storage.nbytes // tensor.itemsize)
+    import torch
 
     if tensor.is_nested:  # has a strided layout but no shape
-        refuse(UnsupportedError, "is a nested tensor")
+        return UnsupportedError("is a nested tensor")
     if tensor.layout != torch.strided:
-        refuse(UnsupportedError, f"is a sparse tensor ({tensor.layout})")
+        return UnsupportedError(f"is a sparse tensor ({tensor.layout})")
     if tensor.is_quantized:
-        refuse(UnsupportedError, "is a quantised tensor")
+        return UnsupportedError("is a quantised tensor")
     if tensor.device.type != "cpu":
-        refuse(UnsupportedError, f"is a tensor without data (on device {tensor.device})")
+        return UnsupportedError(f"is a tensor without data (on device {tensor.device})")
     if vars(tensor):
-        refuse(UnsupportedError, f"has attributes ({', '.join(vars(tensor))}); only plain data can be written")
-    held = tensor.untyped_storage().nbytes() // tensor.itemsize
-    if tensor.numel() > held:
-        refuse(LimitError, f"repeats its storage: {tensor.numel()} elements, but storage for {held}")
-    if any(size > 2**48 for size in tensor.shape):
-        refuse(LimitError, f"has a dimension over 2^48: shape {list(tensor.shape)}")
-    if not tensor.is_contiguous() and _overlaps(tensor):
-        refuse(LimitError, "repeats its storage: elements overlap")
+        return UnsupportedError(f"has attributes ({', '.join(vars(tensor))}); only plain data can be written")
+    return _layout_problem(tuple(tensor.shape), tensor.stride(), tensor.untyped_storage().nbytes() // tensor.itemsize)
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def _layout_problem(shape: tuple[int, ...], strides: tuple[int, ...], held: int) -> LimitError | None:
+    numel = prod(shape)
+    if numel > held:
+        return LimitError(f"repeats its storage: {numel} elements, but storage for {held}")
+    if any(size > 2**48 for size in shape):
+        return LimitError(f"has a dimension over 2^48: shape {list(shape)}")
+    if strides != contiguous_strides(shape) and _overlaps(shape, strides):
+        return LimitError("repeats its storage: elements overlap")
+    return None
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Return whether two elements of a strided tensor may overlap in memory."""
+    if 0 in shape:
+        return False
     reach = 0  # largest offset of an element, over the dimensions so far
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride <= reach:
                 return True
@@ -194,6 +252,8 @@ def as_comparable(tensor: Tensor) -> Tensor | None:
 
 def as_numbers(tensor: Tensor) -> Tensor | None:
     """Return a tensor's values as float64 or complex128, or None for a dtype that torch cannot convert."""
+    import torch
+
     try:
         return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
     except NotImplementedError:  # packed 4-bit floats

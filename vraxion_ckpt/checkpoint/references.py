@@ -18,9 +18,10 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from vraxion_ckpt.checkpoint.source_files import StoredBytes
+from vraxion_ckpt.checkpoint.source_files import StoredBytes, buffer_of
+from vraxion_ckpt.support.checksums import crc32
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +44,15 @@ ITEMSIZES = {
 
 @dataclass(eq=False)
 class MadeBytes:
-    """Bytes in memory, created by a plugin or a user."""
+    """Bytes in memory, created by a plugin or a user.
+
+    Attributes:
+        given: the memory.
+        crc: the CRC-32 of the bytes when the plugin handed them over, or None if it was not computed.
+    """
 
     given: torch.UntypedStorage
+    crc: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -58,20 +65,35 @@ class MadeBytes:
 
     view = memory
 
+    def note(self) -> None:
+        """Compute the CRC-32 of the bytes, unless it was computed before."""
+        if self.crc is None:
+            self.crc = crc32(buffer_of(self.given))
+
+    def was_written_into(self) -> bool:
+        """Return whether the bytes have changed since `note` was called."""
+        return self.crc is not None and crc32(buffer_of(self.given)) != self.crc
+
     def read(self, first: int, size: int) -> bytes:
         """Return `size` bytes, beginning with byte number `first`."""
-        import torch
-
-        return torch.tensor([], dtype=torch.uint8).set_(self.given)[first : first + size].numpy().tobytes()
+        return buffer_of(self.given)[first : first + size].tobytes()
 
 
 @dataclass(eq=False)
 class ComputedBytes:
-    """Bytes of a contiguous tensor that a function returns. The function is called each time that they are needed."""
+    """Bytes of a contiguous tensor that a function returns. The function is called each time that they are needed.
+
+    Attributes:
+        nbytes: number of bytes.
+        function: returns the tensor.
+        given: the memory that plugins got, or None if no plugin has looked at the bytes.
+        crc: the CRC-32 of the bytes, or None if they were not computed yet.
+    """
 
     nbytes: int
     function: Callable[[], Tensor]
     given: torch.UntypedStorage | None = None
+    crc: int | None = None
 
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. They are computed once."""
@@ -81,7 +103,16 @@ class ComputedBytes:
 
     def view(self) -> torch.UntypedStorage:
         """Compute the bytes."""
-        return self.given if self.given is not None else self.function().contiguous().untyped_storage()
+        made = self.function().detach().contiguous()
+        return (made if made.untyped_storage().nbytes() == self.nbytes else made.clone()).untyped_storage()
+
+    def read(self, first: int, size: int) -> bytes:
+        """Compute the bytes, and return `size` of them, beginning with byte number `first`."""
+        return buffer_of(self.view())[first : first + size].tobytes()
+
+    def was_written_into(self) -> bool:
+        """Return whether the memory that plugins got differs from what the function returns."""
+        return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
 
 
 Storage = StoredBytes | MadeBytes | ComputedBytes
@@ -192,17 +223,20 @@ class TensorRef:
 
         dtype = getattr(torch, self.dtype)
         tensor = torch.empty(0, dtype=dtype).set_(memory, self.first, self.shape, self.strides)
-        if self.conj or self.neg:
-            torch._utils.set_tensor_metadata(tensor, {"conj": self.conj, "neg": self.neg})
+        tensor = tensor.conj() if self.conj else tensor
+        tensor = tensor._neg_view() if self.neg else tensor
         if self.parameter:
             return torch.nn.Parameter(tensor, self.requires_grad)
         return tensor.requires_grad_(self.requires_grad) if self.requires_grad else tensor
 
     def copied(self) -> TensorRef:
-        """Return an equal tensor that shares no memory with this one. Bytes are copied when it is written."""
-        if isinstance(self.storage, StoredBytes):
+        """Return an equal tensor that shares no memory with this one. Bytes of a file are copied when it is written."""
+        if isinstance(self.storage, StoredBytes) and self.fills_storage():
             return replace(self, storage=self.storage.copied(), _tensor=None)
-        return reference(self.values().clone())
+        import torch
+
+        copy = self.values().detach().clone(memory_format=torch.preserve_format)
+        return reference(torch.nn.Parameter(copy, self.requires_grad) if self.parameter else copy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
         storage = memo.get(id(self.storage))
@@ -232,7 +266,7 @@ class _Known:
     def __init__(self) -> None:
         from torch.utils.weak import WeakIdKeyDictionary
 
-        self.references: Any = WeakIdKeyDictionary()
+        self.references: Any = WeakIdKeyDictionary()  # tensor → its reference, and its state when it was handed over
         self.storages: weakref.WeakValueDictionary[int, Storage] = weakref.WeakValueDictionary()
 
 
@@ -243,7 +277,7 @@ def _known() -> _Known:
 
 def _remember(tensor: Tensor, ref: TensorRef) -> None:
     ref._tensor = weakref.ref(tensor)
-    _known().references[tensor] = ref
+    _known().references[tensor] = ref, _state(tensor)
     _known().storages[tensor.untyped_storage()._cdata] = ref.storage
 
 
@@ -263,8 +297,8 @@ def reference(tensor: Tensor) -> TensorRef:
 
     known = _known()
     found = known.references.get(tensor)
-    if found is not None and _describes(found, tensor):
-        return found
+    if found is not None and _describes(found[0], tensor):
+        return found[0]  # type: ignore[no-any-return]
     memory = tensor.untyped_storage()
     storage = known.storages.get(memory._cdata)
     ref = TensorRef(
@@ -280,6 +314,23 @@ def reference(tensor: Tensor) -> TensorRef:
     )
     _remember(tensor, ref)
     return ref
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a value that changes if torch counts an in-place write, or if address, dtype, shape or strides change."""
+    address = tensor.data_ptr() if tensor.numel() else 0
+    return tensor._version, address, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
+
+
+def was_written(ref: TensorRef) -> bool:
+    """Return whether torch counted a write into the tensor of a reference since somebody got it. Reads no bytes."""
+    tensor = ref._tensor() if ref._tensor is not None else None
+    return tensor is not None and _known().references[tensor][1] != _state(tensor)
+
+
+def as_reference(tensor: TensorRef | Tensor) -> TensorRef:
+    """Return a reference unchanged, and the reference of a tensor."""
+    return tensor if isinstance(tensor, TensorRef) else reference(tensor)
 
 
 def is_tensor(value: object) -> bool:
@@ -348,8 +399,12 @@ class _Closed:
             self.resolved = resolved(self.value)
         return self.resolved
 
-    def references(self) -> Any:
-        return self.value if self.resolved is None else referenced(self.resolved)
+    def stored(self) -> Any:
+        return self.value if self.resolved is None else self.resolved
+
+
+def _reference_of(value: Any) -> Any:
+    return referenced(value.stored() if isinstance(value, _Closed) else value)
 
 
 class TensorDict(dict[K, V]):
@@ -365,17 +420,18 @@ class TensorDict(dict[K, V]):
             super().__init__(entries)
             for key, value in dict.items(self):
                 if isinstance(value, dict | list | tuple):
-                    dict.__setitem__(self, key, _Closed(value))  # type: ignore[arg-type]
+                    self[key] = value
 
     def references(self) -> dict[K, Any]:
         """Return the entries, in order, with a `TensorRef` for each tensor."""
         found: dict[K, Any] = {}
         for key, value in dict.items(self):
-            if isinstance(value, _Closed):
-                found[key] = value.references()
-            else:
-                found[key] = value if isinstance(value, TensorRef) else referenced(value)
+            found[key] = value if isinstance(value, TensorRef) else _reference_of(value)
         return found
+
+    def as_stored(self) -> dict[K, Any]:
+        """Return the entries, in order, with tensors where somebody has looked, and references elsewhere."""
+        return {key: value.stored() if isinstance(value, _Closed) else value for key, value in dict.items(self)}
 
     def reference(self, key: K) -> Any:
         """Return one entry with a `TensorRef` for each tensor.
@@ -383,8 +439,7 @@ class TensorDict(dict[K, V]):
         Raises:
             KeyError: there is no such entry.
         """
-        value = dict.__getitem__(self, key)
-        return value.references() if isinstance(value, _Closed) else referenced(value)
+        return _reference_of(dict.__getitem__(self, key))
 
     def __getitem__(self, key: K) -> V:
         value: Any = dict.__getitem__(self, key)
@@ -394,6 +449,9 @@ class TensorDict(dict[K, V]):
         elif isinstance(value, _Closed):
             value = value.look()
         return value  # type: ignore[no-any-return]
+
+    def __setitem__(self, key: K, value: Any) -> None:
+        dict.__setitem__(self, key, _Closed(value) if isinstance(value, dict | list | tuple) else value)
 
     # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and
     # ``{**x}`` use it.
@@ -422,8 +480,17 @@ class TensorDict(dict[K, V]):
         return key, self.pop(key)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        dict.setdefault(self, key, default)
+        if key not in self:
+            self[key] = default
         return self[key]
+
+    def update(self, *entries: Any, **more: Any) -> None:
+        for key, value in dict(*entries, **more).items():
+            self[key] = value
+
+    def __ior__(self, entries: Any) -> Self:  # type: ignore[misc]
+        self.update(entries)
+        return self
 
     def copy(self) -> TensorDict[K, V]:
         return TensorDict(self)

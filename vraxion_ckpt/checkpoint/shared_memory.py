@@ -2,70 +2,68 @@
 
 Two tensors share memory if their byte ranges, from the first to the last element, overlap. They are tied if they are
 the same view of that memory: equal first byte, dtype, shape and strides. An empty tensor shares memory with no other.
+Imports without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 
-from vraxion_ckpt.checkpoint.source_files import Extent
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _K = TypeVar("_K")
+_T = TypeVar("_T", bound="TensorRef | Tensor")
 
 
-def extent(tensor: Tensor) -> Extent:
-    """Return the byte range of a tensor: address of its first element, and size up to the end of the last one."""
-    if not tensor.numel():
-        return tensor.data_ptr(), 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), (last + 1) * tensor.itemsize
-
-
-def view_of(tensor: Tensor) -> tuple[Any, ...]:
+def view_of(tensor: TensorRef) -> tuple[Any, ...]:
     """Return a key that two non-empty tensors have in common if and only if they are tied.
 
     Strides of dimensions of size 1 are ignored.
     """
-    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.is_conj(), tensor.is_neg()
+    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    return *tensor.extent()[:2], tensor.dtype, tensor.shape, strides, tensor.conj, tensor.neg
 
 
-def sharing(named: Iterable[tuple[_K, Tensor]]) -> list[list[tuple[_K, Tensor]]]:
+def sharing(named: Iterable[tuple[_K, _T]]) -> list[list[tuple[_K, _T]]]:
     """Return groups of tensors that share memory, directly or through other tensors of the group.
 
     Args:
-        named: tensors with their names.
+        named: tensors or references with their names.
 
     Returns:
         groups of at least two tensors, ordered by their first tensors. The tensors of a group are in the given order.
     """
     given = list(named)
-    spans = sorted((*extent(tensor), number) for number, (_, tensor) in enumerate(given) if tensor.numel())
+    references = [as_reference(tensor) for _, tensor in given]
+    spans = sorted((*ref.extent(), number) for number, ref in enumerate(references) if ref.numel())
     groups: list[list[int]] = []
-    end = -1
-    for start, size, number in spans:
-        if start >= end:
+    reached = (-1, -1)  # address space and first byte after the group
+    for space, start, size, number in spans:
+        if (space, start) >= reached:
             groups.append([])
         groups[-1].append(number)
-        end = max(end, start + size)
+        reached = max(reached, (space, start + size))
     return [[given[number] for number in group] for group in sorted(map(sorted, groups)) if len(group) > 1]
 
 
-def without_tied(named: Iterable[tuple[_K, Tensor]]) -> list[tuple[_K, Tensor]]:
+def without_tied(named: Iterable[tuple[_K, _T]]) -> list[tuple[_K, _T]]:
     """Return the tensors that are not tied to an earlier one, as torch's ``named_parameters()`` does."""
     seen: set[tuple[Any, ...]] = set()
     found = []
     for name, tensor in named:
-        view = view_of(tensor)
-        if not tensor.numel() or view not in seen:
+        ref = as_reference(tensor)
+        view = view_of(ref)
+        if not ref.numel() or view not in seen:
             found.append((name, tensor))
         seen.add(view)
     return found
 
 
-def fills_storage(tensor: Tensor) -> bool:
+def fills_storage(tensor: TensorRef | Tensor) -> bool:
     """Return whether a tensor's storage holds exactly its elements."""
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    ref = as_reference(tensor)
+    return ref.storage.nbytes == ref.nbytes

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
-from vraxion_ckpt.checkpoint.plain_data import bytes_of
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError
 
 Shape = tuple[int, ...]
@@ -27,7 +25,7 @@ def _differs_in_shape(slot: Any) -> bool:
 
 @dataclass(frozen=True)
 class RawOptimizer:
-    """A validated torch optimizer state dict."""
+    """A validated torch optimizer state dict. Its tensors are references."""
 
     groups: list[dict[str, Any]]
     state: dict[int, dict[str, Any]]
@@ -40,11 +38,12 @@ class RawOptimizer:
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> RawOptimizer:
-        """Validate the structure of a state dict.
+        """Validate the structure of a state dict with tensors or references.
 
         Raises:
             InconsistentError: the state dict is not what torch writes.
         """
+        raw = referenced(raw)
         groups, state = raw.get("param_groups"), raw.get("state")
         if not isinstance(groups, list) or not isinstance(state, dict):
             raise InconsistentError("must have a dict `state` and a list `param_groups`", key="optimizer")
@@ -79,7 +78,7 @@ class RawOptimizer:
         scalar in it means a scalar parameter. A slot that is always a scalar (``step``) gives no information.
         """
         tensors = {
-            i: {slot: tuple(value.shape) for slot, value in slots.items() if isinstance(value, Tensor)}
+            i: {slot: tuple(value.shape) for slot, value in slots.items() if isinstance(value, TensorRef)}
             for i, slots in self.state.items()
         }
         following = {slot for slots in tensors.values() for slot, shape in slots.items() if shape}
@@ -103,14 +102,14 @@ class RawOptimizer:
         name_of = dict(zip(self.ids, names, strict=True))
         groups = [
             ParamGroup(
-                options={key: value for key, value in group.items() if key not in ("params", "param_names")},
+                options=resolved({key: value for key, value in group.items() if key not in ("params", "param_names")}),
                 params=[name_of[i] for i in group["params"]],
                 keys=tuple(group),
             )
             for group in self.groups
         ]
         state = {name_of[i]: dict(slots) for i, slots in self.state.items()}
-        return Optimizer(groups, state, self.extra, bound_by)
+        return Optimizer(groups, TensorDict(state), TensorDict(self.extra), bound_by)
 
 
 def digest(state_dict: Mapping[str, Any]) -> str:
@@ -120,20 +119,24 @@ def digest(state_dict: Mapping[str, Any]) -> str:
     for another state with the same structure.
     """
     found = hashlib.sha256(repr([group["params"] for group in state_dict["param_groups"]]).encode())
-    for i, slots in state_dict["state"].items():
+    for i, slots in referenced(state_dict["state"]).items():
         for slot, value in slots.items():
             found.update(repr((i, slot)).encode())
-            if isinstance(value, Tensor):
-                found.update(repr((str(value.dtype), tuple(value.shape))).encode())
+            if isinstance(value, TensorRef):
+                found.update(repr((f"torch.{value.dtype}", value.shape)).encode())
                 if value.is_contiguous():
-                    found.update(bytes_of(value)[: 16 * value.itemsize].numpy().tobytes())
+                    size = min(16, value.numel()) * value.itemsize
+                    found.update(value.storage.read(value.first * value.itemsize, size))
             elif isinstance(value, int | float | str):
                 found.update(repr(value).encode())
     return found.hexdigest()
 
 
 def unbind(optimizer: Optimizer) -> dict[str, Any]:
-    """Return torch's state dict: ids 0 … P−1, group after group, and ``param_names`` where groups had them."""
+    """Return torch's state dict: ids 0 … P−1, group after group, and ``param_names`` where groups had them.
+
+    The tensors in ``state`` are references.
+    """
     ids = {name: i for i, name in enumerate(optimizer.params)}
     theirs, models = optimizer.prefixes
     groups = []
@@ -145,13 +148,13 @@ def unbind(optimizer: Optimizer) -> dict[str, Any]:
         }
         keys = [*group.keys, *(k for k in [*group.options, "params"] if k not in group.keys)]
         groups.append({key: entries[key] for key in keys if key in entries})
-    state = {ids[name]: slots for name, slots in optimizer.state.items()}
-    return {"state": state, "param_groups": groups, **optimizer.extra}
+    state = {ids[name]: slots for name, slots in optimizer.state.references().items()}
+    return {"state": state, "param_groups": groups, **optimizer.extra.references()}
 
 
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     """Return the shapes of the model tensors that are available without opening a file, by name."""
-    return {name: tuple(tensor.shape) for name, tensor in checkpoint.open_tensors().items()}
+    return {name: tensor.shape for name, tensor in checkpoint.open_references().items()}
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,10 @@ def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterat
     parameter, and not every one is a reduced shape of its own parameter, the names are probably wrong.
     """
     kinds: dict[str, list[tuple[str, Shape]]] = {}
-    for name, slots in optimizer.state.items():
+    for name, slots in optimizer.state.references().items():
         for slot, value in slots.items():
-            if name in shapes and isinstance(value, Tensor) and value.ndim:
-                kinds.setdefault(slot, []).append((name, tuple(value.shape)))
+            if name in shapes and isinstance(value, TensorRef) and value.ndim:
+                kinds.setdefault(slot, []).append((name, value.shape))
     parameters = {shapes[name] for name in optimizer.params if name in shapes}
     for slot, found in kinds.items():
         wrong = [(name, shape) for name, shape in found if shape != shapes[name]]

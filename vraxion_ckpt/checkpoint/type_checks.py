@@ -12,15 +12,14 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import check_plain
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, is_tensor
 from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
 
-_PLAIN = dict[str, Any]  # written as it is, so it must be plain data
+_PLAIN = (dict[str, Any], TensorDict[str, Any])  # written as they are, so they must be plain data
 _SCALARS = (int, float, str)
 
 
@@ -41,7 +40,7 @@ def wrong_leaves(leaves: object) -> str | None:
     """Return a description of the first fault in the tensors of a newly opened expert, or None."""
     if not isinstance(leaves, Mapping):
         return f"an expert's tensors are a {_kind(leaves)}, not a mapping"
-    return next(_entry_faults(dict(leaves), (str, Tensor), "expert"), None)
+    return next(_entry_faults(leaves, (str, TensorRef), "expert"), None)
 
 
 def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
@@ -54,17 +53,17 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
             yield from (
                 found[0] if len(found) == 1 else [f"{place or 'it'} is a {_kind(value)}, not {_type_text(expected)}"]
             )
-    elif expected is Tensor:
+    elif expected is TensorRef:
         yield from _tensor_faults(value, place)
     elif not _is_instance(value, origin or expected):
         yield f"{place or 'it'} is a {_kind(value)}, not {_type_text(expected)}"
-    elif expected == _PLAIN:
+    elif expected in _PLAIN:
         yield from _plain_faults(value, place)
     elif origin is not None:
         yield from _entry_faults(value, arguments, place)
     elif expected is Expert:
         if isinstance(value, Expert) and value.is_open:
-            yield from _entry_faults(dict(value), (str, Tensor), place)
+            yield from _entry_faults(value.as_stored(), (str, TensorRef), place)
     elif is_dataclass(expected) and isinstance(expected, type) and expected is not Sources:
         for name, kind in _declared(expected).items():
             yield from _faults(getattr(value, name, None), kind, f"{place}.{name}" if place else name)
@@ -82,7 +81,8 @@ def _is_instance(value: object, kind: type) -> bool:
 def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[str]:
     """Check the entries of a dict, list, set or tuple."""
     if isinstance(value, Mapping):
-        for key, entry in value.items():
+        entries = value.as_stored() if isinstance(value, TensorDict) else value
+        for key, entry in entries.items():
             yield from _faults(key, kinds[0], f"a key of {place}")
             yield from _faults(entry, kinds[1], f"{place}[{key!r}]")
     elif isinstance(value, tuple) and kinds[-1] is not Ellipsis:
@@ -96,7 +96,7 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
 
 
 def _tensor_faults(value: object, place: str) -> Iterator[str]:
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         yield from _plain_faults(value, place)  # dense, on the CPU, not a subclass
     else:
         yield f"{place} is a {_kind(value)}, not a tensor"
@@ -104,7 +104,7 @@ def _tensor_faults(value: object, place: str) -> Iterator[str]:
 
 def _plain_faults(value: object, place: str) -> Iterator[str]:
     try:
-        check_plain(value)
+        check_plain(value.as_stored() if isinstance(value, TensorDict) else value)
     except CkptError as error:
         yield f"{place}{f'.{error.key}' if error.key else ''} {error.message}"
 
@@ -112,7 +112,7 @@ def _plain_faults(value: object, place: str) -> Iterator[str]:
 @cache
 def _declared(kind: type) -> dict[str, Any]:
     """Return the annotated type of each field of a dataclass, except fields that are functions."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, localns={"Tensor": TensorRef})
     return {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint
@@ -18,7 +17,7 @@ from vraxion_ckpt.checkpoint.type_checks import wrong_type
 from vraxion_ckpt.errors import PluginError, StorageError, errors_at
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy, follow
 from vraxion_ckpt.optimizer.placement import place_as_listed, place_in_order, refuse_undecided
-from vraxion_ckpt.plugins.lent_tensors import MadeTensors, WriteCounts, wrote_into
+from vraxion_ckpt.plugins.lent_tensors import LentTensors, counted_writes, wrote_into
 from vraxion_ckpt.plugins.options import resolved
 from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
 from vraxion_ckpt.plugins.transform import Effect, Step
@@ -42,7 +41,7 @@ FOLLOW = ChainPolicy()
 
 
 def apply_chain(
-    checkpoint: Checkpoint, chain: Iterable[Step], policy: ChainPolicy = FOLLOW, made: MadeTensors | None = None
+    checkpoint: Checkpoint, chain: Iterable[Step], policy: ChainPolicy = FOLLOW, lent: LentTensors | None = None
 ) -> tuple[Checkpoint, dict[Path, bytes]]:
     """Apply transforms from left to right, and record each in the checkpoint's history.
 
@@ -50,7 +49,7 @@ def apply_chain(
         checkpoint: the input of the first transform.
         chain: the transforms.
         policy: how companions and the optimizer follow.
-        made: receives the checksums of the tensors that the transforms create.
+        lent: the tensors of the checkpoint. Those that the transforms make are added.
 
     Returns:
         The result of the last transform, and the side files of all.
@@ -65,10 +64,10 @@ def apply_chain(
     """
     side_files: dict[Path, bytes] = {}
     source = checkpoint
-    made = made if made is not None else MadeTensors(checkpoint)
+    lent = lent if lent is not None else LentTensors(checkpoint)
     for step in chain:
-        checkpoint, asked = _apply_step(checkpoint, step, policy, made)
-        made.note(checkpoint)
+        checkpoint, asked = _apply_step(checkpoint, step, policy, lent)
+        lent.note(checkpoint)
         side_files.update(asked)
     if policy.result_order is not None:
         checkpoint = place_as_listed(source, checkpoint, policy.result_order)
@@ -99,12 +98,11 @@ def effect_of(step: Step) -> Effect:
 
 
 def _apply_step(
-    before: Checkpoint, step: Step, policy: ChainPolicy, made: MadeTensors
+    before: Checkpoint, step: Step, policy: ChainPolicy, lent: LentTensors
 ) -> tuple[Checkpoint, dict[Path, bytes]]:
     """Apply one transform, check its result, update optimizer and companions, and record it in the history."""
-    counts = WriteCounts(before)
     after, asked, options = _call(step, before)
-    if written := [*counts.risen(), *made.altered()]:
+    if written := [*counted_writes(before), *lent.altered_made()]:
         raise _defect(step, wrote_into(written))
     record = Record(
         name=step.transform.name,
@@ -122,6 +120,8 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
     """Run a transform's code. Return the checkpoint, the side files and the options, with checked types."""
     name = step.transform.name
     try:
+        import torch
+
         # Without `no_grad`, the result would keep an autograd graph.
         with errors_at(key=name), plugin_call(name, step.distribution), torch.no_grad():
             after = step.transform.apply(before.copy())
@@ -138,6 +138,8 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
 
 def _check_result(step: Step, before: Checkpoint, after: Checkpoint) -> None:
     """Check the types of a result. Open its new lazy experts, because opening them runs the transform's code."""
+    import torch
+
     known = set(map(id, before.head.experts.values())) if before.head else set()
     wrong = wrong_type(after)
     if wrong is None:
@@ -185,9 +187,10 @@ def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
 
     A renumbered expert counts as the same owner.
     """
-    if before.router_map is None or after.router_map is None or before.head is None or after.head is None:
+    was, now = before.router_reference, after.router_reference
+    if was is None or now is None or before.head is None or after.head is None:
         return 0
-    old, new = router_owners(before.router_map), router_owners(after.router_map)
+    old, new = router_owners(was), router_owners(now)
     if old.shape != new.shape:
         return 0
     known = {id(expert): i for i, expert in before.head.experts.items()}

@@ -61,7 +61,7 @@ from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, TransformLike, resolve_chain
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors
+from vraxion_ckpt.plugins.lent_tensors import LentTensors
 from vraxion_ckpt.plugins.plugin_calls import output_to_stderr
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named, read_with, refuse
@@ -189,10 +189,10 @@ def convert_to_all(
 
             reopen = partial(read_with, source, options, optimizer)
             before = reopen()
-            lent = SourceTensors(before, reopen)
+            lent = LentTensors(before)
             check_complete(before, optimizer)
             _check_source(before, source, [place for _, place in places])
-            applied = apply(before, chain, lent, record, policy)
+            applied = apply(before, chain, lent, reopen, record, policy)
             results = [_result(applied, target, *place) for target, place in zip(targets, places, strict=True)]
             manifests = [_manifest_target(result, chain) for result in results]
             _check_paths(results, manifests, chain, reads)
@@ -285,7 +285,7 @@ def _manifest_target(result: _Result, chain: Sequence[Step]) -> SideTarget | Non
 
 
 def _stage_all(
-    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[SideTarget | None], lent: SourceTensors
+    stack: ExitStack, results: Sequence[_Result], manifests: Sequence[SideTarget | None], lent: LentTensors
 ) -> Staging:
     """Stage all results, read them back and compare them. Stage the side files and manifests."""
     stages = [_stage(stack, result, lent) for result in results]
@@ -317,13 +317,13 @@ def _publish(staging: Staging, before: Checkpoint) -> None:
                 raise error.with_facts(written=written, not_written=lacking) from error.__cause__
 
 
-def _stage(stack: ExitStack, result: _Result, lent: SourceTensors) -> Staged:
+def _stage(stack: ExitStack, result: _Result, lent: LentTensors) -> Staged:
     """Write a result to a staging path, read it back and compare it."""
     adapter, held = result.adapter, result.outcome.held
     is_directory = adapter_calls.is_directory(adapter)
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
-    write_whole(adapter, result.outcome.before, held, stage)
+    written = write_whole(adapter, result.outcome.before, held, stage)
     with quietly():
         found = adapter_calls.call_read(adapter, stage.path)
-    check_read_back(adapter, found, held, lent, result.place)
+    check_read_back(adapter, found, held, lent, written, result.place)
     return stage

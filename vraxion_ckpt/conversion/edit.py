@@ -41,7 +41,7 @@ from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, TransformLike, resolve_adapter, resolve_chain
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors
+from vraxion_ckpt.plugins.lent_tensors import LentTensors
 from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import (
     OptimizerPolicy,
@@ -126,12 +126,12 @@ def edit(
             marks = survey(target)
             reopen = partial(read_with, target, options, optimizer)
             before = reopen()
-            lent = SourceTensors(before, reopen)
+            lent = LentTensors(before)
             _refuse_a_part(target, before)
             idle = not chain and optimizer in ("keep", "partial") and to is None and result_order is None
             if not idle:
                 check_complete(before, optimizer)
-            outcome = judge(apply(before, chain, lent, policy=policy), adapter, target, losses, overwrite=False)
+            outcome = judge(apply(before, chain, lent, reopen, policy=policy), adapter, target, losses, overwrite=False)
             listed = _manifest_target(manifest, outcome, target, chain, keep_old=keep_old)
             _check_side_targets(target, chain, outcome, listed)
             refuse(InconsistentError, invariants.invariant_findings(before), target)  # with the experts opened since

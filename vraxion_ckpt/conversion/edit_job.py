@@ -11,6 +11,7 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.comparison import without_experts
 from vraxion_ckpt.checkpoint.plain_data import size_of
+from vraxion_ckpt.checkpoint.written_files import WrittenFiles, recording
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.file_marks import mark_of
 from vraxion_ckpt.commit.manifest import by_name
@@ -31,7 +32,7 @@ from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors
+from vraxion_ckpt.plugins.lent_tensors import LentTensors
 from vraxion_ckpt.reading.opening import files_of
 
 
@@ -49,7 +50,7 @@ class EditJob:
     allow_globals: Sequence[str]
     target: Path
     outcome: Outcome
-    lent: SourceTensors
+    lent: LentTensors
     plan: EditPlan
     listed: SideTarget | None
     keep_old: bool
@@ -65,7 +66,7 @@ class EditJob:
         else:
             size = adapter_calls.size(self.adapter, held)
         if size is None:
-            size = size_of([held.state_dict(), held.payload, held.optimizer.state if held.optimizer else {}])
+            size = size_of([held.state_references(), held.payload, held.optimizer.state if held.optimizer else {}])
         return Staging(sizes=[size + plan.copied + sum(map(len, self.outcome.side_files.values()))])
 
     def stage(self, stack: ExitStack) -> Staging:
@@ -76,18 +77,19 @@ class EditJob:
         before, held, plan, target = self.outcome.before, self.outcome.held, self.plan, self.target
         stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True, change=plan.change))
         if plan.files:
-            for name in plan.written:
-                (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-                plan.files[name].write(stage.path / name)
+            with recording() as written:
+                for name in plan.written:
+                    (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+                    plan.files[name].write(stage.path / name)
         else:
-            write_whole(self.adapter, before, held, stage)
+            written = write_whole(self.adapter, before, held, stage)
         sides = stage_side_files(stack, self.outcome.side_files, self.outcome.side_targets)
         new = by_name(stage.path, files_below(stage.path))
-        written = [*new.values(), *(side.path for side in sides)]
-        size = plan.copied + sum(path.stat().st_size for path in written)
+        staged_files = [*new.values(), *(side.path for side in sides)]
+        size = plan.copied + sum(path.stat().st_size for path in staged_files)
         for name in plan.carried:
             _carry(target / name, stage.path / name, copy=self.keep_old)
-        self._read_back(stage)
+        self._read_back(stage, written)
         files = {name: new.get(name, target / name) for name in plan.files} or new
         manifest = stage_manifest(stack, self.listed, self.adapter, files, target)
         before.sources.verify()  # including parts that are not in the result
@@ -104,7 +106,7 @@ class EditJob:
         before.sources.check_unchanged()
         return Staging([], [manifest], [manifest.path.stat().st_size])
 
-    def _read_back(self, stage: Staged) -> None:
+    def _read_back(self, stage: Staged, written: WrittenFiles) -> None:
         """Read the new state as a reader would, and compare its changed parts with their source."""
         with quietly():
             if self.plan.change.exchanged != "." and isinstance(self.adapter, IncrementalDirectoryAdapter):
@@ -113,7 +115,9 @@ class EditJob:
             else:
                 found = adapter_calls.call_read(self.adapter, stage.path, self.allow_globals)
                 found.open_experts()  # including unchanged ones
-        check_read_back(self.adapter, found, self.outcome.held, self.lent, self.target, untouched=self._untouched())
+        check_read_back(
+            self.adapter, found, self.outcome.held, self.lent, written, self.target, untouched=self._untouched()
+        )
 
     def publish(self, staging: Staging) -> Path | None:
         """Commit the side files, then the target, then its manifest. Return the path of the kept previous state."""

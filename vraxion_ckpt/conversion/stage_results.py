@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from vraxion_ckpt.checkpoint import invariants
-from vraxion_ckpt.checkpoint.comparison import differences_and_checksums, without_experts
+from vraxion_ckpt.checkpoint.comparison import without_experts
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.written_files import WrittenFiles, recording
 from vraxion_ckpt.commit.manifest import dump_manifest, make_manifest
 from vraxion_ckpt.commit.staging import Staged, exclusive, staged
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.commit.transaction import committed
+from vraxion_ckpt.conversion.read_back import read_back_differences
 from vraxion_ckpt.conversion.targets import SideTarget
 from vraxion_ckpt.errors import CkptWarning, InvariantError, StorageError
 from vraxion_ckpt.optimizer import binding
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
+from vraxion_ckpt.plugins.lent_tensors import LentTensors, counted_writes, wrote_into
 from vraxion_ckpt.plugins.options import defect_of
 from vraxion_ckpt.reading.opening import refuse
 from vraxion_ckpt.support import signals
@@ -86,18 +88,20 @@ def publish(stage: Staged, manifest: Staged | None, **how: Any) -> Path | None:
             manifest.publish()
 
 
-def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> None:
-    """Let an adapter write to a stage.
+def write_whole(adapter: Adapter, before: Checkpoint, held: Checkpoint, stage: Staged) -> WrittenFiles:
+    """Let an adapter write to a stage. Return the checksums that the writers have read back.
 
     Raises:
         ChangedError: a source file changed while it was being read.
         StorageError: the operating system cannot write.
     """
     try:
-        adapter_calls.write(adapter, held, stage.path)
+        with recording() as written:
+            adapter_calls.write(adapter, held, stage.path)
     except StorageError:
         before.sources.check_unchanged()  # reading a truncated source fails with an I/O error, too
         raise
+    return written
 
 
 def stage_side_files(
@@ -124,20 +128,20 @@ def check_read_back(
     adapter: Adapter,
     found: Checkpoint,
     expected: Checkpoint,
-    lent: SourceTensors,
+    lent: LentTensors,
+    written: WrittenFiles,
     target: Path,
     *,
     untouched: Collection[int] = frozenset(),
 ) -> None:
     """Compare a result that was read back with the files of the source and the tensors that the chain created.
 
-    The tensors in memory are not trusted, because the adapter had access to them.
-
     Args:
         adapter: wrote the result.
         found: the result that was read back.
         expected: the checkpoint that was written.
         lent: the tensors of the source.
+        written: the checksums that the writers have read back.
         target: the final path, for error messages.
         untouched: ids of experts that were not written.
 
@@ -151,8 +155,8 @@ def check_read_back(
     found = binding.bind(found)
     refuse(InvariantError, invariants.invariant_findings(found), target)
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
-    listed = list(islice(differences_and_checksums(expected, found, lent.original), 20))
-    if written := lent.written() or (lent.altered_in(expected) if listed else []):
-        raise defect_of(adapter, wrote_into(written))
+    listed = list(islice(read_back_differences(expected, found, written), 20))
+    if touched := counted_writes(expected) or (lent.altered() if listed else []):
+        raise defect_of(adapter, wrote_into(touched))
     refuse(InvariantError, iter(listed), target)
     found.sources.verify()

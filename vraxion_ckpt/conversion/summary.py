@@ -99,7 +99,7 @@ class Outcome:
 
 def count_tensors(before: Checkpoint, after: Checkpoint) -> TensorCount:
     """Count which of the model's tensors were copied, renamed, created, changed and dropped."""
-    old, new = before.state_dict(), after.state_dict()
+    old, new = before.state_references(), after.state_references()
     known = {id(tensor) for tensor in old.values()}
     counts: dict[str, int] = dict.fromkeys(("copied", "renamed", "created", "changed", "dropped"), 0)
     accounted: set[int] = set()  # ids of old tensors that were found in `after`

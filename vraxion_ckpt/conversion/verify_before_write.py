@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
-
-from torch import Tensor
 
 from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.comparison import same_bits
@@ -17,6 +15,7 @@ from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.provenance import Record
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, apply_chain, effect_of
 from vraxion_ckpt.conversion.summary import Outcome
 from vraxion_ckpt.conversion.targets import check_side_files
@@ -26,7 +25,7 @@ from vraxion_ckpt.experts.companions import find_companions
 from vraxion_ckpt.optimizer import placement
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, Loss
-from vraxion_ckpt.plugins.lent_tensors import SourceTensors, wrote_into
+from vraxion_ckpt.plugins.lent_tensors import LentTensors, wrote_into
 from vraxion_ckpt.plugins.options import defect_of
 from vraxion_ckpt.plugins.plugin_calls import defect, observed
 from vraxion_ckpt.plugins.transform import Step
@@ -73,7 +72,8 @@ class Applied:
 def apply(
     before: Checkpoint,
     chain: Sequence[Step],
-    source: SourceTensors,
+    lent: LentTensors,
+    reopen: Callable[[], Checkpoint],
     record: Record | None = None,
     policy: ChainPolicy = FOLLOW,
 ) -> Applied:
@@ -82,7 +82,8 @@ def apply(
     Args:
         before: the checkpoint to change.
         chain: the transforms.
-        source: the tensors of `before`.
+        lent: the tensors of `before`.
+        reopen: opens `before` once more, to find the step that wrote into a tensor.
         record: inserted into the history before the records of the steps.
         policy: how companions and the optimizer follow.
 
@@ -94,26 +95,34 @@ def apply(
     """
     begun = before if record is None else replace(before, history=(*before.history, record))
     try:
-        after, side_files = apply_chain(begun, chain, policy, source.made)
+        after, side_files = apply_chain(begun, chain, policy, lent)
     except CkptError:
-        if source.made.steps:  # a write of an earlier step may have caused the error of a later one
-            _check_source(source, chain, policy)
+        if lent.steps:  # a write of an earlier step may have caused the error of a later one
+            _check_lent(before, lent, reopen, chain, policy)
         raise
     if chain:
-        _check_source(source, chain, policy)
+        _check_lent(before, lent, reopen, chain, policy)
     return Applied(before, after, chain, side_files, _check_result(before, after, chain))
 
 
-def _check_source(source: SourceTensors, chain: Sequence[Step], policy: ChainPolicy) -> None:
-    """Refuse a chain that has written into the source's tensors. Run it again to name the plugin."""
-    written = source.altered()
+def _check_lent(
+    before: Checkpoint,
+    lent: LentTensors,
+    reopen: Callable[[], Checkpoint],
+    chain: Sequence[Step],
+    policy: ChainPolicy,
+) -> None:
+    """Refuse a chain that has written into lent tensors. Run it again to name the plugin."""
+    written = lent.altered()
     if not written:
         return
+    before.sources.check_unchanged()
     found: list[tuple[str, str]] = []
-    again, altered = source.once_more()
+    again = reopen()
+    second = LentTensors(again)
 
     def look(name: str, distribution: str) -> None:
-        if not found and altered():
+        if not found and second.altered():
             found.append((name, distribution))
 
     with observed(look), suppress(CkptError), warnings.catch_warnings():
@@ -179,7 +188,8 @@ def _changed_core(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
 
     Copies of the head, such as averages, are not part of the function. They follow the head, or are dropped.
     """
-    changed = [name for name, tensor in before.core.items() if not _is_kept(before, tensor, after.core.get(name))]
+    new = after.core.references()
+    changed = [name for name, tensor in before.core.references().items() if not _is_kept(before, tensor, new.get(name))]
     if changed:
         copies = tuple(each.prefix for each in find_companions(before) if each.place == ("model",))
         for name in changed:
@@ -187,8 +197,8 @@ def _changed_core(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
                 yield f"every transform declares that it keeps the function, but {name} has changed"
 
 
-def _is_kept(before: Checkpoint, tensor: Tensor, new: Tensor | None) -> bool:
-    return new is not None and (new is tensor or tensor is before.router_map or same_bits(tensor, new))
+def _is_kept(before: Checkpoint, tensor: TensorRef, new: TensorRef | None) -> bool:
+    return new is not None and (tensor is before.router_reference or same_bits(tensor, new))
 
 
 def _of_result(finding: str) -> str:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
@@ -22,10 +20,11 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.provenance import Ancestor
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companions import COMPANION_HINT, Companion, prefixes_of
 from vraxion_ckpt.experts.noise import copy_of
-from vraxion_ckpt.experts.optimizer_clones import is_master_copy
+from vraxion_ckpt.experts.optimizer_clones import in_dtype, is_master_copy
 from vraxion_ckpt.optimizer.parameter_order import order_of
 
 
@@ -68,18 +67,18 @@ class _Growth:
         if top == "model":
             self._in_model(change, companion.prefix)
             return
-        root: Any = self.after.payload if top == "payload" else self._extra()
+        root = self.after.payload.references() if top == "payload" else self._extra()
         value = _at(root, keys)
         if value is _MISSING:
             return  # the step has removed it
         new = _replaced(root, keys, change(value))
         if top == "payload":
-            self.after.payload = new
+            self.after.payload = TensorDict(new)
         elif self.after.optimizer is not None:
-            self.after.optimizer = replace(self.after.optimizer, extra=new)
+            self.after.optimizer = replace(self.after.optimizer, extra=TensorDict(new))
 
     def _extra(self) -> dict[str, Any]:
-        return self.after.optimizer.extra if self.after.optimizer else {}
+        return self.after.optimizer.extra.references() if self.after.optimizer else {}
 
     def _in_model(self, change: Callable[[Any], Any], prefix: str) -> None:
         """Change a copy of the model inside the state dict, and the entries of its modules in ``_metadata``."""
@@ -87,10 +86,10 @@ class _Growth:
         assert head is not None
         core = list(after.core)
         ahead = len([name for name in core[: head.position] if name.startswith(prefix)])
-        new = change(after.core)
+        new = change(after.core.references())
         if ahead:
             after.head = replace(head, position=head.position + len(new) - len(core))
-        after.core = new
+        after.core = TensorDict(new)
         if after.metadata is not None:
             after.metadata = self._modules(prefix, after.metadata)
 
@@ -147,29 +146,29 @@ class _Growth:
         """Return the entries. If they have a router map that equalled the model's, replace it by the new one."""
         entries = copy.copy(entries)
         name = prefix + self.head.names.router_map
-        old, new = self.before.router_map, self.after.router_map
+        old, new = self.before.router_reference, self.after.router_reference
         value = entries.get(name)
-        if isinstance(value, Tensor) and old is not None and new is not None and same_bits(value, old):
-            entries[name] = new.detach().clone()
+        if isinstance(value, TensorRef) and old is not None and new is not None and same_bits(value, old):
+            entries[name] = new.copied()
         return entries
 
     def _value(self, value: Any, source: Ancestor, new: str, leaf: str) -> Any:
         """Return a copy of a value for a clone, with the noise that was added to the clone's tensor in the head."""
-        if not isinstance(value, Tensor):
+        if not isinstance(value, TensorRef):
             return copy.deepcopy(value)
         tensors, clones = self._head_tensor(self.before, source.prefix, leaf), self._head_tensor(self.after, new, leaf)
         if tensors is None or clones is None or same_bits(tensors, clones):
             return copy_of(value, (), leaf)
         if is_master_copy(value, "", tensors) or (value.dtype == tensors.dtype and same_bits(value, tensors)):
-            return clones.detach().to(value.dtype, copy=True)
+            return in_dtype(clones, value.dtype)
         return copy_of(value, source.noise, leaf)
 
     @staticmethod
-    def _head_tensor(checkpoint: Checkpoint, prefix: str, leaf: str) -> Tensor | None:
+    def _head_tensor(checkpoint: Checkpoint, prefix: str, leaf: str) -> TensorRef | None:
         head = checkpoint.head
         found = split_name(prefix + leaf, head.names) if head else None
         expert = head.experts.get(found[0]) if head and found else None
-        return expert.get(leaf) if expert is not None else None
+        return expert.references().get(leaf) if expert is not None else None
 
     def _list_in_models_order(self, companion: Companion, value: Any) -> Any:
         """Change a list in the payload, which must be in the model's order."""
@@ -190,12 +189,12 @@ class _Growth:
         old, new = self.before.optimizer, self.after.optimizer
         if old is None or new is None:
             return value
-        if isinstance(value[0], Tensor):
+        if isinstance(value[0], TensorRef):
             return type(value)(self._arranged(value, old, new))
         flat = iter(self._arranged([entry for each in value for entry in each], old, new))
         return type(value)([[next(flat) for _ in group.params] for group in new.groups])
 
-    def _arranged(self, value: Sequence[Tensor], old: Optimizer, new: Optimizer) -> list[Any]:
+    def _arranged(self, value: Sequence[TensorRef], old: Optimizer, new: Optimizer) -> list[Any]:
         entries = dict(zip(old.params, value, strict=True))
         result, used = [], set()
         for name in new.params:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.references import TensorDict
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companion_growth import grown
 from vraxion_ckpt.experts.companions import COMPANION_HINT, Companion, find_companions, prefixes_of
@@ -57,7 +58,7 @@ def follow(before: Checkpoint, after: Checkpoint, policy: CompanionPolicy) -> Ch
 def _head_has_changed(before: Checkpoint, after: Checkpoint) -> bool:
     if _names_have_changed(before, after):
         return True
-    old, new = before.router_map, after.router_map
+    old, new = before.router_reference, after.router_reference
     return old is not None and new is not None and old is not new and not same_bits(old, new)
 
 
@@ -86,7 +87,9 @@ def _dropped(after: Checkpoint, found: list[Companion]) -> Checkpoint:
             names = [name for name in after.core if name.startswith(each.prefix)]
             assert after.head is not None
             ahead = sum(name.startswith(each.prefix) for name in list(after.core)[: after.head.position])
-            after.core = {name: tensor for name, tensor in after.core.items() if name not in set(names)}
+            gone = set(names)
+            kept = {name: tensor for name, tensor in after.core.references().items() if name not in gone}
+            after.core = TensorDict(kept)
             after.head = replace(after.head, position=after.head.position - ahead)
             module = each.prefix.removesuffix(".")
             if after.metadata is not None:
@@ -96,8 +99,9 @@ def _dropped(after: Checkpoint, found: list[Companion]) -> Checkpoint:
                     if name != module and not name.startswith(each.prefix)
                 }
         elif each.place[0] == "payload":
-            after.payload = {key: value for key, value in after.payload.items() if key != each.place[1]}
+            kept = {key: value for key, value in after.payload.references().items() if key != each.place[1]}
+            after.payload = TensorDict(kept)
         elif after.optimizer is not None:
-            extra = {key: value for key, value in after.optimizer.extra.items() if key != each.place[1]}
-            after.optimizer = replace(after.optimizer, extra=extra)
+            kept = {key: value for key, value in after.optimizer.extra.references().items() if key != each.place[1]}
+            after.optimizer = replace(after.optimizer, extra=TensorDict(kept))
     return after

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
-
-from torch import Tensor
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import Head
@@ -24,6 +22,7 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.optimizer.parameter_order import model_order
 
 COMPANION_HINT = (
@@ -67,13 +66,14 @@ def find_companions(checkpoint: Checkpoint) -> list[Companion]:
         return []
     finder = _Finder(checkpoint)
     found = []
-    for key, value in checkpoint.payload.items():
+    for key, value in checkpoint.payload.references().items():
         found += finder.entry(value, ("payload", key))
-    for key, value in (checkpoint.optimizer.extra if checkpoint.optimizer else {}).items():
+    for key, value in (checkpoint.optimizer.extra.references() if checkpoint.optimizer else {}).items():
         found += finder.entry(value, ("optimizer", key))
-    prefixes = finder.prefixes(checkpoint.core)
-    found += [finder.of_names(checkpoint.core, ("model",), prefix) for prefix in prefixes]
-    return found + list(finder.other_names(checkpoint.core, prefixes))
+    core = checkpoint.core.references()
+    prefixes = finder.prefixes(name for name in core if not name.startswith(checkpoint.head.names.router_map))
+    found += [finder.of_names(core, ("model",), prefix) for prefix in prefixes]
+    return found + list(finder.other_names(core, prefixes))
 
 
 def stale_companions(checkpoint: Checkpoint) -> Iterator[Companion]:
@@ -94,7 +94,7 @@ class _Finder:
         names = self.head.names
         heads = "|".join(map(re.escape, (names.single, names.experts)))
         self._pattern = re.compile(rf"(.*?)(?:^|(?<=\.))({heads})(.+)", re.DOTALL)
-        self._tensors = checkpoint.open_tensors()
+        self._tensors = checkpoint.open_references()
 
     def entry(self, value: Any, place: tuple[str | int, ...]) -> list[Companion]:
         """Return the companions in one entry of the payload or the optimizer."""
@@ -114,7 +114,7 @@ class _Finder:
             prefixes = self.prefixes(value)
             yield from (self.of_names(value, place, prefix) for prefix in prefixes)
             for key, entry in value.items():
-                if not isinstance(entry, Tensor):
+                if not isinstance(entry, TensorRef):
                     yield from self._inside(entry, (*place, key))
         elif isinstance(value, list | tuple):
             if (found := self._of_list(value, place)) is not None:
@@ -124,24 +124,24 @@ class _Finder:
                 if isinstance(entry, dict | list | tuple):
                     yield from self._inside(entry, (*place, i))
 
-    def _holds_head(self, tensors: Sequence[Tensor]) -> bool:
+    def _holds_head(self, tensors: Sequence[TensorRef]) -> bool:
         """Return whether the tensors include, for each tensor of the head, another one with its shape."""
-        return self._head_shapes <= Counter(tuple(tensor.shape) for tensor in tensors)
+        return self._head_shapes <= Counter(tensor.shape for tensor in tensors)
 
-    def _is_flat(self, tensor: Tensor) -> bool:
+    def _is_flat(self, tensor: TensorRef) -> bool:
         """Return whether a tensor is a vector with as many elements as all parameters, or as the whole head."""
         return tensor.ndim == 1 and tensor.numel() in self._totals
 
     @cached_property
     def _head_shapes(self) -> Counter[tuple[int, ...]]:
         self.checkpoint.open_experts()
-        experts = self.head.experts.values()
-        return Counter(tuple(t.shape) for e in experts for t in e.values() if t.is_floating_point())
+        experts = [expert.references() for expert in self.head.experts.values()]
+        return Counter(t.shape for e in experts for t in e.values() if t.is_floating_point())
 
     @cached_property
     def _totals(self) -> set[int]:
         self.checkpoint.open_experts()
-        tensors = self.checkpoint.open_tensors()
+        tensors = self.checkpoint.open_references()
         params = self.checkpoint.optimizer.params if self.checkpoint.optimizer else ()
         lists = [
             [name for name in tensors if split_name(name, self.head.names)],
@@ -165,14 +165,10 @@ class _Finder:
             problem = f"has {name}, which seems to be a copy of a tensor of the head under another name"
             yield Companion(("model",), "unknown", prefix, problem)
 
-    def prefixes(self, entries: Mapping[Any, Any]) -> list[str]:
-        """Return every prefix under which a dict has names of the head's tensors."""
-        if entries is self.checkpoint.core:
-            searched: Any = (key for key in entries if not key.startswith(self.head.names.router_map))
-        else:
-            searched = entries
+    def prefixes(self, names: Iterable[Any]) -> list[str]:
+        """Return every prefix with which some of the names are names of the head's tensors."""
         found: dict[str, None] = {}
-        for key in searched:
+        for key in names:
             match = self._pattern.fullmatch(key) if isinstance(key, str) else None
             if match:
                 found[match[1]] = None
@@ -228,13 +224,13 @@ class _Finder:
     def _misshapen(self, entries: Mapping[Any, Any], prefix: str, names: set[str]) -> str:
         for name in sorted(names):
             value, tensor = entries[prefix + name], self._tensors.get(name)
-            if isinstance(value, Tensor) and tensor is not None and value.shape != tensor.shape:
+            if isinstance(value, TensorRef) and tensor is not None and value.shape != tensor.shape:
                 return f"{prefix}{name} has shape {list(value.shape)}, but the model's tensor has {list(tensor.shape)}"
         return ""
 
     def _other_router(self, entries: Mapping[Any, Any], prefix: str) -> str:
-        value, router = entries.get(prefix + self.head.names.router_map), self.checkpoint.router_map
-        if isinstance(value, Tensor) and router is not None and not same_bits(value, router):
+        value, router = entries.get(prefix + self.head.names.router_map), self.checkpoint.router_reference
+        if isinstance(value, TensorRef) and router is not None and not same_bits(value, router):
             return f"{prefix}{self.head.names.router_map} differs from the model's router map"
         return ""
 
@@ -259,7 +255,7 @@ class _Finder:
     def _fits_parameters(self, value: Sequence[Any], names: Sequence[str]) -> bool:
         """Return whether a list has one tensor for each name, with the parameter's shape."""
         return len(value) == len(names) > 1 and all(
-            isinstance(entry, Tensor) and (name not in self._tensors or entry.shape == self._tensors[name].shape)
+            isinstance(entry, TensorRef) and (name not in self._tensors or entry.shape == self._tensors[name].shape)
             for entry, name in zip(value, names, strict=True)
         )
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.references import TensorDict
 from vraxion_ckpt.errors import TransformError
 from vraxion_ckpt.experts.companions import COMPANION_HINT
 
@@ -43,5 +44,5 @@ def with_schedules(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             return type(value)([changed(entry) for entry in value])
         return value
 
-    after.payload = {key: changed(value) for key, value in after.payload.items()}
+    after.payload = TensorDict({key: changed(value) for key, value in after.payload.references().items()})
     return after

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_name, in_pieces
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, in_pieces
+from vraxion_ckpt.checkpoint.references import TensorRef, reference
 from vraxion_ckpt.errors import CkptWarning
 from vraxion_ckpt.wording import listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE = 2**20  # elements per draw of noise. Results depend on it, so it must not change.
 
 
-def copy_of(tensor: Tensor, noise: tuple[tuple[float, str], ...], leaf: str) -> Tensor:
+def copy_of(tensor: TensorRef, noise: tuple[tuple[float, str], ...], leaf: str) -> TensorRef:
     """Return a copy of a tensor, with Gaussian noise if its dtype is floating-point.
 
     Args:
@@ -24,16 +26,20 @@ def copy_of(tensor: Tensor, noise: tuple[tuple[float, str], ...], leaf: str) -> 
         noise: pairs of standard deviation and seed prefix, one for each time that noise is added, see `Ancestor`.
         leaf: leaf name of the tensor, appended to the seed prefix.
     """
-    copy = tensor.detach().clone(memory_format=torch.preserve_format)
-    for deviation, seed in noise if copy.is_floating_point() else ():
+    if not (noise and tensor.is_floating_point()):
+        return tensor.copied()
+    import torch
+
+    copy = tensor.values().detach().clone(memory_format=torch.preserve_format)
+    for deviation, seed in noise:
         noisy = copy.contiguous()
         _add_noise(noisy.view(-1), deviation, seed + leaf)
         if noisy is not copy:
             copy.copy_(noisy)
-    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    return reference(torch.nn.Parameter(copy, tensor.requires_grad) if tensor.parameter else copy)
 
 
-def warn_of_lost_noise(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: float, new: str) -> None:
+def warn_of_lost_noise(pairs: Mapping[str, tuple[TensorRef, TensorRef]], noise: float, new: str) -> None:
     """Warn if noise has left most elements of a parameter unchanged because of its dtype.
 
     Args:
@@ -44,14 +50,14 @@ def warn_of_lost_noise(pairs: Mapping[str, tuple[Tensor, Tensor]], noise: float,
     lost = []
     for leaf, (old, copy) in pairs.items() if noise else ():
         numbers = copy.numel()
-        if copy.dtype == torch.bool:  # a mask
+        if copy.dtype == "bool":  # a mask
             continue
         if numbers and not copy.is_floating_point():
-            lost.append(f"{leaf} ({dtype_name(copy.dtype)}) is not changed")
+            lost.append(f"{leaf} ({copy.dtype}) is not changed")
         elif numbers:
-            changed = _count_changed(old, copy)
+            changed = _count_changed(old.values(), copy.values())
             if 2 * changed < numbers:
-                lost.append(f"{leaf} ({dtype_name(copy.dtype)}) has {changed} of {numbers} elements changed")
+                lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed")
     if lost:
         message = (
             f"noise of {noise:g} has little or no effect on {new.removesuffix('.')}: {listed(lost, 3, '; ')}; "
@@ -69,6 +75,8 @@ def _count_changed(old: Tensor, new: Tensor) -> int:
 
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
     """Add Gaussian noise to a flat tensor in place. Works piece by piece, so temporaries stay small."""
+    import torch
+
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
     # Low-precision dtypes cannot be drawn. Noise is drawn and added in at least single precision, and rounded once.
     wide = torch.float64 if flat.dtype == torch.float64 else torch.float32

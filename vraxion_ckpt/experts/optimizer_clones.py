@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
+from vraxion_ckpt.checkpoint.references import TensorRef, reference
 from vraxion_ckpt.errors import TransformError
 from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
 
@@ -22,7 +20,7 @@ def refuse_flat_state(optimizer: Optimizer) -> None:
     """Raise `TransformError` for state that covers all parameters of a group in one vector, as L-BFGS keeps it."""
     for group in optimizer.groups:
         held = [name for name in group.params if name in optimizer.state]
-        slots = optimizer.state[held[0]] if len(group.params) > 1 and len(held) == 1 else {}
+        slots = optimizer.state.reference(held[0]) if len(group.params) > 1 and len(held) == 1 else {}
         if "prev_flat_grad" in slots:  # a slot of torch.optim.LBFGS
             raise TransformError(
                 "the optimizer keeps one state for all parameters (L-BFGS), which cannot be split by parameter",
@@ -36,7 +34,7 @@ def clone_in_optimizer(
     optimizer: Optimizer,
     old: str,
     new: str,
-    clones: Mapping[str, tuple[Tensor, Tensor]],
+    clones: Mapping[str, tuple[TensorRef, TensorRef]],
     policy: StatePolicy,
 ) -> None:
     """Add a clone's parameters to the param groups, and copy their state.
@@ -64,14 +62,21 @@ def clone_in_optimizer(
     if policy == "copy":
         for name in [name for name in optimizer.state if name.startswith(old)]:
             leaf = name[len(old) :]
-            slots = {slot: _unshared(value) for slot, value in optimizer.state[name].items()}
+            slots = {slot: _unshared(value) for slot, value in optimizer.state.reference(name).items()}
             for slot, value in slots.items() if leaf in clones else ():
                 if is_master_copy(value, slot, clones[leaf][0]):
-                    slots[slot] = clones[leaf][1].detach().to(value.dtype, copy=True)
+                    slots[slot] = in_dtype(clones[leaf][1], value.dtype)
             optimizer.state[new + leaf] = slots
 
 
-def is_master_copy(value: Any, name: str, parameter: Tensor) -> bool:
+def in_dtype(tensor: TensorRef, dtype: str) -> TensorRef:
+    """Return a copy of a tensor, converted to another dtype."""
+    import torch
+
+    return reference(tensor.values().detach().to(getattr(torch, dtype), copy=True))
+
+
+def is_master_copy(value: Any, name: str, parameter: TensorRef) -> bool:
     """Return whether a value is a higher-precision copy of a parameter, which the optimizer rounds to the parameter.
 
     Args:
@@ -79,19 +84,19 @@ def is_master_copy(value: Any, name: str, parameter: Tensor) -> bool:
         name: name of the slot, or empty.
         parameter: the parameter.
     """
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():
+    if not isinstance(value, TensorRef) or value.shape != parameter.shape or not value.is_floating_point():
         return False
     if name == "master_param":
         return True
     return value.itemsize > parameter.itemsize and same_bits(
-        value.detach().to(parameter.dtype), parameter.detach().clone()
+        in_dtype(value, parameter.dtype), in_dtype(parameter, parameter.dtype)
     )
 
 
 def _unshared(value: Any) -> Any:
     """Return a deep copy of a slot's value."""
-    if isinstance(value, Tensor):
-        return value.detach().clone(memory_format=torch.preserve_format)
+    if isinstance(value, TensorRef):
+        return value.copied()
     if isinstance(value, list | tuple):
         return type(value)(_unshared(item) for item in value)
     if isinstance(value, dict):

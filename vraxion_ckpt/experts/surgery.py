@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-
 from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.provenance import Ancestor
+from vraxion_ckpt.checkpoint.references import TensorDict
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.noise import copy_of, warn_of_lost_noise
@@ -76,7 +75,7 @@ def clone_expert(
     head = _head(checkpoint)
     last = max((*head.experts, *head.deleted))
     old, new = head.prefix(parent), head.prefix(child)
-    tensors = head.experts[parent].tensors
+    tensors = head.experts[parent].references()
     for name, other in _ties(checkpoint, old):
         raise TransformError(f"is tied to {other}, but a clone would not be", key=name)
     if checkpoint.optimizer is not None:
@@ -129,12 +128,14 @@ def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
         deleted=frozenset(ids[i] for i in head.deleted if i in ids),
     )
     checkpoint.lifecycle = {ids[i]: row for i, row in checkpoint.lifecycle.items() if i in ids}
-    router = checkpoint.router_map
+    router = checkpoint.router_reference
     if router is not None:
-        owners = router.to(torch.int64, copy=True)  # some integer dtypes do not support masks
+        import torch
+
+        owners = router.values().to(torch.int64, copy=True)  # some integer dtypes do not support masks
         owners[owners == expert] = into
         owners[owners > expert] -= 1
-        checkpoint.router_map = owners.to(router.dtype)
+        checkpoint.router_map = owners.to(getattr(torch, router.dtype))
 
 
 def _head(checkpoint: Checkpoint) -> Head:
@@ -145,7 +146,7 @@ def _head(checkpoint: Checkpoint) -> Head:
 
 def _ties(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield each tensor of an expert that shares memory with another tensor, with the name of the other."""
-    for (first, _), *others in sharing(checkpoint.open_tensors().items()):
+    for (first, _), *others in sharing(checkpoint.open_references().items()):
         for name, _ in others:
             if name.startswith(prefix):
                 yield name, first
@@ -187,7 +188,7 @@ def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
         if own:
             groups = zip(checkpoint.optimizer.groups, held, strict=True)
             checkpoint.optimizer.groups = [group for group, had_some in groups if group.params or not had_some]
-        checkpoint.optimizer.state = renamed_keys(checkpoint.optimizer.state)
+        checkpoint.optimizer.state = TensorDict(renamed_keys(checkpoint.optimizer.state.references()))
     if checkpoint.param_names is not None:
         checkpoint.param_names = tuple(new for name in checkpoint.param_names if (new := renamed(name)) is not None)
     if checkpoint.metadata is not None:

@@ -13,21 +13,23 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import check_plain
 from vraxion_ckpt.checkpoint.provenance import Origin
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError, LimitError, errors_at
 from vraxion_ckpt.formats.document_values import TensorStore, ValueDecoder, encode_value
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras, parse_extras, refuse_newer
 from vraxion_ckpt.formats.state_dict import split_head
 from vraxion_ckpt.support.model_errors import refusals
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Group(BaseModel):
@@ -71,13 +73,13 @@ class _Document(BaseModel):
 
 
 def dump_document(
-    checkpoint: Checkpoint, dtypes: Collection[torch.dtype], is_name: Callable[[str], bool]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    checkpoint: Checkpoint, dtypes: Collection[str], is_name: Callable[[str], bool]
+) -> tuple[dict[str, TensorRef], dict[str, Any]]:
     """Return a checkpoint as named tensors and a document.
 
     Args:
         checkpoint: the checkpoint; its optimizer is bound.
-        dtypes: the dtypes that the format can hold, uint8 among them.
+        dtypes: names of the dtypes that the format can hold, ``uint8`` among them.
         is_name: a function that tells whether the format accepts a name for a tensor.
 
     Returns:
@@ -85,7 +87,7 @@ def dump_document(
     """
     tensors = TensorStore(dtypes, is_name)
     model: list[Any] = []
-    for name, tensor in checkpoint.state_dict().items():
+    for name, tensor in checkpoint.state_references().items():
         # Bytes stored under the name of a tensor would look like the tensor to programs that ignore the document.
         as_it_is = is_name(name) and not name.startswith(OUR_PREFIX) and tensor.dtype in dtypes
         found = tensors.put(tensor, name if as_it_is else f"{OUR_PREFIX}model/{len(model)}")
@@ -101,7 +103,7 @@ def dump_document(
         "version": 1,
         "model": model,
         "metadata": encode_value(checkpoint.metadata, "metadata", tensors),
-        "payload": encode_value(checkpoint.payload, "payload", tensors),
+        "payload": encode_value(checkpoint.payload.references(), "payload", tensors),
         "param_names": None if checkpoint.param_names is None else list(checkpoint.param_names),
         "optimizer": None if checkpoint.optimizer is None else _dump_optimizer(checkpoint.optimizer, tensors),
         "extras": encode_value(extras.as_json(), "extras", tensors),
@@ -113,14 +115,14 @@ def _dump_optimizer(optimizer: Optimizer, tensors: TensorStore) -> dict[str, Any
     dumped: dict[str, Any] = {
         "groups": [
             {
-                "options": encode_value(group.options, f"optimizer/group_{number}", tensors),
+                "options": encode_value(referenced(group.options), f"optimizer/group_{number}", tensors),
                 "params": list(group.params),
                 "keys": list(group.keys),
             }
             for number, group in enumerate(optimizer.groups)
         ],
-        "state": encode_value(optimizer.state, "optimizer", tensors),
-        "extra": encode_value(optimizer.extra, "optimizer", tensors),
+        "state": encode_value(optimizer.state.references(), "optimizer", tensors),
+        "extra": encode_value(optimizer.extra.references(), "optimizer", tensors),
     }
     if optimizer.undecided:
         dumped["undecided"] = sorted(optimizer.undecided)
@@ -144,11 +146,11 @@ def document_text(document: Mapping[str, Any]) -> str:
 # --- load ---
 
 
-def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
+def load_document(tensors: Mapping[str, Tensor | TensorRef], document: Any, path: Path, format_name: str) -> Checkpoint:
     """Return the checkpoint that is stored as tensors and a document; the inverse of `dump_document`.
 
     Args:
-        tensors: the stored tensors by name.
+        tensors: the stored tensors, or references, by name.
         document: the document, as parsed JSON.
         path: the file or directory, for errors and for the checkpoint's origin.
         format_name: the name of the adapter.
@@ -159,7 +161,8 @@ def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, form
         LimitError: the document is nested too deeply, or has too many values.
     """
     with errors_at(path):
-        checkpoint = _load(tensors, document, path, format_name)
+        references = {name: as_reference(tensor) for name, tensor in tensors.items()}
+        checkpoint = _load(references, document, path, format_name)
         optimizer = checkpoint.optimizer
         trained = [optimizer.state, optimizer.extra, *(g.options for g in optimizer.groups)] if optimizer else []
         for value in (checkpoint.payload, checkpoint.metadata, *trained):
@@ -167,7 +170,7 @@ def load_document(tensors: Mapping[str, Tensor], document: Any, path: Path, form
     return checkpoint
 
 
-def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name: str) -> Checkpoint:
+def _load(tensors: Mapping[str, TensorRef], document: Any, path: Path, format_name: str) -> Checkpoint:
     refuse_newer(document)
     try:
         parsed = _Document.model_validate(document)
@@ -176,10 +179,10 @@ def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name:
         raise InconsistentError(first.what, key=".".join(map(str, (OUR_KEY, *first.place)))[:200]) from None
     decoder = ValueDecoder(tensors)
     entries = [(entry, {"$tensor": entry}) if isinstance(entry, str) else entry for entry in parsed.model]
-    core: dict[str, Tensor] = {}
+    core: dict[str, TensorRef] = {}
     for name, found in entries:
         tensor = decoder.decode(found, f"model.{name}")
-        if not isinstance(tensor, Tensor) or name in core:
+        if not isinstance(tensor, TensorRef) or name in core:
             raise InconsistentError("is not a tensor, or occurs twice", key=f"model.{name}")
         core[name] = tensor
     payload, metadata = decoder.decode(parsed.payload, "payload"), decoder.decode(parsed.metadata, "model._metadata")
@@ -192,9 +195,9 @@ def _load(tensors: Mapping[str, Tensor], document: Any, path: Path, format_name:
     if unused := sorted(tensors.keys() - decoder.used):
         raise InconsistentError("is a tensor that the metadata does not list", key=unused[0])
     checkpoint = Checkpoint(
-        core=core,
+        core=TensorDict(core),
         optimizer=optimizer,
-        payload=payload,
+        payload=TensorDict(payload),
         param_names=None if parsed.param_names is None else tuple(parsed.param_names),
         metadata=metadata,
         plan=extras.plan,
@@ -215,9 +218,11 @@ def _load_optimizer(parsed: _Optimizer, decoder: ValueDecoder) -> Optimizer:
         raise InconsistentError("its state must hold a dict for each name", key="optimizer")
     groups = []
     for group in parsed.groups:
-        options = decoder.decode(group.options, "optimizer.param_groups")
+        options = resolved(decoder.decode(group.options, "optimizer.param_groups"))
         if not isinstance(options, dict) or options.keys() & {"params", "param_names"}:
             message = "the options of a param group must be a dict without `params` and `param_names`"
             raise InconsistentError(message, key="optimizer")
         groups.append(ParamGroup(options, group.params, tuple(group.keys)))
-    return Optimizer(groups, state, extra, undecided=frozenset(parsed.undecided), prefixes=parsed.prefixes)
+    return Optimizer(
+        groups, TensorDict(state), TensorDict(extra), undecided=frozenset(parsed.undecided), prefixes=parsed.prefixes
+    )

@@ -13,12 +13,11 @@ import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of, dtype_name
+from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, StoredBytes, TensorRef, contiguous_strides, reference
 from vraxion_ckpt.checkpoint.shared_memory import view_of
 from vraxion_ckpt.errors import InconsistentError, LimitError, raise_if_out_of_memory
 from vraxion_ckpt.formats.extras import OUR_PREFIX
@@ -27,7 +26,6 @@ _PLACE = 300  # the longest place in characters, so that a long key is not copie
 _MOST_DIMENSIONS = 64
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _MOST_ELEMENTS = 2**48  # of a tensor; an empty dimension counts as 1
-_DTYPES = {dtype_name(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _QUANTISED = "q"  # the names of quantised dtypes, which need a scale, begin with this
 
 
@@ -35,17 +33,17 @@ class TensorStore:
     """Tensors to store, by name. A tensor that is put twice is stored once.
 
     Args:
-        dtypes: the dtypes that the format can hold; tensors of other dtypes are stored as bytes.
+        dtypes: names of the dtypes that the format can hold; tensors of other dtypes are stored as bytes.
         is_name: a function that tells whether the format accepts a name for a tensor.
     """
 
-    def __init__(self, dtypes: Collection[torch.dtype], is_name: Callable[[str], bool]) -> None:
-        self.by_name: dict[str, Tensor] = {}
+    def __init__(self, dtypes: Collection[str], is_name: Callable[[str], bool]) -> None:
+        self.by_name: dict[str, TensorRef] = {}
         self._dtypes = dtypes
         self._is_name = is_name
         self._known: dict[Any, str] = {}
 
-    def put(self, tensor: Tensor, wanted: str) -> dict[str, Any]:
+    def put(self, tensor: TensorRef, wanted: str) -> dict[str, Any]:
         """Store a tensor, if possible under the name `wanted`, and return the JSON that refers to the tensor."""
         view = view_of(tensor)
         name = self._known.get(view) if tensor.numel() else None
@@ -53,11 +51,11 @@ class TensorStore:
         if name is None:
             name = self._free(wanted)
             self._known[view] = name
-            self.by_name[name] = tensor if native else bytes_of(tensor)
+            self.by_name[name] = tensor if native else _as_bytes(tensor)
         found: dict[str, Any] = {"$tensor": name}
         if not native:
-            found |= {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
-        if isinstance(tensor, nn.Parameter):
+            found |= {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+        if tensor.parameter:
             found["parameter"] = tensor.requires_grad
         elif tensor.requires_grad:
             found["requires_grad"] = True
@@ -72,9 +70,17 @@ class TensorStore:
         return f"{OUR_PREFIX}{number}"
 
 
+def _as_bytes(tensor: TensorRef) -> TensorRef:
+    """Return a tensor's elements as bytes, dtype uint8 and shape ``[n]``."""
+    if not tensor.is_contiguous() or tensor.conj or tensor.neg:
+        return reference(bytes_of(tensor.values()))
+    first = tensor.first * tensor.itemsize
+    return TensorRef(tensor.storage, "uint8", (tensor.nbytes,), (1,), first)
+
+
 def encode_value(value: Any, place: str, tensors: TensorStore) -> Any:
     """Return a plain value as JSON data, and store the tensors in it under names that begin with `place`."""
-    if isinstance(value, Tensor):
+    if isinstance(value, TensorRef):
         return tensors.put(value, OUR_PREFIX + place)
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": struct.pack(">d", value).hex()}
@@ -112,11 +118,10 @@ class ValueDecoder:
         used: the names of the stored tensors to which the decoded data referred.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
         self.used: set[str] = set()
-        # An empty tensor may have strides that do not allow a view as another dtype.
-        self._tensors = {n: t if t.numel() else torch.empty(t.shape, dtype=t.dtype) for n, t in tensors.items()}
-        self._made: dict[str, Tensor] = {}
+        self._tensors = tensors
+        self._made: dict[str, TensorRef] = {}
 
     def decode(self, value: Any, place: str, depth: int = 0) -> Any:
         """Return the plain value of JSON data; errors name `place`.
@@ -170,7 +175,7 @@ class ValueDecoder:
             raise ValueError("a key is neither text nor an integer, or occurs twice")
         return [(key, self.decode(entry, f"{place}.{key}"[:_PLACE], depth + 1)) for key, entry in pairs]
 
-    def _tensor(self, found: dict[str, Any], place: str) -> Tensor:
+    def _tensor(self, found: dict[str, Any], place: str) -> TensorRef:
         if not found.keys() <= {"$tensor", "dtype", "shape", "parameter", "requires_grad"}:
             raise ValueError("it has unknown further entries")
         name = found["$tensor"]
@@ -178,28 +183,33 @@ class ValueDecoder:
             raise InconsistentError(f"refers to the tensor {name!r}, which does not exist", key=place)
         self.used.add(name)
         key = json.dumps(found)
-        if key not in self._made:  # equal references become the same tensor object
+        if key not in self._made:  # equal entries become the same reference
             if not all(type(found.get(flag, True)) is bool for flag in ("parameter", "requires_grad")):
                 raise ValueError("`parameter` and `requires_grad` must be true or false")
             foreign = "dtype" in found or "shape" in found
             tensor = self._from_bytes(name, found["dtype"], found["shape"]) if foreign else self._tensors[name]
             if "parameter" in found:
-                tensor = nn.Parameter(tensor, found["parameter"])
+                tensor = replace(tensor, parameter=True, requires_grad=found["parameter"], _tensor=None)
             elif found.get("requires_grad"):
-                tensor = tensor.detach().requires_grad_()
+                tensor = replace(tensor, requires_grad=True, _tensor=None)
             self._made[key] = tensor
         return self._made[key]
 
-    def _from_bytes(self, name: str, dtype_name: str, shape: list[int]) -> Tensor:
+    def _from_bytes(self, name: str, dtype_name: str, shape: list[int]) -> TensorRef:
         """Return a tensor that is stored as bytes, because the format cannot hold its dtype."""
-        tensor, dtype = self._tensors[name], _DTYPES[dtype_name]
-        if tensor.dtype != torch.uint8 or tensor.ndim != 1 or dtype_name.startswith(_QUANTISED):
+        tensor, itemsize = self._tensors[name], ITEMSIZES[dtype_name]
+        if tensor.dtype != "uint8" or tensor.ndim != 1 or dtype_name.startswith(_QUANTISED):
             raise ValueError("it is not stored as bytes")
         if not _is_shape(shape):
             raise ValueError("its shape is not valid")
-        if tensor.data_ptr() % dtype.itemsize:  # some operations need aligned memory
-            tensor = self._tensors[name] = tensor.clone()
-        return tensor.view(dtype).view(shape)
+        if math.prod(shape) * itemsize != tensor.nbytes or not tensor.is_contiguous():
+            raise ValueError(f"it needs {math.prod(shape) * itemsize} bytes, but {tensor.nbytes} are stored")
+        if isinstance(tensor.storage, StoredBytes):  # some operations need aligned memory
+            tensor.storage.alignment = max(tensor.storage.alignment, itemsize)
+        first, uneven = divmod(tensor.first, itemsize)
+        if uneven:
+            raise ValueError("its bytes are not aligned")
+        return TensorRef(tensor.storage, dtype_name, tuple(shape), contiguous_strides(tuple(shape)), first)
 
 
 def _is_shape(value: Any) -> bool:

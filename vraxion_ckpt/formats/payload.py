@@ -11,19 +11,21 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras
 from vraxion_ckpt.formats.payload_dialect import PayloadDialect
 from vraxion_ckpt.optimizer.binding import bind
 from vraxion_ckpt.optimizer.parameter_names import names_in_payload
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OPTIMIZER_KEYS = ("optim", "optimizer")
 
@@ -46,20 +48,20 @@ class Parsed:
 
 
 def parse_payload(payload: Any, path: Path) -> Parsed:
-    """Parse a payload dict; errors name `path`.
+    """Parse a payload dict with tensors or references; errors name `path`.
 
     Raises:
         InconsistentError: it is not a dict, has no model, or has entries of the wrong type.
         UnsupportedError: its state dict holds values other than tensors, or a newer version has written its extras.
     """
     with errors_at(path):
-        return _parse(payload)
+        return _parse(referenced(payload))
 
 
 def _parse(payload: Any) -> Parsed:
     if not isinstance(payload, dict):
         raise InconsistentError(f"holds a {type(payload).__name__}, not a dict")
-    bare = bool(payload) and all(isinstance(value, Tensor) for value in payload.values())
+    bare = bool(payload) and all(isinstance(value, TensorRef) for value in payload.values())
     state = payload if bare else payload.get("model")
     if not isinstance(state, dict):
         found = ", ".join(map(repr, list(payload)[:8])) or "nothing"
@@ -67,7 +69,7 @@ def _parse(payload: Any) -> Parsed:
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise InconsistentError("a state dict's keys must be text", key=f"model[{name!r}]")
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, TensorRef):
             raise UnsupportedError(f"is a {type(tensor).__name__}, not a tensor", key=f"model.{name}")
     if not all(isinstance(key, str) for key in payload):
         raise InconsistentError("the payload's keys must be text")
@@ -90,8 +92,8 @@ def _parse(payload: Any) -> Parsed:
     )
     own = {"model", "param_names", OUR_KEY, optimizer_key}
     fields: dict[str, Any] = {
-        "core": dict(state),
-        "payload": {} if bare else {key: value for key, value in payload.items() if key not in own},
+        "core": TensorDict(state),
+        "payload": TensorDict({} if bare else {key: value for key, value in payload.items() if key not in own}),
         "param_names": None if bare else names_in_payload(payload.get("param_names")),
         "metadata": metadata,
         "plan": extras.plan,
@@ -134,13 +136,13 @@ def _metadata_and_extras(
 
 
 def build_payload(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], dialect: PayloadDialect, extras: Extras
+    checkpoint: Checkpoint, state: Mapping[str, Tensor | TensorRef], dialect: PayloadDialect, extras: Extras
 ) -> dict[str, Any]:
-    """Return a payload dict; the inverse of `parse_payload`.
+    """Return a payload dict with a reference for each tensor; the inverse of `parse_payload`.
 
     Args:
         checkpoint: the checkpoint from which everything except the model's tensors is taken.
-        state: the tensors of the model by name.
+        state: the tensors of the model, or references, by name.
         dialect: the dialect to write. Entries whose keys it does not list come last, in the order of the payload.
         extras: the value to store under `OUR_KEY`. It is not stored if all its fields have their defaults.
     """
@@ -150,15 +152,15 @@ def build_payload(
     metadata = dict(checkpoint.metadata) if checkpoint.metadata is not None else None
     if dialect.bare and ours:
         metadata = {**(metadata or {}), OUR_KEY: ours}
-    model: dict[str, Tensor] = dict(state)
+    model: dict[str, TensorRef] = referenced(state)
     if metadata is not None or dialect.ordered:
-        model = OrderedDict(state)
+        model = OrderedDict(model)
     if metadata is not None:
         model._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as Module.state_dict does
     if dialect.bare:
         return model
     optimizer_key = dialect.optimizer_key or ("optim" if checkpoint.optimizer else None)
-    entries: dict[str, Any] = {"model": model, **checkpoint.payload}
+    entries: dict[str, Any] = {"model": model, **checkpoint.payload.references()}
     if checkpoint.head is not None:
         entries["num_experts"] = checkpoint.num_experts
     if optimizer_key:

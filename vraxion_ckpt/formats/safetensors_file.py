@@ -56,7 +56,7 @@ _CODES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
-NATIVE_DTYPES = frozenset(_CODES)
+NATIVE_DTYPES = frozenset(str(d)[6:] for d in _CODES)
 _BITS = {code: 8 * dtype.itemsize for dtype, code in _CODES.items()} | {"F4": 4}
 
 LARGEST_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
@@ -218,10 +218,7 @@ def load_safetensors(path: Path, header: Header, sources: Sources) -> dict[str, 
     except Exception as error:  # the library's own error class has no more specific base
         raise_if_out_of_memory(error, path)
         raise CorruptError(f"cannot be opened: {error}", path=path) from error
-    opened = Sources()
-    opened.add(path, header.fingerprint)
-    opened.check_unchanged()  # the library has opened the file again by its name
-    sources.files.extend(opened)
+    sources.add(path, header.fingerprint)
     # Copy tensors that are not aligned, as some operations need, and empty ones, which share the next one's address.
     return {
         name: tensor.clone() if not tensor.numel() or tensor.data_ptr() % tensor.itemsize else tensor
@@ -239,6 +236,9 @@ def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
         LimitError: the header would be larger than readers accept.
         StorageError: the file cannot be written.
     """
+    from vraxion_ckpt.checkpoint.references import resolved
+
+    tensors = resolved(dict(tensors))
     ordered = _in_order(tensors)
     with errors_at(path):
         raw = _header(ordered, metadata)
@@ -259,6 +259,9 @@ def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         InconsistentError: see `save_safetensors`.
         LimitError: see `save_safetensors`.
     """
+    from vraxion_ckpt.checkpoint.references import resolved
+
+    tensors = resolved(dict(tensors))
     return 8 + len(_header(_in_order(tensors), metadata)) + size_of(dict(tensors))
 
 

@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.provenance import Origin
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef
 from vraxion_ckpt.errors import InconsistentError
 from vraxion_ckpt.formats.extras import OUR_PREFIX
 from vraxion_ckpt.formats.payload_dialect import origin_of_state_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EXPERT = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)")
 
@@ -33,12 +36,12 @@ def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = fro
         InconsistentError: there are both kinds of head, a name has no expert id, or other tensors are between the
             tensors of the head or of one expert.
     """
-    core: dict[str, Tensor] = {}
-    single: dict[str, Tensor] = {}
-    experts: dict[int, dict[str, Tensor]] = {}
+    core: dict[str, TensorRef] = {}
+    single: dict[str, TensorRef] = {}
+    experts: dict[int, dict[str, TensorRef]] = {}
     places: list[int] = []
     order: list[int] = []
-    for place, (name, tensor) in enumerate(checkpoint.core.items()):
+    for place, (name, tensor) in enumerate(checkpoint.core.references().items()):
         if name.startswith(VRAXION.single):
             single[name.removeprefix(VRAXION.single)] = tensor
             places.append(place)
@@ -55,7 +58,7 @@ def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = fro
     if single and experts:
         raise InconsistentError("holds both head.single.* and head.experts.*", path=path, key="model")
     if not places:
-        return replace(checkpoint, core=core)
+        return replace(checkpoint, core=TensorDict(core))
     runs = 1 + sum(a != b for a, b in pairwise(order))
     if places[-1] - places[0] != len(places) - 1 or (experts and runs != len(experts)):
         message = "the tensors of the head, or of one expert, are not consecutive"
@@ -64,23 +67,24 @@ def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = fro
         head = Head(HeadKind.SINGLE, {0: Expert(single)}, places[0])
     else:
         head = Head(HeadKind.EXPERTS, {i: Expert(tensors) for i, tensors in experts.items()}, places[0], deleted)
-    return with_head(replace(checkpoint, core=core), head)
+    return with_head(replace(checkpoint, core=TensorDict(core)), head)
 
 
 def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
     """Return the checkpoint with a head, and without ``num_experts`` in its payload, which the head determines."""
-    payload = {key: value for key, value in checkpoint.payload.items() if key != "num_experts"}
+    payload = TensorDict(checkpoint.payload)
+    payload.pop("num_experts", None)
     return replace(checkpoint, head=head, payload=payload)
 
 
-def from_state_dict(tensors: Mapping[str, Tensor], path: Path, format_name: str) -> Checkpoint:
+def from_state_dict(tensors: Mapping[str, Tensor | TensorRef], path: Path, format_name: str) -> Checkpoint:
     """Return the checkpoint of a state dict that is stored without a document.
 
     Formats may sort tensors, so their order means nothing. The head's tensors are sorted by expert id and placed where
     the first of them was.
 
     Args:
-        tensors: the stored tensors by name.
+        tensors: the stored tensors, or references, by name.
         path: the file or directory.
         format_name: the name of the adapter.
 
@@ -97,7 +101,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], path: Path, format_name: str)
     position = next((place for place, name in enumerate(tensors) if name in known), 0)
     order = [*others[:position], *head, *others[position:]]
     origin = origin_of_state_dict(Origin(format_name, path))
-    found = split_head(Checkpoint({name: tensors[name] for name in order}, origin=origin), path)
+    found = split_head(Checkpoint(TensorDict((name, tensors[name]) for name in order), origin=origin), path)
     return replace(found, lifecycle={i: Lifecycle.unknown(0) for i in range(found.num_experts)})
 
 

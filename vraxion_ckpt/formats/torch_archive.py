@@ -9,81 +9,34 @@ sizes, overlaps, checksums, and that local headers agree with the directory. Imp
 from __future__ import annotations
 
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vraxion_ckpt.checkpoint.source_files import Fingerprint
 from vraxion_ckpt.errors import CkptWarning, CorruptError, StorageError, UnsupportedError
 from vraxion_ckpt.formats.zip_directory import Member, ZipDirectory, mapped
+from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import count, listed
-
-_CRC_CHUNK = 16 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Container:
-    """A torch zip archive whose structure was checked. The checksums of storages are checked by `verify`."""
+    """A torch zip archive whose structure was checked.
+
+    Attributes:
+        path: the file.
+        fingerprint: its fingerprint from before it was read.
+        prefix: the name of the folder in the archive that has all members.
+        pickled: the bytes of ``data.pkl``.
+        storages: the members that are storages, by their keys, in the order of their bytes.
+    """
 
     path: Path
     fingerprint: Fingerprint
     prefix: str
-    members: dict[str, Member]
-    _sound: set[str] = field(default_factory=set)
-
-    def storage_size(self, key: str) -> int | None:
-        """Return the size in bytes of a storage; None if there is no storage of that key."""
-        member = self.members.get(f"{self.prefix}/data/{key}")
-        return member.size if member else None
-
-    def storages(self) -> Iterator[Member]:
-        """Yield the members that are storages, in the order of their bytes."""
-        return (member for name, member in self.members.items() if name.startswith(f"{self.prefix}/data/"))
-
-    def note(self, name: str, crc: int) -> bool:
-        """Record the CRC-32 of a member's bytes that was computed elsewhere.
-
-        Returns:
-            whether it matches the CRC-32 in the archive. If so, `verify` does not read the member.
-        """
-        if crc and crc == self.members[name].crc:
-            self._sound.add(name)
-            return True
-        return False
-
-    def verify(self) -> None:
-        """Compare the CRC-32 of each member with its bytes. Skip members that `note` has confirmed.
-
-        Raises:
-            CorruptError: a checksum does not match; the key is the member's name.
-        """
-        with mapped(self.path) as data:
-            self.verify_members(data, (m for name, m in self.members.items() if name not in self._sound))
-
-    def verify_members(self, data: memoryview, members: Iterable[Member]) -> None:
-        """Compare the CRC-32 of some members with their bytes in `data`, the whole file.
-
-        Raises:
-            CorruptError: a checksum does not match; the key is the member's name.
-        """
-        unchecked, damaged = 0, []
-        for member in members:
-            if member.crc == 0 and member.size:
-                unchecked += 1
-                continue
-            crc = 0
-            for at in range(member.start, member.start + member.size, _CRC_CHUNK):
-                crc = zlib.crc32(data[at : min(at + _CRC_CHUNK, member.start + member.size)], crc)
-            if crc != member.crc:
-                damaged.append(member.name)
-        if damaged:
-            others = f"; the same holds for {listed(damaged[1:])}" if damaged[1:] else ""
-            raise CorruptError(f"its checksum does not match its bytes{others}", path=self.path, key=damaged[0])
-        if unchecked:
-            some = f"{count(unchecked, 'member')} without a checksum"
-            message = f"{self.path}: has {some}, so damage to these bytes cannot be detected"
-            warnings.warn(message, CkptWarning, stacklevel=2)
+    pickled: bytes
+    storages: dict[str, Member]
 
 
 def check_archive(path: Path) -> Container:
@@ -105,13 +58,28 @@ def check_archive(path: Path) -> Container:
         _refuse_other_kinds(path, bytes(data[:512]))
         members = ZipDirectory(path, data).members()
         prefix = _check_names(path, members)
-        container = Container(path, fingerprint, prefix, {member.name: member for member in members})
-        storages = f"{prefix}/data/"
-        container.verify_members(data, [m for m in members if not m.name.startswith(storages)])
-        byteorder = container.members.get(f"{prefix}/byteorder")
-        if byteorder and bytes(data[byteorder.start : byteorder.start + byteorder.size]) != b"little":
-            raise UnsupportedError("was saved on a big-endian machine", path=path)
-    return container
+        start = f"{prefix}/data/"
+        storages = {member.name[len(start) :]: member for member in members if member.name.startswith(start)}
+        small = {m.name: bytes(data[m.start : m.start + m.size]) for m in members if not m.name.startswith(start)}
+    _check_checksums(path, [(member, small[member.name]) for member in members if member.name in small])
+    if small.get(f"{prefix}/byteorder", b"little") != b"little":
+        raise UnsupportedError("was saved on a big-endian machine", path=path)
+    return Container(path, fingerprint, prefix, small[f"{prefix}/data.pkl"], storages)
+
+
+def _check_checksums(path: Path, members: Sequence[tuple[Member, bytes]]) -> None:
+    unchecked, damaged = 0, []
+    for member, content in members:
+        if member.crc == 0 and content:
+            unchecked += 1
+        elif crc32(content) != member.crc:
+            damaged.append(member.name)
+    if damaged:
+        others = f"; the same holds for {listed(damaged[1:])}" if damaged[1:] else ""
+        raise CorruptError(f"its checksum does not match its bytes{others}", path=path, key=damaged[0])
+    if unchecked:
+        some = f"{count(unchecked, 'member')} without a checksum"
+        warnings.warn(f"{path}: has {some}, so damage to these bytes cannot be detected", CkptWarning, stacklevel=2)
 
 
 def is_archive(path: Path) -> bool:

@@ -1,186 +1,23 @@
-"""Load and save torch files; the only module that calls ``torch.load`` and ``torch.save``.
-
-Before torch reads a file, its archive is checked (`vraxion_ckpt.formats.torch_archive`) and its pickle is run with
-inert stubs (`vraxion_ckpt.formats.pickle_dry_run`). Afterwards, everything that is not plain data is rejected
-(`vraxion_ckpt.checkpoint.plain_data`).
-"""
+"""Save torch files with ``torch.save``."""
 
 from __future__ import annotations
 
-import pickle
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
-import numpy
 import torch
 
-from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain, named_tensors, size_of
-from vraxion_ckpt.checkpoint.source_files import Extent, MappedPart, Sources
-from vraxion_ckpt.errors import (
-    CkptError,
-    CorruptError,
-    LimitError,
-    StorageError,
-    UnsafeError,
-    UsageError,
-    errors_at,
-    raise_if_out_of_memory,
-)
-from vraxion_ckpt.formats.pickle_dry_run import DryRun
-from vraxion_ckpt.formats.torch_archive import Container, check_archive
-from vraxion_ckpt.formats.zip_directory import fill_in_checksums, mapped
+from vraxion_ckpt.checkpoint.plain_data import check_plain, size_of
+from vraxion_ckpt.errors import StorageError, UsageError, raise_if_out_of_memory
+from vraxion_ckpt.formats.torch_reader import load_torch_file as load_torch_file
+from vraxion_ckpt.formats.zip_directory import fill_in_checksums
 from vraxion_ckpt.support import progress, signals
 
-# Modules that torch never lets a pickle use, even with allow_globals.
-_NEVER_ALLOWED = frozenset({"builtins", "nt", "os", "posix", "subprocess", "sys"})
 _LARGE = 2**17  # bytes; the checksum of a piece of this size or more is computed in another thread
-
-
-def load_torch_file(path: Path, sources: Sources, allow_globals: Sequence[str] = ()) -> Any:
-    """Load the plain data of a torch file onto the CPU, memory-mapped and without running code from it.
-
-    Args:
-        path: the file. It is registered in `sources`, which verifies the checksums of its storages later.
-        sources: the files read so far.
-        allow_globals: full names of further classes or functions that the pickle may use, such as ``numpy.dtype``.
-            Numpy scalars become Python numbers.
-
-    Returns:
-        dicts, lists, tuples, text, numbers, None and tensors; the tensors are views of the mapped file.
-
-    Raises:
-        CorruptError: see `check_archive`; or the pickle is damaged.
-        UnsafeError: the pickle uses other classes or functions; the message lists them.
-        UnsupportedError: see `check_archive`; or the file holds values that are not plain data.
-        LimitError: see `check_archive`; or the values are too many or nested too deeply.
-        InconsistentError: a dict has a key that is not text or a number.
-        ChangedError: the file was replaced while it was read.
-        StorageError: the file cannot be read.
-        UsageError: `allow_globals` has an unknown name, or torch is too old.
-    """
-    _require_torch()
-    allowed = _find_globals(allow_globals)
-    container = check_archive(path)
-    with mapped(path) as data:
-        member = container.members[f"{container.prefix}/data.pkl"]
-        pickled = bytes(data[member.start : member.start + member.size])
-    try:
-        with errors_at(path):
-            DryRun(pickled, container).load()
-    except CkptError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise_if_out_of_memory(error, path)
-        raise CorruptError(f"its pickle is damaged: {_first_line(error)}", path=path) from error
-    try:
-        with torch.serialization.safe_globals(allowed):
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise_if_out_of_memory(error, path)
-        _refuse_pickle(path, error, allow_globals)
-    except Exception as error:
-        raise_if_out_of_memory(error, path)
-        raise CorruptError(f"torch cannot read it: {_first_line(error)}", path=path) from error
-    opened = Sources()
-    opened.add(path, container.fingerprint, container.verify)
-    opened.check_unchanged()  # torch has opened the file again by its name
-    if allow_globals:
-        value = _plain(value, 0, path, {})
-    check_plain(value, path)
-    parts = dict(_parts(value, container))
-    sources.add(path, container.fingerprint, container.verify, parts)
-    return value
-
-
-def _parts(value: Any, container: Container) -> Iterator[tuple[Extent, MappedPart]]:
-    """Yield the memory range of each storage, and the part of the mapped file that it is.
-
-    torch maps the whole file, so storages have the same distances in memory as in the file. A storage for which this is
-    not so is left out, and its checksum is verified by reading the file.
-    """
-    found = (tensor.untyped_storage() for _, tensor in named_tensors(value))
-    storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
-    members = {member.start: member for member in container.storages() if member.size}
-    if storages and members:
-        begin = min(storages) - min(members)
-        for address, storage in storages.items():
-            member = members.get(address - begin)
-            if member and member.size == storage.nbytes():
-                yield (address, member.size), MappedPart(partial(container.note, member.name), storage)
-
-
-def _require_torch() -> None:
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if release < (2, 10):
-        message = f"torch {torch.__version__} is installed, but 2.10 or newer is needed to load files safely"
-        raise UsageError(message, hint="pip install --upgrade torch")
-
-
-def _find_globals(names: Sequence[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        try:
-            found.append((getattr(import_module(module), attribute), name))
-        except (ImportError, AttributeError, ValueError, TypeError):
-            raise UsageError(f"--allow-global {name}: there is no such class or function") from None
-    if "numpy.dtype" in names:  # a call of it returns instances of these classes, which the pickle does not name
-        found += [type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code not in "OV"]
-    return found
-
-
-def _refuse_pickle(path: Path, error: Exception, allowed: Sequence[str]) -> NoReturn:
-    try:
-        unsafe = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*allowed})
-    except Exception:  # torch cannot parse the pickle either
-        unsafe = []
-    if unsafe:
-        message = f"its pickle would call {', '.join(unsafe)}"
-        raise UnsafeError(message, path=path, hint=_how_to_allow(unsafe)) from error
-    # torch's message has the reason between advice to load the file unsafely and a link.
-    paragraphs = str(error).split("\n\n")
-    reason = paragraphs[-2 if len(paragraphs) > 1 else 0].strip()
-    raise UnsafeError(f"torch rejects its pickle: {reason[:200]}", path=path) from error
-
-
-def _how_to_allow(names: Sequence[str]) -> str:
-    if any(name.split(".")[0] in _NEVER_ALLOWED for name in names):
-        return "it would run commands, which --allow-global cannot permit; do not load this file with any program"
-    return "if you trust each of them: " + " ".join(f"--allow-global {name}" for name in names)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _plain(value: Any, depth: int, path: Path, done: dict[int, Any]) -> Any:
-    """Return a copy of a value with Python numbers for numpy scalars. `done` maps ids of containers to their copies."""
-    if depth > DEEPEST:
-        raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
-    if id(value) in done:
-        return done[id(value)]
-    new: Any = value
-    if isinstance(value, OrderedDict):
-        new = OrderedDict((k, _plain(v, depth + 1, path, done)) for k, v in value.items())
-        new.__dict__.update(value.__dict__)
-    elif type(value) is dict:
-        new = {k: _plain(v, depth + 1, path, done) for k, v in value.items()}
-    elif type(value) in (list, tuple):
-        new = type(value)(_plain(v, depth + 1, path, done) for v in value)
-    elif type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return value.item()
-    else:
-        return value
-    done[id(value)] = new
-    return new
 
 
 def save_torch_file(value: Any, path: Path) -> None:
@@ -198,6 +35,9 @@ def save_torch_file(value: Any, path: Path) -> None:
         raise UsageError(
             "torch would read a file of this name as safetensors", path=path, hint="use a name that ends in .pt"
         )
+    from vraxion_ckpt.checkpoint.references import resolved
+
+    value = resolved(value)
     check_plain(value)
     writer = None
     try:
@@ -232,6 +72,9 @@ def torch_file_size(value: Any) -> int:
     Raises:
         UnsupportedError: `value` is not plain data.
     """
+    from vraxion_ckpt.checkpoint.references import resolved
+
+    value = resolved(value)
     check_plain(value)
     counted = _Counter()
     with _uninterrupted():

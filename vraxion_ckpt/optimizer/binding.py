@@ -103,7 +103,7 @@ def _bound(
         return replace(_named(checkpoint, raw, recorded, "names recorded by vraxion_ckpt"), undecided=unbound.undecided)
     if checkpoint.param_names is not None:
         return _bound_by_payload(checkpoint, raw, checkpoint.param_names, order)
-    return infer_names(checkpoint, raw, trainable(checkpoint.state_dict()), stated=order)
+    return infer_names(checkpoint, raw, trainable(checkpoint.state_references()), stated=order)
 
 
 def _named(checkpoint: UnboundCheckpoint, raw: RawOptimizer, names: Sequence[str], bound_by: str) -> Optimizer:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.model import UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.shared_memory import without_tied
 from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, Shape
 from vraxion_ckpt.errors import BindingError
@@ -26,7 +25,7 @@ OptimizerOrder = Literal["model", "sorted", "reversed"]
 _USUAL = (OrderKind.MODEL, OrderKind.SORTED, OrderKind.REVERSED, OrderKind.HEAD_FIRST, OrderKind.HEAD_LAST)
 
 
-def trainable(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]:
+def trainable(tensors: Mapping[str, TensorRef]) -> list[tuple[str, Shape | None]]:
     """Return name and shape of the tensors that can be parameters, in the given order.
 
     Integers, bools and buffers of torch's own modules are left out. Of tied tensors, only the first is returned, as
@@ -38,7 +37,7 @@ def trainable(tensors: Mapping[str, Tensor]) -> list[tuple[str, Shape | None]]:
         for name, tensor in tensors.items()
         if name not in buffers and (tensor.is_floating_point() or tensor.is_complex())
     ]
-    return [(name, tuple(tensor.shape)) for name, tensor in without_tied(found)]
+    return [(name, tensor.shape) for name, tensor in without_tied(found)]
 
 
 def infer_names(

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames, split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.optimizer.trainers import known_trainer
 
 _SIMPLE = tuple(Rule(kind) for kind in OrderKind if kind is not OrderKind.LEAF_BY_LEAF)
@@ -98,7 +97,7 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
     head = checkpoint.head
     if head is not None:
         names[head.position : head.position] = list(_names_of_head(checkpoint))
-    is_sorted = _is_sorted(names, checkpoint.open_tensors())
+    is_sorted = _is_sorted(names, checkpoint.open_references())
     metadata = checkpoint.metadata
     if metadata and _is_in_order_of(metadata, checkpoint):
         alone = len({name.rpartition(".")[0] for name in names}) == len(names)
@@ -109,7 +108,7 @@ def model_order(checkpoint: Checkpoint) -> tuple[ModelOrder | None, bool]:
     return order_of(checkpoint), known_trainer(checkpoint) is not None
 
 
-def _is_sorted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
+def _is_sorted(names: Sequence[str], tensors: Mapping[str, TensorRef]) -> bool:
     """Return whether names are sorted within each dtype. This is how safetensors sorts: by dtype, then by name."""
     by_dtype: dict[Any, list[str]] = {}
     for name in names:

@@ -14,6 +14,7 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
+from vraxion_ckpt.checkpoint.references import TensorDict
 from vraxion_ckpt.errors import BindingError, UsageError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT
 from vraxion_ckpt.optimizer.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
@@ -142,8 +143,9 @@ def _groups(optimizer: Optimizer) -> list[list[str]]:
 def _with_groups(optimizer: Optimizer, groups: list[ParamGroup]) -> Optimizer:
     """Return an optimizer with these groups, and with the state in the order of their parameters, as torch does."""
     order = [name for group in groups for name in group.params]
-    state = {name: optimizer.state[name] for name in order if name in optimizer.state}
-    return replace(optimizer, groups=groups, state={**state, **optimizer.state})
+    held = optimizer.state.references()
+    state = {name: held[name] for name in order if name in held}
+    return replace(optimizer, groups=groups, state=TensorDict({**state, **held}))
 
 
 def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGroup]:

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
@@ -42,7 +40,7 @@ def is_directory(adapter: Adapter) -> bool:
 
 
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Read a checkpoint. Later calls of the adapter, to open an expert or verify a file, use `plugin_call` too."""
+    """Read a checkpoint. Later calls of the adapter, to open an expert, use `plugin_call` too."""
     context = ReadContext(tuple(allow_globals))
     with calling(adapter):
         found = adapter.read(path, context)
@@ -170,20 +168,15 @@ def _checked_size(adapter: Adapter, value: S, expected: Any) -> S:
 
 
 def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
-    """Attach the context's files to the checkpoint. Experts are opened and files verified within `plugin_call`."""
+    """Attach the context's files to the checkpoint. Experts are opened within `plugin_call`."""
 
-    def opened(opener: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    def opened(opener: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         with calling(adapter):
             leaves = opener()
         if wrong := wrong_leaves(leaves):
             raise defect_of(adapter, f"opening an expert returned a wrong value: {wrong}")
         return leaves
 
-    def verified(verify: Callable[[], None]) -> None:
-        with calling(adapter):
-            verify()
-
     for expert in checkpoint.head.experts.values() if checkpoint.head else ():
         expert.open_through(opened)
-    context.sources.verify_through(verified)
     return replace(checkpoint, sources=context.sources)

@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.ring import Visits
 from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageError, raise_if_out_of_memory
 from vraxion_ckpt.plugins import hookspecs
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
-from vraxion_ckpt.plugins.lent_tensors import WriteCounts, wrote_into
+from vraxion_ckpt.plugins.lent_tensors import counted_writes, wrote_into
 from vraxion_ckpt.plugins.options import Plugin, configure, parse_call
 from vraxion_ckpt.plugins.plugin_calls import (
     defect,
@@ -276,12 +276,11 @@ def run_probes(checkpoint: Checkpoint) -> Visits | None:
     for probe in reversed(registry().manager.hook.probe_visits.get_hookimpls()):  # in pluggy's order
         distribution, _, name = probe.plugin_name.rpartition(":")
         origin = name or "probe_visits", distribution or "an unknown distribution"
-        counts = WriteCounts(checkpoint)
         with plugin_call(*origin):
             visits = probe.function(*[checkpoint.copy() for _ in probe.argnames])  # one argument or none
         if visits is not None and not isinstance(visits, Visits):
             raise defect(f"probe_visits returned a {type(visits).__name__}, not Visits or None", *origin)
-        if written := counts.risen():
+        if written := counted_writes(checkpoint):
             raise defect(wrote_into(written), *origin)
         if visits is not None:
             return visits

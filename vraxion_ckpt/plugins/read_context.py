@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from torch import Tensor
-
+from vraxion_ckpt.checkpoint.references import TensorRef, resolved
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.errors import InconsistentError, StorageError
-from vraxion_ckpt.formats import safetensors_file, torch_file
+from vraxion_ckpt.formats import safetensors_file, torch_reader
 from vraxion_ckpt.support import json_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,14 @@ class ReadContext:
         Raises:
             SourceError: the file is damaged, unsafe or not supported.
         """
-        return torch_file.load_torch_file(path, self.sources, self.allow_globals)
+        return resolved(self.load_torch_references(path))
+
+    def load_torch_references(self, path: Path) -> Any:
+        """Load a file of ``torch.save`` as `load_torch` does, but with a `TensorRef` for each tensor.
+
+        Nothing is mapped. Tensors at which nobody looks are copied from file to file. Raises the same errors.
+        """
+        return torch_reader.load_torch_file(path, self.sources, self.allow_globals)
 
     def load_safetensors(
         self, path: Path, header: safetensors_file.Header | None = None
@@ -59,8 +68,17 @@ class ReadContext:
         Raises:
             SourceError: the file is damaged or not supported.
         """
+        references, metadata = self.load_safetensors_references(path, header)
+        return resolved(references), metadata
+
+    def load_safetensors_references(
+        self, path: Path, header: safetensors_file.Header | None = None
+    ) -> tuple[dict[str, TensorRef], dict[str, str]]:
+        """Open a safetensors file as `load_safetensors` does, but return a `TensorRef` for each tensor."""
         found = header if header is not None else safetensors_file.check_safetensors(path)
-        return safetensors_file.load_safetensors(path, found, self.sources), dict(found.metadata)
+        from vraxion_ckpt.checkpoint.references import referenced
+
+        return referenced(safetensors_file.load_safetensors(path, found, self.sources)), dict(found.metadata)
 
     def load_json(self, path: Path) -> Any:
         """Read a JSON file strictly.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from vraxion_ckpt.plugin_api import (
     ROUTER,
@@ -27,6 +26,7 @@ from vraxion_ckpt.plugin_api import (
     Parsed,
     ReadContext,
     StorageError,
+    TensorRef,
     build_payload,
     dump_json,
     listed,
@@ -103,7 +103,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         if faults.errors:
             return None  # files outside the directory are never opened
         router, place = files.path(ROUTER_STATE), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(trial.load_torch(router), router))
+        parsed = faults.attempt(lambda: parse_payload(trial.load_torch_references(router), router))
         meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
         faults.attempt(lambda: check_names(files.root / "experts"))
         shards = files.shards()
@@ -120,7 +120,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
                 faults.attempt(lambda: parse_rows(meta, number, files.root) if meta else {})
         shards = {i: path for i, path in shards.items() if faults.attempt(partial(check_file, i, path)) is not None}
         leaves = leaves_by_expert(parsed.checkpoint.param_names) if parsed is not None else {}
-        reference: tuple[int, dict[str, Tensor]] | None = None  # the first readable shard
+        reference: tuple[int, dict[str, TensorRef]] | None = None  # the first readable shard
         for expert, shard in shards.items():
             tensors = faults.attempt(partial(load_shard, shard, expert, leaves.get(expert), trial))
             if tensors is None:
@@ -136,7 +136,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     def _read(self, files: CheckpointFiles, context: ReadContext) -> Checkpoint:
         files.check_links()
         root, router = files.root, files.path(ROUTER_STATE)
-        parsed = parse_payload(context.load_torch(router), router)
+        parsed = parse_payload(context.load_torch_references(router), router)
         meta = read_meta(files.path(META), context, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
@@ -178,9 +178,9 @@ class ModularAdapter(IncrementalDirectoryAdapter):
             check_file(i, shard)
         check_complete(shards, listed, num_experts, root)
         leaves = leaves_by_expert(parsed.checkpoint.param_names)
-        reference: list[tuple[int, dict[str, Tensor]]] = []  # the first shard that was opened
+        reference: list[tuple[int, dict[str, TensorRef]]] = []  # the first shard that was opened
 
-        def open_shard(expert: int, path: Path) -> dict[str, Tensor]:
+        def open_shard(expert: int, path: Path) -> dict[str, TensorRef]:
             context.check_unchanged(router)  # if it has changed, the shard may be from a later save
             tensors = load_shard(path, expert, leaves.get(expert), context)
             other = of_another_size(expert, tensors, shards)
@@ -268,7 +268,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         """Return the payload of router.state."""
         head = checkpoint.head
         sharded = head is not None and head.kind is HeadKind.EXPERTS
-        state = checkpoint.core if sharded else checkpoint.state_dict()
+        state = checkpoint.core.references() if sharded else checkpoint.state_references()
         router, origin = router_dialect(checkpoint)
         derived = _derived_position(list(state), checkpoint.param_names)
         position = head.position if head and sharded and head.position != derived else None

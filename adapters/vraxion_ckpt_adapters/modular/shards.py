@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from vraxion_ckpt.plugin_api import (
     Checkpoint,
     CkptWarning,
@@ -22,6 +20,7 @@ from vraxion_ckpt.plugin_api import (
     OutputFile,
     ReadContext,
     StorageError,
+    TensorRef,
     fills_storage,
     listed,
     named_tensors,
@@ -107,9 +106,9 @@ def check_complete(shards: Collection[int], deleted: frozenset[int], num_experts
         raise InconsistentError(message, path=root / "experts")
 
 
-def content_of(expert: Expert) -> dict[str, Tensor]:
+def content_of(expert: Expert) -> dict[str, TensorRef]:
     """Return the content of an expert's shard: leaf name → tensor."""
-    return {leaf: _compact(tensor) for leaf, tensor in expert.items()}
+    return {leaf: _compact(tensor) for leaf, tensor in expert.references().items()}
 
 
 def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
@@ -131,21 +130,21 @@ def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]
     return leaves
 
 
-def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadContext) -> dict[str, Tensor]:
+def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadContext) -> dict[str, TensorRef]:
     """Open a shard.
 
     Raises:
         InconsistentError: the shard is damaged, is not a dict of tensors, or lacks one of `leaves`.
     """
     try:
-        shard = context.load_torch(path)
+        shard = context.load_torch_references(path)
     except CorruptError as error:
         message = f"the shard of expert {expert} is damaged: {error.message}"
         raise InconsistentError(message, path=path, key=error.key, hint=error.hint) from error
     if not isinstance(shard, dict) or not shard:
         raise InconsistentError(f"the shard of expert {expert} holds no tensors", path=path)
     for leaf, tensor in shard.items():
-        if not isinstance(leaf, str) or not isinstance(tensor, Tensor):
+        if not isinstance(leaf, str) or not isinstance(tensor, TensorRef):
             raise InconsistentError(f"the shard of expert {expert} has an entry that is not a tensor", path=path)
     if leaves is not None and not leaves <= shard.keys():
         lacking = ", ".join(sorted(leaves - shard.keys()))
@@ -153,7 +152,7 @@ def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadCo
     return shard
 
 
-def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, Path]) -> int | None:
+def of_another_size(expert: int, tensors: dict[str, TensorRef], shards: dict[int, Path]) -> int | None:
     """Return the first other expert if the file size of its shard differs, or None.
 
     The shards of linear experts should all have the same size. If two sizes differ, the caller opens both to find
@@ -165,7 +164,7 @@ def of_another_size(expert: int, tensors: dict[str, Tensor], shards: dict[int, P
     return other if shards[other].stat().st_size != shards[expert].stat().st_size else None
 
 
-def check_fit(path: Path, expert: int, tensors: dict[str, Tensor], other: int, model: dict[str, Tensor]) -> None:
+def check_fit(path: Path, expert: int, tensors: dict[str, TensorRef], other: int, model: dict[str, TensorRef]) -> None:
     """Raise InconsistentError if a shard's tensors do not fit `model`, the tensors of expert `other`.
 
     A trainer's loader would skip such a shard.
@@ -179,12 +178,14 @@ def tied_across_files(checkpoint: Checkpoint) -> set[str]:
     if checkpoint.head is None or checkpoint.head.kind is HeadKind.SINGLE:
         return set()
     slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    router: list[tuple[tuple[int | None, str], Tensor]] = [
+    router: list[tuple[tuple[int | None, str], TensorRef]] = [
         ((None, name), tensor) for name, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots])
     ]
     # An expert that was not opened has a file of its own, so it shares no memory with other tensors.
     opened = [(i, expert) for i, expert in checkpoint.head.experts.items() if expert.is_open]
-    experts = [((i, checkpoint.head.prefix(i) + leaf), t) for i, expert in opened for leaf, t in expert.items()]
+    experts = [
+        ((i, checkpoint.head.prefix(i) + leaf), t) for i, expert in opened for leaf, t in expert.references().items()
+    ]
     return {
         name
         for (((first, _), _), *others) in sharing([*router, *experts])
@@ -193,9 +194,8 @@ def tied_across_files(checkpoint: Checkpoint) -> set[str]:
     }
 
 
-def _compact(tensor: Tensor) -> Tensor:
+def _compact(tensor: TensorRef) -> TensorRef:
     """Return a tensor that fills its storage, because torch.save writes whole storages."""
     if fills_storage(tensor):
         return tensor
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    return tensor.copied()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import ByteSize, Field
-from torch import Tensor
 
 from vraxion_ckpt.plugin_api import (
     NATIVE_DTYPES,
@@ -23,6 +22,7 @@ from vraxion_ckpt.plugin_api import (
     Loss,
     Origin,
     ReadContext,
+    TensorRef,
     check_safetensors,
     document_text,
     dump_document,
@@ -50,7 +50,7 @@ from vraxion_ckpt_adapters.safetensors.files import (
 )
 from vraxion_ckpt_adapters.safetensors.shards import fill_shards, read_index, read_shards, save_id
 
-_Content = tuple[dict[str, Tensor], dict[str, str]]
+_Content = tuple[dict[str, TensorRef], dict[str, str]]
 
 
 class SafetensorsAdapter(Adapter):
@@ -185,7 +185,7 @@ def _recorded_metadata(origin: Origin, format_name: str) -> dict[str, Any]:
 
 def _overlapping(checkpoint: Checkpoint) -> list[str]:
     """Return the names of two tensors that are different views of the same memory, or an empty list."""
-    everything: dict[str, Any] = {"model": checkpoint.open_tensors()}
+    everything: dict[str, Any] = {"model": checkpoint.open_references()}
     if (unbound := unbound_state_dict(checkpoint)) is not None:
         everything["optimizer"] = unbound
     elif checkpoint.optimizer is not None:

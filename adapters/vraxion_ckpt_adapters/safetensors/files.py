@@ -7,13 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vraxion_ckpt.plugin_api import (
     OUR_KEY,
     CorruptError,
     InconsistentError,
     ReadContext,
+    TensorRef,
     check_safetensors,
     parse_json,
 )
@@ -65,7 +64,7 @@ def check_regular(path: Path) -> Path:
     return path
 
 
-def read_single_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_single_file(path: Path, context: ReadContext) -> tuple[dict[str, TensorRef], dict[str, Any]]:
     """Return the tensors and the metadata of a checkpoint that is one file.
 
     Raises:
@@ -77,7 +76,7 @@ def read_single_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor
         raise InconsistentError(
             "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
         )
-    tensors, texts = context.load_safetensors(path, header)
+    tensors, texts = context.load_safetensors_references(path, header)
     metadata = dict[str, Any](texts)
     if OUR_KEY in metadata:
         try:

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vraxion_ckpt.plugin_api import (
     LARGEST_SAFETENSORS_HEADER,
     OUR_PREFIX,
     InconsistentError,
     ReadContext,
+    TensorRef,
     check_safetensors,
     checksum,
     document_text,
@@ -22,7 +21,7 @@ from vraxion_ckpt.plugin_api import (
 from vraxion_ckpt_adapters.safetensors.files import SAVE_KEY, check_regular
 
 
-def read_shards(index: Path, context: ReadContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_shards(index: Path, context: ReadContext) -> tuple[dict[str, TensorRef], dict[str, Any]]:
     """Return the tensors of all shards and the metadata of the index. Headers are checked before any tensor is read.
 
     Raises:
@@ -49,9 +48,9 @@ def read_shards(index: Path, context: ReadContext) -> tuple[dict[str, Tensor], d
         raise InconsistentError(message, path=index, key="metadata.total_size")
     for name in (SAVE_KEY, "total_parameters"):  # not carried over: a transform could make them wrong
         metadata.pop(name, None)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorRef] = {}
     for file, header in headers.items():
-        tensors |= context.load_safetensors(index.with_name(file), header)[0]
+        tensors |= context.load_safetensors_references(index.with_name(file), header)[0]
     return tensors, metadata
 
 
@@ -77,7 +76,7 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata
 
 
-def save_id(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+def save_id(tensors: Mapping[str, TensorRef], facts: Mapping[str, Any]) -> str:
     """Return a digest of all content, 16 hexadecimal digits. It shows whether shards belong to one save."""
     digest = hashlib.sha256(document_text(facts).encode())
     for name, tensor in tensors.items():
@@ -87,12 +86,12 @@ def save_id(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fill_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+def fill_shards(tensors: Mapping[str, TensorRef], max_bytes: int) -> Iterator[dict[str, TensorRef]]:
     """Divide tensors into shards of at most `max_bytes`, in order. A larger tensor has a shard of its own.
 
     Model tensors come first. Training state follows in separate shards.
     """
-    shard: dict[str, Tensor] = {}
+    shard: dict[str, TensorRef] = {}
     size, ours = 0, False
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].startswith(OUR_PREFIX)):
         more = tensor.numel() * tensor.itemsize

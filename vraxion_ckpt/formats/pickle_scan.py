@@ -1,0 +1,248 @@
+"""Check the opcodes of the pickle of a ``.pt`` file before Python's unpickler runs it.
+
+The scan makes no value. It follows the unpickler's stack with one byte per value, its kind. So it finds opcodes that
+allocate without limit, hash nested tuples, or change objects other than dicts and lists. Imports without torch.
+"""
+
+from __future__ import annotations
+
+import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+
+from vraxion_ckpt.errors import InconsistentError, LimitError, UnsafeError, UnsupportedError
+
+
+def current_name(module: str, name: str) -> str:
+    """Return the full name that Python 3 has for a class or function of a pickle."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
+
+
+class _Kind(IntEnum):
+    """What is known of a value on the stack."""
+
+    OTHER = 0
+    TUPLE = 1
+    LIST = 2
+    DICT = 3
+    REPEATED_DICT = 4  # from the memo
+    ORDERED_DICT = 5
+    FUNCTION = 6  # a class or function that makes stand-ins
+    ORDERED_DICT_CLASS = 7
+    ALLOWED_FUNCTION = 8
+    ALLOWED_RESULT = 9
+    UNSAFE = 10  # the pickle is refused at the end of the scan, whatever is done with the value
+
+
+_OTHER, _TUPLE, _LIST, _DICT, _ORDERED_DICT, _UNSAFE = (
+    int(kind) for kind in (_Kind.OTHER, _Kind.TUPLE, _Kind.LIST, _Kind.DICT, _Kind.ORDERED_DICT, _Kind.UNSAFE)
+)
+_IN_MEMO = bytes(_Kind.REPEATED_DICT if kind is _Kind.DICT else kind for kind in _Kind)
+_RESULTS: dict[int, int] = {
+    _Kind.FUNCTION: _Kind.OTHER,
+    _Kind.ORDERED_DICT_CLASS: _Kind.ORDERED_DICT,
+    _Kind.ALLOWED_FUNCTION: _Kind.ALLOWED_RESULT,
+    _Kind.UNSAFE: _Kind.UNSAFE,
+}
+_WITH_ITEMS = frozenset({_Kind.DICT, _Kind.REPEATED_DICT, _Kind.ORDERED_DICT, _Kind.UNSAFE})
+_WITH_STATE = frozenset({_Kind.ORDERED_DICT, _Kind.ALLOWED_RESULT, _Kind.UNSAFE})
+
+# Opcodes that push a value: the number of bytes of their argument, and the kind.
+_PUSHES: dict[int, tuple[int, int]] = {
+    **dict.fromkeys((pickle.NONE[0], pickle.NEWTRUE[0], pickle.NEWFALSE[0], pickle.EMPTY_SET[0]), (0, _OTHER)),
+    pickle.BININT[0]: (4, _OTHER),
+    pickle.BININT1[0]: (1, _OTHER),
+    pickle.BININT2[0]: (2, _OTHER),
+    pickle.BINFLOAT[0]: (8, _OTHER),
+    pickle.EMPTY_TUPLE[0]: (0, _TUPLE),
+    pickle.EMPTY_LIST[0]: (0, _LIST),
+    pickle.EMPTY_DICT[0]: (0, _DICT),
+}
+ORDERED_DICT = "collections.OrderedDict"
+_MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
+
+
+@dataclass
+class PickleScan:
+    """A scan of one pickle, without running it.
+
+    Args:
+        data: the pickle.
+        known: returns something other than None for the full name of a class or function that has a stand-in.
+        allowed: full names of further classes and functions that the user allows.
+
+    Attributes:
+        unsafe: full names of all others, after `run`.
+    """
+
+    data: bytes
+    known: Callable[[str], object]
+    allowed: Collection[str] = ()
+    unsafe: set[str] = field(default_factory=set)
+    _stack: bytearray = field(default_factory=bytearray)
+    _marks: list[int] = field(default_factory=list)
+    _memo: bytearray = field(default_factory=bytearray)
+    _puts: int = 0
+
+    def run(self) -> None:
+        """Follow all opcodes up to the end of the pickle.
+
+        The scan need not notice that the stack is too short, because the unpickler then stops at the same opcode.
+
+        Raises:
+            UnsupportedError: there is an opcode that ``torch.save`` does not write.
+            UnsafeError: something other than a dict, list or function is used as one.
+            InconsistentError: a dict has a tuple as a key.
+            LimitError: a dict is copied repeatedly.
+            pickle.UnpicklingError: the pickle is damaged.
+        """
+        try:
+            self._run()
+        except (IndexError, ValueError):
+            raise pickle.UnpicklingError("it ends too early, or takes values that it did not make") from None
+
+    def _run(self) -> None:
+        data, stack, push, others = self.data, self._stack, _PUSHES.get, self._others()
+        text, many, stop = pickle.BINUNICODE[0], pickle.TUPLE[0], pickle.STOP[0]
+        puts = {pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4}
+        gets = {pickle.BINGET[0]: 1, pickle.LONG_BINGET[0]: 4}
+        at = 0
+        while True:  # the order of the cases is by how frequent they are
+            code = data[at]
+            at += 1
+            if code in puts:
+                after = at + puts[code]
+                self._put(int.from_bytes(data[at:after], "little"))
+                at = after
+            elif pushed := push(code):
+                at += pushed[0]
+                stack.append(pushed[1])
+            elif code in gets:
+                after = at + gets[code]
+                stack.append(self._memo[int.from_bytes(data[at:after], "little")])
+                at = after
+            elif code == text:
+                at += 4 + int.from_bytes(data[at : at + 4], "little")
+                stack.append(_OTHER)
+            elif code == many:
+                del stack[self._marks.pop() :]
+                stack.append(_TUPLE)
+            elif code in others:
+                at = others[code](at)
+            elif code == stop:
+                return
+            else:
+                raise UnsupportedError("its pickle has opcodes that torch.save does not write by default")
+
+    def _others(self) -> dict[int, Callable[[int], int]]:
+        """Return a method for each of the less frequent opcodes. It takes and returns an offset in the pickle."""
+        return {
+            pickle.MARK[0]: self._mark,
+            pickle.TUPLE1[0]: partial(self._tuple, 1),
+            pickle.TUPLE2[0]: partial(self._tuple, 2),
+            pickle.TUPLE3[0]: partial(self._tuple, 3),
+            pickle.BINPERSID[0]: self._persistent,
+            pickle.REDUCE[0]: self._call,
+            pickle.NEWOBJ[0]: self._call,
+            pickle.GLOBAL[0]: self._global,
+            pickle.BUILD[0]: self._build,
+            pickle.APPEND[0]: self._append,
+            pickle.APPENDS[0]: self._extend,
+            pickle.SETITEM[0]: self._set_item,
+            pickle.SETITEMS[0]: self._set_items,
+            pickle.PROTO[0]: lambda at: at + 1,
+            pickle.LONG1[0]: self._counted,
+            pickle.SHORT_BINSTRING[0]: self._counted,
+        }
+
+    def _put(self, index: int) -> None:
+        # The unpickler allocates memory for all indices up to the largest one.
+        self._puts += 1
+        if index >= len(self._memo):
+            if index > self._puts + _MOST_UNUSED:
+                raise LimitError("the memo of its pickle has large gaps, which would take much memory")
+            self._memo.extend(bytes(index + 1 - len(self._memo)))
+        self._memo[index] = _IN_MEMO[self._stack[-1]]
+
+    def _mark(self, at: int) -> int:
+        self._marks.append(len(self._stack))
+        return at
+
+    def _tuple(self, size: int, at: int) -> int:
+        del self._stack[-size:]
+        self._stack.append(_TUPLE)
+        return at
+
+    def _counted(self, at: int) -> int:
+        self._stack.append(_OTHER)
+        return at + 1 + self.data[at]
+
+    def _persistent(self, at: int) -> int:
+        self._stack[-1] = _OTHER
+        return at
+
+    def _global(self, at: int) -> int:
+        middle = self.data.index(b"\n", at)
+        end = self.data.index(b"\n", middle + 1)
+        name = current_name(self.data[at:middle].decode(), self.data[middle + 1 : end].decode())
+        self._stack.append(self._kind_of(name))
+        return end + 1
+
+    def _kind_of(self, name: str) -> int:
+        if name == ORDERED_DICT:
+            return _Kind.ORDERED_DICT_CLASS
+        if self.known(name) is not None:
+            return _Kind.FUNCTION
+        if name in self.allowed:
+            return _Kind.ALLOWED_FUNCTION
+        self.unsafe.add(name)
+        return _UNSAFE
+
+    def _call(self, at: int) -> int:
+        self._stack.pop()
+        if self._stack[-1] not in _RESULTS:
+            raise UnsafeError("its pickle calls something other than a named class or function")
+        self._stack[-1] = _RESULTS[self._stack[-1]]
+        return at
+
+    def _build(self, at: int) -> int:
+        state, target = self._stack.pop(), self._stack[-1]
+        if target not in _WITH_STATE:
+            raise UnsafeError("its pickle changes the attributes of something other than an OrderedDict")
+        if target == _ORDERED_DICT and state == _Kind.REPEATED_DICT:
+            raise LimitError("its pickle copies far more data than it has: a dict is the attributes of many objects")
+        if target == _ORDERED_DICT and state != _DICT:
+            raise InconsistentError("attributes of an OrderedDict are not a dict; pairs could have a key of type tuple")
+        return at
+
+    def _append(self, at: int) -> int:
+        self._stack.pop()
+        return self._extended(at)
+
+    def _extend(self, at: int) -> int:
+        del self._stack[self._marks.pop() :]
+        return self._extended(at)
+
+    def _extended(self, at: int) -> int:
+        if self._stack[-1] not in (_LIST, _UNSAFE):
+            raise UnsafeError("its pickle appends to something other than a list")
+        return at
+
+    def _set_item(self, at: int) -> int:
+        return self._set(len(self._stack) - 2, at)
+
+    def _set_items(self, at: int) -> int:
+        return self._set(self._marks.pop(), at)
+
+    def _set(self, start: int, at: int) -> int:
+        # Hashing deeply nested tuples overflows the C stack, here and in torch.
+        if _TUPLE in self._stack[start::2]:
+            raise InconsistentError("has a key of type tuple; keys must be text")
+        del self._stack[start:]
+        if self._stack[-1] not in _WITH_ITEMS:
+            raise UnsafeError("its pickle sets items of something other than a dict")
+        return at
