@@ -16,6 +16,7 @@ from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import named_tensors, size_of
+from vraxion_ckpt.checkpoint.references import as_reference, referenced
 from vraxion_ckpt.checkpoint.ring import as_addresses, owning_experts
 from vraxion_ckpt.experts import companions
 from vraxion_ckpt.support import progress
@@ -55,7 +56,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Report tensors that share memory."""
     slots = {
         f"{name}.{slot}"
-        for name, entries in (checkpoint.optimizer.state if checkpoint.optimizer else {}).items()
+        for name, entries in (checkpoint.optimizer.state.references() if checkpoint.optimizer else {}).items()
         for slot in entries
     }
     for tie in invariants.shared_names(checkpoint):
@@ -68,7 +69,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
-    head, router = checkpoint.head, checkpoint.router_map
+    head, router = checkpoint.head, checkpoint.router_reference
     if head is None:
         return
     if router is None:
@@ -118,7 +119,7 @@ def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
-    plan, router = checkpoint.plan, checkpoint.router_map
+    plan, router = checkpoint.plan, checkpoint.router_reference
     if plan is None or router is None or router.ndim != 1:
         return
     owners = router_owners(router)
@@ -148,13 +149,17 @@ def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:
 def about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, int]:
     """Report non-finite and impossible values of tensors. Return the number of tensors, and their bytes."""
     optimizer = checkpoint.optimizer
-    held: dict[str, object] = {"payload": checkpoint.payload}
+    held: dict[str, object] = {"payload": checkpoint.payload.references()}
     if optimizer is not None:
-        groups = [group.options for group in optimizer.groups]
-        held["optimizer"] = {"state": optimizer.state, "groups": groups, **optimizer.extra}
+        groups = referenced([group.options for group in optimizer.groups])
+        held["optimizer"] = {
+            "state": optimizer.state.references(),
+            "groups": groups,
+            **optimizer.extra.references(),
+        }
     elif (unbound := unbound_state_dict(checkpoint)) is not None:
-        held["optimizer"] = unbound
-    named = [*checkpoint.open_tensors().items(), *named_tensors(held)]
+        held["optimizer"] = unbound.references()
+    named = [*checkpoint.open_references().items(), *((n, as_reference(tensor)) for n, tensor in named_tensors(held))]
     for place, number in _floats(held, ""):
         where = place.removeprefix(".")
         findings.append(Finding.warning("finite", f"is {number}", where=where))
@@ -162,14 +167,14 @@ def about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, 
     with progress.progress_bar("values", total) as advance:
         for name, tensor in named:
             if not is_finite(tensor):
-                values = value_facts(tensor)
+                values = value_facts(tensor.values())
                 kinds = ((values.nans, "NaN"), (values.infinities, "infinite"))
                 what = " and ".join(f"{number} {kind}" for number, kind in kinds if number)
                 what = f"{what} of {tensor.numel()} elements"
                 findings.append(Finding.warning("finite", what, where=name))
-            negative = count_negative(tensor) if is_never_negative(name, tensor) else 0
+            negative = count_negative(tensor.values()) if is_never_negative(name, tensor) else 0
             if negative:
                 what = f"{negative} of {tensor.numel()} elements are negative, but this slot cannot be negative"
                 findings.append(Finding.warning("negative", what, where=name))
-            advance(tensor.numel() * tensor.itemsize)
+            advance(tensor.nbytes)
     return len(named), total

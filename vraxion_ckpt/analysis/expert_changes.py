@@ -51,7 +51,8 @@ def expert_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> tuple[Ex
 
 
 def _between(a: Expert, b: Expert) -> Measure | None:
-    return measure([(a[leaf], b[leaf]) for leaf in a]) if a.keys() == b.keys() else None
+    one, other = a.references(), b.references()
+    return measure([(one[leaf], other[leaf]) for leaf in one]) if one.keys() == other.keys() else None
 
 
 def _former_owners(a: Checkpoint, b: Checkpoint) -> dict[int, int]:
@@ -71,11 +72,10 @@ def _owner_pairs(a: Checkpoint, b: Checkpoint) -> dict[tuple[int, int], int]:
 
 def _owners(a: Checkpoint, b: Checkpoint) -> tuple[Ints, Ints] | None:
     """Return both router maps, or None if they cannot be compared."""
-    if a.head is None or b.head is None or a.router_map is None or b.router_map is None:
+    old, new = a.router_reference, b.router_reference
+    if a.head is None or b.head is None or old is None or new is None or old.shape != new.shape:
         return None  # the valid owners are unknown without a head
-    if len(a.router_map) != len(b.router_map):
-        return None
-    return router_owners(a.router_map), router_owners(b.router_map)
+    return router_owners(old), router_owners(new)
 
 
 def _ids_after(a: Checkpoint, b: Checkpoint, matching: Matching) -> dict[int, int]:

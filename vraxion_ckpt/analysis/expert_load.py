@@ -44,17 +44,19 @@ def expert_loads(
     """
     if visits_file is None and visits_after is None:
         return None
-    if checkpoint.router_map is None or checkpoint.head is None:
+    router = checkpoint.router_reference
+    if router is None or checkpoint.head is None:
         raise UsageError("has no ring of experts to count visits on", path=checkpoint.origin.path)
-    owners = router_owners(checkpoint.router_map)
+    owners = router_owners(router)
     planned = _split_planned(checkpoint, owners)
     # If the next split is planned already, the last split recorded in the payload is not the one to show.
     old = _split_undone(checkpoint, owners) if planned is None else None
     if against is not None:
         former = against if isinstance(against, Checkpoint) else read_unbound(against, ReadOptions())
-        if former.head is None or former.router_map is None or len(former.router_map) != len(owners):
+        theirs = former.router_reference
+        if former.head is None or theirs is None or theirs.numel() != len(owners):
             raise UsageError("has no ring of the same length", path=former.origin.path)
-        old = router_owners(former.router_map), former.num_experts
+        old = router_owners(theirs), former.num_experts
         if planned is not None and former.num_experts == checkpoint.num_experts and np.array_equal(old[0], owners):
             old = None  # no address has moved; the plan gives the prediction
     before, after = (

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of, in_pieces
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.support.json_models import Fact, Number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOW = 2**32 - 1
 
@@ -46,7 +49,7 @@ class Measure(Fact):
         return ", ".join(parts)
 
 
-def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
+def measure(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> Measure | None:
     """Measure the difference between the first and the second tensors of pairs, each side taken as one vector.
 
     Tensors are read in pieces and summed in float64. Tensors of different dtypes are compared by value.
@@ -54,6 +57,8 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     Returns:
         The difference, or None if the tensors of a pair have different shapes.
     """
+    import torch
+
     held = list(pairs)
     if any(a.shape != b.shape for a, b in held):
         return None
@@ -65,7 +70,7 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     dot = 0.0
     for a, b in held:
         of += a.numel()
-        for x, y in in_pieces(a, b):
+        for x, y in in_pieces(a.values(), b.values()):
             differ = _differ(x, y)
             elements += int(differ.sum())
             if whole:
@@ -95,12 +100,12 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     )
 
 
-def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+def _largest(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> float:
     """Return the largest finite magnitude, or 1 if it is zero."""
     found = 0.0
     for pair in pairs:
         for tensor in pair:
-            for (piece,) in in_pieces(tensor):
+            for (piece,) in in_pieces(tensor.values()):
                 numbers = as_numbers(piece)
                 if numbers is not None and numbers.numel():
                     sizes = numbers.abs()
@@ -113,7 +118,8 @@ def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, Non
     if one is None or other is None:
         return None, None
     if one.is_complex() != other.is_complex():
-        return one.to(torch.complex128), other.to(torch.complex128)
+        wide = one.dtype if one.is_complex() else other.dtype
+        return one.to(wide), other.to(wide)
     return one, other
 
 
@@ -139,6 +145,8 @@ def _halves(integers: Tensor) -> tuple[Ints, Ints]:
 
 def _differ(x: Tensor, y: Tensor) -> Tensor:
     """Return a mask of the elements that differ: in a bit, or in value if the dtypes differ."""
+    import torch
+
     if x.dtype != y.dtype:
         one, other = as_numbers(x), as_numbers(y)
         return torch.ones(len(x), dtype=torch.bool) if one is None or other is None else one != other

@@ -101,7 +101,7 @@ def total_by_owner(weights: Weights, owners: Ints, num_experts: int) -> list[int
         return found
 
     if weights.dtype.kind == "i":
-        return list(totals(weights))
+        return list(totals(weights.astype(np.int64, copy=False)))
     exact = _Exact.of(weights)
     return [exact.rounded(sums) for sums in zip(*map(totals, exact.digits()), strict=True)]
 
@@ -179,10 +179,10 @@ def hottest_arc(weights: Weights, length: int) -> tuple[Arc, int | float]:
 
 
 def _window_sums(weights: Weights, length: int) -> Weights:
-    prefix = np.empty(len(weights) + length, dtype=weights.dtype)
-    prefix[0] = 0
-    np.cumsum(weights, out=prefix[1 : len(weights) + 1])
-    np.add(prefix[1:length], prefix[len(weights)], out=prefix[len(weights) + 1 :])
+    ring_len = len(weights)
+    prefix: Weights = np.zeros(ring_len + length, dtype=weights.dtype)
+    np.cumsum(weights, out=prefix[1 : ring_len + 1])
+    prefix[ring_len + 1 :] = prefix[1:length] + prefix[ring_len]
     sums: Weights = prefix[length:] - prefix[:-length]
     return sums
 
@@ -192,7 +192,7 @@ def _exact_argmax(weights: Weights, length: int, starts: Ints) -> int:
     sums = []
     carry = np.zeros(len(starts), dtype=np.int64)
     for digits in _Exact.of(weights).digits():
-        carry += _window_sums(digits, length)[starts]
+        carry += _window_sums(digits, length)[starts].astype(np.int64, copy=False)
         sums.append(carry & _MASK)
         carry >>= _DIGIT
     best = np.flatnonzero(carry == carry.max())

@@ -57,8 +57,8 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]
         raise InconsistentError(
             message, path=path, hint=f"{HOW_TO_COUNT_VISITS}, instead of meta=" if lacking else None
         )
-    router = checkpoint.router_map
-    actual = {"router_map_len": len(router) if router is not None else 0, "num_experts": checkpoint.num_experts}
+    router = checkpoint.router_reference
+    actual = {"router_map_len": router.numel() if router is not None else 0, "num_experts": checkpoint.num_experts}
     for key, value in actual.items():
         if key in data and data[key] != value:
             raise InconsistentError(f"is {data[key]!r} in the plan, but {value} in the checkpoint", path=path, key=key)
