@@ -141,5 +141,6 @@ def lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list[
                 changes.append(removed(f"row of expert {i}", None))
             if other is not None and not other.assumed:
                 changes.append(added(f"row of expert {now[i]}", None))
-    new = (j for j, row in b.lifecycle.items() if j not in now.values() and not row.assumed)
+    met = set(now.values())
+    new = (j for j, row in b.lifecycle.items() if j not in met and not row.assumed)
     return changes + [added(f"row of expert {j}", None) for j in new]
