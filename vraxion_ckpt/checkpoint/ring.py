@@ -180,7 +180,7 @@ def hottest_arc(weights: Weights, length: int) -> tuple[Arc, int | float]:
 
 def _window_sums(weights: Weights, length: int) -> Weights:
     ring_len = len(weights)
-    prefix: Weights = np.zeros(ring_len + length, dtype=weights.dtype)
+    prefix: Any = np.zeros(ring_len + length, dtype=weights.dtype)
     np.cumsum(weights, out=prefix[1 : ring_len + 1])
     prefix[ring_len + 1 :] = prefix[1:length] + prefix[ring_len]
     sums: Weights = prefix[length:] - prefix[:-length]

@@ -20,7 +20,7 @@ from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
 
 _PLAIN = (dict[str, Any], TensorDict[str, Any])  # written as they are, so they must be plain data
-_SIMPLE = frozenset({int, float, str, bool, NoneType, TensorRef})  # types without contents to check
+_SIMPLE: frozenset[type] = frozenset({int, float, str, bool, NoneType, TensorRef})  # types without contents to check
 
 
 def wrong_type(value: object, expected: Any = Checkpoint, place: str = "") -> str | None:
@@ -75,7 +75,7 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
 def _simple_types(expected: Any) -> frozenset[type]:
     """Return the types whose values satisfy an annotation whatever they contain."""
     kinds = get_args(expected) if get_origin(expected) in (UnionType, Union) else (expected,)
-    return _SIMPLE.intersection(kinds)
+    return frozenset(kind for kind in _SIMPLE if kind in kinds)
 
 
 def _is_instance(value: object, kind: type) -> bool:
