@@ -14,7 +14,7 @@ import torch
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, files_below, load, on_a_terminal
 
 import vraxion_ckpt as vc
-from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.checkpoint.source_files import SourceFile
 from vraxion_ckpt.errors import InconsistentError, UsageError
 
 EXPERTS3 = DATA / "modular_experts3"
@@ -79,10 +79,13 @@ def test_many_experts_are_all_listed_and_only_a_few_are_opened(tmp_path, run_cli
         DATA / "wallclock_single.pt", f"{tmp_path}/run/", transforms=["single_to_experts:experts=40,route=modulo"]
     )
     opened = []
-    original = Sources.add
-    monkeypatch.setattr(
-        Sources, "add", lambda self, path, *more: opened.append(path.name) or original(self, path, *more)
-    )
+    original = SourceFile.__init__
+
+    def note(self, path, *args, **more):
+        opened.append(path.name)
+        original(self, path, *args, **more)
+
+    monkeypatch.setattr(SourceFile, "__init__", note)
     facts = vc.inspect(tmp_path / "run")
     assert len(facts.experts) == 40
     assert sum(name.startswith("expert") for name in opened) == 16
