@@ -14,6 +14,7 @@ import torch
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, files_below, load, on_a_terminal
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint.source_files import SourceFile
 from vraxion_ckpt.errors import InconsistentError, UsageError
 
 EXPERTS3 = DATA / "modular_experts3"
@@ -78,11 +79,16 @@ def test_many_experts_are_all_listed_and_only_a_few_are_opened(tmp_path, run_cli
         DATA / "wallclock_single.pt", f"{tmp_path}/run/", transforms=["single_to_experts:experts=40,route=modulo"]
     )
     opened = []
-    original = torch.load
-    monkeypatch.setattr(torch, "load", lambda path, *args, **more: opened.append(path) or original(path, *args, **more))
+    original = SourceFile.__init__
+
+    def note(self, path, *args, **more):
+        opened.append(path.name)
+        original(self, path, *args, **more)
+
+    monkeypatch.setattr(SourceFile, "__init__", note)
     facts = vc.inspect(tmp_path / "run")
     assert len(facts.experts) == 40
-    assert len(opened) == 1 + 16
+    assert sum(name.startswith("expert") for name in opened) == 16
     assert [expert.id for expert in facts.experts if expert.tensors is None] == list(range(16, 40))
     assert all(expert.lifecycle and expert.addresses for expert in facts.experts)
     assert all(expert.tensors for expert in vc.inspect(tmp_path / "run", tensors=True).experts)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -78,11 +81,27 @@ def test_the_automatic_arc_length(ring_len, experts, length):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=50))
 def test_arcs_cover_the_ring_with_one_owner_each(owners):
     rebuilt: list[int | None] = [None] * len(owners)
-    for start, length, owner in ring.arcs(np.array(owners)):
+    starts = ring.arc_starts(np.array(owners))
+    lengths = ring.run_lengths(starts, len(owners))
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         for address in range(start, start + length):
             assert rebuilt[address % len(owners)] is None
-            rebuilt[address % len(owners)] = owner
+            rebuilt[address % len(owners)] = owners[start]
     assert rebuilt == owners
+    changes = sum(owner != owners[i - 1] for i, owner in enumerate(owners))
+    assert len(starts) == max(1, changes)  # no two adjacent arcs have the same owner
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60))
+def test_pairs_of_owners_are_counted_across_pieces(pairs):
+    old, new = (np.array(side) for side in zip(*pairs, strict=True))
+    with mock.patch.object(ring, "_PIECE", 7):
+        assert list(ring.count_pairs(old, new).items()) == sorted(Counter(pairs).items())
+
+
+def test_pairs_of_owners_with_large_ids_are_counted():
+    old, new = np.array([10**9, 0, 10**9]), np.array([0, 10**9, 0])
+    assert ring.count_pairs(old, new) == {(0, 10**9): 1, (10**9, 0): 2}
 
 
 @pytest.mark.parametrize(
@@ -105,3 +124,25 @@ def test_weights_that_are_none_are_refused(values, reason):
 def test_an_arc_longer_than_the_ring_is_refused():
     with pytest.raises(ValueError, match="not in 1 … 3"):
         ring.hottest_arc(ring.as_weights([1, 2, 3]), 4)
+
+
+@given(wild)
+def test_sums_of_floats_are_rounded_once(values):
+    weights = np.array(values)
+    assert ring.exact_sum(weights) == math.fsum(values)
+
+
+@given(st.lists(st.integers(-3, 12), min_size=1))
+def test_addresses_become_an_array_unless_one_is_off_the_ring(values):
+    found = ring.as_addresses(values, 10)
+    assert (found is None) == any(not 0 <= value < 10 for value in values)
+    assert found is None or found.tolist() == values
+
+
+def test_addresses_beyond_64_bits_are_off_the_ring():
+    assert ring.as_addresses([0, 2**70], 10) is None
+
+
+def test_the_owning_experts_are_found_in_every_piece():
+    with mock.patch.object(ring, "_PIECE", 2):
+        assert ring.owning_experts(np.array([3, 3, -1, 0, 3])) == {-1, 0, 3}

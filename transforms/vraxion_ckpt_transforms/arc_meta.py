@@ -167,7 +167,7 @@ class ArcMeta(Transform):
             "predicted_parent_share": shares.parent_after,
             "predicted_max_share": shares.largest_after,
         }
-        addresses = tuple(int(address) for address in hot)
+        addresses = tuple(hot.tolist())
         window = (arc.start, arc.length)
         return SplitPlan(
             parent, addresses, window, self.policy, arc.ring_len, experts, metrics, checkpoint.step, visits.note
@@ -193,13 +193,13 @@ class ArcMeta(Transform):
     def _adopt(self, request: tuple[int, tuple[int, ...]], checkpoint: Checkpoint, owners: Ints) -> SplitPlan:
         """Return a plan for the split that the trainer requests."""
         parent, addresses = request
-        if parent < 0 or not addresses or not all(0 <= a < len(owners) for a in addresses):
+        if parent < 0 or not addresses or not 0 <= min(addresses) <= max(addresses) < len(owners):
             raise InconsistentError(
                 "the trainer's request has no addresses, or one outside the ring", key="payload.mitosis"
             )
         check_expert(head_of(checkpoint), parent, hint="pass parent=")
         owned = owners == parent
-        hot = np.asarray(sorted(set(addresses)), dtype=np.int64)
+        hot = np.unique(np.fromiter(addresses, np.int64, len(addresses)))
         self._guard(hot[owned[hot]], parent, int(owned.sum()))
         return plan_from_request(request, len(owners), checkpoint.num_experts, checkpoint.step)
 

@@ -61,7 +61,7 @@ class MitosisSplit(Transform):
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         head, owners = self._head_and_owners(checkpoint)
         parent, addresses = self._parent_and_addresses(checkpoint)
-        self._check(parent, addresses, head, owners)
+        taken = self._check(parent, addresses, head, owners)
         refuse_unhealthy(checkpoint, parent, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         child = head.num_experts
         dtype = checkpoint.core[head.names.router_map].dtype
@@ -71,7 +71,7 @@ class MitosisSplit(Transform):
         clone_expert(checkpoint, parent, child, noise=self.noise, seed=self.seed, optimizer=self.optimizer)
         router = checkpoint.core[head.names.router_map]
         moved = router.to(torch.int64, copy=True)  # torch does not index every integer dtype
-        moved[torch.tensor(addresses)] = child
+        moved[torch.from_numpy(taken)] = child
         checkpoint.router_map = moved.to(router.dtype)
         checkpoint.plan = None
         checkpoint.payload["mitosis"] = {
@@ -127,14 +127,15 @@ class MitosisSplit(Transform):
             "there is no plan", hint="put arc_meta before this step, or give meta=FILE, or parent= and addresses="
         )
 
-    def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> None:
+    def _check(self, parent: int, addresses: tuple[int, ...], head: Head, owners: Ints) -> Ints:
+        """Refuse an unsuitable parent or addresses. Return the addresses as an array."""
         check_expert(head, parent)
         if not addresses:
             raise TransformError("the list of addresses is empty")
-        off = [address for address in addresses if not 0 <= address < len(owners)]
-        if off:
-            raise TransformError(f"address {off[0]} is outside the ring of {len(owners)} addresses")
-        taken = np.asarray(addresses, dtype=np.int64)
+        if not 0 <= min(addresses) <= max(addresses) < len(owners):
+            off = next(address for address in addresses if not 0 <= address < len(owners))
+            raise TransformError(f"address {off} is outside the ring of {len(owners)} addresses")
+        taken = np.fromiter(addresses, np.int64, len(addresses))
         values, counts = np.unique(taken, return_counts=True)
         if len(values) < len(taken):
             raise TransformError(f"address {values[counts > 1][0]} is listed twice")
@@ -150,6 +151,7 @@ class MitosisSplit(Transform):
                 f"expert {parent} would be left without an address",
                 hint="move fewer addresses, or pass allow_empty_parent=true",
             )
+        return taken
 
 
 @hookimpl

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
@@ -60,7 +61,7 @@ def about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
     """Return each list of parameter names, with what it belongs to."""
-    raw = unbound_state_dict(checkpoint) or {}
+    raw: Mapping[str, Any] = unbound_state_dict(checkpoint) or {}
     groups = [name for group in raw.get("param_groups", []) for name in group.get("param_names", ())]
     bound = checkpoint.optimizer.params if checkpoint.optimizer else []
     return [
@@ -72,7 +73,7 @@ def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
 def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Compare the lists of parameter names with the model and with each other."""
     head = checkpoint.head
-    known = set(checkpoint.open_tensors())
+    known = set(checkpoint.open_references())
     lists = _name_lists(checkpoint)
     for where, names in lists:
         lacking = [n for n in names if n not in known and not (head is not None and head.is_not_loaded(n))]

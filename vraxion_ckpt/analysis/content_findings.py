@@ -16,6 +16,8 @@ from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.plain_data import named_tensors, size_of
+from vraxion_ckpt.checkpoint.references import as_reference, referenced
+from vraxion_ckpt.checkpoint.ring import as_addresses, owning_experts
 from vraxion_ckpt.experts import companions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.wording import listed, numbered, shortened
@@ -54,7 +56,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Report tensors that share memory."""
     slots = {
         f"{name}.{slot}"
-        for name, entries in (checkpoint.optimizer.state if checkpoint.optimizer else {}).items()
+        for name, entries in (checkpoint.optimizer.state.references() if checkpoint.optimizer else {}).items()
         for slot in entries
     }
     for tie in invariants.shared_names(checkpoint):
@@ -67,7 +69,7 @@ def _about_memory(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
-    head, router = checkpoint.head, checkpoint.router_map
+    head, router = checkpoint.head, checkpoint.router_reference
     if head is None:
         return
     if router is None:
@@ -75,7 +77,7 @@ def _about_ring(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     if router.ndim != 1 or router.is_floating_point() or router.is_complex():
         return  # reported as an invariant
-    owning = set(router_owners(router).tolist())
+    owning = owning_experts(router_owners(router))
     idle = [i for i in head.experts if i not in owning]
     if idle:
         what = f"no address belongs to {numbered('expert', idle)}: no input is routed there"
@@ -117,12 +119,13 @@ def _about_rows(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about_plan(checkpoint: Checkpoint) -> Iterator[Finding]:
-    plan, router = checkpoint.plan, checkpoint.router_map
+    plan, router = checkpoint.plan, checkpoint.router_reference
     if plan is None or router is None or router.ndim != 1:
         return
     owners = router_owners(router)
     fits = plan.router_map_len == len(owners) and plan.num_experts == checkpoint.num_experts
-    if not fits or any(not 0 <= a < len(owners) or owners[a] != plan.parent for a in plan.addresses):
+    addresses = as_addresses(plan.addresses, len(owners))
+    if not fits or addresses is None or (owners[addresses] != plan.parent).any():
         what = "the planned split does not fit the checkpoint"
         hint = "plan the split again with arc_meta"
         yield Finding.warning("plan", what, hint=hint)
@@ -135,6 +138,9 @@ def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:
     elif isinstance(value, dict):
         for key, entry in value.items():
             yield from _floats(entry, f"{place}.{key}")
+    elif isinstance(value, list | tuple) and set(map(type, value)) <= {int, float}:
+        # There may be millions of numbers. The difference of a number and itself is 0 unless it is not finite.
+        yield from islice(((f"{place}[{i}]", each) for i, each in enumerate(value) if each - each), 1)
     elif isinstance(value, list | tuple):
         found = (each for i, entry in enumerate(value) for each in _floats(entry, f"{place}[{i}]"))
         yield from islice(found, 1)
@@ -143,13 +149,17 @@ def _floats(value: object, place: str) -> Iterator[tuple[str, float]]:
 def about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, int]:
     """Report non-finite and impossible values of tensors. Return the number of tensors, and their bytes."""
     optimizer = checkpoint.optimizer
-    held: dict[str, object] = {"payload": checkpoint.payload}
+    held: dict[str, object] = {"payload": checkpoint.payload.references()}
     if optimizer is not None:
-        groups = [group.options for group in optimizer.groups]
-        held["optimizer"] = {"state": optimizer.state, "groups": groups, **optimizer.extra}
+        groups = referenced([group.options for group in optimizer.groups])
+        held["optimizer"] = {
+            "state": optimizer.state.references(),
+            "groups": groups,
+            **optimizer.extra.references(),
+        }
     elif (unbound := unbound_state_dict(checkpoint)) is not None:
-        held["optimizer"] = unbound
-    named = [*checkpoint.open_tensors().items(), *named_tensors(held)]
+        held["optimizer"] = unbound.references()
+    named = [*checkpoint.open_references().items(), *((n, as_reference(tensor)) for n, tensor in named_tensors(held))]
     for place, number in _floats(held, ""):
         where = place.removeprefix(".")
         findings.append(Finding.warning("finite", f"is {number}", where=where))
@@ -157,14 +167,14 @@ def about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, 
     with progress.progress_bar("values", total) as advance:
         for name, tensor in named:
             if not is_finite(tensor):
-                values = value_facts(tensor)
+                values = value_facts(tensor.values())
                 kinds = ((values.nans, "NaN"), (values.infinities, "infinite"))
                 what = " and ".join(f"{number} {kind}" for number, kind in kinds if number)
                 what = f"{what} of {tensor.numel()} elements"
                 findings.append(Finding.warning("finite", what, where=name))
-            negative = count_negative(tensor) if is_never_negative(name, tensor) else 0
+            negative = count_negative(tensor.values()) if is_never_negative(name, tensor) else 0
             if negative:
                 what = f"{negative} of {tensor.numel()} elements are negative, but this slot cannot be negative"
                 findings.append(Finding.warning("negative", what, where=name))
-            advance(tensor.numel() * tensor.itemsize)
+            advance(tensor.nbytes)
     return len(named), total

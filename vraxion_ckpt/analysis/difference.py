@@ -7,7 +7,7 @@ experts, is reported as renamed. A new expert that is bit-identical to another i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -113,7 +113,7 @@ def _side(checkpoint: Checkpoint) -> Side:
 
 def _size(checkpoint: Checkpoint) -> int:
     slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    return size_of([checkpoint.state_dict(), slots])
+    return size_of([checkpoint.state_references(), slots])
 
 
 def _names(a: Head | None, b: Head | None, matching: Matching) -> NameMap:
@@ -129,7 +129,7 @@ def _names(a: Head | None, b: Head | None, matching: Matching) -> NameMap:
 def _model_changes(
     a: Checkpoint, b: Checkpoint, names: NameMap, advance: Callable[[int], object]
 ) -> tuple[list[Change], int]:
-    old, new = a.state_dict(), b.state_dict()
+    old, new = a.state_references(), b.state_references()
     changes, identical, met = [], 0, set()
     for name, tensor in old.items():
         other = names(name)
@@ -140,7 +140,7 @@ def _model_changes(
         found = tensor_change(name, other, tensor, new[other])
         changes += [found] if found else []
         identical += found is None
-        advance(new[other].numel() * new[other].itemsize)
+        advance(new[other].nbytes)
     changes += [added(name, tensor) for name, tensor in new.items() if name not in met]
     return changes, identical
 
@@ -150,7 +150,7 @@ def _others(checkpoint: Checkpoint) -> dict[str, Any]:
     head = checkpoint.head
     return {
         "module versions": checkpoint.metadata,
-        "planned split": asdict(checkpoint.plan) if checkpoint.plan else None,
+        "planned split": vars(checkpoint.plan) if checkpoint.plan else None,
         "garbage-collected experts": sorted(head.deleted) if head else [],
     }
 

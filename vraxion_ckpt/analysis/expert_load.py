@@ -11,7 +11,7 @@ import numpy as np
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.load_balance import ExpertLoads, balance, compare_loads
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.ring import Ints
+from vraxion_ckpt.checkpoint.ring import Ints, as_addresses
 from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.reading.opening import PathLike, read_unbound
@@ -44,17 +44,19 @@ def expert_loads(
     """
     if visits_file is None and visits_after is None:
         return None
-    if checkpoint.router_map is None or checkpoint.head is None:
+    router = checkpoint.router_reference
+    if router is None or checkpoint.head is None:
         raise UsageError("has no ring of experts to count visits on", path=checkpoint.origin.path)
-    owners = router_owners(checkpoint.router_map)
+    owners = router_owners(router)
     planned = _split_planned(checkpoint, owners)
     # If the next split is planned already, the last split recorded in the payload is not the one to show.
     old = _split_undone(checkpoint, owners) if planned is None else None
     if against is not None:
         former = against if isinstance(against, Checkpoint) else read_unbound(against, ReadOptions())
-        if former.head is None or former.router_map is None or len(former.router_map) != len(owners):
+        theirs = former.router_reference
+        if former.head is None or theirs is None or theirs.numel() != len(owners):
             raise UsageError("has no ring of the same length", path=former.origin.path)
-        old = router_owners(former.router_map), former.num_experts
+        old = router_owners(theirs), former.num_experts
         if planned is not None and former.num_experts == checkpoint.num_experts and np.array_equal(old[0], owners):
             old = None  # no address has moved; the plan gives the prediction
     before, after = (
@@ -71,10 +73,11 @@ def expert_loads(
 
 def _split_planned(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | None:
     """Return the router map and the number of experts after the planned split."""
-    if checkpoint.plan is None or any(not 0 <= a < len(owners) for a in checkpoint.plan.addresses):
+    addresses = as_addresses(checkpoint.plan.addresses, len(owners)) if checkpoint.plan is not None else None
+    if addresses is None:
         return None
     future = owners.copy()
-    future[list(checkpoint.plan.addresses)] = checkpoint.num_experts
+    future[addresses] = checkpoint.num_experts
     return future, checkpoint.num_experts + 1
 
 
@@ -84,12 +87,13 @@ def _split_undone(checkpoint: Checkpoint, owners: Ints) -> tuple[Ints, int] | No
     if not isinstance(done, Mapping) or not {"parent", "child", "addresses"} <= done.keys():
         return None
     parent, child, addresses = done["parent"], done["child"], done["addresses"]
-    if not isinstance(addresses, list | tuple) or not all(type(a) is int and 0 <= a < len(owners) for a in addresses):
+    if not isinstance(addresses, list | tuple) or not set(map(type, addresses)) <= {int}:
         return None
+    moved = as_addresses(addresses, len(owners))
     if type(parent) is not int or not 0 <= parent < child or child != checkpoint.num_experts - 1:
         return None
-    if sorted(addresses) != np.flatnonzero(owners == child).tolist():
+    if moved is None or not np.array_equal(np.sort(moved), np.flatnonzero(owners == child)):
         return None  # addresses have moved since
     former = owners.copy()
-    former[list(addresses)] = parent
+    former[moved] = parent
     return former, child

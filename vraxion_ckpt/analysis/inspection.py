@@ -135,17 +135,17 @@ def _file_facts(checkpoint: Checkpoint, path: PathLike, options: ReadOptions) ->
 
 
 def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFacts, ...]:
-    head, router = checkpoint.head, checkpoint.router_map
+    head, router = checkpoint.head, checkpoint.router_reference
     if head is None:
         return ()
     counts = np.bincount(router_owners(router), minlength=head.num_experts).tolist() if router is not None else None
-    length = len(router) if router is not None else 0
+    length = router.numel() if router is not None else 0
     opened = set(islice(sorted(head.experts), opening))
     facts = []
     for i in sorted({*head.experts, *head.deleted}):
         row = checkpoint.lifecycle.get(i)
         expert = head.experts.get(i)
-        held = expert.tensors if expert is not None and i in opened else None
+        held = expert.references() if expert is not None and i in opened else None
         facts.append(
             ExpertFacts(
                 id=i,
@@ -153,7 +153,7 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
                 addresses=counts[i] if counts else None,
                 share=counts[i] / length if counts else None,
                 lifecycle=_lifecycle_facts(row) if row and not row.assumed else None,
-                bytes=None if held is None else size_of(dict(held)),
+                bytes=None if held is None else size_of(held),
                 tensors=None if held is None else {leaf: tensor_facts(t) for leaf, t in held.items()},
                 zero=is_zero(expert) if expert is not None and expert.is_open else None,
             )
@@ -171,14 +171,15 @@ def _unknown_experts(checkpoint: Checkpoint) -> UnknownExperts | None:
 
 
 def _ring_facts(checkpoint: Checkpoint) -> RingFacts | None:
-    if checkpoint.router_map is None or checkpoint.head is None:
+    router = checkpoint.router_reference
+    if router is None or checkpoint.head is None:
         return None  # the valid owners are unknown without a head
-    owners = router_owners(checkpoint.router_map)
-    lengths = [length for _, length, _ in ring.arcs(owners)]
+    owners = router_owners(router)
+    starts = ring.arc_starts(owners)
     return RingFacts(
         length=len(owners),
-        arcs=len(lengths),
-        longest_arc=max(lengths, default=0),
+        arcs=len(starts),
+        longest_arc=int(ring.run_lengths(starts, len(owners)).max()),
         owners=tuple(owners.tolist()) if len(owners) <= _MOST_OWNERS else None,
     )
 
@@ -188,13 +189,13 @@ def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
     unbound = unbound_state_dict(checkpoint)
     if optimizer is None and unbound is None:
         return None
-    if optimizer is None:
-        saved = unbound or {}
-        state, groups = saved.get("state", {}), saved.get("param_groups", [])
+    if unbound is not None:
+        state, groups = unbound.references().get("state", {}), unbound.get("param_groups", [])
         sizes = [len(group["params"]) for group in groups]
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in groups]
     else:
-        state = optimizer.state
+        assert optimizer is not None
+        state = optimizer.state.references()
         sizes = [len(group.params) for group in optimizer.groups]
         options = [group.options for group in optimizer.groups]
     return OptimizerFacts(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import Expert, Head
-from vraxion_ckpt.checkpoint.plain_data import bytes_of
+from vraxion_ckpt.checkpoint.tensor_bytes import byte_pieces
 
 _PREFIX = 64  # bytes of each tensor: enough to distinguish most experts without reading all of them
 
@@ -67,7 +67,10 @@ def _twin(expert: Expert, others: dict[int, Expert], by_prefix: defaultdict[obje
 
 
 def _equal(a: Expert, b: Expert) -> bool:
-    return a is b or (list(a) == list(b) and all(same_bits(a[leaf], b[leaf]) for leaf in a))
+    if a is b:
+        return True
+    one, other = a.references(), b.references()
+    return list(one) == list(other) and all(same_bits(one[leaf], other[leaf]) for leaf in one)
 
 
 def _group_by_prefix(experts: dict[int, Expert]) -> defaultdict[object, list[int]]:
@@ -78,4 +81,7 @@ def _group_by_prefix(experts: dict[int, Expert]) -> defaultdict[object, list[int
 
 
 def _prefix(expert: Expert) -> object:
-    return tuple((leaf, t.dtype, t.shape, bytes(bytes_of(t)[:_PREFIX].tolist())) for leaf, t in expert.items())
+    return tuple(
+        (leaf, tensor.dtype, tensor.shape, bytes(next(byte_pieces(tensor), b"")[:_PREFIX]))
+        for leaf, tensor in expert.references().items()
+    )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from vraxion_ckpt.checkpoint.plain_data import as_numbers, bytes_of, in_pieces
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.ring import Ints
 from vraxion_ckpt.support.json_models import Fact, Number
 
-_PIECE = 2**20
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LOW = 2**32 - 1
 
 
 class Measure(Fact):
@@ -44,7 +49,7 @@ class Measure(Fact):
         return ", ".join(parts)
 
 
-def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
+def measure(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> Measure | None:
     """Measure the difference between the first and the second tensors of pairs, each side taken as one vector.
 
     Tensors are read in pieces and summed in float64. Tensors of different dtypes are compared by value.
@@ -52,6 +57,8 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     Returns:
         The difference, or None if the tensors of a pair have different shapes.
     """
+    import torch
+
     held = list(pairs)
     if any(a.shape != b.shape for a, b in held):
         return None
@@ -63,22 +70,24 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     dot = 0.0
     for a, b in held:
         of += a.numel()
-        for x, y in in_pieces(a, b):
+        for x, y in in_pieces(a.values(), b.values()):
             differ = _differ(x, y)
             elements += int(differ.sum())
+            if whole:
+                if bool(differ.any()):
+                    largest = max(largest or 0.0, _exact_gap(x[differ], y[differ]))
+                continue
             one, other = _as_numbers(x, y)
             if one is None or other is None:
                 continue
             finite = one.isfinite() & other.isfinite()
             not_finite += int((differ & ~finite).sum())
             if bool((differ & finite).any()):
-                gap = _exact_gap(x[differ], y[differ]) if whole else float((other - one)[differ & finite].abs().max())
-                largest = max(largest or 0.0, gap)
-            if not whole:
-                one, other = one[finite] / scale, other[finite] / scale
-                for i, part in enumerate((one, other, other - one)):
-                    squares[i] += float(part.abs().square().sum())
-                dot += float(torch.vdot(one, other).real)
+                largest = max(largest or 0.0, float((other - one)[differ & finite].abs().max()))
+            one, other = one[finite] / scale, other[finite] / scale
+            for i, part in enumerate((one, other, other - one)):
+                squares[i] += float(part.abs().square().sum())
+            dot += float(torch.vdot(one, other).real)
     norm_a, norm_b, norm_gap = map(math.sqrt, squares)
     cosine = dot / (norm_a * norm_b) if norm_a and norm_b else None
     return Measure(
@@ -91,12 +100,12 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]]) -> Measure | None:
     )
 
 
-def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+def _largest(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> float:
     """Return the largest finite magnitude, or 1 if it is zero."""
     found = 0.0
     for pair in pairs:
         for tensor in pair:
-            for (piece,) in in_pieces(tensor):
+            for (piece,) in in_pieces(tensor.values()):
                 numbers = as_numbers(piece)
                 if numbers is not None and numbers.numel():
                     sizes = numbers.abs()
@@ -109,18 +118,38 @@ def _as_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | tuple[None, Non
     if one is None or other is None:
         return None, None
     if one.is_complex() != other.is_complex():
-        return one.to(torch.complex128), other.to(torch.complex128)
+        wide = one.dtype if one.is_complex() else other.dtype
+        return one.to(wide), other.to(wide)
     return one, other
 
 
 def _exact_gap(x: Tensor, y: Tensor) -> float:
     """Return the largest difference of integers, computed exactly because int64 exceeds the precision of float64."""
-    return float(max(abs(int(a) - int(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)))
+    (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+    low = x_low - y_low
+    high = x_high - y_high + (low >> 32)
+    low &= _LOW
+    most, least = int(high.max()), int(high.min())
+    largest = (most << 32) + int(low[high == most].max())
+    smallest = (least << 32) + int(low[high == least].min())
+    return float(max(largest, -smallest))
+
+
+def _halves(integers: Tensor) -> tuple[Ints, Ints]:
+    """Return the upper and the lower 32 bits of integers, so that differences of int64 and uint64 fit into int64."""
+    array = integers.detach().numpy()
+    if array.dtype != np.uint64:
+        array = array.astype(np.int64)
+    return (array >> 32).astype(np.int64), (array & _LOW).astype(np.int64)
 
 
 def _differ(x: Tensor, y: Tensor) -> Tensor:
     """Return a mask of the elements that differ: in a bit, or in value if the dtypes differ."""
+    import torch
+
     if x.dtype != y.dtype:
         one, other = as_numbers(x), as_numbers(y)
         return torch.ones(len(x), dtype=torch.bool) if one is None or other is None else one != other
+    if not (x.is_floating_point() or x.is_complex()):
+        return torch.from_numpy(x.numpy() != y.numpy())  # torch does not compare every integer dtype
     return (bytes_of(x).view(-1, x.itemsize) != bytes_of(y).view(-1, y.itemsize)).any(dim=1)

@@ -10,6 +10,7 @@ from vraxion_ckpt.analysis.value_changes import NameMap, added, entry_changes, o
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.optimizer_state import ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import size_of
+from vraxion_ckpt.checkpoint.references import referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.wording import count
 
@@ -19,7 +20,7 @@ def optimizer_changes(
 ) -> tuple[list[Change], int]:
     """Return the differences of the optimizers, and the number of bit-identical slots."""
     if a.optimizer is None or b.optimizer is None:
-        old, new = (unbind(c.optimizer) if c.optimizer else unbound_state_dict(c) for c in (a, b))
+        old, new = (unbind(c.optimizer) if c.optimizer else referenced(unbound_state_dict(c)) for c in (a, b))
         if old is None or new is None:
             gone = [removed("optimizer", _in_short(old))] if old is not None else []
             return gone + ([added("optimizer", _in_short(new))] if new is not None else []), 0
@@ -27,16 +28,17 @@ def optimizer_changes(
         return found, 0 if found else sum(map(len, new.get("state", {}).values()))
     changes: list[Change] = []
     identical, met = 0, set()
-    for name, slots in a.optimizer.state.items():
+    old_state, new_state = a.optimizer.state.references(), b.optimizer.state.references()
+    for name, slots in old_state.items():
         other = names(name)
-        others = b.optimizer.state.get(other, {}) if other is not None else {}
+        others = new_state.get(other, {}) if other is not None else {}
         met.add(other)
         for slot in [*slots, *(slot for slot in others if slot not in slots)]:
             found = list(entry_changes(slots, others, slot, f"{name}.{slot}", f"{other}.{slot}"))
             changes += found
             identical += not found
         advance(size_of(others))
-    for name, slots in b.optimizer.state.items():
+    for name, slots in new_state.items():
         if name not in met:
             changes += [added(f"{name}.{slot}", value) for slot, value in slots.items()]
     changes += _group_changes(a.optimizer.groups, b.optimizer.groups, names)

@@ -10,14 +10,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.analysis.findings import Finding
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import as_comparable, as_numbers, dtype_name, in_pieces
+from vraxion_ckpt.checkpoint.plain_data import as_comparable, as_numbers, in_pieces
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.wording import count, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Sums, means or maxima of squares or of absolute values, in torch's optimizers and in Hugging Face's Adafactor.
 _NEVER_NEGATIVE = frozenset(
@@ -29,7 +31,7 @@ _NEVER_NEGATIVE = frozenset(
 _STATE = "optimizer.state."
 
 
-def is_never_negative(place: str, tensor: Tensor) -> bool:
+def is_never_negative(place: str, tensor: TensorRef) -> bool:
     """Return whether the tensor at a place (``optimizer.state.NAME.SLOT``) is a slot that cannot be negative."""
     slot = place.rpartition(".")[2]
     return place.startswith(_STATE) and slot in _NEVER_NEGATIVE and tensor.is_floating_point()
@@ -76,11 +78,13 @@ class _Parameter:
 
 def _groups(checkpoint: Checkpoint) -> list[list[_Parameter]]:
     """Return the param groups. Without parameter names, parameters are named by their ids."""
-    tensors = checkpoint.open_tensors()
+    tensors = checkpoint.open_references()
     optimizer = checkpoint.optimizer
     if optimizer is not None:
-        return [[_parameter(n, optimizer.state.get(n), tensors.get(n)) for n in g.params] for g in optimizer.groups]
-    raw = unbound_state_dict(checkpoint) or {}
+        slots = optimizer.state.references()
+        return [[_parameter(n, slots.get(n), tensors.get(n)) for n in g.params] for g in optimizer.groups]
+    unbound = unbound_state_dict(checkpoint)
+    raw = unbound.references() if unbound is not None else {}
     groups, state = raw.get("param_groups"), raw.get("state")
     if not isinstance(groups, list) or not isinstance(state, dict):
         return []
@@ -92,11 +96,11 @@ def _groups(checkpoint: Checkpoint) -> list[list[_Parameter]]:
     ]
 
 
-def _parameter(name: str, slots: Any, tensor: Tensor | None) -> _Parameter:
+def _parameter(name: str, slots: Any, tensor: TensorRef | None) -> _Parameter:
     slots = slots if isinstance(slots, dict) else {}
-    shaped = [tensor] if tensor is not None else [value for value in slots.values() if isinstance(value, Tensor)]
+    shaped = [tensor] if tensor is not None else [value for value in slots.values() if isinstance(value, TensorRef)]
     dimensions = max((value.ndim for value in shaped), default=0)
-    return _Parameter(name, slots, min(dimensions, 2), str(tensor.dtype) if tensor is not None else None)
+    return _Parameter(name, slots, min(dimensions, 2), tensor.dtype if tensor is not None else None)
 
 
 def _about_missing(number: int, group: list[_Parameter]) -> Iterator[Finding]:
@@ -149,8 +153,8 @@ def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
 
 
 def _as_number(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        numbers = as_numbers(value) if value.numel() == 1 and not value.is_complex() else None
+    if isinstance(value, TensorRef):
+        numbers = as_numbers(value.values()) if value.numel() == 1 and not value.is_complex() else None
         return float(numbers.reshape(())) if numbers is not None else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -160,8 +164,8 @@ def _about_dtypes(parameters: list[_Parameter]) -> Iterator[Finding]:
     found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for parameter in parameters:
         for slot, value in parameter.slots.items():
-            if isinstance(value, Tensor) and parameter.dtype is not None:
-                found[slot, parameter.dtype][dtype_name(value.dtype)].append(parameter.name)
+            if isinstance(value, TensorRef) and parameter.dtype is not None:
+                found[slot, parameter.dtype][value.dtype].append(parameter.name)
     for (slot, _), names in found.items():
         usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
         for dtype in others:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, dtype_name, in_pieces, named_tensors, size_of
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces, named_tensors, size_of
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Fact, Number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ValueFacts(Fact):
@@ -47,17 +51,21 @@ class TensorTree(Fact):
 
 def tensor_tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
     """Return the facts about every tensor of a checkpoint."""
-    optimizer: Optimizer | None = checkpoint.optimizer
-    slots = optimizer.state if optimizer else (unbound_state_dict(checkpoint) or {}).get("state", {})
-    kinds: dict[str, dict[str, Tensor]] = {
-        "model": checkpoint.state_dict(),
+    unbound = unbound_state_dict(checkpoint)
+    slots = {}
+    if checkpoint.optimizer is not None:
+        slots = checkpoint.optimizer.state.references()
+    elif unbound is not None:
+        slots = unbound.references().get("state", {})
+    kinds: dict[str, dict[str, TensorRef]] = {
+        "model": checkpoint.state_references(),
         "optimizer": {
             f"{name}:{slot}": value
             for name, entries in slots.items()
             for slot, value in entries.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, TensorRef)
         },
-        "payload": dict(named_tensors(checkpoint.payload)),
+        "payload": {name: as_reference(tensor) for name, tensor in named_tensors(checkpoint.payload)},
     }
     facts: dict[str, dict[str, TensorFacts]] = {}
     with progress.progress_bar("reading", size_of(kinds) if values else 0) as advance:
@@ -65,17 +73,17 @@ def tensor_tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
             facts[kind] = {}
             for name, tensor in tensors.items():
                 facts[kind][name] = tensor_facts(tensor, values=values)
-                advance(tensor.numel() * tensor.itemsize)
+                advance(tensor.nbytes)
     return TensorTree.model_validate(facts)
 
 
-def tensor_facts(tensor: Tensor, *, values: bool = False) -> TensorFacts:
+def tensor_facts(tensor: TensorRef, *, values: bool = False) -> TensorFacts:
     """Return the facts about a tensor, with its values if requested."""
     return TensorFacts(
-        dtype=dtype_name(tensor.dtype),
-        shape=tuple(tensor.shape),
-        bytes=tensor.numel() * tensor.itemsize,
-        values=value_facts(tensor) if values else None,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        bytes=tensor.nbytes,
+        values=value_facts(tensor.values()) if values else None,
     )
 
 

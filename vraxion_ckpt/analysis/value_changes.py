@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor, nn
 
 from vraxion_ckpt.analysis.changes import Change
 from vraxion_ckpt.analysis.measurement import measure
-from vraxion_ckpt.checkpoint.comparison import differences, same_bits
+from vraxion_ckpt.checkpoint.comparison import differences, same_bits, unlike_entries
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
+from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, is_tensor, resolved
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 # Maps the name of a tensor of the first checkpoint to its name in the second, or to None if it is not there.
 NameMap = Callable[[str], str | None]
 
 
-def tensor_change(before: str, after: str, a: Tensor, b: Tensor) -> Change | None:
+def tensor_change(before: str, after: str, a: TensorRef, b: TensorRef) -> Change | None:
     """Return the change from tensor `a` to `b`, or None if both are bit-identical and have the same name."""
     old, new = describe_value(a), describe_value(b)
     if same_bits(a, b):
@@ -28,15 +29,16 @@ def tensor_change(before: str, after: str, a: Tensor, b: Tensor) -> Change | Non
 
 def describe_value(value: Any) -> Any:
     """Return a tensor as dtype and shape, and a large value as its size."""
-    if isinstance(value, Tensor):
-        kind = "parameter " if isinstance(value, nn.Parameter) else ""
+    if is_tensor(value):
+        value = as_reference(value)
+        kind = "parameter " if value.parameter else ""
         grad = "" if value.requires_grad == bool(kind) else " requires_grad" if value.requires_grad else " frozen"
         return f"{kind}{dtype_and_shape(value)}{grad}"
     if isinstance(value, Mapping) and len(value) > 4:
         return f"{len(value)} entries"
     if isinstance(value, list | tuple) and len(value) > 8:
         return f"list of {len(value)}"
-    return value
+    return resolved(value)
 
 
 def added(name: str, value: Any) -> Change:
@@ -63,25 +65,26 @@ def order_changes(a: Iterable[str], b: Iterable[str], names: NameMap, what: str)
 
 def value_changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
     """Yield each difference inside two plain values."""
+    a, b = (value.references() if isinstance(value, TensorDict) else value for value in (a, b))
     if isinstance(a, OrderedDict) and isinstance(b, OrderedDict) and (vars(a) or vars(b)):
         yield from value_changes(vars(a), vars(b), f"{place} attributes")
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in [*a, *(key for key in b if key not in a)]:
             inner = f"{place}.{key}" if place else str(key)
             yield from entry_changes(a, b, key, inner, inner)
-    elif isinstance(a, Tensor) and isinstance(b, Tensor):
-        found = tensor_change(place, place, a, b)
+    elif is_tensor(a) and is_tensor(b):
+        found = tensor_change(place, place, as_reference(a), as_reference(b))
         if found:
             yield found
-    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b) and not _is_flat([*a, *b]):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b) and not (_is_flat(a) and _is_flat(b)):
+        for i, x, y in unlike_entries(a, b):
             yield from value_changes(x, y, f"{place}[{i}]")
     elif not _same(a, b):
         old, new = describe_value(a), describe_value(b)
         if type(a) is not type(b) and isinstance(old, str) and old == new:
             old, new = (f"{type(value).__name__}, {text}" for value, text in ((a, old), (b, new)))
         elif isinstance(a, list | tuple) and isinstance(old, str) and old == new:
-            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _same(x, y))
+            at = next(i for i, x, y in unlike_entries(a, b) if not _same(x, y))
             place, old, new = f"{place}[{at}] and perhaps more", a[at], b[at]
         yield Change(what="changed", before=place, after=place, old=old, new=new)
 
@@ -98,8 +101,8 @@ def entry_changes(a: Mapping[Any, Any], b: Mapping[Any, Any], key: Any, before: 
             yield change.model_copy(update={"before": name})
 
 
-def _is_flat(values: list[Any]) -> bool:
-    return not any(isinstance(value, Tensor | Mapping | list | tuple) for value in values)
+def _is_flat(values: Sequence[Any]) -> bool:
+    return _SCALARS.issuperset(map(type, values))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _memcmp = ctypes.CDLL(None).memcmp  # releases the GIL and allocates no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_RUN = 2**14  # entries of a list that are compared at a time
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 _R = TypeVar("_R")
 
@@ -89,13 +92,34 @@ def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Ite
         if len(a) != len(b):
             yield f"{key}: {len(a)} ≠ {len(b)} entries"
         else:
-            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            for i, x, y in unlike_entries(a, b):
                 yield from differences(x, y, f"{key}[{i}]", same=same)
     elif isinstance(a, float):
         if struct.pack("<d", a) != struct.pack("<d", b):
             yield f"{key}: {a!r} ≠ {b!r}"
     elif a != b:
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
+
+
+def unlike_entries(a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[int, Any, Any]]:
+    """Yield index and both entries of two lists of the same length, except runs of identical numbers and strings."""
+    for first in range(0, len(a), _RUN):
+        one, other = a[first : first + _RUN], b[first : first + _RUN]
+        if not _same_scalars(one, other):
+            yield from zip(range(first, len(a)), one, other, strict=False)
+
+
+def _same_scalars(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether two lists hold only scalars, and hold the same. Floats are compared by their bits."""
+    kinds = set(map(type, a))
+    if not kinds <= _SCALARS or list(map(type, a)) != list(map(type, b)):
+        return False
+    if float not in kinds:
+        return list(a) == list(b)
+    if len(kinds) > 1 and any(x != y for x, y in zip(a, b, strict=True) if type(x) is not float):
+        return False
+    one, other = ([value for value in side if type(value) is float] if len(kinds) > 1 else side for side in (a, b))
+    return array("d", one).tobytes() == array("d", other).tobytes()
 
 
 def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bits) -> Iterator[str]:

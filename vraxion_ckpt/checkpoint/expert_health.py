@@ -6,47 +6,63 @@ a file and leaves zeros in the model. A checkpoint saved during hibernation cont
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import numpy as np
 
+from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import as_comparable, bytes_of, in_pieces
+from vraxion_ckpt.checkpoint.plain_data import as_comparable, in_pieces
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
+from vraxion_ckpt.checkpoint.tensor_bytes import byte_pieces
 from vraxion_ckpt.errors import TransformError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Buffers of torch's normalisation layers. Hibernation zeroes only parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HOW_TO_RESTORE = "if a trainer hibernated experts, restore_hibernated:snapshots=DIR puts their weights back"
-_FIRST_PIECE = 2**10  # nearly always contains a nonzero weight
+# For each dtype, unsigned integers of its size, and the bits that are set only in numbers other than 0 and −0. In all
+# other dtypes only the byte 0 is zero: `fnuz` has no −0, and packed dtypes are compared by their bytes.
+_SIGNED_ZEROS = {
+    **dict.fromkeys(("float64", "complex128"), (np.uint64, 2**63 - 1)),
+    **dict.fromkeys(("float32", "complex64"), (np.uint32, 2**31 - 1)),
+    **dict.fromkeys(("float16", "bfloat16", "complex32"), (np.uint16, 2**15 - 1)),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), (np.uint8, 2**7 - 1)),
+}
+_WITHOUT_ZERO = "float8_e8m0fnu"  # only powers of two
 
 
-def is_zero(expert: Mapping[str, Tensor]) -> bool:
+def is_zero(expert: Mapping[str, TensorRef | Tensor]) -> bool:
     """Return whether all weights of an expert are zero. Stops reading at the first nonzero piece.
 
     Args:
-        expert: tensors by leaf name. Integers, bools and running statistics of normalisation layers are ignored.
+        expert: tensors or references by leaf name. Integers, bools and running statistics of normalisation layers are
+            ignored.
 
     Returns:
         False if the expert has no floating-point or complex element.
     """
     weights = [
         tensor
-        for leaf, tensor in expert.items()
+        for leaf, tensor in _references(expert).items()
         if _is_inexact(tensor) and tensor.numel() and leaf.rpartition(".")[2] not in _STATISTICS
     ]
     return bool(weights) and all(_all_zero(tensor) for tensor in weights)
 
 
-def has_nonfinite(expert: Mapping[str, Tensor]) -> bool:
+def has_nonfinite(expert: Mapping[str, TensorRef | Tensor]) -> bool:
     """Return whether any floating-point or complex element of an expert is NaN or infinite."""
-    return not all(is_finite(tensor) for tensor in expert.values())
+    return not all(is_finite(tensor) for tensor in _references(expert).values())
 
 
-def is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: TensorRef) -> bool:
     """Return whether every element of a tensor is finite. Integers and bools always are."""
     if not _is_inexact(tensor):
         return True
-    for piece in _pieces(tensor):
+    for (piece,) in in_pieces(tensor.values()):
         numbers = as_comparable(piece)
         if numbers is not None and not bool(numbers.isfinite().all()):
             return False
@@ -83,20 +99,18 @@ def refuse_unhealthy(checkpoint: Checkpoint, expert: int, *, allow_zero: bool, a
         )
 
 
-def _is_inexact(tensor: Tensor) -> bool:
+def _references(expert: Mapping[str, TensorRef | Tensor]) -> dict[str, TensorRef]:
+    if isinstance(expert, Expert):
+        return expert.references()
+    return {leaf: as_reference(tensor) for leaf, tensor in expert.items()}
+
+
+def _is_inexact(tensor: TensorRef) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _all_zero(tensor: Tensor) -> bool:
-    for piece in _pieces(tensor):
-        numbers = as_comparable(piece)
-        values = bytes_of(piece) if numbers is None else numbers  # packed dtypes cannot be converted to numbers
-        if bool(values.any()):
-            return False
-    return True
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.detach().reshape(-1)
-    yield flat[:_FIRST_PIECE]
-    yield from (piece for (piece,) in in_pieces(flat[_FIRST_PIECE:]))
+def _all_zero(tensor: TensorRef) -> bool:
+    if tensor.dtype == _WITHOUT_ZERO:
+        return False
+    kind, bits = _SIGNED_ZEROS.get(tensor.dtype, (np.uint8, 2**8 - 1))
+    return not any((np.frombuffer(piece, kind) & kind(bits)).any() for piece in byte_pieces(tensor))

@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
 from vraxion_ckpt.checkpoint.references import StoredBytes, TensorRef, as_reference
-from vraxion_ckpt.checkpoint.ring import Ints
+from vraxion_ckpt.checkpoint.ring import Ints, count_pairs
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
 from vraxion_ckpt.support.json_models import Number
@@ -82,8 +82,8 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"router_map must have shape [L] with L ≥ 1, not {list(router.shape)}"
     else:
         owners = router_owners(router)
-        wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
-        if len(wrong):
+        if owners.min() < 0 or owners.max() >= checkpoint.num_experts:
+            wrong = np.flatnonzero((owners < 0) | (owners >= checkpoint.num_experts))
             yield (
                 f"router_map gives address {wrong[0]} to expert {owners[wrong[0]]}, but the head has "
                 f"{count(checkpoint.num_experts, 'expert')}; {count(len(wrong), 'such address')} in all"
@@ -208,7 +208,7 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
     An address of a garbage-collected expert counts as unchanged if it keeps its owner.
 
     Args:
-        before: the checkpoint before the chain.
+        before: the checkpoint before the chain. Both must satisfy the invariants.
         after: the checkpoint after the chain.
         noise: standard deviation of the requested noise, or None if the function may change.
 
@@ -221,10 +221,9 @@ def preservation(before: Checkpoint, after: Checkpoint, noise: float | None = 0.
     old, new = router_owners(was), router_owners(now)
     if old.shape != new.shape:
         return None
-    pairs, counts = np.unique(np.stack([old, new]), axis=1, return_counts=True)
     changed = nonfinite = 0
     max_abs = 0.0
-    for (former, owner), number in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+    for (former, owner), number in count_pairs(old, new).items():
         a, b = before.head.experts.get(former), after.head.experts.get(owner)
         if (a is None and b is None and former == owner) or (a is not None and b is not None and _same_expert(a, b)):
             continue

@@ -122,9 +122,11 @@ def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef 
     """
     if isinstance(value, TensorDict):
         value = value.references()
+    if isinstance(value, list | tuple) and _SCALARS.issuperset(map(type, value)):
+        return  # there may be millions
     if isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if type(entry) not in _SCALARS:  # there may be millions
+            if type(entry) not in _SCALARS:
                 yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
             yield from named_tensors(vars(value), f"{place} attributes")

@@ -57,8 +57,8 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> tuple[int, tuple[int, ...]]
         raise InconsistentError(
             message, path=path, hint=f"{HOW_TO_COUNT_VISITS}, instead of meta=" if lacking else None
         )
-    router = checkpoint.router_map
-    actual = {"router_map_len": len(router) if router is not None else 0, "num_experts": checkpoint.num_experts}
+    router = checkpoint.router_reference
+    actual = {"router_map_len": router.numel() if router is not None else 0, "num_experts": checkpoint.num_experts}
     for key, value in actual.items():
         if key in data and data[key] != value:
             raise InconsistentError(f"is {data[key]!r} in the plan, but {value} in the checkpoint", path=path, key=key)
@@ -97,7 +97,7 @@ def _request(data: Mapping[str, Any], path: Path | None) -> tuple[int, tuple[int
     parent, addresses = data["parent_expert"], data["hot_addresses"]
     if type(parent) is not int:
         raise InconsistentError("must be an integer", path=path, key="parent_expert")
-    if not isinstance(addresses, list | tuple) or not all(type(a) is int for a in addresses):
+    if not isinstance(addresses, list | tuple) or not set(map(type, addresses)) <= {int}:
         raise InconsistentError("must be a list of integers", path=path, key="hot_addresses")
     return parent, tuple(addresses)
 
@@ -112,6 +112,6 @@ def plan_from_request(request: tuple[int, tuple[int, ...]], ring_len: int, num_e
         step: training step of the checkpoint.
     """
     parent, addresses = request
-    arc = ring.covering_arc(list(addresses), ring_len)
-    ordered = tuple(ring.in_arc_order(list(addresses), arc))
+    arc = ring.covering_arc(addresses, ring_len)
+    ordered = tuple(ring.in_arc_order(addresses, arc))
     return SplitPlan(parent, ordered, (arc.start, arc.length), "trainer", ring_len, num_experts, step=step)

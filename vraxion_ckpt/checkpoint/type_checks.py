@@ -20,6 +20,7 @@ from vraxion_ckpt.checkpoint.source_files import Sources
 from vraxion_ckpt.errors import CkptError
 
 _PLAIN = (dict[str, Any], TensorDict[str, Any])  # written as they are, so they must be plain data
+_SIMPLE: frozenset[type] = frozenset({int, float, str, bool, NoneType, TensorRef})  # types without contents to check
 
 
 def wrong_type(value: object, expected: Any = Checkpoint, place: str = "") -> str | None:
@@ -43,6 +44,8 @@ def wrong_leaves(leaves: object) -> str | None:
 
 
 def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
+    if type(value) in _simple_types(expected):
+        return
     origin, arguments = get_origin(expected), get_args(expected)
     if expected is Any:
         return
@@ -68,6 +71,13 @@ def _faults(value: object, expected: Any, place: str) -> Iterator[str]:
             yield from _faults(getattr(value, name, None), kind, f"{place}.{name}" if place else name)
 
 
+@cache
+def _simple_types(expected: Any) -> frozenset[type]:
+    """Return the types whose values satisfy an annotation whatever they contain."""
+    kinds = get_args(expected) if get_origin(expected) in (UnionType, Union) else (expected,)
+    return frozenset(kind for kind in _SIMPLE if kind in kinds)
+
+
 def _is_instance(value: object, kind: type) -> bool:
     """Return whether a value is an instance. Bools do not count as numbers, nor subclasses as classes of the model."""
     if kind in (int, float):
@@ -89,7 +99,7 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
             yield f"{place} has {len(value)} entries, not {len(kinds)}"
         for i, (entry, kind) in enumerate(zip(value, kinds, strict=False)):
             yield from _faults(entry, kind, f"{place}[{i}]")
-    elif kinds[0] is not Any:
+    elif kinds[0] is not Any and not _simple_types(kinds[0]).issuperset(map(type, value)):
         for i, entry in enumerate(value):
             yield from _faults(entry, kinds[0], f"{place}[{i}]")
 

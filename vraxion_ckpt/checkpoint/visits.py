@@ -66,7 +66,7 @@ def _read_json(path: Path, ring_len: int) -> dict[str, Any]:
         raise InconsistentError("must be a list, or an object with `visits`", path=path)
     for key in ("visits", "loss_sum"):
         values = data.get(key, [])
-        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
             raise InconsistentError("must be a list of numbers", path=path, key=key)
     return data
 

@@ -190,6 +190,8 @@ def moved_addresses(before: Checkpoint, after: Checkpoint) -> int:
     was, now = before.router_reference, after.router_reference
     if was is None or now is None or before.head is None or after.head is None:
         return 0
+    if was is now and before.head.experts == after.head.experts:
+        return 0
     old, new = router_owners(was), router_owners(now)
     if old.shape != new.shape:
         return 0

@@ -24,6 +24,7 @@ from vraxion_ckpt.formats.extras import OUR_PREFIX
 
 _PLACE = 300  # the longest place in characters, so that a long key is not copied for every entry below it
 _MOST_DIMENSIONS = 64
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 _MOST_ELEMENTS = 2**48  # of a tensor; an empty dimension counts as 1
 _QUANTISED = "q"  # the names of quantised dtypes, which need a scale, begin with this
 
@@ -84,7 +85,10 @@ def encode_value(value: Any, place: str, tensors: TensorStore) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, list | tuple):
-        entries = [encode_value(entry, f"{place}/{i}", tensors) for i, entry in enumerate(value)]
+        if _holds_only_json(value):
+            entries = value
+        else:
+            entries = [encode_value(entry, f"{place}/{i}", tensors) for i, entry in enumerate(value)]
         return {"$tuple": entries} if isinstance(value, tuple) else entries
     if isinstance(value, dict):
         pairs = [[key, encode_value(entry, f"{place}/{key}"[:_PLACE], tensors)] for key, entry in value.items()]
@@ -97,6 +101,14 @@ def encode_value(value: Any, place: str, tensors: TensorStore) -> Any:
             return dict(pairs)
         return {"$dict": pairs}
     return value
+
+
+def _holds_only_json(values: Collection[Any]) -> bool:
+    """Return whether all entries are scalars that are written as they are."""
+    kinds = set(map(type, values))
+    if not kinds <= _SCALARS:
+        return False
+    return float not in kinds or all(math.isfinite(value) for value in values if type(value) is float)
 
 
 class ValueDecoder:
@@ -121,6 +133,8 @@ class ValueDecoder:
         if depth > DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", key=place)
         if isinstance(value, list):
+            if depth < DEEPEST and _SCALARS.issuperset(map(type, value)):
+                return value
             return [self.decode(entry, f"{place}[{i}]", depth + 1) for i, entry in enumerate(value)]
         if not isinstance(value, dict):
             return value

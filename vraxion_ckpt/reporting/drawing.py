@@ -193,8 +193,11 @@ def sectors(owners: Ints) -> tuple[list[Sector], bool]:
     Returns:
         The sectors, and True if they are arcs.
     """
-    if number_of_arcs(owners) <= _MOST_SECTORS:
-        return [Sector(start, length, owner, length, 1) for start, length, owner in ring.arcs(owners)], True
+    starts = ring.arc_starts(owners)
+    if len(starts) <= _MOST_SECTORS:
+        lengths = ring.run_lengths(starts, len(owners))
+        arcs = zip(starts.tolist(), lengths.tolist(), owners[starts].tolist(), strict=True)
+        return [Sector(start, length, owner, length, 1) for start, length, owner in arcs], True
     edges = np.linspace(0, len(owners), _MOST_SECTORS + 1).astype(int)
     due = np.zeros(int(owners.max()) + 1, dtype=np.int64)  # by owner: the number of addresses that are not yet drawn
     parts = []
@@ -205,11 +208,6 @@ def sectors(owners: Ints) -> tuple[list[Sector], bool]:
         due[found[shown]] -= end - start
         parts.append(Sector(start, end - start, int(found[shown]), int(counts[shown]), len(found)))
     return parts, False
-
-
-def number_of_arcs(owners: Ints) -> int:
-    """Return the number of arcs with one owner."""
-    return max(1, int(np.count_nonzero(owners != np.roll(owners, 1))))
 
 
 def hover(part: Sector, ring_len: int) -> str:
@@ -237,7 +235,7 @@ def span(start: int, length: int, ring_len: int) -> str:
 
 def caption(one: Ring, hot: Hot | None) -> str:
     """Return the main facts about a ring, as sentences."""
-    number = number_of_arcs(one.owners)
+    number = len(ring.arc_starts(one.owners))
     first = (
         f"{count(len(one.owners), 'address')} in {count(number, 'arc')}, owned by {count(one.num_experts, 'expert')}"
     )

@@ -47,12 +47,13 @@ class Hot:
 
     Attributes:
         child: the expert that received the addresses; None if the split is only planned.
+        addresses: the addresses, shape ``[n]`` with n ≥ 1.
         arc: the shortest arc that covers the addresses.
     """
 
     parent: int
     child: int | None
-    addresses: tuple[int, ...]
+    addresses: Ints
     arc: Arc
 
 
@@ -132,9 +133,10 @@ def gather(
 
 def _ring(checkpoint: Checkpoint, title: str, visits: Weights | None, counted: str) -> list[Ring]:
     """Return the ring of a checkpoint, or an empty list if it has no router map or no head."""
-    if checkpoint.router_map is None or checkpoint.head is None:
+    router = checkpoint.router_reference
+    if router is None or checkpoint.head is None:
         return []
-    return [Ring(title, router_owners(checkpoint.router_map), checkpoint.num_experts, visits, counted)]
+    return [Ring(title, router_owners(router), checkpoint.num_experts, visits, counted)]
 
 
 def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Difference | None) -> Hot | None:
@@ -144,28 +146,29 @@ def hot_arc(checkpoint: Checkpoint, before: Checkpoint | None, difference: Diffe
     move. If none moved, these are the addresses of the plan. If there is neither `before` nor a plan, they are the
     addresses of the child of the last split.
     """
-    router = checkpoint.router_map
+    router = checkpoint.router_reference
     if router is None or checkpoint.head is None:
         return None
     owners = router_owners(router)
     parent: int | None = None
     child: int | None = None
-    addresses: list[int] = []
-    if before is not None and before.head and before.router_map is not None and difference and difference.ring:
+    addresses: Ints | None = None
+    former = before.router_reference if before is not None and before.head is not None else None
+    if before is not None and former is not None and difference and difference.ring:
         flow = max(difference.ring.flows, key=lambda one: (one.after >= before.num_experts, one.addresses))
         parent, child = flow.before, flow.after
-        old = router_owners(before.router_map)
-        addresses = np.flatnonzero((old == parent) & (owners == child)).tolist()
+        old = router_owners(former)
+        addresses = np.flatnonzero((old == parent) & (owners == child))
     elif checkpoint.plan is not None:
-        parent, addresses = checkpoint.plan.parent, list(checkpoint.plan.addresses)
+        parent, addresses = checkpoint.plan.parent, ring.as_addresses(checkpoint.plan.addresses, len(owners))
     elif before is None:
         done = checkpoint.payload.get("mitosis")
         if isinstance(done, Mapping) and type(done.get("parent")) is int and type(done.get("child")) is int:
             parent, child = done["parent"], done["child"]
-            addresses = np.flatnonzero(owners == child).tolist()
-    if parent is None or not addresses or not all(0 <= address < len(owners) for address in addresses):
+            addresses = np.flatnonzero(owners == child)
+    if parent is None or addresses is None or not len(addresses):
         return None
-    return Hot(parent, child, tuple(addresses), ring.covering_arc(addresses, len(owners)))
+    return Hot(parent, child, addresses, ring.covering_arc(addresses, len(owners)))
 
 
 def _shares(rings: Sequence[Ring], signs: ExpertLoads | None) -> tuple[dict[str, Sequence[float]], str]:
@@ -241,7 +244,8 @@ def _moved(flows: Sequence[Flow]) -> str:
 
 
 def _unmoved(before: Checkpoint, checkpoint: Checkpoint) -> str:
-    lengths = [len(one.router_map) if one.router_map is not None and one.head else 0 for one in (before, checkpoint)]
+    rings = [one.router_reference if one.head else None for one in (before, checkpoint)]
+    lengths = [ring.numel() if ring is not None else 0 for ring in rings]
     if lengths[0] == lengths[1]:
         return "no address moved" if lengths[0] else "there is no ring"
     return " → ".join(count(length, "address") if length else "no ring" for length in lengths)

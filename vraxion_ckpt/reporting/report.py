@@ -159,8 +159,9 @@ def _gathered(
 ) -> Subject:
     signs = expert_loads(checkpoint, against=before, visits_file=visits, visits_after=visits_after)
     counted: list[Weights | None] = [None, None]
-    if signs is not None and checkpoint.router_map is not None:
-        length = len(checkpoint.router_map)
+    router = checkpoint.router_reference
+    if signs is not None and router is not None:
+        length = router.numel()
         counted = [
             load_visits(Path(file), length).visits if file is not None else None for file in (visits, visits_after)
         ]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vraxion_ckpt.analysis.measurement import Measure, measure
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.plain_data import as_numbers
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.support import progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Experts with at least this cosine are listed as copies, because a cosine of 1.000 does not show how they differ.
 _COPY = 0.9995
@@ -81,7 +84,8 @@ def compare_experts(experts: Mapping[int, Expert], ids: Sequence[int]) -> Simila
     groups: list[Group] = []
     by_shape: dict[object, list[int]] = {}
     for place, i in enumerate(ids):
-        shapes = sorted((leaf, tuple(tensor.shape), tensor.is_complex()) for leaf, tensor in experts[i].items())
+        leaves = experts[i].references()
+        shapes = sorted((leaf, tensor.shape, tensor.is_complex()) for leaf, tensor in leaves.items())
         by_shape.setdefault(tuple(shapes), []).append(place)
     with progress.progress_bar("comparing experts", len(ids), "experts") as count:
         for places in by_shape.values():
@@ -116,16 +120,25 @@ def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list
 
 
 def _copy(original: Expert, expert: int, copy: Expert, *, measured: bool) -> Copy:
-    differing = [leaf for leaf, tensor in copy.items() if not same_bits(original[leaf].detach(), tensor.detach())]
-    pairs = [(original[leaf], copy[leaf]) for leaf in differing]
+    one, other = ({leaf: _data(ref) for leaf, ref in each.references().items()} for each in (original, copy))
+    differing = [leaf for leaf in other if not same_bits(one[leaf], other[leaf])]
+    pairs = [(one[leaf], other[leaf]) for leaf in differing]
     return Copy(expert, tuple(differing), measure(pairs) if measured and pairs else None)
+
+
+def _data(tensor: TensorRef) -> TensorRef:
+    """Return the tensor as ``torch.Tensor.detach`` does."""
+    return replace(tensor, requires_grad=False, parameter=False, _tensor=None)
 
 
 def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
     """Return the scalar products of experts with the same shapes, as float64 of shape ``[n, n]``."""
+    import torch
+
+    held = [expert.references() for expert in experts]
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
-    for leaf in experts[0]:
-        flat = [expert[leaf].detach().reshape(-1) for expert in experts]
+    for leaf in held[0]:
+        flat = [leaves[leaf].values().detach().reshape(-1) for leaves in held]
         for start in range(0, len(flat[0]), _PIECE):
             rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
             total += rows @ rows.T
@@ -135,6 +148,8 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
 
 def _as_reals(tensor: Tensor) -> Tensor:
     """Return a flat tensor as float64, with two entries for a complex number, or NaN for dtypes without values."""
+    import torch
+
     numbers = as_numbers(tensor)
     if numbers is None:
         return torch.full((len(tensor),), torch.nan, dtype=torch.float64)
