@@ -101,6 +101,34 @@ def convert(
     return found
 
 
+def convert_between_all(source: str) -> list[float]:
+    """Convert a checkpoint to each format, and from each to each.
+
+    Returns:
+        The peak of anonymous memory of each conversion in MiB, over a process with torch imported.
+    """
+    before = memory_with_torch()
+    import vraxion_ckpt as vc
+
+    def added(start: Path, target: Path) -> float:
+        cost = watched(lambda: vc.convert(start, target, to=FORMATS[target.suffix]))
+        return (cost.peak - before) / MIB
+
+    first, found = Path(source), []
+    warm_up(first.parent, *FORMATS)
+    for suffix in FORMATS:
+        start = first.with_suffix(suffix)
+        if start != first:
+            convert_once(source, str(start))
+        for other in FORMATS:
+            target = start.with_name(f"b{other}")
+            found.append(added(start, target))
+            remove(target)
+        if start != first:
+            remove(start)
+    return found
+
+
 def split_by_hand(source: str, target: str) -> float:
     """Split expert 0 with torch alone: load everything, edit and save, without checks. Return seconds."""
     import torch

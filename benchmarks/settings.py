@@ -15,9 +15,9 @@ class Sizes:
     """Sizes of the checkpoints that are measured. Each is an option; these defaults make a run short."""
 
     gib: float = field(default=0.25, metadata={"help": "GiB to convert"})
-    cast_gib: float = field(default=0.5, metadata={"help": "GiB to cast"})
+    cast_gib: float = field(default=0.25, metadata={"help": "GiB to cast"})
     limited_gib: float = field(default=1.0, metadata={"help": "GiB to convert in a limited address space"})
-    experts: int = field(default=512, metadata={"help": "experts to inspect, edit, open and split"})
+    experts: int = field(default=256, metadata={"help": "experts to inspect, edit, open and split"})
     losses: int = field(default=100_000, metadata={"help": "losses in the payload"})
     ring: int = field(default=1_000_000, metadata={"help": "addresses of the ring"})
     repeat: int = field(default=3, metadata={"help": "repeats of each measurement"})

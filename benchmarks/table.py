@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 WIDTH = 80
-HEADING = f"{'work':<39} {'median':>7} {'min–max':>14}   {'to reach':>8} {'':>7}"
+HEADING = f"{'work':<39} {'median':>7} {'min–max':>13}   {'to reach':>8} {'':>7}"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Goal:
     what: str
     to_reach: float | None
     unit: str = "×"
+
+    @classmethod
+    def memory(cls, what: str) -> Goal:
+        """Return the bound on the anonymous memory of a conversion, beyond what it cannot do without."""
+        return cls(f"{what}, memory", 64, "MiB")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Row:
         goal = "" if self.goal.to_reach is None else f"≤ {self.goal.to_reach:g}"
         verdict = {True: "met", False: "NOT met", None: ""}[self.met]
         line = (
-            f"{self.goal.what:<39} {figure(self.measured):>7} {spread:>14} {self.goal.unit:<3} {goal:>6} {verdict:>7}"
+            f"{self.goal.what:<39} {figure(self.measured):>7} {spread:>13} {self.goal.unit:<3} {goal:>6} {verdict:>7}"
         )
         return line.rstrip()
 

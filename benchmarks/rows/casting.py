@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks import inputs
 from benchmarks.measuring import MIB, in_child, scratch
-from benchmarks.rows.conversions import NAMES, memory_goal, monolith
+from benchmarks.rows.conversions import NAMES, monolith
 from benchmarks.settings import Group, Settings
 from benchmarks.table import Goal, Row
 
@@ -21,7 +21,7 @@ class CastTo:
     @property
     def goal(self) -> Goal:
         """Anonymous memory, over a process with torch imported and the largest tensor."""
-        return memory_goal(f".pt → {NAMES[self.suffix]}, cast")
+        return Goal.memory(f".pt → {NAMES[self.suffix]}, cast")
 
     def measure(self, settings: Settings) -> Iterator[Row]:
         """Measure the cast once: memory hardly varies."""

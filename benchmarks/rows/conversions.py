@@ -16,6 +16,8 @@ MAIN = ".pt → .pt, split"
 VERSUS_COPY = Goal(f"{MAIN} / cp", 1.2)
 BY_HAND = Goal(f"{MAIN} / naive", 0.3)
 BUSY = Goal(f"{MAIN} / cp, one core busy", None)
+MEMORY = Goal.memory(MAIN)
+ALL_PAIRS = Goal.memory("all pairs of formats")
 SHARED = Goal(f"{MAIN}, shared blocks / cp", 0.5)
 NAMES = {".pt": ".pt", ".safetensors": "safetensors", ".modular": "modular", ".shards": "shards"}
 
@@ -31,7 +33,7 @@ class Pair:
     def goals(self) -> tuple[Goal, Goal]:
         """Time and memory."""
         what = f"{NAMES[self.source]} → {NAMES[self.target]}"
-        return Goal(f"{what} / cp", 1.2), memory_goal(what)
+        return Goal(f"{what} / cp", 1.2), Goal.memory(what)
 
     def measure(self, settings: Settings) -> Iterator[Row]:
         """Measure the conversion of a checkpoint that is first brought to the source's format."""
@@ -50,11 +52,6 @@ class Pair:
         yield Row(memory, tuple(found["added"]))
 
 
-def memory_goal(what: str) -> Goal:
-    """Return the goal of a bound on memory."""
-    return Goal(f"{what}, memory", 64, "MiB")
-
-
 def monolith(folder: Path, gib: float) -> Path:
     """Write the checkpoint to convert, and return its path."""
     path = folder / "a.pt"
@@ -69,7 +66,7 @@ def split(settings: Settings) -> Iterator[Row]:
         found = _split(source, target, sizes.repeat, by_hand=True)
         yield ratios(VERSUS_COPY, found["ours"], found["copy"])
         yield ratios(BY_HAND, found["ours"], found["hand"])
-        yield Row(memory_goal(MAIN), tuple(added - inputs.CREATED / MIB for added in found["added"]))
+        yield Row(MEMORY, tuple(added - inputs.CREATED / MIB for added in found["added"]))
         with busy_core():
             found = _split(source, target, sizes.repeat)
         yield ratios(BUSY, found["ours"], found["copy"])
@@ -100,6 +97,13 @@ def _split(source: Path, target: Path, repeat: int, copy: Sequence[str] = ("cp",
     return found
 
 
+def all_pairs(settings: Settings) -> Iterator[Row]:
+    """Measure the memory of conversions between all formats, in one process."""
+    source = monolith(settings.folder, settings.sizes.gib)
+    with scratch(source):
+        yield Row(ALL_PAIRS, tuple(in_child("converting.convert_between_all", source=source)))
+
+
 PAIRS = (
     Pair(".pt", ".safetensors"),
     Pair(".safetensors", ".pt"),
@@ -109,7 +113,8 @@ PAIRS = (
     Pair(".shards", ".safetensors"),
 )
 GROUPS = (
-    Group((VERSUS_COPY, BY_HAND, memory_goal(MAIN), BUSY), split),
+    Group((VERSUS_COPY, BY_HAND, MEMORY, BUSY), split),
     Group((SHARED,), split_on_shared_blocks),
     *(Group(pair.goals, pair.measure) for pair in PAIRS),
+    Group((ALL_PAIRS,), all_pairs),
 )

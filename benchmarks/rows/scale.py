@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from benchmarks import inputs
 from benchmarks.machine import GIB
 from benchmarks.measuring import MIB, in_child, memory_of_machine, scratch
-from benchmarks.rows.conversions import memory_goal, monolith
+from benchmarks.rows.conversions import monolith
 from benchmarks.settings import Group, Settings
 from benchmarks.table import Goal, Row, skipped
 
 EXPERTS = 1024  # of the checkpoint that is larger than memory
-EDITED = memory_goal("larger than RAM: edit, grow")
-CONVERTED = memory_goal("larger than RAM: split to .pt")
+EDITED = Goal.memory("larger than RAM: edit, grow")
+CONVERTED = Goal.memory("larger than RAM: split to .pt")
 LIMITED = Goal("address space limited: failed splits", 0, "")
 LEAST_SPARE = 512 * MIB  # for the stacks and the heaps of threads
 
