@@ -7,8 +7,9 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks import compare, machine
 from benchmarks.measuring import BenchmarkError
 from benchmarks.rows import GROUPS
 from benchmarks.settings import FULL, Settings, Sizes
-from benchmarks.table import HEADING, Row
+from benchmarks.table import HEADING, WIDTH, Row
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,27 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measurement failed, or if that run is not comparable. Otherwise 0: times depend on the machine.
     """
     options = parse(arguments)
-    sizes = asdict(options.sizes)
     try:
-        older = compare.read_older(options.compare, sizes) if options.compare else None
+        older = compare.read_older(options.compare, asdict(options.sizes)) if options.compare else None
         with ExitStack() as stack:
             parent = options.folder or machine.place_with_room(options.sizes.room)
-            folder, scale_folder = (
-                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vraxion-bench-", dir=place)))
-                if place
-                else None
-                for place in (parent, options.scale)
-            )
-            assert folder is not None
+            folder = stack.enter_context(_folder_in(parent))
+            scale_folder = stack.enter_context(_folder_in(options.scale)) if options.scale else None
             where = machine.describe(folder)
             print(machine.in_words(where))
-            rows = measure(Settings(options.sizes, folder, scale_folder), options.only)
+            rows: list[Row] = []
+            for row in measured(Settings(options.sizes, folder, scale_folder), options.only):
+                rows.append(row)
+                print(row, flush=True)
+                if options.json:  # now, so that an interrupted run leaves the rows that it has
+                    _write(options.json, where, options.sizes, rows)
     except (BenchmarkError, compare.NotComparableError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.json:
-        table = {"machine": where, "sizes": sizes, "rows": [row.as_json() for row in rows]}
-        options.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     worse = False
     if older:
         text, worse = compare.report(older, where, rows)
@@ -77,18 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(worse or any(row.met is False for row in rows if row.goal.unit == "MiB"))
 
 
-def measure(settings: Settings, pattern: str | None) -> list[Row]:
-    """Measure rows in the order of the table, and print each as soon as it is known."""
-    wanted = re.compile(pattern or "")
-    print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(settings.sizes).items()))
+def measured(settings: Settings, pattern: str | None) -> Iterator[Row]:
+    """Print the heading, then yield the rows as they are measured, in the order of the table."""
+    sizes = (f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(settings.sizes).items())
+    print(textwrap.fill(", ".join(sizes), WIDTH))
     print(HEADING.rstrip(), flush=True)
-    rows = []
+    wanted = re.compile(pattern or "")
     for group in GROUPS:
         if any(wanted.search(goal.what) for goal in group.goals):
-            for row in group.measure(settings):
-                rows.append(row)
-                print(row, flush=True)
-    return rows
+            yield from group.measure(settings)
+
+
+@contextmanager
+def _folder_in(parent: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vraxion-bench-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _write(path: Path, where: Mapping[str, str | int], sizes: Sizes, rows: Sequence[Row]) -> None:
+    table = {"machine": where, "sizes": asdict(sizes), "rows": [row.as_json() for row in rows]}
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
