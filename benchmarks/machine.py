@@ -84,7 +84,7 @@ def shared_blocks(folder: Path, size: int) -> Iterator[Path]:
     """
     maker = next((each for each in MAKERS if shutil.which(each[0])), None)
     if maker is None:
-        raise NoFileSystemError(f"neither {' nor '.join(each[0] for each in MAKERS)} is installed")
+        raise NoFileSystemError(f"none of {', '.join(each[0] for each in MAKERS)} is installed")
     image, mounted = folder / "image", folder / "mounted"
     mounted.mkdir()
     with image.open("xb") as file:

@@ -39,14 +39,13 @@ class Pair:
         """Measure the conversion of a checkpoint that is first brought to the source's format."""
         sizes = settings.sizes
         source, target = monolith(settings.folder, sizes.gib), settings.folder / f"b{self.target}"
+        if self.source != source.suffix:
+            other = source.with_suffix(self.source)
+            in_child("converting.convert_once", source=source, target=other)
+            remove(source)
+            source = other
         with scratch(source):
-            if self.source != source.suffix:
-                other = source.with_suffix(self.source)
-                in_child("converting.convert_once", source=source, target=other)
-                remove(source)
-                source = other
-            with scratch(source):
-                found = in_child("converting.convert", source=source, target=target, repeat=sizes.repeat)
+            found = in_child("converting.convert", source=source, target=target, repeat=sizes.repeat)
         time, memory = self.goals
         yield ratios(time, found["ours"], found["copy"])
         yield Row(memory, tuple(found["added"]))

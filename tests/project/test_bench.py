@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from benchmarks import compare
+from benchmarks import compare, machine
 from benchmarks.__main__ import main, parse
 from benchmarks.measuring import BenchmarkError, bytes_read_and_written, in_child, watched
 from benchmarks.rows import GROUPS
-from benchmarks.settings import FULL, Sizes
+from benchmarks.rows.conversions import split_on_shared_blocks
+from benchmarks.settings import FULL, Settings, Sizes
 from benchmarks.table import HEADING, Goal, Row, ratios, skipped
 
 NAMES = [goal.what for group in GROUPS for goal in group.goals]
@@ -164,6 +165,16 @@ def test_memory_and_bytes_are_counted(tmp_path):
     after = bytes_read_and_written()
     assert after[0] - read >= 2**16
     assert after[1] - written >= 2**16
+
+
+@pytest.mark.parametrize(
+    ("makers", "reason"), [((("mkfs.none",),), "mkfs.none is installed"), ((("false",),), "false failed")]
+)
+def test_a_machine_without_shared_blocks_skips_the_row_and_says_why(makers, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "MAKERS", makers)
+    (row,) = split_on_shared_blocks(Settings(Sizes(gib=0.01), tmp_path))
+    assert reason in row.skipped
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_row_is_measured_written_and_compared(tmp_path, capsys):
