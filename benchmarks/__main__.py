@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measured(settings: Settings, pattern: str | None) -> Iterator[Row]:
     """Print the heading, then yield the rows as they are measured, in the order of the table."""
-    sizes = (f"{name}={value:,}" for name, value in asdict(settings.sizes).items())
+    sizes = (f"{name}={value}" for name, value in asdict(settings.sizes).items())
     print(textwrap.fill(", ".join(sizes), WIDTH))
     print(HEADING.rstrip(), flush=True)
     wanted = re.compile(pattern or "")

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.converting import convert
 from vraxion_ckpt.plugin_api import Checkpoint, Effect, Expert, Transform
 
 
@@ -34,8 +33,3 @@ class Cast(Transform):
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-
-
-def added_by_cast(source: str, target: str) -> float:
-    """Return the peak of anonymous memory of a cast in MiB, over a process with torch imported."""
-    return convert(source, target, [Cast()], copy=())["added"][0]

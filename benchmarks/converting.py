@@ -68,12 +68,20 @@ def convert_once(source: str, target: str) -> None:
 def convert(
     source: str,
     target: str,
-    transforms: Sequence[str | Transform] = (),
+    transforms: Sequence[str] = (),
     repeat: int = 1,
     copy: Sequence[str] = ("cp", "-r"),
     by_hand: bool = False,
 ) -> Found:
     """Copy and convert a checkpoint, and also split it by hand if `by_hand`, in turn.
+
+    Args:
+        source: a checkpoint. Its suffix and that of `target` tell the formats.
+        target: a new path. It is removed after each repeat.
+        transforms: the chain; ``cast`` stands for the transform of `benchmarks.cast`.
+        repeat: how often each is done.
+        copy: the command that copies, or empty to leave it out.
+        by_hand: whether to split by hand.
 
     Returns:
         The seconds of each repeat as ``copy``, ``ours`` and ``hand``. As ``added``, the peak of anonymous memory in
@@ -82,6 +90,7 @@ def convert(
     before = memory_with_torch()
     import vraxion_ckpt as vc
 
+    chain = [_cast() if name == "cast" else name for name in transforms]
     start, place = Path(source), Path(target)
     warm_up(place.parent, start.suffix, place.suffix)
     found: Found = {"copy": [], "ours": [], "hand": [], "added": []}
@@ -91,7 +100,7 @@ def convert(
             found["copy"].append(timed(lambda: run(*copy, start, place)))
             remove(place)
         find_memory(bytes_below(start))
-        cost = watched(lambda: vc.convert(start, place, transforms=transforms, to=FORMATS[place.suffix]))
+        cost = watched(lambda: vc.convert(start, place, transforms=chain, to=FORMATS[place.suffix]))
         remove(place)
         found["ours"].append(cost.seconds)
         found["added"].append((cost.peak - before) / MIB)
@@ -99,6 +108,13 @@ def convert(
             found["hand"].append(in_child("converting.split_by_hand", source=source, target=target))
             remove(place)
     return found
+
+
+def _cast() -> Transform:
+    """Return the transform that changes every tensor. Importing it imports the program, so not before it is needed."""
+    from benchmarks.cast import Cast
+
+    return Cast()
 
 
 def convert_between_all(source: str) -> list[float]:

@@ -27,8 +27,8 @@ class CastTo:
         """Measure the cast once: memory hardly varies."""
         source, target = monolith(settings.folder, settings.sizes.cast_gib), settings.folder / f"b{self.suffix}"
         with scratch(source, target):
-            added = in_child("cast.added_by_cast", source=source, target=target)
-        yield Row(self.goal, (added - inputs.LARGEST / MIB,))
+            found = in_child("converting.convert", source=source, target=target, transforms=["cast"], copy=())
+        yield Row(self.goal, tuple(added - inputs.LARGEST / MIB for added in found["added"]))
 
 
 CASTS = tuple(CastTo(suffix) for suffix in (".pt", ".safetensors", ".modular"))
