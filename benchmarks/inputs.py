@@ -7,7 +7,10 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXPERTS, ROWS, WIDTH, RING = 3, 512, 1024, 4096  # the head of `monolith`
 CREATED = 3 * 4 * ROWS * (WIDTH + 1) + 8 * RING  # bytes that its split makes: weights, two moments, the router map
@@ -22,13 +25,21 @@ def split(experts: int, ring: int) -> str:
 SPLIT = split(EXPERTS, RING)
 
 
-def _save(path: str, params: dict[str, Any], experts: int, ring: int, step: object, **payload: object) -> None:
+def _save(
+    path: str,
+    params: dict[str, Any],
+    experts: int,
+    ring: int,
+    step: object,
+    owners: Tensor | None = None,
+    **payload: object,
+) -> None:
     """Write a checkpoint with Adam's moments for each parameter. Addresses of the ring alternate between experts."""
     import torch
 
     state = {i: {"step": step, "exp_avg": p + 1, "exp_avg_sq": p + 2} for i, p in enumerate(params.values())}
     optim = {"state": state, "param_groups": [{"lr": 0.001, "params": list(range(len(params)))}]}
-    model = {"router_map": torch.arange(ring) % experts, **params}
+    model = {"router_map": torch.arange(ring) % experts if owners is None else owners, **params}
     whole = {"model": model, "optim": optim, "step": 4, "num_experts": experts, "param_names": list(params)}
     torch.save({**whole, **payload}, path)
 
@@ -64,12 +75,18 @@ def with_losses(path: str, losses: int) -> None:
     _save(path, params, EXPERTS, RING, 4.0, losses=torch.rand(losses, dtype=torch.float64).tolist())
 
 
-def with_ring(path: str, ring: int) -> None:
-    """Write a small checkpoint with a ring of `ring` addresses, each of another owner than the one before."""
+def with_ring(path: str, ring: int, moved: bool = False) -> None:
+    """Write a small checkpoint with a ring of `ring` addresses, each of another owner than the one before.
+
+    With `moved`, expert 1 owns every second address of expert 0.
+    """
     import torch
 
     params = {f"head.experts.{expert}.weight": torch.rand(8, 16) for expert in range(8)}
-    _save(path, params, 8, ring, 4.0)
+    owners = torch.arange(ring) % 8
+    if moved:
+        owners[::16] = 1
+    _save(path, params, 8, ring, 4.0, owners)
 
 
 def directory(root: str, experts: int, size: int, core: int = 64, ring: int = 0) -> None:

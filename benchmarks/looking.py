@@ -33,7 +33,7 @@ def look(command: str, path: str, other: str, numbers: str, tiny: str, repeat: i
     Args:
         command: the name of the function.
         path: the checkpoint.
-        other: an equal one, for ``diff``.
+        other: the one to compare it with, for ``diff``.
         numbers: the router map alone, as a ``.npy`` file.
         tiny: a small checkpoint to warm up with.
         repeat: how often.

@@ -62,17 +62,18 @@ def more_losses(settings: Settings) -> Iterator[Row]:
 
 def ring(command: str, settings: Settings) -> Iterator[Row]:
     """Measure a command on a ring whose owner changes at each address."""
-    source, numbers, tiny = (settings.folder / name for name in ("ring.pt", "ring.npy", "tiny.pt"))
+    source, other, numbers, tiny = (settings.folder / name for name in ("ring.pt", "b.pt", "ring.npy", "tiny.pt"))
     time, memory = RING[command]
-    with scratch(source, numbers, tiny):
+    with scratch(source, other, numbers, tiny):
         in_child("inputs.with_ring", path=source, ring=settings.sizes.ring)
+        in_child("inputs.with_ring", path=other, ring=settings.sizes.ring, moved=True)
         in_child("inputs.with_ring", path=tiny, ring=64)
         size = in_child("looking.save_router_map", path=source, numbers=numbers)
         found = in_child(
             "looking.look",
             command=command,
             path=source,
-            other=source,
+            other=other,
             numbers=numbers,
             tiny=tiny,
             repeat=settings.sizes.repeat,
