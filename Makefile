@@ -40,7 +40,7 @@ lint: .venv/ready ## check rules, format and types (30 seconds, later 5)
 docs: .venv/ready ## build the manual into build/docs (10 seconds)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
-bench: .venv/ready ## measure what the program costs, as ratios (3 minutes)
+bench: .venv/ready ## measure what the program costs, as ratios (4 minutes)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 dist: .venv/ready ## build source archive and wheel into dist (5 seconds)
