@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_WORKERS ?= 2
+# Options of the benchmarks, as in: make bench BENCH=--full
+BENCH ?=
 # The lowest torch that `make test-lowest` takes; pyproject.toml's own, where an index has it without CUDA.
 LOWEST_TORCH ?=
 
@@ -38,8 +40,8 @@ lint: .venv/ready ## check rules, format and types (30 seconds, later 5)
 docs: .venv/ready ## build the manual into build/docs (10 seconds)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
-bench: .venv/ready ## measure what conversions cost (3 minutes)
-	$(BIN)/python benchmarks/bench.py
+bench: .venv/ready ## measure what the program costs, as ratios (4 minutes)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 dist: .venv/ready ## build source archive and wheel into dist (5 seconds)
 	rm -rf dist
