@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError
 from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
@@ -83,8 +83,8 @@ class StoredBytes:
 
     def view(self) -> torch.UntypedStorage:
         """Return the bytes as memory for reading, which no plugin gets."""
-        mapped = self.file.mapped[self.start : self.start + self.nbytes]
-        return mapped.clone() if self.start % self.alignment else mapped
+        mapped: Any = self.file.mapped[self.start : self.start + self.nbytes]
+        return mapped.clone() if self.start % self.alignment else mapped  # type: ignore[no-any-return]
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.
@@ -162,9 +162,10 @@ class SourceFile:
         try:
             with self.opened() as descriptor:
                 name = f"/proc/self/fd/{descriptor}"  # the file itself, even if another one has its path now
-                return torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
+                mapped: Any = torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
         except RuntimeError as error:
             raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
+        return mapped  # type: ignore[no-any-return]  # torch declares any kind of storage
 
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.

@@ -21,7 +21,8 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import check_plain
 from vraxion_ckpt.checkpoint.provenance import Origin
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, referenced, resolved
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError, LimitError, errors_at
 from vraxion_ckpt.formats.document_values import TensorStore, ValueDecoder, encode_value
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras, parse_extras, refuse_newer

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from vraxion_ckpt.checkpoint.references import Storage, TensorDict, TensorRef, is_tensor, reference
+from vraxion_ckpt.checkpoint.references import Storage, TensorRef, is_tensor, reference
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict
 from vraxion_ckpt.errors import UnsupportedError
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _replaced(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     if isinstance(value, TensorDict):
         return _with_references(value.references(), done)
     entries = value.values() if isinstance(value, dict) else value
-    if _SCALARS.issuperset(map(type, entries)):
+    if SCALARS.issuperset(map(type, entries)):
         return value
     new = [_with_references(entry, done) for entry in entries]
     if all(one is other for one, other in zip(new, entries, strict=True)):

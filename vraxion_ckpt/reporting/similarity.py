@@ -138,7 +138,7 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
     held = [expert.references() for expert in experts]
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for leaf in held[0]:
-        flat = [leaves[leaf].values().detach().reshape(-1) for leaves in held]
+        flat = [leaves[leaf].read_only_tensor().detach().reshape(-1) for leaves in held]
         for start in range(0, len(flat[0]), _PIECE):
             rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
             total += rows @ rows.T

@@ -30,7 +30,7 @@ from vraxion_ckpt.plugin_api import (
     from_state_dict,
     is_tensor_name,
     load_document,
-    named_tensors,
+    named_references,
     safetensors_size,
     save_safetensors,
     sharing,
@@ -193,7 +193,7 @@ def _overlapping(checkpoint: Checkpoint) -> list[str]:
         everything["optimizer"] = optimizer.state
         everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
     everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
-    for group in sharing(named_tensors(everything)):
+    for group in sharing(named_references(everything)):
         views = [name for name, _ in without_tied(group)]
         if len(views) > 1:
             return views[:2]
