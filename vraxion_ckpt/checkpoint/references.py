@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.source_files import StoredBytes, buffer_of
 from vraxion_ckpt.support.checksums import crc32
@@ -25,9 +25,6 @@ from vraxion_ckpt.support.checksums import crc32
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 # Bytes per element of torch's dtypes.
 ITEMSIZES = {

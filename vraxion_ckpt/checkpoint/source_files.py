@@ -25,7 +25,7 @@ from vraxion_ckpt.wording import count, listed
 if TYPE_CHECKING:
     import torch
 
-PIECE = 2**20  # bytes that are read at a time
+_PIECE = 2**20  # bytes that are read at a time
 _MOST_OPEN = 128  # files that are kept open, because processes may open only some hundreds
 
 
@@ -112,8 +112,8 @@ class StoredBytes:
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Yield the offset of each piece, and its bytes. Raises the errors of `read`."""
         with self.file.opened() as descriptor:
-            for first in range(0, self.nbytes, PIECE):
-                size = min(PIECE, self.nbytes - first)
+            for first in range(0, self.nbytes, _PIECE):
+                size = min(_PIECE, self.nbytes - first)
                 yield first, read_at(descriptor, self.start + first, size, self.file.path)
 
     def copied(self) -> StoredBytes:

@@ -125,7 +125,7 @@ def _declared(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind, localns={"Tensor": TensorRef})
     held = {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
     return {
-        name: TensorDict[str, get_args(hint)] if get_origin(hint) is TensorDictField else hint  # type: ignore[misc]
+        name: TensorDict[str, get_args(hint)[0]] if get_origin(hint) is TensorDictField else hint  # type: ignore[misc]
         for name, hint in held.items()
     }
 
