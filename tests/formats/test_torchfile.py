@@ -417,7 +417,7 @@ def test_why_a_write_failed_is_said(
     write = os.pwrite
 
     def failing(descriptor: int, data: Any, offset: int) -> int:
-        if len(data) >= size:
+        if len(data) >= min(size, 2**17):
             raise error
         return write(descriptor, data, offset)
 
