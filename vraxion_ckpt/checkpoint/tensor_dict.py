@@ -157,7 +157,9 @@ class TensorDict(dict[K, V]):
         return value
 
     def popitem(self) -> tuple[K, V]:
-        key = next(reversed(list(self)))
+        if not self:
+            return super().popitem()  # raises KeyError
+        key = next(reversed(self))
         return key, self.pop(key)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:

@@ -6,6 +6,7 @@ fields are checked without a change here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -135,4 +136,5 @@ def _kind(value: object) -> str:
 
 
 def _type_text(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+    text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else re.sub(r"\b(\w+\.)+", "", str(kind))
+    return text.replace("TensorDict", "dict").replace("TensorRef", "Tensor")  # as plugins see them
