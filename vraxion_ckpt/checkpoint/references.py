@@ -234,9 +234,13 @@ class TensorRef:
         return tensor.requires_grad_(self.requires_grad) if self.requires_grad else tensor
 
     def copied(self) -> TensorRef:
-        """Return an equal tensor that shares no memory with this one. Bytes of a file are copied when it is written."""
+        """Return an equal tensor that shares no memory with this one. Bytes of a file are copied when it is written.
+
+        As a copy that ``detach`` and ``clone`` make, it requires gradients only if it is a parameter.
+        """
         if isinstance(self.storage, StoredBytes) and self.fills_storage():
-            return replace(self, storage=self.storage.copied(), _tensor=None)
+            needs_grad = self.requires_grad and self.parameter
+            return replace(self, storage=self.storage.copied(), requires_grad=needs_grad, _tensor=None)
         import torch
 
         copy = self.read_only_tensor().detach().clone(memory_format=torch.preserve_format)

@@ -262,11 +262,13 @@ class SourceFile:
 
 
 def buffer_of(storage: torch.UntypedStorage) -> memoryview:
-    """Return the memory of a storage as bytes, without a copy. The storage must outlive it."""
+    """Return the memory of a storage as bytes, without a copy. They keep the storage alive."""
     size = storage.nbytes()
     if not size:
         return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(storage.data_ptr())
+    memory.owner = storage
+    return memoryview(memory).cast("B")
 
 
 _kept_open: weakref.WeakSet[SourceFile] = weakref.WeakSet()

@@ -107,9 +107,7 @@ def _copy_group(group: Sequence[Placement], target: OpenFile, advance: Callable[
                     opened[file] = OpenFile(stack.enter_context(file.opened()), file.path)
                 source = opened[file]
             else:
-                memory = storage.given if storage.given is not None else storage.view()
-                stack.callback(memory.nbytes)  # keeps it alive
-                source = buffer_of(memory)
+                source = buffer_of(storage.given if storage.given is not None else storage.view())
             copies.append(
                 Copy(source, first, placement.nbytes, placement.target_start, sums_source=placement.stated is None)
             )
