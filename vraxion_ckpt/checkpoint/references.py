@@ -120,15 +120,11 @@ class ComputedBytes:
 
     def read(self, first: int, size: int) -> bytes:
         """Compute the bytes, and return `size` of them, beginning with byte number `first`."""
-        memory = self.view()
-        return buffer_of(memory)[first : first + size].tobytes()
+        return buffer_of(self.view())[first : first + size].tobytes()
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from what the function returns."""
-        if self.given is None:
-            return False
-        memory = self.view()
-        return buffer_of(self.given) != buffer_of(memory)
+        return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
 
     def __deepcopy__(self, memo: object) -> ComputedBytes:
         return ComputedBytes(self.nbytes, self.function)
@@ -286,7 +282,10 @@ class TensorRef:
 
     def _unshared_memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory into which a function may write without an effect on others."""
-        return self.storage.unshared() if isinstance(self.storage, StoredBytes) else self.storage.view().clone()
+        if isinstance(self.storage, StoredBytes):
+            return self.storage.unshared()
+        copy: torch.UntypedStorage = self.storage.view().clone()  # type: ignore[no-untyped-call]
+        return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
         return replace(self, storage=deepcopy(self.storage, memo), _tensor=None)

@@ -47,7 +47,7 @@ class Fingerprint:
 
 @dataclass(eq=False)
 class StoredBytes:
-    """A run of bytes in a source file. Tensors with equal `StoredBytes` share memory when they are loaded.
+    """A run of bytes in a source file. Tensors with the same `StoredBytes` object share memory when they are loaded.
 
     Attributes:
         file: the file.
@@ -88,7 +88,8 @@ class StoredBytes:
 
     def unshared(self) -> torch.UntypedStorage:
         """Return the bytes as memory of a new mapping. A write into it reaches nobody else."""
-        return self.file.map()[self.start : self.start + self.nbytes]
+        mapped: torch.UntypedStorage = self.file.map()[self.start : self.start + self.nbytes]
+        return mapped
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.

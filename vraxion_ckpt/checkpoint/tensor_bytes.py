@@ -1,4 +1,4 @@
-"""Read the bytes of a tensor's elements. Only tensors that are not contiguous need torch."""
+"""Read the bytes of a tensor's elements. Only tensors that are computed or not contiguous need torch."""
 
 from __future__ import annotations
 

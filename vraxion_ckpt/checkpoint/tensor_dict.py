@@ -7,7 +7,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Va
 from copy import deepcopy
 from typing import Any, Generic, Self, TypeVar
 
-from vraxion_ckpt.checkpoint.references import TensorRef, is_tensor, reference
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -17,45 +17,60 @@ SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def referenced(value: Any) -> Any:
-    """Return a value with a reference for each tensor in it. Containers without tensors are returned unchanged."""
-    if isinstance(value, TensorDict):
-        return value.references()
-    return _replaced(value, lambda each: reference(each) if not isinstance(each, TensorRef) else each)
+    """Return a value with a reference for each tensor, and a dict for each `TensorDict`.
+
+    Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
+    """
+    return _replaced(value, lambda each: each.references() if isinstance(each, TensorDict) else as_reference(each), {})
 
 
 def resolved(value: Any) -> Any:
-    """Return a value with a tensor for each reference in it. Containers without references are returned unchanged."""
-    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each)
+    """Return a value with a tensor for each reference.
+
+    Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
+    """
+    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each, {})
 
 
-def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+def _replaced(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
+    """Replace the tensors, references and `TensorDict`s in a value.
+
+    Args:
+        value: the value.
+        change: returns what to put in place of one of them.
+        done: the containers so far, by their ids, each with its replacement.
+    """
     if is_tensor(value):
         return change(value)
-    if isinstance(value, TensorDict):
+    if not isinstance(value, dict | list | tuple):
         return value
-    if isinstance(value, dict):
-        if SCALARS.issuperset(map(type, value.values())):
-            return value
-        entries = {key: _replaced(entry, change) for key, entry in value.items()}
-        if all(entries[key] is entry for key, entry in value.items()):
-            return value
-        if not isinstance(value, OrderedDict):
-            return entries
-        ordered = OrderedDict(entries)
+    if id(value) not in done:
+        new = change(value) if isinstance(value, TensorDict) else _with_entries_replaced(value, change, done)
+        done[id(value)] = value, new
+    return done[id(value)][1]
+
+
+def _with_entries_replaced(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
+    entries = value.values() if isinstance(value, dict) else value
+    if SCALARS.issuperset(map(type, entries)):
+        return value
+    new = [_replaced(entry, change, done) for entry in entries]
+    if all(one is other for one, other in zip(new, entries, strict=True)):
+        return value
+    if isinstance(value, OrderedDict):
+        ordered = OrderedDict(zip(value, new, strict=True))
         ordered.__dict__.update(value.__dict__)
         return ordered
-    if isinstance(value, list | tuple):
-        if SCALARS.issuperset(map(type, value)):
-            return value
-        items = [_replaced(entry, change) for entry in value]
-        if all(one is other for one, other in zip(items, value, strict=True)):
-            return value
-        return items if isinstance(value, list) else tuple(items)
-    return value
+    if isinstance(value, dict):
+        return dict(zip(value, new, strict=True))
+    return new if isinstance(value, list) else tuple(new)
 
 
-class _Closed:
-    """An entry of a `TensorDict` at which nobody has looked yet. It is shared by copies of the dict."""
+class _Nested:
+    """A container in a `TensorDict`. Its tensors are references until somebody looks at it.
+
+    Copies of the dict share it, so all of them give the same container.
+    """
 
     __slots__ = ("resolved", "value")
 
@@ -73,7 +88,7 @@ class _Closed:
 
 
 def _reference_of(value: Any) -> Any:
-    return referenced(value.stored() if isinstance(value, _Closed) else value)
+    return referenced(value.stored() if isinstance(value, _Nested) else value)
 
 
 class _Items(ItemsView[Any, Any]):
@@ -110,7 +125,7 @@ class TensorDict(dict[K, V]):
 
     def as_stored(self) -> dict[K, Any]:
         """Return the entries, in order, with tensors where somebody has looked, and references elsewhere."""
-        return {key: value.stored() if isinstance(value, _Closed) else value for key, value in dict.items(self)}
+        return {key: value.stored() if isinstance(value, _Nested) else value for key, value in dict.items(self)}
 
     def reference(self, key: K) -> Any:
         """Return one entry with a `TensorRef` for each tensor.
@@ -126,12 +141,12 @@ class TensorDict(dict[K, V]):
         if isinstance(stored, TensorRef):
             value = stored.tensor()
             super().__setitem__(key, value)
-        elif isinstance(stored, _Closed):
+        elif isinstance(stored, _Nested):
             value = stored.look()
         return value  # type: ignore[no-any-return]
 
     def __setitem__(self, key: K, value: Any) -> None:
-        stored: Any = _Closed(value) if isinstance(value, dict | list | tuple) else value
+        stored: Any = _Nested(value) if isinstance(value, dict | list | tuple) else value
         super().__setitem__(key, stored)
 
     # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and

@@ -23,6 +23,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.plain_data import named_references
 from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS
 from vraxion_ckpt.optimizer.parameter_order import model_order
 
 COMPANION_HINT = (
@@ -86,9 +87,6 @@ def prefixes_of(head: Head) -> list[str]:
     return [head.prefix(i) for i in sorted({*head.experts, *head.deleted})]
 
 
-_NUMBERS = frozenset({int, float, bool, type(None)})
-
-
 class _Finder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.head is not None
@@ -120,7 +118,7 @@ class _Finder:
                 if not isinstance(entry, TensorRef):
                     yield from self._inside(entry, (*place, key))
         elif isinstance(value, list | tuple):
-            if _NUMBERS.issuperset(map(type, value)):
+            if SCALARS.issuperset(map(type, value)):
                 return
             if (found := self._of_list(value, place)) is not None:
                 yield found

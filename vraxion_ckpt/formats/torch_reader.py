@@ -58,7 +58,7 @@ def load_torch_references(path: Path, sources: Sources, allow_globals: Sequence[
             source,
             member.start,
             member.size,
-            None if member.size and not member.crc else member.crc,
+            None if member.size and not member.crc else member.crc,  # some writers leave it 0
             member.name,
             _ALIGNMENT,
         )
