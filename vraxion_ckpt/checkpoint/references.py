@@ -268,10 +268,13 @@ class TensorRef:
                 the same values.
             dtype: name of the new dtype, such as ``bfloat16``; that of this tensor if None.
         """
+        import torch
+
         name = self.dtype if dtype is None else dtype
 
         def compute() -> Tensor:
-            made = function(self._on(self._unshared_memory()))
+            with torch.no_grad():
+                made = function(self._on(self._unshared_memory()))
             if (str(made.dtype)[6:], tuple(made.shape)) != (name, self.shape):
                 raise ValueError(f"it is {made.dtype} {list(made.shape)}, not torch.{name} {list(self.shape)}")
             return made
