@@ -87,6 +87,9 @@ def prefixes_of(head: Head) -> list[str]:
     return [head.prefix(i) for i in sorted({*head.experts, *head.deleted})]
 
 
+_NUMBERS = SCALARS - {str}  # lists of text may hold names of the head's tensors
+
+
 class _Finder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.head is not None
@@ -118,7 +121,7 @@ class _Finder:
                 if not isinstance(entry, TensorRef):
                     yield from self._inside(entry, (*place, key))
         elif isinstance(value, list | tuple):
-            if SCALARS.issuperset(map(type, value)):
+            if _NUMBERS.issuperset(map(type, value)):
                 return
             if (found := self._of_list(value, place)) is not None:
                 yield found
