@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
     from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
     from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
+    from vraxion_ckpt.checkpoint.references import TensorRef
     from vraxion_ckpt.checkpoint.ring import Visits
+    from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
     from vraxion_ckpt.conversion.convert import convert
     from vraxion_ckpt.conversion.edit import Edited, edit
     from vraxion_ckpt.conversion.summary import Summary
@@ -54,6 +56,8 @@ __all__ = [
     "ReadOptions",
     "SplitPlan",
     "Summary",
+    "TensorDict",
+    "TensorRef",
     "Transform",
     "TransformError",
     "Visits",
@@ -88,6 +92,8 @@ _HOME = {
     "ReadOptions": "reading.read_options",
     "SplitPlan": "checkpoint.model",
     "Summary": "conversion.summary",
+    "TensorDict": "checkpoint.tensor_dict",
+    "TensorRef": "checkpoint.references",
     "Transform": "plugins.transform",
     "TransformError": "errors",
     "Visits": "checkpoint.ring",

@@ -13,7 +13,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 # Types of values that contain nothing.
-SCALARS = frozenset({str, int, float, bool, type(None)})
+SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
 
 
 def referenced(value: Any) -> Any:
@@ -21,7 +21,11 @@ def referenced(value: Any) -> Any:
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
-    return _replaced(value, lambda each: each.references() if isinstance(each, TensorDict) else as_reference(each), {})
+
+    def change(each: Any) -> Any:
+        return each.references() if isinstance(each, TensorDict) else as_reference(each)
+
+    return _replaced(value, change, SCALARS | {TensorRef}, {})
 
 
 def resolved(value: Any) -> Any:
@@ -29,15 +33,18 @@ def resolved(value: Any) -> Any:
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
-    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each, {})
+    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each, SCALARS, {})
 
 
-def _replaced(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
+def _replaced(
+    value: Any, change: Callable[[Any], Any], unchanged: frozenset[type], done: dict[int, tuple[Any, Any]]
+) -> Any:
     """Replace the tensors, references and `TensorDict`s in a value.
 
     Args:
         value: the value.
         change: returns what to put in place of one of them.
+        unchanged: types of values that are never replaced.
         done: the containers so far, by their ids, each with its replacement.
     """
     if is_tensor(value):
@@ -45,16 +52,18 @@ def _replaced(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[An
     if not isinstance(value, dict | list | tuple):
         return value
     if id(value) not in done:
-        new = change(value) if isinstance(value, TensorDict) else _with_entries_replaced(value, change, done)
+        new = change(value) if isinstance(value, TensorDict) else _with_entries_replaced(value, change, unchanged, done)
         done[id(value)] = value, new
     return done[id(value)][1]
 
 
-def _with_entries_replaced(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
+def _with_entries_replaced(
+    value: Any, change: Callable[[Any], Any], unchanged: frozenset[type], done: dict[int, tuple[Any, Any]]
+) -> Any:
     entries = value.values() if isinstance(value, dict) else value
-    if SCALARS.issuperset(map(type, entries)):
+    if unchanged.issuperset(map(type, entries)):
         return value
-    new = [_replaced(entry, change, done) for entry in entries]
+    new = [_replaced(entry, change, unchanged, done) for entry in entries]
     if all(one is other for one, other in zip(new, entries, strict=True)):
         return value
     if isinstance(value, OrderedDict):
@@ -112,9 +121,10 @@ class TensorDict(dict[K, V]):
             super().__init__(dict.items(entries))
         else:
             super().__init__(entries)
-            for key, value in dict.items(self):
-                if isinstance(value, dict | list | tuple):
-                    self[key] = value
+            nested: dict[K, Any] = {
+                key: _Nested(each) for key, each in dict.items(self) if isinstance(each, dict | list | tuple)
+            }
+            super().update(nested)
 
     def references(self) -> dict[K, Any]:
         """Return the entries, in order, with a `TensorRef` for each tensor."""
