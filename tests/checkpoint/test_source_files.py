@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import bits
 
+from vraxion_ckpt.checkpoint import source_files
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, SourceFile, Sources, StoredBytes, buffer_of
 from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError
@@ -103,6 +104,16 @@ def test_a_file_that_changed_is_not_read(name, change, path, monkeypatch):
     with pytest.raises(ChangedError, match="changed while it was being read") as caught:
         READS[name](part)
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("most", [0, 1000])
+def test_a_file_that_changed_before_it_was_registered_is_refused(most, change, path, monkeypatch):
+    monkeypatch.setattr(source_files, "_MOST_OPEN", most)
+    fingerprint = Fingerprint.of(path)
+    change(path)
+    with pytest.raises(ChangedError):
+        Sources().add(path, fingerprint)
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])

@@ -176,9 +176,12 @@ class SourceFile:
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.
 
-        At most `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
+        At most `_MOST_OPEN` files are kept open. Others are only compared with their fingerprints. Raises the errors of
+        `opened`.
         """
-        if self._descriptor is None and len(_kept_open) < _MOST_OPEN:
+        if self._descriptor is None and len(_kept_open) >= _MOST_OPEN:
+            self.check_unchanged()
+        elif self._descriptor is None:
             self._descriptor = self._open()
             _kept_open.add(self)
             weakref.finalize(self, os.close, self._descriptor)
