@@ -143,7 +143,7 @@ class SourceFile:
     fingerprint: Fingerprint
     parts: Sequence[StoredBytes] = ()
     states_checksums: bool = False
-    _descriptor: int | None = field(default=None, init=False, repr=False)
+    _kept: _Descriptor | None = field(default=None, init=False, repr=False)
 
     def read(self, start: int, size: int) -> bytes:
         """Read bytes from the file. See `StoredBytes.read`."""
@@ -174,12 +174,13 @@ class SourceFile:
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.
 
-        At most `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
+        Only the last `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
         """
-        if self._descriptor is None and len(_kept_open) < _MOST_OPEN:
-            self._descriptor = self._open()
-            _kept_open.add(self)
-            weakref.finalize(self, os.close, self._descriptor)
+        if self._kept is None:
+            self._kept = _kept_open[id(self)] = _Descriptor(self._open())
+            weakref.finalize(self, _kept_open.pop, id(self), None)
+            while len(_kept_open) > _MOST_OPEN:
+                _kept_open.pop(next(iter(_kept_open))).close()
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -189,9 +190,9 @@ class SourceFile:
             ChangedError: the file was replaced, written to or removed.
             StorageError: the operating system cannot open it.
         """
-        if self._descriptor is not None:
-            self._check(self._descriptor)
-            yield self._descriptor
+        if self._kept is not None and self._kept.number is not None:
+            self._check(self._kept.number)
+            yield self._kept.number
             return
         descriptor = self._open()
         try:
@@ -273,7 +274,21 @@ def buffer_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
 
 
-_kept_open: weakref.WeakSet[SourceFile] = weakref.WeakSet()
+class _Descriptor:
+    """An open file descriptor. It is closed by `close`, or when nothing refers to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number: int | None = number
+
+    def close(self) -> None:
+        number, self.number = self.number, None
+        if number is not None:
+            os.close(number)
+
+    __del__ = close
+
+
+_kept_open: dict[int, _Descriptor] = {}  # by the id of the `SourceFile`, oldest first
 
 
 @dataclass
