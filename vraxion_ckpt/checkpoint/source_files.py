@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError
 from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
@@ -25,7 +25,7 @@ from vraxion_ckpt.wording import count, listed
 if TYPE_CHECKING:
     import torch
 
-PIECE = 2**20  # bytes that are read at a time
+_PIECE = 2**20  # bytes that are read at a time
 _MOST_OPEN = 128  # files that are kept open, because processes may open only some hundreds
 
 
@@ -47,7 +47,7 @@ class Fingerprint:
 
 @dataclass(eq=False)
 class StoredBytes:
-    """A run of bytes in a source file. Tensors with equal `StoredBytes` share memory when they are loaded.
+    """A run of bytes in a source file. Tensors with the same `StoredBytes` object share memory when they are loaded.
 
     Attributes:
         file: the file.
@@ -83,12 +83,13 @@ class StoredBytes:
 
     def view(self) -> torch.UntypedStorage:
         """Return the bytes as memory for reading, which no plugin gets."""
-        mapped = self.file.mapped[self.start : self.start + self.nbytes]
-        return mapped.clone() if self.start % self.alignment else mapped
+        mapped: Any = self.file.mapped[self.start : self.start + self.nbytes]
+        return mapped.clone() if self.start % self.alignment else mapped  # type: ignore[no-any-return]
 
     def unshared(self) -> torch.UntypedStorage:
         """Return the bytes as memory of a new mapping. A write into it reaches nobody else."""
-        return self.file.map()[self.start : self.start + self.nbytes]
+        mapped: torch.UntypedStorage = self.file.map()[self.start : self.start + self.nbytes]
+        return mapped
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.
@@ -116,8 +117,8 @@ class StoredBytes:
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Yield the offset of each piece, and its bytes. Raises the errors of `read`."""
         with self.file.opened() as descriptor:
-            for first in range(0, self.nbytes, PIECE):
-                size = min(PIECE, self.nbytes - first)
+            for first in range(0, self.nbytes, _PIECE):
+                size = min(_PIECE, self.nbytes - first)
                 yield first, read_at(descriptor, self.start + first, size, self.file.path)
 
     def copied(self) -> StoredBytes:
@@ -167,9 +168,10 @@ class SourceFile:
         try:
             with self.opened() as descriptor:
                 name = f"/proc/self/fd/{descriptor}"  # the file itself, even if another one has its path now
-                return torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
+                mapped: Any = torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
         except RuntimeError as error:
             raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
+        return mapped  # type: ignore[no-any-return]  # torch declares any kind of storage
 
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.
@@ -267,11 +269,13 @@ class SourceFile:
 
 
 def buffer_of(storage: torch.UntypedStorage) -> memoryview:
-    """Return the memory of a storage as bytes, without a copy. The storage must outlive it."""
+    """Return the memory of a storage as bytes, without a copy. They keep the storage alive."""
     size = storage.nbytes()
     if not size:
         return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(storage.data_ptr())
+    memory.owner = storage
+    return memoryview(memory).cast("B")
 
 
 class _Descriptor:

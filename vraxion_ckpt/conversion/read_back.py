@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from vraxion_ckpt.checkpoint.comparison import alike, checkpoint_differences, in_threads, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.references import StoredBytes, TensorRef
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.written_files import WrittenFiles
 
 
