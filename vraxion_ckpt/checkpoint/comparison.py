@@ -150,6 +150,8 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
 
 def in_threads(function: Callable[..., _R], items: Sequence[tuple[Any, ...]]) -> list[_R]:
     """Return the results of a function for several tuples of arguments, computed on all cores."""
+    if len(items) < 2:
+        return [function(*item) for item in items]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda item: function(*item), items))
 

@@ -42,9 +42,9 @@ class LentTensors:
         Raises:
             ChangedError: a file has changed.
         """
-        known = list(self._names.values())
-        wrong = in_threads(lambda storage: storage.was_written_into(), [(storage,) for _, storage in known])
-        return [name for (name, _), is_wrong in zip(known, wrong, strict=True) if is_wrong]
+        lent = [(name, storage) for name, storage in self._names.values() if storage.given is not None]
+        wrong = in_threads(lambda storage: storage.was_written_into(), [(storage,) for _, storage in lent])
+        return [name for (name, _), is_wrong in zip(lent, wrong, strict=True) if is_wrong]
 
     def altered_made(self) -> list[str]:
         """Return the names of the tensors that a plugin made and whose bytes have changed since they were noted."""
