@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
@@ -113,37 +112,41 @@ def foreign_files(adapter: Adapter, path: Path) -> list[Path] | None:
 
 
 def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -> dict[str, OutputFile]:
-    """Return the files of a directory. Their functions `write` and `size` are called within `plugin_call` too."""
+    """Return the files of a directory. `write_file` and `file_size` call their functions."""
     with calling(adapter):
         found = adapter.output_files(checkpoint)
     checked = _checked(adapter, "output_files", found, Mapping[str, OutputFile])
     for name in checked:
-        path = PurePosixPath(name)
-        if path.is_absolute() or name != str(path) or not path.parts or ".." in path.parts or "\0" in name:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
             raise defect_of(adapter, f"output_files names {name!r}, which is not a path below the directory")
     if adapter.index_file not in checked:
         raise defect_of(adapter, f"output_files lacks the index file {adapter.index_file!r}")
 
-    def write_file(write: Callable[[Path], None], path: Path) -> None:
-        with calling(adapter):
-            write(path)
-
-    def size_of_file(size: Callable[[], int]) -> int:
-        with calling(adapter):
-            found = size()
-        return _checked_size(adapter, found, int)
-
-    return {
-        name: replace(file, write=partial(write_file, file.write), size=partial(size_of_file, file.size))
-        for name, file in checked.items()
-    }
+    return dict(checked)
 
 
-def same_content(adapter: IncrementalDirectoryAdapter, one: OutputFile, other: OutputFile) -> bool:
-    """Return whether two files have the same content, as their `OutputFile.content` compares."""
+def write_file(adapter: IncrementalDirectoryAdapter, file: OutputFile, path: Path) -> None:
+    """Write one file of a directory."""
     with calling(adapter):
-        found = one.content == other.content
-    return _checked(adapter, "a comparison of OutputFile.content", found, bool)
+        file.write(path)
+
+
+def file_size(adapter: IncrementalDirectoryAdapter, file: OutputFile) -> int:
+    """Return the size in bytes of one file of a directory."""
+    with calling(adapter):
+        found = file.size()
+    return _checked_size(adapter, found, int)
+
+
+def same_files(
+    adapter: IncrementalDirectoryAdapter, old: Mapping[str, OutputFile], new: Mapping[str, OutputFile]
+) -> set[str]:
+    """Return the names of the files that have the same content in both, as their `OutputFile.content` compares."""
+    both = [name for name in new if name in old]
+    with calling(adapter):
+        found = [old[name].content == new[name].content for name in both]
+    _checked(adapter, "a comparison of OutputFile.content", found, list[bool])
+    return {name for name, same in zip(both, found, strict=True) if same}
 
 
 def is_ignored(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +61,17 @@ def foreign_files(root: Path) -> list[Path]:
     """Return the entries of a directory that are not part of the layout."""
     if not root.is_dir():
         return []
-    ours = {root / "system", root / "experts", root / ROUTER_STATE, root / META}
-    return [
-        entry
-        for entry in sorted(root.rglob("*"))
-        if entry not in ours and not (entry.parent == root / "experts" and _is_shard(entry))
-    ]
+    return sorted(root / name for name in _foreign_below(os.fspath(root), ""))
 
 
-def _is_shard(path: Path) -> bool:
-    return SHARD.fullmatch(path.name) is not None and (path.is_symlink() or not path.is_dir())
+def _foreign_below(root: str, folder: str) -> Iterator[str]:
+    """Yield the relative paths of the entries of a folder, and of its folders, that are not part of the layout."""
+    ours = {"system", "experts", ROUTER_STATE, META}
+    with suppress(PermissionError), os.scandir(f"{root}/{folder}") as entries:
+        for entry in entries:
+            name = folder + entry.name
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if name not in ours and not (folder == "experts/" and not is_folder and SHARD.fullmatch(entry.name)):
+                yield name
+            if is_folder:
+                yield from _foreign_below(root, f"{name}/")

@@ -7,6 +7,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,15 @@ def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
         content: a value that is equal for two files with the same content.
         value: a function that returns the object to save. It is called when the file is written or measured.
     """
-    return OutputFile(content, lambda path: save_torch_file(value(), path), lambda: torch_file_size(value()))
+    return OutputFile(content, partial(_save, value), partial(_size, value))
+
+
+def _save(value: Callable[[], Any], path: Path) -> None:
+    save_torch_file(value(), path)
+
+
+def _size(value: Callable[[], Any]) -> int:
+    return torch_file_size(value())
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
