@@ -50,11 +50,17 @@ class CheckpointFiles:
             if place.is_symlink() and not place.resolve().is_relative_to(self.root.resolve()):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
 
-    def shards(self) -> dict[int, Path]:
+    def shards(self) -> dict[int, str]:
         """Return the path of each shard by expert id, without opening the files."""
         found = list_shards(self.root / "experts")
-        found = {i: path for i, path in found.items() if f"experts/{path.name}" not in self.removed}
-        return found | (list_shards(self.staged / "experts") if self.staged else {})
+        if self.removed:
+            gone = {f"{self.root}/{name}" for name in self.removed}
+            found = {i: path for i, path in found.items() if path not in gone}
+        return found | self.staged_shards()
+
+    def staged_shards(self) -> dict[int, str]:
+        """Return the shards that an edit has staged."""
+        return list_shards(self.staged / "experts") if self.staged else {}
 
 
 def foreign_files(root: Path) -> list[Path]:
