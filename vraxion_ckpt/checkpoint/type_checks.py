@@ -92,8 +92,11 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
     """Check the entries of a dict, list, set or tuple."""
     if isinstance(value, Mapping):
         entries = value.as_stored() if isinstance(value, TensorDict) else value
-        if _all_right(entries, kinds[0]) and _all_right(entries.values(), kinds[1]):
-            return
+        if _all_right(entries, kinds[0]):
+            if _all_right(entries.values(), kinds[1]):
+                return
+            if kinds[1] is Expert:
+                entries = {key: entry for key, entry in entries.items() if not _is_right_expert(entry)}
         for key, entry in entries.items():
             yield from _faults(key, kinds[0], f"a key of {place}")
             yield from _faults(entry, kinds[1], f"{place}[{key!r}]")
@@ -116,10 +119,16 @@ def _all_right(values: Collection[Any], expected: Any) -> bool:
         return True
     if found != {expected}:
         return found == {dict} and get_origin(expected) is Mapping and not any(values)
-    if expected is Expert:
-        return not any(expert.is_open for expert in values)
     columns = _declared(expected).items() if is_dataclass(expected) else ()
     return bool(columns) and all(_all_right([*map(attrgetter(name), values)], kind) for name, kind in columns)
+
+
+def _is_right_expert(value: Any) -> bool:
+    """Return whether a value is an expert that is closed, or that has only references, at which nobody has looked."""
+    if type(value) is not Expert or not value.is_open:
+        return type(value) is Expert
+    leaves = value.as_stored()
+    return _all_right(leaves, str) and _all_right(leaves.values(), TensorRef)
 
 
 def _tensor_faults(value: object, place: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -178,16 +178,21 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         context: ReadContext,
     ) -> Head:
         check_complete(shards, listed, num_experts, root)
-        leaves = leaves_by_expert(parsed.checkpoint.param_names)
+        param_names = parsed.checkpoint.param_names
+
+        @cache
+        def leaves() -> dict[int, set[str]]:
+            return leaves_by_expert(param_names)
+
         reference: list[tuple[int, dict[str, TensorRef]]] = []  # the first shard that was opened
 
         def open_shard(expert: int) -> dict[str, TensorRef]:
             path = Path(shards[expert])
             context.check_unchanged(router)  # if it has changed, the shard may be from a later save
-            tensors = load_shard(path, expert, leaves.get(expert), context)
+            tensors = load_shard(path, expert, leaves().get(expert), context)
             other = of_another_size(expert, tensors, shards)
             if not reference and other is not None:
-                more = load_shard(Path(shards[other]), other, leaves.get(other), context)
+                more = load_shard(Path(shards[other]), other, leaves().get(other), context)
                 first, second = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
                 check_fit(Path(shards[second[0]]), *second, *first)
             reference[:] = reference or [(expert, tensors)]
