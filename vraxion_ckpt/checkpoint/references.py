@@ -21,6 +21,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vraxion_ckpt.checkpoint.source_files import StoredBytes, buffer_of
+from vraxion_ckpt.errors import PluginError, raise_if_out_of_memory
 from vraxion_ckpt.support.checksums import crc32
 
 if TYPE_CHECKING:
@@ -105,17 +106,32 @@ class ComputedBytes:
         return self.given
 
     def view(self) -> torch.UntypedStorage:
-        """Compute the bytes."""
-        made = self.function().detach().contiguous()
-        return (made if made.untyped_storage().nbytes() == self.nbytes else made.clone()).untyped_storage()
+        """Compute the bytes.
+
+        Raises:
+            PluginError: the function fails, or does not return a tensor of the stated dtype and shape.
+        """
+        try:
+            made = self.function().detach().contiguous()
+            found = made.untyped_storage() if reference(made).fills_storage() else made.clone().untyped_storage()
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            raise PluginError(f"a tensor could not be computed: {type(error).__name__}: {error}") from error
+        if found.nbytes() != self.nbytes:
+            raise PluginError(f"a computed tensor has {found.nbytes()} bytes, not {self.nbytes} as stated")
+        return found
 
     def read(self, first: int, size: int) -> bytes:
         """Compute the bytes, and return `size` of them, beginning with byte number `first`."""
-        return buffer_of(self.view())[first : first + size].tobytes()
+        memory = self.view()
+        return buffer_of(memory)[first : first + size].tobytes()
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from what the function returns."""
-        return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
+        if self.given is None:
+            return False
+        memory = self.view()
+        return buffer_of(self.given) != buffer_of(memory)
 
     def __deepcopy__(self, memo: object) -> ComputedBytes:
         return ComputedBytes(self.nbytes, self.function)
@@ -150,6 +166,7 @@ class TensorRef:
     conj: bool = False
     neg: bool = False
     _tensor: weakref.ref[Tensor] | None = field(default=None, repr=False)
+    _state: tuple[Any, ...] | None = field(default=None, repr=False)  # of the tensor when it was handed over
 
     @classmethod
     def contiguous(cls, storage: Storage, dtype: str, shape: tuple[int, ...]) -> TensorRef:
@@ -244,6 +261,32 @@ class TensorRef:
         copy = self.values().detach().clone(memory_format=torch.preserve_format)
         return reference(torch.nn.Parameter(copy, self.requires_grad) if self.parameter else copy)
 
+    def mapped(self, function: Callable[[Tensor], Tensor], *, dtype: str | None = None) -> TensorRef:
+        """Return a tensor of the same shape that is computed when it is written or looked at.
+
+        So a transform can change every tensor of a checkpoint that is larger than memory.
+
+        Args:
+            function: gets the tensor and returns the new one. It may be called several times, and must always return
+                the same values.
+            dtype: name of the new dtype, such as ``bfloat16``; that of this tensor if None.
+        """
+        name = self.dtype if dtype is None else dtype
+
+        def compute() -> Tensor:
+            made = function(self._on(self._unshared_memory()))
+            if (str(made.dtype)[6:], tuple(made.shape)) != (name, self.shape):
+                raise ValueError(f"it is {made.dtype} {list(made.shape)}, not torch.{name} {list(self.shape)}")
+            return made
+
+        storage = ComputedBytes(self.numel() * ITEMSIZES[name], compute)
+        strides = contiguous_strides(self.shape)
+        return TensorRef(storage, name, self.shape, strides, 0, self.requires_grad, self.parameter)
+
+    def _unshared_memory(self) -> torch.UntypedStorage:
+        """Return the bytes as memory into which a function may write without an effect on others."""
+        return self.storage.unshared() if isinstance(self.storage, StoredBytes) else self.storage.view().clone()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
         return replace(self, storage=deepcopy(self.storage, memo), _tensor=None)
 
@@ -267,7 +310,7 @@ class _Known:
     def __init__(self) -> None:
         from torch.utils.weak import WeakIdKeyDictionary
 
-        self.references: Any = WeakIdKeyDictionary()  # tensor → its reference, and its state when it was handed over
+        self.references: Any = WeakIdKeyDictionary()
         self.storages: weakref.WeakValueDictionary[int, Storage] = weakref.WeakValueDictionary()
 
 
@@ -277,8 +320,8 @@ def _known() -> _Known:
 
 
 def _remember(tensor: Tensor, ref: TensorRef) -> None:
-    ref._tensor = weakref.ref(tensor)
-    _known().references[tensor] = ref, _state(tensor)
+    ref._tensor, ref._state = weakref.ref(tensor), _state(tensor)
+    _known().references[tensor] = ref
     _known().storages[tensor.untyped_storage()._cdata] = ref.storage
 
 
@@ -298,8 +341,8 @@ def reference(tensor: Tensor) -> TensorRef:
 
     known = _known()
     found = known.references.get(tensor)
-    if found is not None and _describes(found[0], tensor):
-        return found[0]  # type: ignore[no-any-return]
+    if found is not None and _describes(found, tensor):
+        return found  # type: ignore[no-any-return]
     memory = tensor.untyped_storage()
     storage = known.storages.get(memory._cdata)
     ref = TensorRef(
@@ -314,6 +357,8 @@ def reference(tensor: Tensor) -> TensorRef:
         tensor.is_neg(),
     )
     _remember(tensor, ref)
+    if found is not None:  # the tensor got another shape or other memory, which counts as a write
+        ref._state = found._state
     return ref
 
 
@@ -326,7 +371,7 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 def was_written(ref: TensorRef) -> bool:
     """Return whether torch counted a write into the tensor of a reference since somebody got it. Reads no bytes."""
     tensor = ref._tensor() if ref._tensor is not None else None
-    return tensor is not None and _known().references[tensor][1] != _state(tensor)
+    return tensor is not None and ref._state != _state(tensor)
 
 
 def as_reference(tensor: TensorRef | Tensor) -> TensorRef:
