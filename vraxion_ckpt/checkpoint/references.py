@@ -140,7 +140,7 @@ class ComputedBytes:
 Storage = StoredBytes | MadeBytes | ComputedBytes
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class TensorRef:
     """A reference to a tensor. It has the attributes of a tensor that need no data.
 
@@ -394,23 +394,24 @@ def referenced(value: Any) -> Any:
     """Return a value with a reference for each tensor in it. Containers without tensors are returned unchanged."""
     if isinstance(value, TensorDict):
         return value.references()
-    return _replaced(value, lambda each: reference(each) if not isinstance(each, TensorRef) else each)
+    return _replaced(value, as_reference, _SCALARS_AND_REFERENCES)
 
 
 def resolved(value: Any) -> Any:
     """Return a value with a tensor for each reference in it. Containers without references are returned unchanged."""
-    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each)
+    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each, _SCALARS)
 
 
-def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+def _replaced(value: Any, change: Callable[[Any], Any], unchanged: frozenset[type]) -> Any:
+    """Return a value with `change` applied to each tensor in it. Values of the `unchanged` types stay as they are."""
     if is_tensor(value):
         return change(value)
     if isinstance(value, TensorDict):
         return value
     if isinstance(value, dict):
-        if _SCALARS.issuperset(map(type, value.values())):
+        if unchanged.issuperset(map(type, value.values())):
             return value
-        entries = {key: _replaced(entry, change) for key, entry in value.items()}
+        entries = {key: _replaced(entry, change, unchanged) for key, entry in value.items()}
         if all(entries[key] is entry for key, entry in value.items()):
             return value
         if not isinstance(value, OrderedDict):
@@ -419,9 +420,9 @@ def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
         ordered.__dict__.update(value.__dict__)
         return ordered
     if isinstance(value, list | tuple):
-        if _SCALARS.issuperset(map(type, value)):
+        if unchanged.issuperset(map(type, value)):
             return value
-        items = [_replaced(entry, change) for entry in value]
+        items = [_replaced(entry, change, unchanged) for entry in value]
         if all(one is other for one, other in zip(items, value, strict=True)):
             return value
         return items if isinstance(value, list) else tuple(items)
@@ -429,6 +430,7 @@ def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_SCALARS_AND_REFERENCES = _SCALARS | {TensorRef}
 
 
 class _Closed:
@@ -474,9 +476,8 @@ class TensorDict(dict[K, V]):
             super().__init__(dict.items(entries))
         else:
             super().__init__(entries)
-            for key, value in dict.items(self):
-                if isinstance(value, dict | list | tuple):
-                    self[key] = value
+            closed = {k: _Closed(v) for k, v in dict.items(self) if isinstance(v, dict | list | tuple)}
+            dict.update(self, closed)
 
     def references(self) -> dict[K, Any]:
         """Return the entries, in order, with a `TensorRef` for each tensor."""
