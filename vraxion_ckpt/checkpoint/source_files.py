@@ -45,7 +45,7 @@ class Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class StoredBytes:
     """A run of bytes in a source file. Tensors with the same `StoredBytes` object share memory when they are loaded.
 
