@@ -10,7 +10,6 @@ import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -150,6 +149,8 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
 
 def in_threads(function: Callable[..., _R], items: Sequence[tuple[Any, ...]]) -> list[_R]:
     """Return the results of a function for several tuples of arguments, computed on all cores."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda item: function(*item), items))
 

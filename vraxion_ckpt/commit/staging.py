@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shlex
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.durability import flush
@@ -74,6 +70,8 @@ def exclusive(target: Path) -> Iterator[None]:
         BusyError: another run holds the lock.
         StorageError: the file system refused or does not support locks, or a killed run cannot be recovered.
     """
+    from filelock import FileLock
+
     place = target.with_name(f".{target.name}.vraxion-ckpt.lock")
     # Other users must be able to open a lock file that a killed run has left.
     lock = FileLock(place, mode=0o666, fallback_to_soft=False, is_singleton=False, thread_local=False)
@@ -99,6 +97,8 @@ def exclusive(target: Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock, place: Path, target: Path) -> None:
     """Take the lock without waiting. Try three times, because the holder may just be removing the lock file."""
+    from filelock import Timeout
+
     existed = os.path.lexists(place)
     for last in (False, False, True):
         try:
@@ -117,6 +117,8 @@ def _acquire(lock: FileLock, place: Path, target: Path) -> None:
 
 
 def _check_can_make_files(target: Path) -> None:
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -284,7 +286,7 @@ def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChange
         CkptError: an error of the block; its path names the target instead of the stage.
         StorageError: the file system refused.
     """
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
+    folder = target.with_name(f".{target.name}.{os.urandom(8).hex()}.stage")
     stage = Staged(folder / target.name, target, overwrite, change or FileChanges())
     committed.discard(target)
     try:
