@@ -6,6 +6,7 @@ also have ``param_names``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,8 +118,6 @@ def digest(state_dict: Mapping[str, Any]) -> str:
     Covers ids, slots, shapes and the first elements of every slot, so that names recorded for one state are not used
     for another state with the same structure.
     """
-    import hashlib
-
     found = hashlib.sha256(repr([group["params"] for group in state_dict["param_groups"]]).encode())
     for i, slots in referenced(state_dict["state"]).items():
         for slot, value in slots.items():

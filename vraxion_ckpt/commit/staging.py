@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.durability import flush
@@ -31,6 +33,9 @@ from vraxion_ckpt.errors import (
     is_out_of_memory,
 )
 from vraxion_ckpt.support import signals
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -286,7 +291,7 @@ def staged(target: Path, *, directory: bool, overwrite: bool, change: FileChange
         CkptError: an error of the block; its path names the target instead of the stage.
         StorageError: the file system refused.
     """
-    folder = target.with_name(f".{target.name}.{os.urandom(8).hex()}.stage")
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.stage")
     stage = Staged(folder / target.name, target, overwrite, change or FileChanges())
     committed.discard(target)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -74,8 +75,6 @@ def _count_changed(old: Tensor, new: Tensor) -> int:
 
 def _add_noise(flat: Tensor, noise: float, seed: str) -> None:
     """Add Gaussian noise to a flat tensor in place. Works piece by piece, so temporaries stay small."""
-    import hashlib
-
     import torch
 
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)

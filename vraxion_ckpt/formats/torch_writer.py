@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,5 @@ class _Archive:
 
 def _identity(members: Iterable[NewMember], crcs: Iterable[int]) -> bytes:
     """Return 40 digits that identify the data. Those of torch depend on the C++ library, and nothing reads them."""
-    from hashlib import blake2b
-
     data = b"".join(b"%s\0%d\0" % (member.name, crc) for member, crc in zip(members, crcs, strict=True))
     return b"%040d" % int.from_bytes(blake2b(data, digest_size=16).digest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,6 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def save_id(tensors: Mapping[str, TensorRef], facts: Mapping[str, Any]) -> str:
     """Return a digest of all content, 16 hexadecimal digits. It shows whether shards belong to one save."""
-    import hashlib
-
     digest = hashlib.sha256(document_text(facts).encode())
     for name, tensor in tensors.items():
         digest.update(
