@@ -152,7 +152,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
 def test_an_interrupted_conversion_leaves_nothing(number, code, tmp_path):
     """The probe below sleeps while the result is being staged, so the signal arrives at that time."""
     script = (
-        "import sys, time, vraxion_ckpt.formats.torch_file as t; save = t.save_torch_file\n"
+        "import sys, time, vraxion_ckpt.formats.torch_writer as t; save = t.save_torch_file\n"
         "def slow(value, path):\n"
         "    save(value, path); print('staged', file=sys.stderr, flush=True); time.sleep(300)\n"
         "t.save_torch_file = slow\n"

@@ -150,6 +150,7 @@ class TensorRef:
     conj: bool = False
     neg: bool = False
     _tensor: weakref.ref[Tensor] | None = field(default=None, repr=False)
+    _state: tuple[Any, ...] | None = field(default=None, repr=False)  # of the tensor when it was handed over
 
     @classmethod
     def contiguous(cls, storage: Storage, dtype: str, shape: tuple[int, ...]) -> TensorRef:
@@ -267,7 +268,7 @@ class _Known:
     def __init__(self) -> None:
         from torch.utils.weak import WeakIdKeyDictionary
 
-        self.references: Any = WeakIdKeyDictionary()  # tensor → its reference, and its state when it was handed over
+        self.references: Any = WeakIdKeyDictionary()
         self.storages: weakref.WeakValueDictionary[int, Storage] = weakref.WeakValueDictionary()
 
 
@@ -277,8 +278,8 @@ def _known() -> _Known:
 
 
 def _remember(tensor: Tensor, ref: TensorRef) -> None:
-    ref._tensor = weakref.ref(tensor)
-    _known().references[tensor] = ref, _state(tensor)
+    ref._tensor, ref._state = weakref.ref(tensor), _state(tensor)
+    _known().references[tensor] = ref
     _known().storages[tensor.untyped_storage()._cdata] = ref.storage
 
 
@@ -298,8 +299,8 @@ def reference(tensor: Tensor) -> TensorRef:
 
     known = _known()
     found = known.references.get(tensor)
-    if found is not None and _describes(found[0], tensor):
-        return found[0]  # type: ignore[no-any-return]
+    if found is not None and _describes(found, tensor):
+        return found  # type: ignore[no-any-return]
     memory = tensor.untyped_storage()
     storage = known.storages.get(memory._cdata)
     ref = TensorRef(
@@ -314,6 +315,8 @@ def reference(tensor: Tensor) -> TensorRef:
         tensor.is_neg(),
     )
     _remember(tensor, ref)
+    if found is not None:  # the tensor got another shape or other memory, which counts as a write
+        ref._state = found._state
     return ref
 
 
@@ -326,7 +329,7 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 def was_written(ref: TensorRef) -> bool:
     """Return whether torch counted a write into the tensor of a reference since somebody got it. Reads no bytes."""
     tensor = ref._tensor() if ref._tensor is not None else None
-    return tensor is not None and _known().references[tensor][1] != _state(tensor)
+    return tensor is not None and ref._state != _state(tensor)
 
 
 def as_reference(tensor: TensorRef | Tensor) -> TensorRef:

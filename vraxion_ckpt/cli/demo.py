@@ -24,7 +24,7 @@ from vraxion_ckpt.cli import show_changes, show_inspection
 from vraxion_ckpt.cli.terminal import band, console
 from vraxion_ckpt.conversion.convert import convert
 from vraxion_ckpt.errors import CkptError, InvariantError, OutOfMemoryError, UsageError
-from vraxion_ckpt.formats import torch_file
+from vraxion_ckpt.formats.torch_reader import load_torch_file
 from vraxion_ckpt.plugins.discovery import TransformLike
 from vraxion_ckpt.printable import printable, printable_facts
 from vraxion_ckpt.reading.opening import read
@@ -143,7 +143,7 @@ def _resume_and_step(checkpoint: Checkpoint, target: Path) -> int:
 def _saved_optimizer(target: Path) -> dict[str, object]:
     """Return the optimizer's state dict exactly as it is on disk."""
     file = target / "system" / "router.state" if target.is_dir() else target
-    saved: dict[str, object] = torch_file.load_torch_file(file, Sources())["optim"]
+    saved: dict[str, object] = load_torch_file(file, Sources())["optim"]
     return saved
 
 

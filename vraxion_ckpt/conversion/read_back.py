@@ -1,8 +1,8 @@
 """Compare a result that was read back with what was to be written.
 
 The writers read each piece that they have written back from the target, and compute its CRC-32
-(`vraxion_ckpt.checkpoint.written_files`). So most bytes need not be read again here: equal checksums prove that the target
-has the bytes of the source. Names, dtypes, shapes and small values are compared one by one.
+(`vraxion_ckpt.checkpoint.written_files`). So most bytes need not be read again here: equal checksums prove that the
+target has the bytes of the source. Names, dtypes, shapes and small values are compared one by one.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _check_lent(
 
     with observed(look), suppress(CkptError), warnings.catch_warnings():
         warnings.simplefilter("ignore", CkptWarning)
-        apply_chain(again, chain, policy)
+        apply_chain(again, chain, policy, second)
     if not found:  # the second run did not write
         names = ", ".join(step.transform.name for step in chain)
         found.append((names, " or ".join(dict.fromkeys(step.distribution for step in chain))))

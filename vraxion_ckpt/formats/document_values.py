@@ -189,8 +189,12 @@ class ValueDecoder:
             foreign = "dtype" in found or "shape" in found
             tensor = self._from_bytes(name, found["dtype"], found["shape"]) if foreign else self._tensors[name]
             if "parameter" in found:
+                if found["parameter"] and not (tensor.is_floating_point() or tensor.is_complex()):
+                    raise ValueError(f"a parameter of {tensor.dtype} has no gradient")
                 tensor = replace(tensor, parameter=True, requires_grad=found["parameter"], _tensor=None)
             elif found.get("requires_grad"):
+                if not (tensor.is_floating_point() or tensor.is_complex()):
+                    raise ValueError(f"a tensor of {tensor.dtype} has no gradient")
                 tensor = replace(tensor, requires_grad=True, _tensor=None)
             self._made[key] = tensor
         return self._made[key]

@@ -8,6 +8,7 @@ duplicate keys.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,10 @@ def check_safetensors(path: Path) -> Header:
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise InconsistentError("must hold text by key", path=path, key=METADATA)
+    try:
+        "".join(itertools.chain(metadata, metadata.values())).encode()
+    except UnicodeEncodeError:
+        raise CorruptError("has text that is not valid Unicode", path=path, key=METADATA) from None
     if len(header) > _MOST_TENSORS:
         raise LimitError(f"holds {len(header)} tensors; at most {_MOST_TENSORS} are supported", path=path)
     return Header(_check_entries(header, 8 + len(raw), fingerprint.size, path), metadata, fingerprint)

@@ -26,6 +26,7 @@ class LentTensors:
     def __init__(self, before: Checkpoint) -> None:
         """Remember the tensors of `before`. Call this before any plugin gets the checkpoint."""
         self._names: dict[int, tuple[str, Storage]] = {}  # by the id of the storage
+        self._made: list[int] = []  # ids of the storages that steps made
         self.steps = 0  # number of steps that have returned
         self._note(references_by_name(before))
         for i, expert in before.head.experts.items() if before.head else ():
@@ -33,7 +34,9 @@ class LentTensors:
 
     def note(self, after: Checkpoint) -> None:
         """Remember the tensors that a step returned, with checksums of those that it made."""
+        known = len(self._names)
         self._note(references_by_name(after))
+        self._made += list(self._names)[known:]
         self.steps += 1
 
     def altered(self) -> list[str]:
@@ -42,14 +45,11 @@ class LentTensors:
         Raises:
             ChangedError: a file has changed.
         """
-        known = list(self._names.values())
-        wrong = in_threads(lambda storage: storage.was_written_into(), [(storage,) for _, storage in known])
-        return [name for (name, _), is_wrong in zip(known, wrong, strict=True) if is_wrong]
+        return _altered(self._names.values())
 
     def altered_made(self) -> list[str]:
-        """Return the names of the tensors that a plugin made and whose bytes have changed since they were noted."""
-        made = [(name, storage) for name, storage in self._names.values() if isinstance(storage, MadeBytes)]
-        return [name for name, storage in made if storage.was_written_into()]
+        """Return the names of the tensors that earlier steps made and whose bytes have changed since."""
+        return _altered(self._names[key] for key in self._made)
 
     def _note(self, named: Iterable[tuple[str, TensorRef]]) -> None:
         new: list[tuple[MadeBytes]] = []
@@ -67,6 +67,12 @@ class LentTensors:
             return leaves
 
         return opened
+
+
+def _altered(named: Iterable[tuple[str, Storage]]) -> list[str]:
+    got = [(name, storage) for name, storage in named if storage.given is not None]
+    wrong = in_threads(lambda storage: storage.was_written_into(), [(storage,) for _, storage in got])
+    return [name for (name, _), is_wrong in zip(got, wrong, strict=True) if is_wrong]
 
 
 def counted_writes(checkpoint: Checkpoint) -> list[str]:
