@@ -185,12 +185,11 @@ def rows_of(
         root: the checkpoint's directory.
     """
     head = checkpoint.head
-    unknown = {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
     if meta is None or head is None:
-        return unknown
+        return _unknown_rows(checkpoint)
     # The offline tool writes no row for a single head.
     rows_omitted = head.kind is HeadKind.SINGLE and not meta["experts"]
-    rows = unknown if rows_omitted else parse_rows(meta, checkpoint.num_experts, root)
+    rows = _unknown_rows(checkpoint) if rows_omitted else parse_rows(meta, checkpoint.num_experts, root)
     collected = sorted(listed & head.experts.keys())
     if collected:
         message = (
@@ -199,6 +198,10 @@ def rows_of(
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
     return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
+
+
+def _unknown_rows(checkpoint: Checkpoint) -> dict[int, Lifecycle]:
+    return {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
 
 
 def meta_of(checkpoint: Checkpoint) -> dict[str, Any]:
