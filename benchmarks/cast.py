@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from vraxion_ckpt.plugin_api import Checkpoint, Effect, Expert, Transform
+from vraxion_ckpt.plugin_api import Checkpoint, Effect, Expert, TensorRef, Transform
 
 
 class Cast(Transform):
@@ -18,18 +18,21 @@ class Cast(Transform):
         return Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        for name in checkpoint.core:
-            checkpoint.core[name] = _narrow(checkpoint.core[name])
+        for name, tensor in checkpoint.core.references().items():
+            checkpoint.core[name] = _narrow(tensor)
         if checkpoint.head is not None:
             experts = checkpoint.head.experts
             for number, expert in experts.items():
-                experts[number] = Expert({leaf: _narrow(tensor) for leaf, tensor in expert.items()})
+                experts[number] = Expert({leaf: _narrow(tensor) for leaf, tensor in expert.references().items()})
         if checkpoint.optimizer is not None:
-            for slots in checkpoint.optimizer.state.values():
-                for slot, value in slots.items():
-                    slots[slot] = _narrow(value) if isinstance(value, torch.Tensor) else value
+            state = checkpoint.optimizer.state
+            for name, slots in state.references().items():
+                state[name] = {slot: _narrow(value) for slot, value in slots.items()}
         return checkpoint
 
 
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+def _narrow(value: Any) -> Any:
+    """Return a floating-point tensor that is converted when it is written. Return anything else unchanged."""
+    if isinstance(value, TensorRef) and value.is_floating_point():
+        return value.mapped(torch.Tensor.bfloat16, dtype="bfloat16")
+    return value

@@ -71,11 +71,14 @@ class Expert(Mapping[str, "Tensor"]):
     def __getitem__(self, leaf: str) -> Tensor:
         return self.tensors[leaf]
 
+    def __contains__(self, leaf: object) -> bool:
+        return leaf in self._opened()
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter(self._opened())
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self._opened())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Expert:
         """Return an expert with copies of the tensors. The copy of a closed expert opens the same file."""

@@ -21,6 +21,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vraxion_ckpt.checkpoint.source_files import StoredBytes, buffer_of
+from vraxion_ckpt.errors import PluginError, raise_if_out_of_memory
 from vraxion_ckpt.support.checksums import crc32
 
 if TYPE_CHECKING:
@@ -105,17 +106,32 @@ class ComputedBytes:
         return self.given
 
     def view(self) -> torch.UntypedStorage:
-        """Compute the bytes."""
-        made = self.function().detach().contiguous()
-        return (made if made.untyped_storage().nbytes() == self.nbytes else made.clone()).untyped_storage()
+        """Compute the bytes.
+
+        Raises:
+            PluginError: the function fails, or does not return a tensor of the stated dtype and shape.
+        """
+        try:
+            made = self.function().detach().contiguous()
+            found = made.untyped_storage() if reference(made).fills_storage() else made.clone().untyped_storage()
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            raise PluginError(f"a tensor could not be computed: {type(error).__name__}: {error}") from error
+        if found.nbytes() != self.nbytes:
+            raise PluginError(f"a computed tensor has {found.nbytes()} bytes, not {self.nbytes} as stated")
+        return found
 
     def read(self, first: int, size: int) -> bytes:
         """Compute the bytes, and return `size` of them, beginning with byte number `first`."""
-        return buffer_of(self.view())[first : first + size].tobytes()
+        memory = self.view()
+        return buffer_of(memory)[first : first + size].tobytes()
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from what the function returns."""
-        return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
+        if self.given is None:
+            return False
+        memory = self.view()
+        return buffer_of(self.given) != buffer_of(memory)
 
     def __deepcopy__(self, memo: object) -> ComputedBytes:
         return ComputedBytes(self.nbytes, self.function)
@@ -244,6 +260,32 @@ class TensorRef:
 
         copy = self.values().detach().clone(memory_format=torch.preserve_format)
         return reference(torch.nn.Parameter(copy, self.requires_grad) if self.parameter else copy)
+
+    def mapped(self, function: Callable[[Tensor], Tensor], *, dtype: str | None = None) -> TensorRef:
+        """Return a tensor of the same shape that is computed when it is written or looked at.
+
+        So a transform can change every tensor of a checkpoint that is larger than memory.
+
+        Args:
+            function: gets the tensor and returns the new one. It may be called several times, and must always return
+                the same values.
+            dtype: name of the new dtype, such as ``bfloat16``; that of this tensor if None.
+        """
+        name = self.dtype if dtype is None else dtype
+
+        def compute() -> Tensor:
+            made = function(self._on(self._unshared_memory()))
+            if (str(made.dtype)[6:], tuple(made.shape)) != (name, self.shape):
+                raise ValueError(f"it is {made.dtype} {list(made.shape)}, not torch.{name} {list(self.shape)}")
+            return made
+
+        storage = ComputedBytes(self.numel() * ITEMSIZES[name], compute)
+        strides = contiguous_strides(self.shape)
+        return TensorRef(storage, name, self.shape, strides, 0, self.requires_grad, self.parameter)
+
+    def _unshared_memory(self) -> torch.UntypedStorage:
+        """Return the bytes as memory into which a function may write without an effect on others."""
+        return self.storage.unshared() if isinstance(self.storage, StoredBytes) else self.storage.view().clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
         return replace(self, storage=deepcopy(self.storage, memo), _tensor=None)

@@ -86,6 +86,10 @@ class StoredBytes:
         mapped = self.file.mapped[self.start : self.start + self.nbytes]
         return mapped.clone() if self.start % self.alignment else mapped
 
+    def unshared(self) -> torch.UntypedStorage:
+        """Return the bytes as memory of a new mapping. A write into it reaches nobody else."""
+        return self.file.map()[self.start : self.start + self.nbytes]
+
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.
 
@@ -149,14 +153,15 @@ class SourceFile:
     @cached_property
     def mapped(self) -> torch.UntypedStorage:
         """The file, mapped into memory for reading."""
-        return self._map()
+        return self.map()
 
     @cached_property
     def mapped_for_plugins(self) -> torch.UntypedStorage:
         """The file, mapped a second time, so that writes of plugins do not reach what the core reads."""
-        return self._map()
+        return self.map()
 
-    def _map(self) -> torch.UntypedStorage:
+    def map(self) -> torch.UntypedStorage:
+        """Map the file into memory. A write into the memory does not reach the file."""
         import torch
 
         try:

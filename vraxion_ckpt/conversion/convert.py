@@ -198,21 +198,24 @@ def convert_to_all(
             _check_paths(results, manifests, chain, reads)
             staging = Staging(sizes=[0] * len(results)) if dry_run else _stage_all(stack, results, manifests, lent)
             before.sources.verify()  # including parts that are not in the result
+            # Collected before the commit, so that an error in it leaves everything unchanged.
+            summaries = [
+                Summary(
+                    source=source,
+                    target=result.place,
+                    target_format=result.adapter.name,
+                    tensors=count_tensors(before, result.outcome.held),
+                    manifest=manifest.path if manifest is not None else None,
+                    bytes_written=size,
+                    seconds=0.0,
+                    dry_run=dry_run,
+                    **result.outcome.facts(dropped=optimizer == "drop"),
+                )
+                for result, manifest, size in zip(results, manifests, staging.sizes, strict=True)
+            ]
         _publish(staging, before)
-        return tuple(
-            Summary(
-                source=source,
-                target=result.place,
-                target_format=result.adapter.name,
-                tensors=count_tensors(before, result.outcome.held),
-                manifest=manifest.path if manifest is not None else None,
-                bytes_written=size,
-                seconds=time.monotonic() - started,
-                dry_run=dry_run,
-                **result.outcome.facts(dropped=optimizer == "drop"),
-            )
-            for result, manifest, size in zip(results, manifests, staging.sizes, strict=True)
-        )
+        seconds = time.monotonic() - started
+        return tuple(summary.model_copy(update={"seconds": seconds}) for summary in summaries)
 
 
 def _paths_of(targets: Sequence[Target]) -> list[PathLike]:

@@ -138,8 +138,8 @@ def edit(
             plan = plan_edit(adapter, target, before, outcome.held, marks, keep_old=keep_old, idle=idle)
             job = EditJob(adapter, options.allow_globals, target, outcome, lent, plan, listed, keep_old)
             staging = job.measure() if dry_run else job.stage(stack)
+            facts = job.facts(staging, dropped=optimizer == "drop")  # the commit may replace the files that it reads
         kept = job.publish(staging)
-        facts = job.facts(staging, dropped=optimizer == "drop")
         seconds = time.monotonic() - started
         return Edited(source=target, target=target, seconds=seconds, dry_run=dry_run, kept=kept, **facts)
 

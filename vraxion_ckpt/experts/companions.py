@@ -86,6 +86,9 @@ def prefixes_of(head: Head) -> list[str]:
     return [head.prefix(i) for i in sorted({*head.experts, *head.deleted})]
 
 
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
+
 class _Finder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.head is not None
@@ -117,6 +120,8 @@ class _Finder:
                 if not isinstance(entry, TensorRef):
                     yield from self._inside(entry, (*place, key))
         elif isinstance(value, list | tuple):
+            if _NUMBERS.issuperset(map(type, value)):
+                return
             if (found := self._of_list(value, place)) is not None:
                 yield found
                 return

@@ -7,6 +7,7 @@ allocate without limit, hash nested tuples, or change objects other than dicts a
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
@@ -65,6 +66,11 @@ _PUSHES: dict[int, tuple[int, int]] = {
 }
 _BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
 _MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
+# Matches a run of numbers of one kind.
+_RUNS = {
+    code: re.compile(b"(?:%s[\\s\\S]{%d})+" % (re.escape(bytes([code])), _PUSHES[code][0])).match
+    for code in (pickle.BINFLOAT[0], pickle.BININT[0], pickle.BININT1[0], pickle.BININT2[0])
+}
 _PUTS = frozenset({_BINPUT, pickle.LONG_BINPUT[0]})
 _OPCODES = frozenset(pickle._Unpickler.dispatch)
 _LONG = struct.Struct("<I").unpack_from
@@ -138,6 +144,10 @@ class PickleScan:
             elif pushed := push(code):
                 at += pushed[0]
                 stack.append(pushed[1])
+                if data[at] == code and code in _RUNS:  # a list of numbers
+                    end = _RUNS[code](data, at).end()  # type: ignore[union-attr]
+                    stack += bytes([_OTHER]) * ((end - at) // (pushed[0] + 1))
+                    at = end
             elif code == _BINGET:
                 stack.append(memo[data[at]])
                 at += 1
