@@ -185,11 +185,12 @@ def rows_of(
         root: the checkpoint's directory.
     """
     head = checkpoint.head
+    unknown = {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
     if meta is None or head is None:
-        return _unknown_rows(checkpoint)
+        return unknown
     # The offline tool writes no row for a single head.
     rows_omitted = head.kind is HeadKind.SINGLE and not meta["experts"]
-    rows = _unknown_rows(checkpoint) if rows_omitted else parse_rows(meta, checkpoint.num_experts, root)
+    rows = unknown if rows_omitted else parse_rows(meta, checkpoint.num_experts, root)
     collected = sorted(listed & head.experts.keys())
     if collected:
         message = (
@@ -198,10 +199,6 @@ def rows_of(
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
     return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
-
-
-def _unknown_rows(checkpoint: Checkpoint) -> dict[int, Lifecycle]:
-    return {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
 
 
 def meta_of(checkpoint: Checkpoint) -> dict[str, Any]:
