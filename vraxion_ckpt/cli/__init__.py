@@ -5,6 +5,7 @@ Data goes to stdout, everything else to stderr. Only commands that need torch im
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import os
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and exit with the code of the result or error."""
     signals.raise_on_signals()
     gc.set_threshold(_NEW_OBJECTS)
+    atexit.register(gc.freeze)  # else Python would collect every object of torch when it ends
     try:
         code = _run_with_warnings(arguments)
         signals.ignore_signals()
