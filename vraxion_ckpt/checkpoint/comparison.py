@@ -10,7 +10,6 @@ import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -167,6 +166,8 @@ def in_threads(function: Callable[..., _R], items: Sequence[tuple[Any, ...]]) ->
     """Return the results of a function for several tuples of arguments, computed on all cores."""
     if len(items) < 2:
         return [function(*item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda item: function(*item), items))
 

@@ -13,8 +13,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 # Types of values that contain nothing.
-SCALARS = frozenset({str, int, float, bool, type(None)})
-_SCALARS_AND_REFERENCES = SCALARS | {TensorRef}
+SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+_SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | {TensorRef}
 
 
 def referenced(value: Any) -> Any:
