@@ -73,6 +73,11 @@ class StoredBytes:
     found_crc: int | None = None
     given: torch.UntypedStorage | None = None
 
+    @property
+    def known_crc(self) -> int | None:
+        """The CRC-32 that the file states, or that was computed when the bytes were copied; None if neither."""
+        return self.found_crc if self.crc is None else self.crc
+
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
         if self.given is None:

@@ -121,7 +121,7 @@ def _all_right(values: Collection[Any], expected: Any) -> bool:
         return True
     if found != {expected}:
         return found == {dict} and get_origin(expected) is Mapping and not any(values)
-    columns = _declared(expected).items() if is_dataclass(expected) else ()
+    columns = _declared(expected).items() if isinstance(expected, type) and is_dataclass(expected) else ()
     return bool(columns) and all(_all_right([*map(attrgetter(name), values)], kind) for name, kind in columns)
 
 

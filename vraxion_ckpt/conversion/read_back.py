@@ -54,13 +54,14 @@ def is_copy(x: TensorRef, y: TensorRef, written: WrittenFiles) -> bool:
 def _has_checksum_of(x: TensorRef, y: TensorRef, written: WrittenFiles) -> bool:
     """Return whether the bytes of `y` were read back and have the checksum of those of `x`."""
     source, target = x.storage, y.storage
-    if source.crc is None or not isinstance(target, StoredBytes) or not (x.fills_storage() and y.fills_storage()):
+    known = source.known_crc if isinstance(source, StoredBytes) else source.crc
+    if known is None or not isinstance(target, StoredBytes) or not (x.fills_storage() and y.fills_storage()):
         return False
     read_back = written.crc(target.file, target.start, target.nbytes)
     if read_back is None:
         return False
     target.proven = target.crc == read_back
-    if source.crc != read_back:
+    if known != read_back:
         return False
     if isinstance(source, StoredBytes):
         source.proven = True
