@@ -65,7 +65,7 @@ class PtAdapter(Adapter):
         parsed = parse_payload(context.load_torch_references(path), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
-        rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
+        rows = dict.fromkeys(range(found.num_experts), Lifecycle.unknown(found.step))
         checkpoint = replace(
             found,
             lifecycle={**rows, **_recorded_rows(extras, rows, path)},

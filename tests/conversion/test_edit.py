@@ -453,8 +453,10 @@ def test_growth_touches_the_router_the_rows_and_two_shards_however_many_there_ar
 
         status, (kind, read, wrote, opened) = in_child(grow)
         assert (status, kind, sorted(opened)) == (0, "grow", sorted(three))
-        assert read <= 1.1 * had
-        assert wrote <= 1.1 * sum((target / name).stat().st_size for name in new)
+        made = sum((target / name).stat().st_size for name in new)
+        # The kernel's copies count as read and written. Each new file is read back once, to verify what was written.
+        assert read <= 1.1 * (had + made)
+        assert wrote <= 1.1 * made
         after = files(target)
         assert {name for name in after if after[name] != before.get(name)} == set(new)
 

@@ -10,8 +10,8 @@ import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
@@ -86,7 +86,7 @@ def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Ite
             yield from differences(vars(a), vars(b), f"{key} attributes", same=same)
         if list(a) != list(b):
             yield f"{key}: entries or their order differ ({_first_difference(list(a), list(b))})"
-        else:
+        elif not _same_records([*a.values()], [*b.values()]):
             for name in a:
                 yield from differences(a[name], b[name], f"{key}.{name}" if key else str(name), same=same)
     elif isinstance(a, list | tuple):
@@ -149,8 +149,25 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 
 
+def _same_records(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether two lists hold only instances of one dataclass, whose fields are equal scalars or empty dicts."""
+    (kind, *others) = {*map(type, a), *map(type, b)} or (None,)
+    if others or not is_dataclass(kind):
+        return False
+    columns = ([[*map(attrgetter(each.name), side)] for side in (a, b)] for each in fields(kind) if each.compare)
+    return all(_same_scalars(*pair) or _are_empty_dicts(*pair) for pair in columns)
+
+
+def _are_empty_dicts(*columns: Sequence[Any]) -> bool:
+    return all({dict}.issuperset(map(type, column)) and not any(column) for column in columns)
+
+
 def in_threads(function: Callable[..., _R], items: Sequence[tuple[Any, ...]]) -> list[_R]:
     """Return the results of a function for several tuples of arguments, computed on all cores."""
+    if len(items) < 2:
+        return [function(*item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda item: function(*item), items))
 

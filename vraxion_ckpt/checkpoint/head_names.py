@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-_EXPERT = re.compile(r"([0-9]{1,9})\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -24,5 +21,8 @@ def split_name(name: str, names: HeadNames) -> tuple[int, str] | None:
     """Return a parameter's expert id (0 for a single head) and leaf name, or None for a parameter outside the head."""
     if name.startswith(names.single):
         return 0, name.removeprefix(names.single)
-    found = _EXPERT.fullmatch(name.removeprefix(names.experts)) if name.startswith(names.experts) else None
-    return (int(found[1]), found[2]) if found else None
+    if not name.startswith(names.experts):
+        return None
+    number, _, leaf = name[len(names.experts) :].partition(".")
+    is_number = len(number) < 10 and number.isascii() and number.isdecimal()
+    return (int(number), leaf) if is_number and leaf and "\n" not in leaf else None

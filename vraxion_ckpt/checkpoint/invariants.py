@@ -128,19 +128,24 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     Parameters that share memory still do so after saving and loading, and an optimizer step then updates all of them.
     If a tensor with several names is replaced under one name only, a loader keeps the value of the last name.
     """
+    model, now = before.open_references(), after.open_references()
+    old, new = [*model.items(), *_slots(before)], [*now.items(), *_slots(after)]
+    changed = {(name, id(ref)) for name, ref in old} ^ {(name, id(ref)) for name, ref in new}
+    # Other groups are the same on both sides. Memory that plugins got may overlap with that of other tensors.
+    touched = {id(ref.storage) for name, ref in (*old, *new) if (name, id(ref)) in changed}
     groups = sharing(
-        ((is_after, name), tensor)
-        for is_after, checkpoint in enumerate((before, after))
-        for name, tensor in (*checkpoint.open_references().items(), *_slots(checkpoint))
+        ((is_after, name), ref)
+        for is_after, side in enumerate((old, new))
+        for name, ref in side
+        if id(ref.storage) in touched or ref.storage.given is not None
     )
-    now, model = after.open_references(), before.open_references()
     place = {key: number for number, group in enumerate(groups) for key, _ in group}
     former = {place[0, name] for name in model if (0, name) in place}
     for number, group in enumerate(groups):
-        old, new = ([name for (is_after, name), _ in group if is_after == side] for side in (0, 1))
-        if len(new) > max(1, len(old)):
-            yield f"{listed(new, 4)} share memory"
-        tied = [name for name in old if name in model and name in now]
+        former_names, names = ([name for (is_after, name), _ in group if is_after == side] for side in (0, 1))
+        if len(names) > max(1, len(former_names)):
+            yield f"{listed(names, 4)} share memory"
+        tied = [name for name in former_names if name in model and name in now]
         # Leave out names that now belong to a renumbered expert, whose tensors existed before under other names.
         left = [name for name in tied if place.get((1, name)) == number or place.get((1, name)) not in former]
         if len({place.get((1, name), name) for name in left}) > 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 from vraxion_ckpt.checkpoint.head_names import HeadNames, split_name
@@ -56,6 +58,7 @@ class ModelOrder:
     body: Mapping[str, int]
     head: float
     leaves: Mapping[str, int]
+    _ranks: dict[str, Rank] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of_list(cls, listed: Sequence[str], names: HeadNames) -> ModelOrder:
@@ -68,6 +71,11 @@ class ModelOrder:
 
     def rank(self, name: str) -> Rank:
         """Return the rank of a parameter. It may belong to an expert that the model did not have."""
+        if (known := self._ranks.get(name)) is None:
+            known = self._ranks[name] = self._find_rank(name)
+        return known
+
+    def _find_rank(self, name: str) -> Rank:
         found = split_name(name, self.names)
         if found is None:
             return float(self.body.get(name, _UNKNOWN)), 0, 0
@@ -101,15 +109,13 @@ class Rule:
             BindingError: the rule needs the rank of a name that the model's order does not contain.
         """
         names = list(names)
-        if self.kind is not OrderKind.SORTED:
-            for name in names:
-                if order.rank(name)[0] == _UNKNOWN:
-                    raise BindingError("has no known position in the model's order", key=name, hint=RESULT_ORDER)
-        if self.kind is OrderKind.REVERSED:
-            return sorted(names, key=order.rank, reverse=True)
-        return sorted(names, key=self._key(order))
+        if self.kind is not OrderKind.SORTED and (unknown := _without_rank(names, order)):
+            raise BindingError("has no known position in the model's order", key=unknown, hint=RESULT_ORDER)
+        return sorted(names, key=self.key(order), reverse=self.kind is OrderKind.REVERSED)
 
-    def _key(self, order: ModelOrder) -> Callable[[str], Any]:
+    def key(self, order: ModelOrder) -> Callable[[str], Any]:
+        """Return the function by which `arranged` sorts names."""
+
         def in_head(name: str) -> bool:
             return split_name(name, order.names) is not None
 
@@ -129,12 +135,18 @@ class Rule:
         return str(self.kind)
 
 
-def explains(rule: Rule, names: list[str], order: ModelOrder) -> bool:
+def explains(rule: Rule, names: Sequence[str], order: ModelOrder) -> bool:
     """Return whether names are in the order of a rule."""
-    try:
-        return rule.arranged(names, order) == names
-    except BindingError:
+    keys = map(rule.key(order), names)
+    in_order = operator.ge if rule.kind is OrderKind.REVERSED else operator.le
+    if not all(in_order(one, other) for one, other in pairwise(keys)):
         return False
+    return rule.kind is OrderKind.SORTED or _without_rank(names, order) is None
+
+
+def _without_rank(names: Iterable[str], order: ModelOrder) -> str | None:
+    """Return the first name that the model's order does not contain, or None."""
+    return next((name for name in names if order.rank(name)[0] == _UNKNOWN), None)
 
 
 def _last_part(name: str, _: HeadNames) -> str:

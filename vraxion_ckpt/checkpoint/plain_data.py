@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,7 @@ def _problem(tensor: TensorRef | Tensor) -> UnsupportedError | LimitError | None
     return _layout_problem(tuple(tensor.shape), tensor.stride(), tensor.untyped_storage().nbytes() // tensor.itemsize)
 
 
+@lru_cache(maxsize=2**12)
 def _layout_problem(shape: tuple[int, ...], strides: tuple[int, ...], held: int) -> LimitError | None:
     numel = prod(shape)
     if numel > held:

@@ -133,7 +133,7 @@ class ComputedBytes:
 Storage = StoredBytes | MadeBytes | ComputedBytes
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class TensorRef:
     """A reference to a tensor. It has the attributes of a tensor that need no data.
 

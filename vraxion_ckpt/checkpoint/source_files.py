@@ -45,7 +45,7 @@ class Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class StoredBytes:
     """A run of bytes in a source file. Tensors with the same `StoredBytes` object share memory when they are loaded.
 
@@ -72,6 +72,11 @@ class StoredBytes:
     proven: bool = False
     found_crc: int | None = None
     given: torch.UntypedStorage | None = None
+
+    @property
+    def known_crc(self) -> int | None:
+        """The CRC-32 that the file states, or that was computed when the bytes were copied; None if neither."""
+        return self.found_crc if self.crc is None else self.crc
 
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
@@ -144,7 +149,7 @@ class SourceFile:
     fingerprint: Fingerprint
     parts: Sequence[StoredBytes] = ()
     states_checksums: bool = False
-    _descriptor: int | None = field(default=None, init=False, repr=False)
+    _kept: _Descriptor | None = field(default=None, init=False, repr=False)
 
     def read(self, start: int, size: int) -> bytes:
         """Read bytes from the file. See `StoredBytes.read`."""
@@ -176,15 +181,13 @@ class SourceFile:
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.
 
-        At most `_MOST_OPEN` files are kept open. Others are only compared with their fingerprints. Raises the errors of
-        `opened`.
+        Only the last `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
         """
-        if self._descriptor is None and len(_kept_open) >= _MOST_OPEN:
-            self.check_unchanged()
-        elif self._descriptor is None:
-            self._descriptor = self._open()
-            _kept_open.add(self)
-            weakref.finalize(self, os.close, self._descriptor)
+        if self._kept is None:
+            self._kept = _kept_open[id(self)] = _Descriptor(self._open())
+            weakref.finalize(self, _kept_open.pop, id(self), None)
+            while len(_kept_open) > _MOST_OPEN:
+                _kept_open.pop(next(iter(_kept_open))).close()
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -194,9 +197,9 @@ class SourceFile:
             ChangedError: the file was replaced, written to or removed.
             StorageError: the operating system cannot open it.
         """
-        if self._descriptor is not None:
-            self._check(self._descriptor)
-            yield self._descriptor
+        if self._kept is not None and self._kept.number is not None:
+            self._check(self._kept.number)
+            yield self._kept.number
             return
         descriptor = self._open()
         try:
@@ -280,7 +283,21 @@ def buffer_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-_kept_open: weakref.WeakSet[SourceFile] = weakref.WeakSet()
+class _Descriptor:
+    """An open file descriptor. It is closed by `close`, or when nothing refers to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number: int | None = number
+
+    def close(self) -> None:
+        number, self.number = self.number, None
+        if number is not None:
+            os.close(number)
+
+    __del__ = close
+
+
+_kept_open: dict[int, _Descriptor] = {}  # by the id of the `SourceFile`, oldest first
 
 
 @dataclass

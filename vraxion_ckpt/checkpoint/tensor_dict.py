@@ -14,6 +14,7 @@ V = TypeVar("V")
 
 # Types of values that contain nothing.
 SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+_SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | {TensorRef}
 
 
 def referenced(value: Any) -> Any:
@@ -21,11 +22,7 @@ def referenced(value: Any) -> Any:
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
-
-    def change(each: Any) -> Any:
-        return each.references() if isinstance(each, TensorDict) else as_reference(each)
-
-    return _replaced(value, change, SCALARS | {TensorRef}, {})
+    return _Replacement(_reference, _SCALARS_AND_REFERENCES).of(value)
 
 
 def resolved(value: Any) -> Any:
@@ -33,46 +30,54 @@ def resolved(value: Any) -> Any:
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
-    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each, SCALARS, {})
+    return _Replacement(_tensor, SCALARS).of(value)
 
 
-def _replaced(
-    value: Any, change: Callable[[Any], Any], unchanged: frozenset[type], done: dict[int, tuple[Any, Any]]
-) -> Any:
-    """Replace the tensors, references and `TensorDict`s in a value.
+def _reference(value: Any) -> Any:
+    return value.references() if isinstance(value, TensorDict) else as_reference(value)
+
+
+def _tensor(value: Any) -> Any:
+    return value.tensor() if isinstance(value, TensorRef) else value
+
+
+class _Replacement:
+    """Replaces the tensors, references and `TensorDict`s in a value.
 
     Args:
-        value: the value.
         change: returns what to put in place of one of them.
-        unchanged: types of values that are never replaced.
-        done: the containers so far, by their ids, each with its replacement.
+        unchanged: types of values that stay as they are.
     """
-    if is_tensor(value):
-        return change(value)
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if id(value) not in done:
-        new = change(value) if isinstance(value, TensorDict) else _with_entries_replaced(value, change, unchanged, done)
-        done[id(value)] = value, new
-    return done[id(value)][1]
 
+    def __init__(self, change: Callable[[Any], Any], unchanged: frozenset[type]) -> None:
+        self._change = change
+        self._unchanged = unchanged
+        self._done: dict[int, tuple[Any, Any]] = {}  # the containers so far, by their ids, each with its replacement
 
-def _with_entries_replaced(
-    value: Any, change: Callable[[Any], Any], unchanged: frozenset[type], done: dict[int, tuple[Any, Any]]
-) -> Any:
-    entries = value.values() if isinstance(value, dict) else value
-    if unchanged.issuperset(map(type, entries)):
-        return value
-    new = [_replaced(entry, change, unchanged, done) for entry in entries]
-    if all(one is other for one, other in zip(new, entries, strict=True)):
-        return value
-    if isinstance(value, OrderedDict):
-        ordered = OrderedDict(zip(value, new, strict=True))
-        ordered.__dict__.update(value.__dict__)
-        return ordered
-    if isinstance(value, dict):
-        return dict(zip(value, new, strict=True))
-    return new if isinstance(value, list) else tuple(new)
+    def of(self, value: Any) -> Any:
+        if is_tensor(value):
+            return self._change(value)
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if id(value) not in self._done:
+            new = self._change(value) if isinstance(value, TensorDict) else self._with_entries_replaced(value)
+            self._done[id(value)] = value, new
+        return self._done[id(value)][1]
+
+    def _with_entries_replaced(self, value: Any) -> Any:
+        entries = value.values() if isinstance(value, dict) else value
+        if self._unchanged.issuperset(map(type, entries)):
+            return value
+        new = [self.of(entry) for entry in entries]
+        if all(one is other for one, other in zip(new, entries, strict=True)):
+            return value
+        if isinstance(value, OrderedDict):
+            ordered = OrderedDict(zip(value, new, strict=True))
+            ordered.__dict__.update(value.__dict__)
+            return ordered
+        if isinstance(value, dict):
+            return dict(zip(value, new, strict=True))
+        return new if isinstance(value, list) else tuple(new)
 
 
 class _Nested:
@@ -121,9 +126,7 @@ class TensorDict(dict[K, V]):
             super().__init__(dict.items(entries))
         else:
             super().__init__(entries)
-            nested: dict[K, Any] = {
-                key: _Nested(each) for key, each in dict.items(self) if isinstance(each, dict | list | tuple)
-            }
+            nested: Any = {k: _Nested(v) for k, v in dict.items(self) if isinstance(v, dict | list | tuple)}
             super().update(nested)
 
     def references(self) -> dict[K, Any]:

@@ -7,9 +7,10 @@ fields are checked without a change here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -93,6 +94,11 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
     """Check the entries of a dict, list, set or tuple."""
     if isinstance(value, Mapping):
         entries = value.as_stored() if isinstance(value, TensorDict) else value
+        if _all_right(entries, kinds[0]):
+            if _all_right(entries.values(), kinds[1]):
+                return
+            if kinds[1] is Expert:
+                entries = {key: entry for key, entry in entries.items() if not _is_right_expert(entry)}
         for key, entry in entries.items():
             yield from _faults(key, kinds[0], f"a key of {place}")
             yield from _faults(entry, kinds[1], f"{place}[{key!r}]")
@@ -101,9 +107,30 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
             yield f"{place} has {len(value)} entries, not {len(kinds)}"
         for i, (entry, kind) in enumerate(zip(value, kinds, strict=False)):
             yield from _faults(entry, kind, f"{place}[{i}]")
-    elif kinds[0] is not Any and not _simple_types(kinds[0]).issuperset(map(type, value)):
+    elif not _all_right(value, kinds[0]):
         for i, entry in enumerate(value):
             yield from _faults(entry, kinds[0], f"{place}[{i}]")
+
+
+def _all_right(values: Collection[Any], expected: Any) -> bool:
+    """Return whether all values certainly have a type. There may be thousands, so this looks at whole columns."""
+    if expected is Any:
+        return True
+    found = set(map(type, values))
+    if found <= _simple_types(expected):
+        return True
+    if found != {expected}:
+        return found == {dict} and get_origin(expected) is Mapping and not any(values)
+    columns = _declared(expected).items() if isinstance(expected, type) and is_dataclass(expected) else ()
+    return bool(columns) and all(_all_right([*map(attrgetter(name), values)], kind) for name, kind in columns)
+
+
+def _is_right_expert(value: Any) -> bool:
+    """Return whether a value is an expert that is closed, or that has only references, at which nobody has looked."""
+    if type(value) is not Expert or not value.is_open:
+        return type(value) is Expert
+    leaves = value.as_stored()
+    return _all_right(leaves, str) and _all_right(leaves.values(), TensorRef)
 
 
 def _tensor_faults(value: object, place: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vraxion_ckpt.commit import system_calls
@@ -35,8 +36,10 @@ def _sibling(path: Path) -> Path | None:
     """Return another file in the folder of the new file `path`, if possible with its suffix; None if there is none."""
     if path.parent.is_symlink() or not path.parent.is_dir() or path.is_dir():
         return None
-    files = [file for file in sorted(path.parent.iterdir()) if file.is_file() and not file.is_symlink()]
-    return next((file for file in files if file.suffix == path.suffix), files[0] if files else None)
+    names = sorted(os.listdir(path.parent))  # noqa: PTH208 - a folder may have thousands of files
+    names.sort(key=lambda name: not name.endswith(path.suffix))
+    files = (path.parent / name for name in names)
+    return next((file for file in files if file.is_file() and not file.is_symlink()), None)
 
 
 def _tree(path: Path) -> list[Path]:

@@ -24,6 +24,7 @@ Imports without torch. Every change of the disk is a call of `vraxion_ckpt.commi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -136,8 +137,10 @@ class Transaction:
         if self.check is not None:
             self.check()
         signals.raise_pending()
+        live = os.fspath(self.target)
         for name, mark in self.watched.items():
-            old = self._where_old(name)
+            is_untouched = not self._is_whole and name not in self.new
+            old = f"{live}/{name}" if is_untouched else self._where_old(name)
             if old is not None and (mark_of(old) or ())[: len(mark)] != mark:
                 self._raise_changed(name)
         if self._is_whole and self.watched and self._live(".").is_dir():

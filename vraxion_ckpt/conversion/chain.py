@@ -143,11 +143,12 @@ def _check_result(step: Step, before: Checkpoint, after: Checkpoint) -> None:
     known = set(map(id, before.head.experts.values())) if before.head else set()
     wrong = wrong_type(after)
     if wrong is None:
-        for expert in after.head.experts.values() if after.head else ():
-            if not expert.is_open and id(expert) not in known:
-                with plugin_call(step.transform.name, step.distribution), torch.no_grad():
-                    _ = expert.tensors
-        wrong = wrong_type(after)
+        experts = after.head.experts.values() if after.head else ()
+        new = [expert for expert in experts if not expert.is_open and id(expert) not in known]
+        for expert in new:
+            with plugin_call(step.transform.name, step.distribution), torch.no_grad():
+                _ = expert.tensors
+        wrong = wrong_type(after) if new else None
     if wrong is not None:
         raise _defect(step, f"returned a wrong value: {wrong}")
 

@@ -61,8 +61,9 @@ class EditJob:
             return Staging(sizes=[0])
         self.outcome.before.sources.verify()
         held, plan = self.outcome.held, self.plan
-        if plan.files:
-            size: int | None = sum(plan.files[name].size() for name in plan.written)
+        if isinstance(self.adapter, IncrementalDirectoryAdapter):
+            files = (plan.files[name] for name in plan.written)
+            size: int | None = sum(adapter_calls.file_size(self.adapter, file) for file in files)
         else:
             size = adapter_calls.size(self.adapter, held)
         if size is None:
@@ -76,11 +77,11 @@ class EditJob:
             return Staging(sizes=[0]) if self.listed is None else self._stage_manifest_alone(stack, self.listed)
         before, held, plan, target = self.outcome.before, self.outcome.held, self.plan, self.target
         stage = stack.enter_context(staged(target, directory=target.is_dir(), overwrite=True, change=plan.change))
-        if plan.files:
+        if isinstance(self.adapter, IncrementalDirectoryAdapter):
             with recording() as written:
                 for name in plan.written:
                     (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-                    plan.files[name].write(stage.path / name)
+                    adapter_calls.write_file(self.adapter, plan.files[name], stage.path / name)
         else:
             written = write_whole(self.adapter, before, held, stage)
         sides = stage_side_files(stack, self.outcome.side_files, self.outcome.side_targets)
@@ -90,8 +91,8 @@ class EditJob:
         for name in plan.carried:
             _carry(target / name, stage.path / name, copy=self.keep_old)
         self._read_back(stage, written)
-        files = {name: new.get(name, target / name) for name in plan.files} or new
-        manifest = stage_manifest(stack, self.listed, self.adapter, files, target)
+        files = {name: new.get(name, target / name) for name in plan.files} if self.listed is not None else {}
+        manifest = stage_manifest(stack, self.listed, self.adapter, files or new, target)
         before.sources.verify()  # including parts that are not in the result
         before.sources.check_unchanged()
         return Staging([(stage, manifest)], sides, [size])

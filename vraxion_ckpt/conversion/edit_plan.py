@@ -103,7 +103,7 @@ def plan_edit(
     old = {name: file for name, file in adapter_calls.output_files(adapter, before).items() if name in ours}
     new = adapter_calls.output_files(adapter, held)
     _refuse_occupied(target, new.keys() - old.keys())
-    same = {name for name, file in new.items() if name in old and adapter_calls.same_content(adapter, old[name], file)}
+    same = adapter_calls.same_files(adapter, old, new)
     written = tuple(name for name in new if name not in same)
     removed = tuple(name for name in old if name not in new)
     plan = EditPlan(EditKind.REWRITE, FileChanges(), new, written, removed, untouched=len(same), watched=watched)

@@ -29,14 +29,15 @@ def read_back_differences(expected: Checkpoint, found: Checkpoint, written: Writ
     pairs: dict[tuple[int, int], tuple[TensorRef, TensorRef]] = {}
 
     def postpone(x: TensorRef, y: TensorRef) -> bool:
-        if alike(x, y):
+        if not alike(x, y):
+            return False
+        if not _has_checksum_of(x, y, written):
             pairs[id(x), id(y)] = x, y
-            return True
-        return False
+        return True
 
     others = list(checkpoint_differences(expected, found, same=postpone))
-    same = in_threads(lambda x, y: is_copy(x, y, written), list(pairs.values()))
-    verdicts = dict(zip(pairs, same, strict=True))
+    verdicts = dict(zip(pairs, in_threads(same_bits, list(pairs.values())), strict=True))
+    same = verdicts.values()
     if others or not all(same):  # repeat, to yield the differences in order
 
         def judged(x: TensorRef, y: TensorRef) -> bool:
@@ -47,14 +48,21 @@ def read_back_differences(expected: Checkpoint, found: Checkpoint, written: Writ
 
 def is_copy(x: TensorRef, y: TensorRef, written: WrittenFiles) -> bool:
     """Return whether `y`, read from a written file, has the type, dtype, shape and bytes of `x`."""
-    if not alike(x, y):
+    return alike(x, y) and (_has_checksum_of(x, y, written) or same_bits(x, y))
+
+
+def _has_checksum_of(x: TensorRef, y: TensorRef, written: WrittenFiles) -> bool:
+    """Return whether the bytes of `y` were read back and have the checksum of those of `x`."""
+    source, target = x.storage, y.storage
+    known = source.known_crc if isinstance(source, StoredBytes) else source.crc
+    if known is None or not isinstance(target, StoredBytes) or not (x.fills_storage() and y.fills_storage()):
         return False
-    if x.fills_storage() and y.fills_storage() and isinstance(y.storage, StoredBytes):
-        read_back = written.crc(y.storage.file, y.storage.start, y.storage.nbytes)
-        if read_back is not None and x.storage.crc is not None:
-            y.storage.proven = y.storage.crc == read_back
-            if x.storage.crc == read_back:
-                if isinstance(x.storage, StoredBytes):
-                    x.storage.proven = True
-                return True
-    return same_bits(x, y)
+    read_back = written.crc(target.file, target.start, target.nbytes)
+    if read_back is None:
+        return False
+    target.proven = target.crc == read_back
+    if known != read_back:
+        return False
+    if isinstance(source, StoredBytes):
+        source.proven = True
+    return True

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
-
 from vraxion_ckpt.checkpoint.references import Storage, TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.errors import UnsupportedError
@@ -69,11 +67,15 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, TensorRef):
             return NotImplemented
         if value.parameter:
+            import torch
+
             plain = replace(value, parameter=False, requires_grad=False, _tensor=None)
             return torch._utils._rebuild_parameter, (plain, value.requires_grad, _NoHooks())
         return self._tensor(value)
 
     def _tensor(self, ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        import torch
+
         kind = _storage_class(ref.dtype)
         storage = ref.storage
         if storage.nbytes and self._kinds.setdefault(storage, kind) is not kind:
@@ -103,5 +105,7 @@ class _Pickler(pickle.Pickler):
 @cache
 def _storage_class(dtype: str) -> type:
     """Return torch's typed storage class of a dtype, or `torch.UntypedStorage` if there is none."""
+    import torch
+
     name = torch.storage._dtype_to_storage_type_map().get(getattr(torch, dtype))
     return getattr(torch, name) if name else torch.UntypedStorage

@@ -8,12 +8,13 @@ determines their order, by the rule that explains the order before the step
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
-from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, Rule, explains
+from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, ModelOrder, Rule, explains
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import BindingError, UsageError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT
@@ -43,7 +44,8 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             key="optimizer",
             hint=RESULT_ORDER,
         )
-    placed = [(_by_rule(rule, before, after), rule) for rule in rules]
+    step = _Step(before, after)
+    placed = [(_by_rule(rule, step), rule) for rule in rules]
     first = placed[0][0]
     for groups, rule in placed[1:]:
         if [group.params for group in groups] != [group.params for group in first]:
@@ -148,13 +150,37 @@ def _with_groups(optimizer: Optimizer, groups: list[ParamGroup]) -> Optimizer:
     return replace(optimizer, groups=groups, state=TensorDict({**state, **held}))
 
 
-def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGroup]:
-    """Return the groups of `after` in the order of a rule."""
-    assert before.optimizer is not None
-    assert after.optimizer is not None
-    old, groups = before.optimizer, after.optimizer.groups
-    run = run_of_groups(old, before)
-    lists = lists_of(old, before)
+@dataclass(frozen=True)
+class _Step:
+    """The checkpoints before and after a step, and what is the same for all rules."""
+
+    before: Checkpoint
+    after: Checkpoint
+
+    @cached_property
+    def run(self) -> tuple[int, int] | None:
+        """See `run_of_groups`."""
+        assert self.before.optimizer is not None
+        return run_of_groups(self.before.optimizer, self.before)
+
+    @cached_property
+    def lists(self) -> list[list[str]] | None:
+        """See `lists_of`."""
+        assert self.before.optimizer is not None
+        return lists_of(self.before.optimizer, self.before)
+
+    @cached_property
+    def orders(self) -> tuple[ModelOrder, ModelOrder]:
+        """The model's order before and after the step."""
+        return order_of(self.before), order_of(self.after)
+
+
+def _by_rule(rule: Rule, step: _Step) -> list[ParamGroup]:
+    """Return the groups after a step in the order of a rule."""
+    assert step.before.optimizer is not None
+    assert step.after.optimizer is not None
+    old, groups = step.before.optimizer, step.after.optimizer.groups
+    run, lists = step.run, step.lists
     if run is None or lists is None:
         raise BindingError("the param groups of the experts are not adjacent", key="optimizer", hint=RESULT_ORDER)
     start, end = run
@@ -167,12 +193,12 @@ def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGro
         start = len(groups)
         behind = 0
     arranged = [
-        replace(group, params=_arranged(rule, number, lists[number], group.params, before, after))
+        replace(group, params=_arranged(rule, number, group.params, step))
         for number, group in enumerate(groups[:start])
     ]
     if inner:
         names = [name for group in inner for name in group.params]
-        order = _arranged(rule, start, lists[start], names, before, after)
+        order = _arranged(rule, start, names, step)
         places = {name: i for i, name in enumerate(order)}
         inside = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in inner]
         inside.sort(key=lambda group: places[group.params[0]])
@@ -183,22 +209,20 @@ def _by_rule(rule: Rule, before: Checkpoint, after: Checkpoint) -> list[ParamGro
         arranged += inside
     for number, group in enumerate(groups[len(groups) - behind :] if behind else ()):
         at = len(lists) - behind + number
-        arranged.append(replace(group, params=_arranged(rule, at, lists[at], group.params, before, after)))
+        arranged.append(replace(group, params=_arranged(rule, at, group.params, step)))
     return arranged
 
 
-def _arranged(
-    rule: Rule, number: int, found: list[str], names: list[str], before: Checkpoint, after: Checkpoint
-) -> list[str]:
-    """Return `names` in the order of a rule. If `found`, the list before the step, has the same names, return it."""
-    if set(found) == set(names):
+def _arranged(rule: Rule, number: int, names: list[str], step: _Step) -> list[str]:
+    """Return the names of a list in the order of a rule. If the list before the step has the same names, return it."""
+    assert step.lists is not None
+    found = step.lists[number]
+    former = set(found)
+    if former == set(names):
         return found
-    if found and names and not {after.former_name(name) for name in names}.intersection(found):
+    if found and names and not any(step.after.former_name(name) in former for name in names):
         raise BindingError("the transform has replaced or moved a param group", key=names[0], hint=RESULT_ORDER)
-    if rule.orders is not None:
-        order = was = rule.orders[number]
-    else:
-        was, order = order_of(before), order_of(after)
+    was, order = step.orders if rule.orders is None else (rule.orders[number],) * 2
     if not explains(rule, found, was):
         raise BindingError(
             f"the parameters would be ordered by '{rule}', but their group is in another order",

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
@@ -18,6 +17,7 @@ from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.options import calling, defect_of
 from vraxion_ckpt.plugins.read_context import ReadContext
+from vraxion_ckpt.support.garbage import collection_paused
 
 _T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
@@ -42,9 +42,10 @@ def is_directory(adapter: Adapter) -> bool:
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint. Later calls of the adapter, to open an expert, use `plugin_call` too."""
     context = ReadContext(tuple(allow_globals))
-    with calling(adapter):
-        found = adapter.read(path, context)
-    return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
+    with collection_paused():
+        with calling(adapter):
+            found = adapter.read(path, context)
+        return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
 
 
 def read_overlay(
@@ -56,9 +57,10 @@ def read_overlay(
 ) -> Checkpoint:
     """Read a directory with staged files in place of its own. Later calls use `plugin_call` as after `call_read`."""
     context = ReadContext(tuple(allow_globals))
-    with calling(adapter):
-        found = adapter.read_overlay(path, staged, removed, context)
-    return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
+    with collection_paused():
+        with calling(adapter):
+            found = adapter.read_overlay(path, staged, removed, context)
+        return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
 
 
 def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = ()) -> Checkpoint | None:
@@ -113,37 +115,41 @@ def foreign_files(adapter: Adapter, path: Path) -> list[Path] | None:
 
 
 def output_files(adapter: IncrementalDirectoryAdapter, checkpoint: Checkpoint) -> dict[str, OutputFile]:
-    """Return the files of a directory. Their functions `write` and `size` are called within `plugin_call` too."""
+    """Return the files of a directory. `write_file` and `file_size` call their functions."""
     with calling(adapter):
         found = adapter.output_files(checkpoint)
     checked = _checked(adapter, "output_files", found, Mapping[str, OutputFile])
     for name in checked:
-        path = PurePosixPath(name)
-        if path.is_absolute() or name != str(path) or not path.parts or ".." in path.parts or "\0" in name:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
             raise defect_of(adapter, f"output_files names {name!r}, which is not a path below the directory")
     if adapter.index_file not in checked:
         raise defect_of(adapter, f"output_files lacks the index file {adapter.index_file!r}")
 
-    def write_file(write: Callable[[Path], None], path: Path) -> None:
-        with calling(adapter):
-            write(path)
-
-    def size_of_file(size: Callable[[], int]) -> int:
-        with calling(adapter):
-            found = size()
-        return _checked_size(adapter, found, int)
-
-    return {
-        name: replace(file, write=partial(write_file, file.write), size=partial(size_of_file, file.size))
-        for name, file in checked.items()
-    }
+    return dict(checked)
 
 
-def same_content(adapter: IncrementalDirectoryAdapter, one: OutputFile, other: OutputFile) -> bool:
-    """Return whether two files have the same content, as their `OutputFile.content` compares."""
+def write_file(adapter: IncrementalDirectoryAdapter, file: OutputFile, path: Path) -> None:
+    """Write one file of a directory."""
     with calling(adapter):
-        found = one.content == other.content
-    return _checked(adapter, "a comparison of OutputFile.content", found, bool)
+        file.write(path)
+
+
+def file_size(adapter: IncrementalDirectoryAdapter, file: OutputFile) -> int:
+    """Return the size in bytes of one file of a directory."""
+    with calling(adapter):
+        found = file.size()
+    return _checked_size(adapter, found, int)
+
+
+def same_files(
+    adapter: IncrementalDirectoryAdapter, old: Mapping[str, OutputFile], new: Mapping[str, OutputFile]
+) -> set[str]:
+    """Return the names of the files that have the same content in both, as their `OutputFile.content` compares."""
+    both = [name for name in new if name in old]
+    with calling(adapter):
+        found = [old[name].content == new[name].content for name in both]
+    _checked(adapter, "a comparison of OutputFile.content", found, list[bool])
+    return {name for name, same in zip(both, found, strict=True) if same}
 
 
 def is_ignored(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,6 @@ from vraxion_ckpt.plugin_api import (
     StorageError,
     TensorRef,
     build_payload,
-    dump_json,
     listed,
     make_extras,
     origin_of,
@@ -45,7 +44,7 @@ from vraxion_ckpt_adapters.modular.meta import (
     META,
     check_meta,
     listed_as_deleted,
-    meta_of,
+    meta_content,
     parse_meta,
     parse_rows,
     read_meta,
@@ -102,14 +101,14 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         faults.attempt(files.check_links)
         if faults.errors:
             return None  # files outside the directory are never opened
-        router, place = files.path(ROUTER_STATE), files.path(META)
+        router, rows = files.path(ROUTER_STATE), files.path(META)
         parsed = faults.attempt(lambda: parse_payload(trial.load_torch_references(router), router))
-        meta = faults.attempt(lambda: parse_meta(place)) if place.is_file() else None
+        meta = faults.attempt(lambda: parse_meta(rows)) if rows.is_file() else None
         faults.attempt(lambda: check_names(files.root / "experts"))
         shards = files.shards()
         if parsed is not None:
             if meta is not None:
-                faults.attempt(lambda: check_meta(meta, parsed, place))
+                faults.attempt(lambda: check_meta(meta, parsed, rows))
             number = parsed.num_experts
             if any(name.startswith(VRAXION.single) for name in parsed.checkpoint.core):
                 shards = {}
@@ -121,7 +120,8 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         shards = {i: path for i, path in shards.items() if faults.attempt(partial(check_file, i, path)) is not None}
         leaves = leaves_by_expert(parsed.checkpoint.param_names) if parsed is not None else {}
         reference: tuple[int, dict[str, TensorRef]] | None = None  # the first readable shard
-        for expert, shard in shards.items():
+        for expert, place in shards.items():
+            shard = Path(place)
             tensors = faults.attempt(partial(load_shard, shard, expert, leaves.get(expert), trial))
             if tensors is None:
                 continue
@@ -150,7 +150,10 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         single = found.head is not None
         left = leftovers(shards, 0 if single else num_experts)
         if found.head is None and (shards or num_experts > 1):
-            head = self._sharded_head(root, below(shards, num_experts), num_experts, listed, parsed, router, context)
+            needed = below(shards, num_experts)
+            for i, shard in below(files.staged_shards() if files.staged else shards, num_experts).items():
+                check_file(i, shard)  # an edit watches the others since they were read
+            head = self._sharded_head(root, needed, num_experts, listed, parsed, router, context)
             found = with_head(found, head)
         elif single and num_experts != 1:
             message = f"num_experts is {num_experts}, but the head is single"
@@ -167,33 +170,34 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     def _sharded_head(
         self,
         root: Path,
-        shards: dict[int, Path],
+        shards: dict[int, str],
         num_experts: int,
         listed: frozenset[int],
         parsed: Parsed,
         router: Path,
         context: ReadContext,
     ) -> Head:
-        for i, shard in shards.items():
-            check_file(i, shard)
         check_complete(shards, listed, num_experts, root)
-        leaves = leaves_by_expert(parsed.checkpoint.param_names)
+        param_names = parsed.checkpoint.param_names
+
+        @cache
+        def leaves() -> dict[int, set[str]]:
+            return leaves_by_expert(param_names)
+
         reference: list[tuple[int, dict[str, TensorRef]]] = []  # the first shard that was opened
 
-        def open_shard(expert: int, path: Path) -> dict[str, TensorRef]:
+        def open_shard(expert: int) -> dict[str, TensorRef]:
+            path = Path(shards[expert])
             context.check_unchanged(router)  # if it has changed, the shard may be from a later save
-            tensors = load_shard(path, expert, leaves.get(expert), context)
+            tensors = load_shard(path, expert, leaves().get(expert), context)
             other = of_another_size(expert, tensors, shards)
             if not reference and other is not None:
-                more = load_shard(shards[other], other, leaves.get(other), context)
+                more = load_shard(Path(shards[other]), other, leaves().get(other), context)
                 first, second = sorted([(expert, tensors), (other, more)], key=lambda pair: pair[0])
-                check_fit(shards[second[0]], *second, *first)
+                check_fit(Path(shards[second[0]]), *second, *first)
             reference[:] = reference or [(expert, tensors)]
             check_fit(path, expert, tensors, *reference[0])
             return tensors
-
-        def opener(expert: int, path: Path) -> Expert:
-            return Expert(lambda: open_shard(expert, path))
 
         position = parsed.extras.head_position
         if position is None:
@@ -201,7 +205,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         if not 0 <= position <= len(parsed.checkpoint.core):
             message = f"head_position is {position}, but there are only {len(parsed.checkpoint.core)} other tensors"
             raise InconsistentError(message, path=root, key="head_position")
-        experts = {i: opener(i, shards[i]) for i in sorted(shards)}
+        experts = {i: Expert(partial(open_shard, i)) for i in sorted(shards)}
         return Head(HeadKind.EXPERTS, experts, position, listed.difference(shards))
 
     # --- write ---
@@ -243,22 +247,21 @@ class ModularAdapter(IncrementalDirectoryAdapter):
 
     def output_files(self, checkpoint: Checkpoint) -> dict[str, OutputFile]:
         head = checkpoint.head
-        meta = meta_of(checkpoint)
         # router.state is always written: object() equals no other object, so it never counts as unchanged.
         files = {ROUTER_STATE: torch_output(object(), lambda: self._router(checkpoint))}
         if head is not None and head.kind is HeadKind.EXPERTS:
             for i, expert in head.experts.items():
                 files[f"experts/{shard_name(i)}"] = torch_output(expert, partial(content_of, expert))
-        files[META] = OutputFile(meta, lambda path: write_new(path, dump_json(meta)), lambda: len(dump_json(meta)))
+        meta = meta_content(checkpoint)
+        files[META] = OutputFile(meta, lambda path: write_new(path, meta.as_bytes()), lambda: len(meta.as_bytes()))
         return files
 
     def is_ignored(self, name: str, before: Checkpoint, after: Checkpoint, reader: Checkpoint) -> bool:
         if name == META:  # a loader uses only `step` and the first `num_experts` rows
             if "meta" not in before.origin.local:
                 return False  # without meta.json, a loader assumes rows, so writing the file changes what it reads
-            old, new = meta_of(before), meta_of(after)
-            rows = slice(0, reader.num_experts)
-            return bool(old["experts"][rows] == new["experts"][rows] and old.get("step") == new.get("step"))
+            old, new = meta_content(before), meta_content(after)
+            return old.loaded_rows(reader.num_experts) == new.loaded_rows(reader.num_experts) and old.step == new.step
         shard = SHARD.fullmatch(Path(name).name)
         if reader.head is None or reader.head.kind is HeadKind.SINGLE:
             return shard is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,24 +50,34 @@ class CheckpointFiles:
             if place.is_symlink() and not place.resolve().is_relative_to(self.root.resolve()):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
 
-    def shards(self) -> dict[int, Path]:
+    def shards(self) -> dict[int, str]:
         """Return the path of each shard by expert id, without opening the files."""
         found = list_shards(self.root / "experts")
-        found = {i: path for i, path in found.items() if f"experts/{path.name}" not in self.removed}
-        return found | (list_shards(self.staged / "experts") if self.staged else {})
+        if self.removed:
+            gone = {f"{self.root}/{name}" for name in self.removed}
+            found = {i: path for i, path in found.items() if path not in gone}
+        return found | self.staged_shards()
+
+    def staged_shards(self) -> dict[int, str]:
+        """Return the shards that an edit has staged."""
+        return list_shards(self.staged / "experts") if self.staged else {}
 
 
 def foreign_files(root: Path) -> list[Path]:
     """Return the entries of a directory that are not part of the layout."""
     if not root.is_dir():
         return []
-    ours = {root / "system", root / "experts", root / ROUTER_STATE, root / META}
-    return [
-        entry
-        for entry in sorted(root.rglob("*"))
-        if entry not in ours and not (entry.parent == root / "experts" and _is_shard(entry))
-    ]
+    return sorted(root / name for name in _foreign_below(os.fspath(root), ""))
 
 
-def _is_shard(path: Path) -> bool:
-    return SHARD.fullmatch(path.name) is not None and (path.is_symlink() or not path.is_dir())
+def _foreign_below(root: str, folder: str) -> Iterator[str]:
+    """Yield the relative paths of the entries of a folder, and of its folders, that are not part of the layout."""
+    ours = {"system", "experts", ROUTER_STATE, META}
+    with suppress(PermissionError), os.scandir(f"{root}/{folder}") as entries:
+        for entry in entries:
+            name = folder + entry.name
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if name not in ours and not (folder == "experts/" and not is_folder and SHARD.fullmatch(entry.name)):
+                yield name
+            if is_folder:
+                yield from _foreign_below(root, f"{name}/")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,26 @@ from vraxion_ckpt.plugin_api import (
     Parsed,
     ReadContext,
     count,
+    dump_json,
     load_json,
     numbered,
 )
 
 META = "experts/meta.json"
 _DIALECT = "meta"  # the name under which `Origin` records the variant
-_ROW_KEYS = ("contrib", "created_step", "last_used_step", "age_steps", "probation", "tenured")
+_ROW_TYPES: Mapping[str, tuple[type, ...]] = {
+    "contrib": (int, float),
+    "created_step": (int,),
+    "last_used_step": (int,),
+    "age_steps": (int,),
+    "probation": (bool,),
+    "tenured": (bool,),
+}
+_TYPE_NAMES: dict[tuple[type, ...], str] = {
+    (int, float): "a number",
+    (int,): "a whole number",
+    (bool,): "true or false",
+}
 
 
 @dataclass(frozen=True)
@@ -108,40 +122,46 @@ def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, 
     path = root / META
     rows: dict[int, Lifecycle] = {}
     for place, row in enumerate(meta["experts"]):
-        key = f"experts[{place}]"
         if not isinstance(row, dict) or type(row.get("id")) is not int:
-            raise InconsistentError("a row must be an object with a whole number `id`", path=path, key=key)
+            message = "a row must be an object with a whole number `id`"
+            raise InconsistentError(message, path=path, key=f"experts[{place}]")
         if row["id"] in rows:
-            raise InconsistentError(f"expert {row['id']} has a second row", path=path, key=key)
-        rows[row["id"]] = _row_from_json(row, path, key)
-    if len(rows) != num_experts or any(not 0 <= i < num_experts for i in rows):
+            raise InconsistentError(f"expert {row['id']} has a second row", path=path, key=f"experts[{place}]")
+        rows[row["id"]] = _row_from_json(row, path, place)
+    if len(rows) != num_experts or not set(range(num_experts)).issuperset(rows):
         raise InconsistentError(
             f"meta.json has {count(len(rows), 'row')} for {count(num_experts, 'expert')}", path=path, key="experts"
         )
     return dict(sorted(rows.items()))
 
 
-def _row_from_json(row: dict[str, Any], path: Path, key: str) -> Lifecycle:
-    for entry in ("created_step", "last_used_step", "age_steps"):
-        if type(row.get(entry, 0)) is not int:
-            raise InconsistentError(f"{entry} must be a whole number", path=path, key=key)
-    for entry in ("tenured", "probation"):
-        if type(row.get(entry, False)) is not bool:
-            raise InconsistentError(f"{entry} must be true or false", path=path, key=key)
-    contrib = row.get("contrib", 0.0)
-    if type(contrib) not in (int, float):
-        raise InconsistentError("contrib must be a number", path=path, key=key)
-    known = {entry: row[entry] for entry in _ROW_KEYS if entry in row}
-    return Lifecycle(**known, extra={k: v for k, v in row.items() if k != "id" and k not in _ROW_KEYS})
+def _row_from_json(row: dict[str, Any], path: Path, place: int) -> Lifecycle:
+    known: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for entry, value in row.items():
+        kinds = _ROW_TYPES.get(entry)
+        if kinds is None:
+            extra[entry] = value
+        elif type(value) not in kinds:
+            raise InconsistentError(f"{entry} must be {_TYPE_NAMES[kinds]}", path=path, key=f"experts[{place}]")
+        else:
+            known[entry] = value
+    del extra["id"]
+    return Lifecycle(**known, extra=extra)
 
 
-def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return a row as JSON: first the entries in `keys`, in order, then others that differ from the default."""
-    known = {"id": expert, **{key: getattr(row, key) for key in _ROW_KEYS}}
-    more = [key for key in _ROW_KEYS if key not in keys and known[key] != getattr(Lifecycle, key)]
-    entries = {key: value for key, value in known.items() if value is not None} | dict(row.extra)
-    ordered = [*(key for key in keys if key in entries), *more, *(key for key in row.extra if key not in keys)]
-    return {key: entries[key] for key in ordered}
+def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...], others: Sequence[str]) -> dict[str, Any]:
+    """Return a row as JSON: first the entries in `keys`, in order, then `others` that differ from the default."""
+    entries: dict[str, Any] = {}
+    for key in keys:
+        if key in row.extra:
+            entries[key] = row.extra[key]
+        elif key == "id":
+            entries[key] = expert
+        elif key in _ROW_TYPES and (value := getattr(row, key)) is not None:
+            entries[key] = value
+    entries |= {key: value for key in others if (value := getattr(row, key)) != getattr(Lifecycle, key)}
+    return entries | dict(row.extra)
 
 
 def with_meta(origin: Origin, meta: dict[str, Any] | None) -> Origin:
@@ -185,7 +205,7 @@ def rows_of(
         root: the checkpoint's directory.
     """
     head = checkpoint.head
-    unknown = {i: Lifecycle.unknown(checkpoint.step) for i in range(checkpoint.num_experts)}
+    unknown = dict.fromkeys(range(checkpoint.num_experts), Lifecycle.unknown(checkpoint.step))
     if meta is None or head is None:
         return unknown
     # The offline tool writes no row for a single head.
@@ -198,28 +218,56 @@ def rows_of(
             "they are read as live experts, as trainers do"
         )
         warnings.warn(message, CkptWarning, stacklevel=4)
-    return {i: replace(row, collected=True) if i in collected else row for i, row in rows.items()}
+    return rows | {i: replace(rows[i], collected=True) for i in collected}
 
 
-def meta_of(checkpoint: Checkpoint) -> dict[str, Any]:
+@dataclass(frozen=True)
+class MetaContent:
+    """The content of a meta.json that is to be written.
+
+    Attributes:
+        entries: the entries of the file in order, where ``experts`` is empty.
+        rows: the rows of ``experts`` by expert id, in order.
+        row_keys: the keys of each row, in order.
+    """
+
+    entries: Mapping[str, Any]
+    rows: Mapping[int, Lifecycle]
+    row_keys: tuple[str, ...]
+
+    @property
+    def step(self) -> Any:
+        """The step, or None if the file has none."""
+        return self.entries.get("step")
+
+    def loaded_rows(self, num_experts: int) -> tuple[Any, ...]:
+        """Return a value that is equal for two files from which a loader gets the same rows of its experts."""
+        return self.row_keys, dict(islice(self.rows.items(), num_experts))
+
+    def as_bytes(self) -> bytes:
+        """Return the bytes of the file."""
+        others = [key for key in _ROW_TYPES if key not in self.row_keys]
+        listed = [_row_to_json(i, row, self.row_keys, others) for i, row in self.rows.items()]
+        return dump_json({key: listed if key == "experts" else value for key, value in self.entries.items()})
+
+
+def meta_content(checkpoint: Checkpoint) -> MetaContent:
     """Return the content of meta.json, in the source's variant, or in the offline tool's if the source had none."""
     origin = checkpoint.origin
     dialect = _recorded_meta(origin)
     single = checkpoint.head is not None and checkpoint.head.kind is HeadKind.SINGLE
     # The offline tool writes no row for a single head. If rows are known, they are written nevertheless.
     without_rows = single and checkpoint.has_no_rows and "step" not in dialect.keys
-    rows = {} if without_rows else checkpoint.lifecycle
     deleted = checkpoint.head.deleted if checkpoint.head else frozenset()
     known: dict[str, Any] = {
         "source_checkpoint": origin.path.name if origin.path else "",
         "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
         "step": checkpoint.payload.get("step"),
-        "experts": [],
         "deleted": sorted(deleted.union(i for i, row in checkpoint.lifecycle.items() if row.collected)),
     }
-    entries = {**known, **dialect.entries}
+    entries = {**known, **dialect.entries, "experts": []}
     keys = list(dialect.keys)
     if known["deleted"] and "deleted" not in keys:
         keys.append("deleted")
-    entries["experts"] = [_row_to_json(i, row, dialect.row_keys) for i, row in sorted(rows.items())]
-    return {key: entries[key] for key in keys if key in entries}
+    rows = {} if without_rows else dict(sorted(checkpoint.lifecycle.items()))
+    return MetaContent({key: entries[key] for key in keys if key in entries}, rows, dialect.row_keys)

@@ -7,6 +7,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ def shard_name(expert: int) -> str:
     return f"expert_{expert:03d}.pt"
 
 
-def list_shards(folder: Path) -> dict[int, Path]:
+def list_shards(folder: Path) -> dict[int, str]:
     """Return the paths that are named like a shard, by expert id."""
     found = ((SHARD.fullmatch(name), name) for name in _names(folder))
-    return dict(sorted((int(match[1]), folder / name) for match, name in found if match))
+    return dict(sorted((int(match[1]), f"{folder}/{name}") for match, name in found if match))
 
 
 def check_names(folder: Path) -> None:
@@ -61,14 +62,15 @@ def _names(folder: Path) -> list[str]:
         raise StorageError.from_os_error(error, folder) from error
 
 
-def below(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
+def below(shards: Mapping[int, str], num_experts: int) -> dict[int, str]:
     """Return the shards that a loader of a model with `num_experts` experts opens."""
     return {expert: path for expert, path in shards.items() if expert < num_experts}
 
 
-def leftovers(shards: Mapping[int, Path], num_experts: int) -> dict[int, Path]:
+def leftovers(shards: Mapping[int, str], num_experts: int) -> dict[int, Path]:
     """Return the shards, without folders, that a loader of a model with `num_experts` experts ignores."""
-    return {i: path for i, path in shards.items() if i >= num_experts and (path.is_symlink() or not path.is_dir())}
+    ignored = {i: Path(path) for i, path in shards.items() if i >= num_experts}
+    return {i: path for i, path in ignored.items() if path.is_symlink() or not path.is_dir()}
 
 
 def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
@@ -87,13 +89,13 @@ def warn_of_leftovers(ids: Sequence[int], why: str, root: Path) -> None:
     warnings.warn(message, CkptWarning, stacklevel=4)
 
 
-def check_file(expert: int, path: Path) -> Path:
+def check_file(expert: int, path: str) -> str:
     """Return the path of a shard. Raise InconsistentError if it is not a regular file or is empty."""
-    status = path.lstat()
+    status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise InconsistentError("a shard must be a regular file", path=path)
+        raise InconsistentError("a shard must be a regular file", path=Path(path))
     if not status.st_size:
-        raise InconsistentError(f"the shard of expert {expert} is empty", path=path)
+        raise InconsistentError(f"the shard of expert {expert} is empty", path=Path(path))
     return path
 
 
@@ -118,7 +120,15 @@ def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
         content: a value that is equal for two files with the same content.
         value: a function that returns the object to save. It is called when the file is written or measured.
     """
-    return OutputFile(content, lambda path: save_torch_file(value(), path), lambda: torch_file_size(value()))
+    return OutputFile(content, partial(_save, value), partial(_size, value))
+
+
+def _save(value: Callable[[], Any], path: Path) -> None:
+    save_torch_file(value(), path)
+
+
+def _size(value: Callable[[], Any]) -> int:
+    return torch_file_size(value())
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
@@ -152,7 +162,7 @@ def load_shard(path: Path, expert: int, leaves: set[str] | None, context: ReadCo
     return shard
 
 
-def of_another_size(expert: int, tensors: dict[str, TensorRef], shards: dict[int, Path]) -> int | None:
+def of_another_size(expert: int, tensors: dict[str, TensorRef], shards: dict[int, str]) -> int | None:
     """Return the first other expert if the file size of its shard differs, or None.
 
     The shards of linear experts should all have the same size. If two sizes differ, the caller opens both to find
@@ -161,7 +171,7 @@ def of_another_size(expert: int, tensors: dict[str, TensorRef], shards: dict[int
     other = next((i for i in shards if i != expert), None)
     if other is None or any("." in leaf for leaf in tensors):
         return None
-    return other if shards[other].stat().st_size != shards[expert].stat().st_size else None
+    return other if os.stat(shards[other]).st_size != os.stat(shards[expert]).st_size else None  # noqa: PTH116
 
 
 def check_fit(path: Path, expert: int, tensors: dict[str, TensorRef], other: int, model: dict[str, TensorRef]) -> None:
