@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def scratch(*paths: Path) -> Iterator[None]:
 
 def run(*command: str | Path, code: int = 0) -> None:
     """Run a command. Raise BenchmarkError if its exit code is not `code`."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # installed packages have bytecode, too
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     if done.returncode != code:
         raise BenchmarkError(f"{command} ended with {done.returncode}: {done.stderr}")
 

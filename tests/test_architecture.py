@@ -61,8 +61,11 @@ WITHOUT_TORCH = [
     *("formats.safetensors_file", "formats.safetensors_writer", "formats.storage_writer"),
     *("support.checksums", "support.file_bytes", "support.file_copy", "checkpoint.written_files"),
     *("checkpoint.references", "checkpoint.tensor_dict", "checkpoint.tensor_bytes", "checkpoint.shared_memory"),
-    *("checkpoint.model", "checkpoint.comparison", "analysis.inspection", "conversion.read_back"),
+    *("checkpoint.model", "checkpoint.comparison", "conversion.read_back"),
     "plugins.plugin_calls",
+    *("plugins.catalogue", "plugin_api", "reading.opening", "recipes.recipe"),
+    *("analysis.inspection", "analysis.checking", "analysis.difference", "conversion.convert", "conversion.edit"),
+    *("cli", "cli.show_changes", "cli.show_difference", "cli.show_findings", "cli.show_inspection"),
 ]
 
 
@@ -146,6 +149,14 @@ def test_architecture_md_names_every_room_and_what_it_may_import():
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_what_the_command_needs_at_once_does_without_torch(module):
     script = f"import sys, vraxion_ckpt.{module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
+def test_built_in_plugins_are_loaded_without_torch(path):
+    """Commands load every plugin, so one that imports torch at once slows down all of them."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts[1:]).removesuffix(".__init__")
+    script = f"import sys, {name}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

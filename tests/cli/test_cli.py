@@ -14,6 +14,8 @@ import pytest
 import torch
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, load
 
+from vraxion_ckpt import convert
+
 SPLIT = ["-t", "mitosis_split:parent=0,addresses=[0,3],noise=0"]
 
 
@@ -177,6 +179,43 @@ def test_help_version_and_usage_errors_do_not_import_torch(arguments):
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "False"
     assert done.returncode == (0 if arguments[0].startswith("--") else 2)
+
+
+@pytest.fixture(scope="module")
+def in_each_format(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("formats")
+    return [convert(DATA / "named_experts3.pt", f"{folder}/{name}").target for name in ("a.pt", "a.safetensors", "a/")]
+
+
+@pytest.mark.parametrize("place", range(3), ids=["pt", "safetensors", "modular"])
+@pytest.mark.parametrize("options", [[], ["--tensors"], ["--json"]], ids=" ".join)
+def test_inspect_imports_neither_torch_nor_safetensors(place, options, in_each_format):
+    assert not imported("inspect", in_each_format[place], *options)
+
+
+@pytest.mark.parametrize("arguments", [["plugins"], ["describe", "mitosis_split"], ["schema", "inspect"]], ids=" ".join)
+def test_what_is_known_of_plugins_needs_no_torch(arguments):
+    assert not imported(*arguments)
+
+
+def test_a_conversion_without_transforms_needs_no_torch(in_each_format, tmp_path):
+    assert not imported("convert", in_each_format[0], tmp_path / "b.safetensors")
+
+
+def test_the_search_for_imported_libraries_finds_them(in_each_format):
+    assert imported("inspect", in_each_format[0], "--values") == {"torch"}
+
+
+def imported(*arguments: object) -> set[str]:
+    """Return which of torch and safetensors a successful command imports."""
+    script = (
+        "import sys; from vraxion_ckpt.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*{'torch', 'safetensors'} & {*sys.modules}, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
 
 
 def test_quiet_prints_nothing_and_debug_prints_a_traceback(tmp_path):
