@@ -6,6 +6,8 @@ will be removed raises a deprecation warning for one minor version of the packag
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vraxion_ckpt.checkpoint.comparison import differences, same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse_unhealthy
@@ -57,7 +59,7 @@ from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_ex
 from vraxion_ckpt.experts.surgery import clone_expert, remove_expert, rename_head
 from vraxion_ckpt.formats.document import document_text, dump_document, load_document
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras
-from vraxion_ckpt.formats.payload import Parsed, build_payload, make_extras, parse_payload
+from vraxion_ckpt.formats.payload import Parsed, build_payload, build_payload_references, make_extras, parse_payload
 from vraxion_ckpt.formats.payload_dialect import (
     MONOLITH,
     ROUTER,
@@ -68,7 +70,7 @@ from vraxion_ckpt.formats.payload_dialect import (
 )
 from vraxion_ckpt.formats.safetensors_file import (
     LARGEST_SAFETENSORS_HEADER,
-    NATIVE_DTYPES,
+    NATIVE_DTYPE_NAMES,
     check_safetensors,
     is_tensor_name,
     starts_like_safetensors,
@@ -88,7 +90,20 @@ from vraxion_ckpt.support.json_files import dump_json, load_json, parse_json
 from vraxion_ckpt.support.progress import progress_bar
 from vraxion_ckpt.wording import count, listed, numbered, plural
 
+if TYPE_CHECKING:
+    import torch
+
 CONTRACT = 2
+NATIVE_DTYPES: frozenset[torch.dtype]  # made on first use, because most commands need no torch
+
+
+def __getattr__(name: str) -> object:
+    if name == "NATIVE_DTYPES":
+        import torch
+
+        return frozenset(getattr(torch, dtype) for dtype in NATIVE_DTYPE_NAMES)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CONTRACT",
@@ -96,6 +111,7 @@ __all__ = [
     "LARGEST_SAFETENSORS_HEADER",
     "MONOLITH",
     "NATIVE_DTYPES",
+    "NATIVE_DTYPE_NAMES",
     "OUR_KEY",
     "OUR_PREFIX",
     "ROUTER",
@@ -145,6 +161,7 @@ __all__ = [
     "as_weights",
     "auto_arc_length",
     "build_payload",
+    "build_payload_references",
     "bytes_of",
     "check_expert",
     "check_safetensors",

@@ -21,7 +21,7 @@ from vraxion_ckpt.plugin_api import (
     InconsistentError,
     Lifecycle,
     ReadContext,
-    build_payload,
+    build_payload_references,
     count,
     hookimpl,
     is_archive,
@@ -93,7 +93,7 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
         lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
     )
-    return build_payload(checkpoint, checkpoint.state_references(), dialect, extras)
+    return build_payload_references(checkpoint, checkpoint.state_references(), dialect, extras)
 
 
 def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:

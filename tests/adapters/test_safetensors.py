@@ -152,7 +152,7 @@ def test_every_tensor_lies_where_any_reader_may_map_it(tmp_path):
         model = {
             f"{size} of {dtype}": torch.ones(size, dtype=getattr(torch, dtype))
             for size in (1, 3)
-            for dtype in safetensors_file.NATIVE_DTYPES
+            for dtype in safetensors_file.NATIVE_DTYPE_NAMES
         }
         model["x" * more] = torch.ones(1)
         torch.save(model, tmp_path / f"{more}.pt")

@@ -16,7 +16,7 @@ from vraxion_ckpt.checkpoint.source_files import Sources, StoredBytes
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import CorruptError
 from vraxion_ckpt.formats import safetensors_writer
-from vraxion_ckpt.formats.safetensors_file import NATIVE_DTYPES, check_safetensors, load_safetensors
+from vraxion_ckpt.formats.safetensors_file import NATIVE_DTYPE_NAMES, check_safetensors, load_safetensors
 from vraxion_ckpt.formats.safetensors_writer import safetensors_size, save_safetensors
 
 
@@ -31,7 +31,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def tensors() -> dict[str, torch.Tensor]:
     found = {}
-    for name in sorted(NATIVE_DTYPES):
+    for name in sorted(NATIVE_DTYPE_NAMES):
         dtype = getattr(torch, name)
         data = torch.randint(2 if name == "bool" else 256, (60 * dtype.itemsize,), dtype=torch.uint8).view(dtype)
         found |= {name: data, f"{name}.turned": data.view(3, 4, 5).permute(2, 0, 1), f"{name}.slice": data[7:]}

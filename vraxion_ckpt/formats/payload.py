@@ -17,7 +17,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.references import TensorRef
-from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras
@@ -138,6 +138,14 @@ def _metadata_and_extras(
 
 
 def build_payload(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor | TensorRef], dialect: PayloadDialect, extras: Extras
+) -> dict[str, Any]:
+    """Return the payload dict of `build_payload_references` with tensors instead of references."""
+    payload: dict[str, Any] = resolved(build_payload_references(checkpoint, state, dialect, extras))
+    return payload
+
+
+def build_payload_references(
     checkpoint: Checkpoint, state: Mapping[str, Tensor | TensorRef], dialect: PayloadDialect, extras: Extras
 ) -> dict[str, Any]:
     """Return a payload dict with a reference for each tensor; the inverse of `parse_payload`.

@@ -47,7 +47,7 @@ DTYPE_CODES = {
     "float64": "F64",
     "complex64": "C64",
 }
-NATIVE_DTYPES = frozenset(DTYPE_CODES)
+NATIVE_DTYPE_NAMES = frozenset(DTYPE_CODES)
 _PACKED = "F4"  # two elements in a byte, which torch counts as one element
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()} | {_PACKED: "float4_e2m1fn_x2"}
 

@@ -27,7 +27,7 @@ from vraxion_ckpt.plugin_api import (
     ReadContext,
     StorageError,
     TensorRef,
-    build_payload,
+    build_payload_references,
     listed,
     make_extras,
     origin_of,
@@ -276,7 +276,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         derived = _derived_position(list(state), checkpoint.param_names)
         position = head.position if head and sharded and head.position != derived else None
         extras = make_extras(checkpoint, router, without_meta(origin), head_position=position)
-        return build_payload(checkpoint, state, router, extras)
+        return build_payload_references(checkpoint, state, router, extras)
 
     def foreign_files(self, path: Path) -> list[Path]:
         return foreign_files(path)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import ByteSize, Field
 
 from vraxion_ckpt.plugin_api import (
-    NATIVE_DTYPES,
+    NATIVE_DTYPE_NAMES,
     OUR_KEY,
     Adapter,
     Checkpoint,
@@ -138,7 +138,7 @@ class SafetensorsAdapter(Adapter):
 
     def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
         """Return the content of each file by name, and the index. A single file is named ``.`` and has no index."""
-        named, facts = dump_document(checkpoint, NATIVE_DTYPES, is_tensor_name)
+        named, facts = dump_document(checkpoint, NATIVE_DTYPE_NAMES, is_tensor_name)
         tensors = named.references()
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
         if self.max_shard_size is None:
