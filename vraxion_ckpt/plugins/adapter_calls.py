@@ -17,6 +17,7 @@ from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.options import calling, defect_of
 from vraxion_ckpt.plugins.read_context import ReadContext
+from vraxion_ckpt.support.garbage import rare_collections
 
 _T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
@@ -38,6 +39,7 @@ def is_directory(adapter: Adapter) -> bool:
     return _checked(adapter, "is_directory", found, bool)
 
 
+@rare_collections()
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint. Later calls of the adapter, to open an expert, use `plugin_call` too."""
     context = ReadContext(tuple(allow_globals))

@@ -35,7 +35,6 @@ from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, adapters, resolve_adapter
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
-from vraxion_ckpt.support.garbage import rare_collections
 from vraxion_ckpt.wording import listed
 
 PathLike = str | os.PathLike[str]
@@ -67,7 +66,6 @@ def read(path: PathLike, *, optimizer: OptimizerPolicy = "keep", **reading: Unpa
     return read_with(path, ReadOptions.of("open", reading), optimizer)
 
 
-@rare_collections()
 def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy = "keep") -> Checkpoint:
     """Open a checkpoint as `read` does. Raises the same errors."""
     if optimizer not in get_args(OptimizerPolicy):

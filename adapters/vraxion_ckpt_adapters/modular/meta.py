@@ -37,7 +37,11 @@ _ROW_TYPES: Mapping[str, tuple[type, ...]] = {
     "probation": (bool,),
     "tenured": (bool,),
 }
-_TYPE_NAMES = {(int, float): "a number", (int,): "a whole number", (bool,): "true or false"}
+_TYPE_NAMES: Mapping[tuple[type, ...], str] = {
+    (int, float): "a number",
+    (int,): "a whole number",
+    (bool,): "true or false",
+}
 
 
 @dataclass(frozen=True)
