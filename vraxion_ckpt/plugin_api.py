@@ -14,9 +14,9 @@ from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, UnboundOptimizer
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_tensors
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_references, named_tensors
 from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import (
     Ints,
     Visits,
@@ -36,6 +36,7 @@ from vraxion_ckpt.checkpoint.split_plan import (
     plan_from_request,
     requested_by_trainer,
 )
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.checkpoint.visits import load_visits
 from vraxion_ckpt.commit.system_calls import write_new
 from vraxion_ckpt.errors import (
@@ -174,6 +175,7 @@ __all__ = [
     "load_visits",
     "make_extras",
     "monolith_dialect",
+    "named_references",
     "named_tensors",
     "numbered",
     "origin_of",

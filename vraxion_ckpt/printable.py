@@ -18,6 +18,7 @@ _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 
+_WITHOUT_TEXT = frozenset({int, float, bool, type(None)})
 _HINT = "\n  → "  # precedes the hint in the text of an error
 
 
@@ -34,18 +35,26 @@ def in_one_line(text: str) -> str:
 
 
 def printable_facts(facts: _T) -> _T:
-    """Return a copy of a value with each text in it escaped by `in_one_line`. Keep the line break before a hint."""
+    """Return a value with each text in it escaped by `in_one_line`. Keep the line break before a hint.
+
+    Parts without text to escape are not copied, as there may be thousands.
+    """
     found: Any = facts
+    if type(found) in _WITHOUT_TEXT:
+        return facts
     if type(found) is str:
         found = _HINT.join(map(in_one_line, found.split(_HINT)))
     elif isinstance(found, Path):
         found = type(found)(in_one_line(str(found)))
     elif isinstance(found, dict):
-        found = {printable_facts(key): printable_facts(value) for key, value in found.items()}
+        found = {printable_facts(key): printable_facts(value) for key, value in found.items()} or found
     elif type(found) in (list, tuple):
         found = type(found)(map(printable_facts, found))
-    elif fields := getattr(type(found), "model_fields", None):
-        found = found.model_copy(update={name: printable_facts(getattr(found, name)) for name in fields})
+    elif hasattr(type(found), "model_fields"):
+        texts = {name: value for name, value in vars(found).items() if type(value) not in _WITHOUT_TEXT}
+        escaped = {name: printable_facts(value) for name, value in texts.items()}
+        if any(escaped[name] is not value for name, value in texts.items()):
+            found = found.model_copy(update=escaped)
     elif dataclasses.is_dataclass(found) and not isinstance(found, type):
         values = {field.name: printable_facts(getattr(found, field.name)) for field in dataclasses.fields(found)}
         found = dataclasses.replace(found, **values)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vraxion_ckpt.checkpoint.expert_health import is_zero
-from vraxion_ckpt.checkpoint.references import ITEMSIZES, StoredBytes, TensorRef
-from vraxion_ckpt.checkpoint.source_files import Fingerprint, SourceFile
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, TensorRef
+from vraxion_ckpt.checkpoint.source_files import Fingerprint, SourceFile, StoredBytes
 
 INEXACT = [
     name

@@ -112,8 +112,9 @@ def test_what_appears_meanwhile_is_not_replaced(what, tmp_path, monkeypatch):
     original = convert.write_whole
 
     def write_whole(*args):
-        original(*args)
+        written = original(*args)
         (tmp_path / what).write_text("precious")
+        return written
 
     monkeypatch.setattr(convert, "write_whole", write_whole)
     visits = DATA / "expected/wallclock_experts3.visits.json"

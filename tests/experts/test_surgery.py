@@ -12,7 +12,8 @@ import vraxion_ckpt as vc
 from vraxion_ckpt.checkpoint.head import Expert, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
-from vraxion_ckpt.checkpoint.references import reference, referenced
+from vraxion_ckpt.checkpoint.references import reference
+from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.noise import copy_of
 from vraxion_ckpt.experts.optimizer_clones import is_master_copy

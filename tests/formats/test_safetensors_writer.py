@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from vraxion_ckpt.checkpoint.references import ComputedBytes, TensorDict, TensorRef, reference
+from vraxion_ckpt.checkpoint.references import ComputedBytes, TensorRef, reference
 from vraxion_ckpt.checkpoint.source_files import Sources, StoredBytes
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import CorruptError
 from vraxion_ckpt.formats import safetensors_writer
 from vraxion_ckpt.formats.safetensors_file import NATIVE_DTYPES, check_safetensors, load_safetensors
@@ -65,7 +66,9 @@ def test_what_is_read_has_the_values_and_is_written_again(path, tmp_path):
     sources = Sources()
     found = load_safetensors(path, check_safetensors(path), sources)
 
-    assert {name: bits(ref.values()) for name, ref in found.items()} == {n: bits(t) for n, t in expected.items()}
+    assert {name: bits(ref.read_only_tensor()) for name, ref in found.items()} == {
+        n: bits(t) for n, t in expected.items()
+    }
     assert [file.parts for file in sources] == [[ref.storage for ref in found.values()]]
     save_safetensors(found, {}, tmp_path / "y.safetensors")
     check(tmp_path / "y.safetensors", expected)
@@ -83,7 +86,7 @@ def test_views_of_stored_and_computed_tensors_are_written(path, tmp_path):
         refs[f"{name}.turned"] = TensorRef(storage, "float32", (12, 5), (1, 12))
     save_safetensors(refs, {}, tmp_path / "y.safetensors")
 
-    check(tmp_path / "y.safetensors", {name: ref.values() for name, ref in refs.items()})
+    check(tmp_path / "y.safetensors", {name: ref.read_only_tensor() for name, ref in refs.items()})
 
 
 def test_tensors_and_references_give_the_same_bytes(path, tmp_path):
@@ -110,8 +113,8 @@ def test_packed_numbers_are_read_as_the_library_does(path, shape, fits):
     (found,) = load_safetensors(path, check_safetensors(path), Sources()).values()
     with safetensors.safe_open(path, framework="torch") as file:
         theirs = file.get_tensor("x")
-    assert (found.values().dtype, found.shape) == (theirs.dtype, tuple(theirs.shape))
-    assert torch.equal(found.values().view(torch.uint8), theirs.view(torch.uint8))
+    assert (found.read_only_tensor().dtype, found.shape) == (theirs.dtype, tuple(theirs.shape))
+    assert torch.equal(found.read_only_tensor().view(torch.uint8), theirs.view(torch.uint8))
 
 
 def test_reading_does_not_import_torch():

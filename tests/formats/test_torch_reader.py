@@ -20,8 +20,8 @@ from support import MONOLITHS, assert_same
 from torch import nn
 from torch._weights_only_unpickler import _get_allowed_globals
 
-from vraxion_ckpt.checkpoint.references import resolved
 from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.checkpoint.tensor_dict import resolved
 from vraxion_ckpt.errors import (
     CkptError,
     CorruptError,

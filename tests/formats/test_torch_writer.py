@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from vraxion_ckpt.checkpoint.references import ITEMSIZES, ComputedBytes, TensorDict, TensorRef, reference
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, ComputedBytes, TensorRef, reference
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources, StoredBytes
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import StorageError, UnsupportedError, UsageError
 from vraxion_ckpt.formats import zip_layout
 from vraxion_ckpt.formats.torch_writer import save_torch_file, torch_file_size

@@ -33,8 +33,8 @@ from vraxion_ckpt.checkpoint import plain_data, source_files
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.provenance import Record
-from vraxion_ckpt.checkpoint.references import referenced
 from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.errors import (
     ChangedError,
     CkptError,
@@ -498,7 +498,7 @@ def test_every_storage_of_a_file_is_registered_with_its_checksum(path: Path) -> 
             assert part.file is source
             assert not part.proven
         assert value["model"]["view"].storage is value["model"]["large"].storage
-        held = {id(ref.storage) for _, ref in plain_data.named_tensors(value)}
+        held = {id(ref.storage) for _, ref in plain_data.named_references(value)}
         assert held == {id(part) for part in source.parts}
 
 

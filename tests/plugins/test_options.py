@@ -17,7 +17,7 @@ from vraxion_ckpt.plugins.options import (
     expand_ranges,
     parse_call,
     problems_with,
-    resolved,
+    recorded_options,
 )
 
 
@@ -180,7 +180,7 @@ def test_a_validators_value_error_is_a_wrong_option():
 
 
 def test_every_option_is_recorded_as_plain_json():
-    options = resolved(configure(Example, {"expert": 1, "addresses": "[1-2]", "path": "a"}))
+    options = recorded_options(configure(Example, {"expert": 1, "addresses": "[1-2]", "path": "a"}))
     assert json.loads(json.dumps(options)) == {
         "expert": 1,
         "factor": 1.0,
@@ -191,7 +191,7 @@ def test_every_option_is_recorded_as_plain_json():
 
 def test_a_plugin_that_dumps_no_dict_is_a_defect_of_the_plugin():
     with pytest.raises(PluginError) as refused:
-        resolved(Lists())
+        recorded_options(Lists())
     assert "lists" in str(refused.value)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
@@ -59,6 +58,8 @@ class MitosisSplit(Transform):
         return Effect.within_noise(self.noise) if self.foreign_addresses == "refuse" else Effect.changed()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        import torch
+
         head, owners = self._head_and_owners(checkpoint)
         parent, addresses = self._parent_and_addresses(checkpoint)
         taken = self._check(parent, addresses, head, owners)

@@ -10,10 +10,9 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
-from torch import Tensor, nn
 
 from vraxion_ckpt.plugin_api import (
     Checkpoint,
@@ -37,6 +36,9 @@ from vraxion_ckpt.plugin_api import (
     sharing,
     unfit,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RestoreHibernated(Transform):
@@ -85,6 +87,8 @@ class RestoreHibernated(Transform):
 
     def _restored(self, expert: int, old: Expert, checkpoint: Checkpoint) -> Expert:
         """Return an expert with the tensors of its snapshot. Names, shapes and dtypes must be those of `old`."""
+        from torch import Tensor
+
         path = self._snapshot(expert)
         snapshot = load_torch_file(path, checkpoint.sources)
         if not isinstance(snapshot, dict) or not all(isinstance(value, Tensor) for value in snapshot.values()):
@@ -124,6 +128,8 @@ class RestoreHibernated(Transform):
 
 def _unshared(snapshot: Mapping[str, Tensor], leaf: str, like: Tensor) -> Tensor:
     """Return a tensor of the snapshot with a storage of its own, as a parameter if `like` is one."""
+    from torch import nn
+
     tensor = snapshot[leaf].detach()
     shares = any(name == leaf for group in sharing(snapshot.items()) for name, _ in group)
     if shares or not fills_storage(tensor):

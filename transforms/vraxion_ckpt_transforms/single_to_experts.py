@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
@@ -48,6 +47,8 @@ class SingleToExperts(Transform):
         return Effect.within_noise(self.noise)
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        import torch
+
         head = head_of(checkpoint)
         if head.kind is HeadKind.EXPERTS:
             message = f"the head already has {count(head.num_experts, 'expert')}"

@@ -16,7 +16,6 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
 
 from vraxion_ckpt.plugin_api import (
     Checkpoint,
@@ -43,6 +42,8 @@ def probe_visits(checkpoint: Checkpoint) -> Visits | None:
     Raises:
         PluginError: the runtime cannot be imported, or does not build the checkpoint's model.
     """
+    import torch
+
     router, projection = checkpoint.router_map, checkpoint.core.get("input_proj.weight")
     if router is None or projection is None or projection.ndim != 2 or checkpoint.head is None:
         return None
@@ -88,6 +89,8 @@ def _expert_heads(runtime: Any, number: int) -> Iterator[None]:
 
 def _build(runtime: Any, checkpoint: Checkpoint, ring_len: int, slot_dim: int, input_dim: int) -> Any:
     """Build the model and load the checkpoint's weights, except the head's. Warn of names that do not match."""
+    import torch
+
     torch.manual_seed(_SEED)  # weights that the checkpoint lacks keep their initial values
     model = runtime.AbsoluteHallway(
         input_dim=input_dim, num_classes=_output_rows(checkpoint), ring_len=ring_len, slot_dim=slot_dim
@@ -126,6 +129,8 @@ def _settings() -> str:
 
 def _count(model: Any, ring_len: int, input_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Feed random input. Return how often the pointer ends at each address, shape ``[ring_len]``."""
+    import torch
+
     visits = np.zeros(ring_len, dtype=np.int64)
     torch.manual_seed(_SEED)
     for _ in range(math.ceil(_SAMPLES / _BATCH)):

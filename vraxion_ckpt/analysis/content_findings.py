@@ -15,9 +15,9 @@ from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_finite, is_
 from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import named_tensors, size_of
-from vraxion_ckpt.checkpoint.references import as_reference, referenced
+from vraxion_ckpt.checkpoint.plain_data import named_references, size_of
 from vraxion_ckpt.checkpoint.ring import as_addresses, owning_experts
+from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.experts import companions
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.wording import listed, numbered, shortened
@@ -159,7 +159,7 @@ def about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, 
         }
     elif (unbound := unbound_state_dict(checkpoint)) is not None:
         held["optimizer"] = unbound.references()
-    named = [*checkpoint.open_references().items(), *((n, as_reference(tensor)) for n, tensor in named_tensors(held))]
+    named = [*checkpoint.open_references().items(), *named_references(held)]
     for place, number in _floats(held, ""):
         where = place.removeprefix(".")
         findings.append(Finding.warning("finite", f"is {number}", where=where))
@@ -167,12 +167,12 @@ def about_values(checkpoint: Checkpoint, findings: list[Finding]) -> tuple[int, 
     with progress.progress_bar("values", total) as advance:
         for name, tensor in named:
             if not is_finite(tensor):
-                values = value_facts(tensor.values())
+                values = value_facts(tensor.read_only_tensor())
                 kinds = ((values.nans, "NaN"), (values.infinities, "infinite"))
                 what = " and ".join(f"{number} {kind}" for number, kind in kinds if number)
                 what = f"{what} of {tensor.numel()} elements"
                 findings.append(Finding.warning("finite", what, where=name))
-            negative = count_negative(tensor.values()) if is_never_negative(name, tensor) else 0
+            negative = count_negative(tensor.read_only_tensor()) if is_never_negative(name, tensor) else 0
             if negative:
                 what = f"{negative} of {tensor.numel()} elements are negative, but this slot cannot be negative"
                 findings.append(Finding.warning("negative", what, where=name))

@@ -162,7 +162,7 @@ def _expert_facts(checkpoint: Checkpoint, opening: int | None) -> tuple[ExpertFa
 
 
 def _lifecycle_facts(row: Lifecycle) -> LifecycleFacts:
-    return LifecycleFacts.model_validate({name: getattr(row, name) for name in LifecycleFacts.model_fields})
+    return LifecycleFacts.model_validate(row, from_attributes=True)
 
 
 def _unknown_experts(checkpoint: Checkpoint) -> UnknownExperts | None:

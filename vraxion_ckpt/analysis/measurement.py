@@ -70,7 +70,7 @@ def measure(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> Measure | None:
     dot = 0.0
     for a, b in held:
         of += a.numel()
-        for x, y in in_pieces(a.values(), b.values()):
+        for x, y in in_pieces(a.read_only_tensor(), b.read_only_tensor()):
             differ = _differ(x, y)
             elements += int(differ.sum())
             if whole:
@@ -105,7 +105,7 @@ def _largest(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> float:
     found = 0.0
     for pair in pairs:
         for tensor in pair:
-            for (piece,) in in_pieces(tensor.values()):
+            for (piece,) in in_pieces(tensor.read_only_tensor()):
                 numbers = as_numbers(piece)
                 if numbers is not None and numbers.numel():
                     sizes = numbers.abs()

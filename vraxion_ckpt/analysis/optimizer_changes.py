@@ -10,7 +10,7 @@ from vraxion_ckpt.analysis.value_changes import NameMap, added, entry_changes, o
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.optimizer_state import ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import size_of
-from vraxion_ckpt.checkpoint.references import referenced
+from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.wording import count
 

@@ -154,7 +154,7 @@ def _about_steps(parameters: list[_Parameter]) -> Iterator[Finding]:
 
 def _as_number(value: Any) -> float | None:
     if isinstance(value, TensorRef):
-        numbers = as_numbers(value.values()) if value.numel() == 1 and not value.is_complex() else None
+        numbers = as_numbers(value.read_only_tensor()) if value.numel() == 1 and not value.is_complex() else None
         return float(numbers.reshape(())) if numbers is not None else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 

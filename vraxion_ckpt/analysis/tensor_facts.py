@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
-from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces, named_tensors, size_of
-from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
+from vraxion_ckpt.checkpoint.plain_data import as_numbers, in_pieces, named_references, size_of
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.support import progress
 from vraxion_ckpt.support.json_models import Fact, Number
 
@@ -65,7 +65,7 @@ def tensor_tree(checkpoint: Checkpoint, *, values: bool) -> TensorTree:
             for slot, value in entries.items()
             if isinstance(value, TensorRef)
         },
-        "payload": {name: as_reference(tensor) for name, tensor in named_tensors(checkpoint.payload)},
+        "payload": dict(named_references(checkpoint.payload)),
     }
     facts: dict[str, dict[str, TensorFacts]] = {}
     with progress.progress_bar("reading", size_of(kinds) if values else 0) as advance:
@@ -83,7 +83,7 @@ def tensor_facts(tensor: TensorRef, *, values: bool = False) -> TensorFacts:
         dtype=tensor.dtype,
         shape=tensor.shape,
         bytes=tensor.nbytes,
-        values=value_facts(tensor.values()) if values else None,
+        values=value_facts(tensor.read_only_tensor()) if values else None,
     )
 
 

@@ -11,9 +11,8 @@ from vraxion_ckpt.analysis.changes import Change
 from vraxion_ckpt.analysis.measurement import measure
 from vraxion_ckpt.checkpoint.comparison import differences, same_bits, unlike_entries
 from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, is_tensor, resolved
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict, resolved
 
 # Maps the name of a tensor of the first checkpoint to its name in the second, or to None if it is not there.
 NameMap = Callable[[str], str | None]
@@ -102,7 +101,7 @@ def entry_changes(a: Mapping[Any, Any], b: Mapping[Any, Any], key: Any, before: 
 
 
 def _is_flat(values: Sequence[Any]) -> bool:
-    return _SCALARS.issuperset(map(type, values))
+    return SCALARS.issuperset(map(type, values))
 
 
 def _same(a: Any, b: Any) -> bool:

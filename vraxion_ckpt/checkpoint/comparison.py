@@ -10,14 +10,15 @@ import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape
-from vraxion_ckpt.checkpoint.references import StoredBytes, TensorDict, TensorRef, as_reference, is_tensor, referenced
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict, referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support.checksums import THREADS
 from vraxion_ckpt.wording import shortened
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _memcmp = ctypes.CDLL(None).memcmp  # releases the GIL and allocates no memory
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _RUN = 2**14  # entries of a list that are compared at a time
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 _R = TypeVar("_R")
 
@@ -113,7 +113,7 @@ def unlike_entries(a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[int, An
 def _same_scalars(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Return whether two lists hold only scalars, and hold the same. Floats are compared by their bits."""
     kinds = set(map(type, a))
-    if not kinds <= _SCALARS or list(map(type, a)) != list(map(type, b)):
+    if not kinds <= SCALARS or list(map(type, a)) != list(map(type, b)):
         return False
     if float not in kinds:
         return list(a) == list(b)
@@ -166,6 +166,8 @@ def in_threads(function: Callable[..., _R], items: Sequence[tuple[Any, ...]]) ->
     """Return the results of a function for several tuples of arguments, computed on all cores."""
     if len(items) < 2:
         return [function(*item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda item: function(*item), items))
 

@@ -62,7 +62,7 @@ def is_finite(tensor: TensorRef) -> bool:
     """Return whether every element of a tensor is finite. Integers and bools always are."""
     if not _is_inexact(tensor):
         return True
-    for (piece,) in in_pieces(tensor.values()):
+    for (piece,) in in_pieces(tensor.read_only_tensor()):
         numbers = as_comparable(piece)
         if numbers is not None and not bool(numbers.isfinite().all()):
             return False

@@ -11,10 +11,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Leaves = Mapping[str, TensorRef | Tensor]
 
 
 class HeadKind(StrEnum):
@@ -31,11 +34,11 @@ class Expert(Mapping[str, "Tensor"]):
     recognised without opening it.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(self, tensors: Leaves | Callable[[], Leaves]) -> None:
         self._open = tensors if callable(tensors) else None
         self._tensors: TensorDict[str, Tensor] | None = None if callable(tensors) else TensorDict(tensors)
 
-    def open_through(self, call: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]) -> None:
+    def open_through(self, call: Callable[[Callable[[], Leaves]], Leaves]) -> None:
         """Open the expert through `call` when its tensors are needed. An open expert is not affected.
 
         Args:

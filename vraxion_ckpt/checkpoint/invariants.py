@@ -19,10 +19,11 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_tensors
-from vraxion_ckpt.checkpoint.references import StoredBytes, TensorRef, as_reference
+from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_references
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import Ints, count_pairs
 from vraxion_ckpt.checkpoint.shared_memory import sharing
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
 from vraxion_ckpt.support.json_models import Number
 from vraxion_ckpt.wording import count, listed, numbered
@@ -115,7 +116,7 @@ def router_owners(router: TensorRef | Tensor) -> Ints:
         return np.frombuffer(raw, ref.dtype).astype(np.int64, copy=False)
     import torch
 
-    return ref.values().detach().to(torch.int64).contiguous().numpy()
+    return ref.read_only_tensor().detach().to(torch.int64).contiguous().numpy()
 
 
 _NUMPY_INTS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
@@ -153,14 +154,13 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
 
 def shared_names(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
     """Return groups of names of model, optimizer or payload tensors that share memory. Opens no expert."""
-    payload = ((f"payload.{name}", tensor) for name, tensor in named_tensors(checkpoint.payload))
+    payload = ((f"payload.{name}", tensor) for name, tensor in named_references(checkpoint.payload))
     groups = sharing([*checkpoint.open_references().items(), *_slots(checkpoint), *payload])
     return [tuple(name for name, _ in group) for group in groups]
 
 
 def _slots(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
-    for name, tensor in named_tensors(checkpoint.optimizer.state if checkpoint.optimizer else {}):
-        yield name, as_reference(tensor)
+    return named_references(checkpoint.optimizer.state if checkpoint.optimizer else {})
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _largest_difference(a: Expert | None, b: Expert | None) -> tuple[float, bool
         if old.shape != new.shape:
             return float("inf"), True
         wide = torch.complex128 if old.is_complex() else torch.float64
-        for x, y in in_pieces(old.values(), new.values()):
+        for x, y in in_pieces(old.read_only_tensor(), new.read_only_tensor()):
             one, other = x.to(wide), y.to(wide)
             same = (one == other) | (one.isnan() & other.isnan())  # inf − inf is NaN
             largest = max(largest, float((one - other).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()))

@@ -15,8 +15,9 @@ from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, reference
+from vraxion_ckpt.checkpoint.references import TensorRef, reference
 from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, TensorDictField
 from vraxion_ckpt.support import progress
 
 if TYPE_CHECKING:
@@ -112,10 +113,10 @@ class Checkpoint:
             `vraxion_ckpt.experts.companion_updates` use it. Empty between steps.
     """
 
-    core: TensorDict[str, Tensor]
+    core: TensorDictField[Tensor] = TensorDictField()
     head: Head | None = None
     optimizer: Optimizer | None = None
-    payload: TensorDict[str, Any] = field(default_factory=TensorDict)
+    payload: TensorDictField[Any] = TensorDictField(required=False)
     param_names: tuple[str, ...] | None = None
     metadata: dict[str, Any] | None = None
     lifecycle: dict[int, Lifecycle] = field(default_factory=dict)
@@ -124,11 +125,6 @@ class Checkpoint:
     origin: Origin = field(default_factory=Origin)
     sources: Sources = field(default_factory=Sources)
     ancestors: dict[str, Ancestor] = field(default_factory=dict)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("core", "payload") and isinstance(value, dict) and not isinstance(value, TensorDict):
-            value = TensorDict(value)
-        super().__setattr__(name, value)
 
     @property
     def num_experts(self) -> int:
@@ -144,7 +140,8 @@ class Checkpoint:
         Raises:
             ValueError: the assigned value is not an integer tensor of shape ``[L]`` with L ≥ 1.
         """
-        return self.core.get(self._router_name)
+        found: Tensor | None = self.core.get(self._router_name)
+        return found
 
     @router_map.setter
     def router_map(self, owners: Tensor) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vraxion_ckpt.checkpoint.order_rules import Rule
-from vraxion_ckpt.checkpoint.references import TensorDict
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, TensorDictField
 
 
 @dataclass
@@ -42,17 +42,12 @@ class Optimizer:
     """
 
     groups: list[ParamGroup]
-    state: TensorDict[str, dict[str, Any]]
-    extra: TensorDict[str, Any] = field(default_factory=TensorDict)
+    state: TensorDictField[dict[str, Any]] = TensorDictField()
+    extra: TensorDictField[Any] = TensorDictField(required=False)
     bound_by: str = "names"
     undecided: frozenset[str] = frozenset()
     rules: tuple[Rule, ...] | None = None
     prefixes: tuple[str, str] = ("", "")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("state", "extra") and isinstance(value, dict) and not isinstance(value, TensorDict):
-            value = TensorDict(value)
-        super().__setattr__(name, value)
 
     @property
     def params(self) -> list[str]:

@@ -15,7 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, contiguous_strides, is_tensor
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, contiguous_strides, is_tensor
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
 from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import shortened
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 _MOST_NODES = 5_000_000
 DEEPEST = 100
 
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 # Position in a nested value: the position of the container, and the key in it. Formatted only for error messages.
 _Place = tuple[Any, Any] | None
 _METHODS = frozenset(dir(OrderedDict))
@@ -66,7 +66,7 @@ def _measure(
     values, so each container is visited once, but counted wherever it occurs.
     """
     kind = type(item)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return 1, 0
     if kind is TensorRef or _is_plain_tensor_type(kind):
         problem = _problem(item)
@@ -83,7 +83,7 @@ def _measure(
         if kind is not list and kind is not tuple:
             _check_keys(item, path, place)
             entries = _entries(item, kind, path, place)
-        elif not _SCALARS.issuperset(map(type, item)):
+        elif not SCALARS.issuperset(map(type, item)):
             entries = enumerate(item)
         nodes, levels = 1 + len(item), 0
         for key, entry in entries:
@@ -107,7 +107,7 @@ def _entries(item: dict[Any, Any], kind: type, path: Path | None, place: _Place)
     if kind is TensorDict:
         return item.references().items()  # type: ignore[attr-defined,no-any-return]
     if kind is dict:
-        return () if _SCALARS.issuperset(map(type, item.values())) else item.items()
+        return () if SCALARS.issuperset(map(type, item.values())) else item.items()
     attributes = vars(item)
     if not _METHODS.isdisjoint(attributes):
         message = "has attributes that hide methods of an OrderedDict"
@@ -115,29 +115,34 @@ def _entries(item: dict[Any, Any], kind: type, path: Path | None, place: _Place)
     return [*item.items(), *([("<attributes>", attributes)] if attributes else ())]
 
 
-def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef | Tensor]]:
-    """Yield every tensor in a plain value with its path, such as ``ema.head.weight``.
+def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor in a plain value with its path, such as ``ema.head.weight``."""
+    return ((name, ref.tensor()) for name, ref in named_references(value, place))
 
-    Yields:
-        tensors as they are in the value; references of a `TensorDict`.
-    """
+
+def named_references(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef]]:
+    """Yield the reference of every tensor in a plain value with its path, such as ``ema.head.weight``."""
+    return ((name, as_reference(tensor)) for name, tensor in _tensors_in(value, place))
+
+
+def _tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef | Tensor]]:
     if isinstance(value, TensorDict):
         value = value.references()
-    if isinstance(value, list | tuple) and _SCALARS.issuperset(map(type, value)):
+    if isinstance(value, list | tuple) and SCALARS.issuperset(map(type, value)):
         return  # there may be millions
     if isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if type(entry) not in _SCALARS:
-                yield from named_tensors(entry, f"{place}.{key}" if place else str(key))
+            if type(entry) not in SCALARS:
+                yield from _tensors_in(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
-            yield from named_tensors(vars(value), f"{place} attributes")
+            yield from _tensors_in(vars(value), f"{place} attributes")
     elif is_tensor(value):
         yield place, value
 
 
 def size_of(value: Any) -> int:
     """Return the size in bytes of all tensors in a plain value."""
-    return sum(tensor.numel() * tensor.itemsize for _, tensor in named_tensors(value))
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in _tensors_in(value))
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -155,7 +160,7 @@ def bytes_of(tensor: TensorRef | Tensor) -> Tensor:
     import torch
 
     if isinstance(tensor, TensorRef):
-        tensor = tensor.values()
+        tensor = tensor.read_only_tensor()
     if not tensor.numel():  # its strides may not allow a view as bytes
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous()

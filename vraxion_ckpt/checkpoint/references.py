@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.source_files import StoredBytes, buffer_of
 from vraxion_ckpt.errors import PluginError, raise_if_out_of_memory
@@ -27,9 +26,6 @@ from vraxion_ckpt.support.checksums import crc32
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 # Bytes per element of torch's dtypes.
 ITEMSIZES = {
@@ -80,7 +76,8 @@ class MadeBytes:
         return buffer_of(self.given)[first : first + size].tobytes()
 
     def __deepcopy__(self, memo: object) -> MadeBytes:
-        return MadeBytes(self.given.clone())
+        copy = self.given.clone()  # type: ignore[no-untyped-call]
+        return MadeBytes(copy)
 
 
 @dataclass(eq=False)
@@ -123,15 +120,11 @@ class ComputedBytes:
 
     def read(self, first: int, size: int) -> bytes:
         """Compute the bytes, and return `size` of them, beginning with byte number `first`."""
-        memory = self.view()
-        return buffer_of(memory)[first : first + size].tobytes()
+        return buffer_of(self.view())[first : first + size].tobytes()
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from what the function returns."""
-        if self.given is None:
-            return False
-        memory = self.view()
-        return buffer_of(self.given) != buffer_of(memory)
+        return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
 
     def __deepcopy__(self, memo: object) -> ComputedBytes:
         return ComputedBytes(self.nbytes, self.function)
@@ -237,7 +230,7 @@ class TensorRef:
             _remember(tensor, self)
         return tensor
 
-    def values(self) -> Tensor:
+    def read_only_tensor(self) -> Tensor:
         """Return a tensor with the values, for reading by the core. Plugins never get it."""
         return self._on(self.storage.view())
 
@@ -253,12 +246,16 @@ class TensorRef:
         return tensor.requires_grad_(self.requires_grad) if self.requires_grad else tensor
 
     def copied(self) -> TensorRef:
-        """Return an equal tensor that shares no memory with this one. Bytes of a file are copied when it is written."""
+        """Return an equal tensor that shares no memory with this one. Bytes of a file are copied when it is written.
+
+        As a copy that ``detach`` and ``clone`` make, it requires gradients only if it is a parameter.
+        """
         if isinstance(self.storage, StoredBytes) and self.fills_storage():
-            return replace(self, storage=self.storage.copied(), _tensor=None)
+            needs_grad = self.requires_grad and self.parameter
+            return replace(self, storage=self.storage.copied(), requires_grad=needs_grad, _tensor=None)
         import torch
 
-        copy = self.values().detach().clone(memory_format=torch.preserve_format)
+        copy = self.read_only_tensor().detach().clone(memory_format=torch.preserve_format)
         return reference(torch.nn.Parameter(copy, self.requires_grad) if self.parameter else copy)
 
     def mapped(self, function: Callable[[Tensor], Tensor], *, dtype: str | None = None) -> TensorRef:
@@ -271,10 +268,13 @@ class TensorRef:
                 the same values.
             dtype: name of the new dtype, such as ``bfloat16``; that of this tensor if None.
         """
+        import torch
+
         name = self.dtype if dtype is None else dtype
 
         def compute() -> Tensor:
-            made = function(self._on(self._unshared_memory()))
+            with torch.no_grad():
+                made = function(self._on(self._unshared_memory()))
             if (str(made.dtype)[6:], tuple(made.shape)) != (name, self.shape):
                 raise ValueError(f"it is {made.dtype} {list(made.shape)}, not torch.{name} {list(self.shape)}")
             return made
@@ -285,7 +285,10 @@ class TensorRef:
 
     def _unshared_memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory into which a function may write without an effect on others."""
-        return self.storage.unshared() if isinstance(self.storage, StoredBytes) else self.storage.view().clone()
+        if isinstance(self.storage, StoredBytes):
+            return self.storage.unshared()
+        copy: torch.UntypedStorage = self.storage.view().clone()  # type: ignore[no-untyped-call]
+        return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
         return replace(self, storage=deepcopy(self.storage, memo), _tensor=None)
@@ -350,7 +353,7 @@ def reference(tensor: Tensor) -> TensorRef:
         str(tensor.dtype)[6:],  # without "torch."
         tuple(tensor.shape),
         tensor.stride(),
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tensor.requires_grad,
         isinstance(tensor, torch.nn.Parameter),
         tensor.is_conj(),
@@ -385,188 +388,3 @@ def is_tensor(value: object) -> bool:
         return True
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-# --- values that contain tensors ---
-
-
-def referenced(value: Any) -> Any:
-    """Return a value with a reference for each tensor in it. Containers without tensors are returned unchanged."""
-    if isinstance(value, TensorDict):
-        return value.references()
-    return _replaced(value, as_reference, _SCALARS_AND_REFERENCES)
-
-
-def resolved(value: Any) -> Any:
-    """Return a value with a tensor for each reference in it. Containers without references are returned unchanged."""
-    return _replaced(value, lambda each: each.tensor() if isinstance(each, TensorRef) else each, _SCALARS)
-
-
-def _replaced(value: Any, change: Callable[[Any], Any], unchanged: frozenset[type]) -> Any:
-    """Return a value with `change` applied to each tensor in it. Values of the `unchanged` types stay as they are."""
-    if is_tensor(value):
-        return change(value)
-    if isinstance(value, TensorDict):
-        return value
-    if isinstance(value, dict):
-        if unchanged.issuperset(map(type, value.values())):
-            return value
-        entries = {key: _replaced(entry, change, unchanged) for key, entry in value.items()}
-        if all(entries[key] is entry for key, entry in value.items()):
-            return value
-        if not isinstance(value, OrderedDict):
-            return entries
-        ordered = OrderedDict(entries)
-        ordered.__dict__.update(value.__dict__)
-        return ordered
-    if isinstance(value, list | tuple):
-        if unchanged.issuperset(map(type, value)):
-            return value
-        items = [_replaced(entry, change, unchanged) for entry in value]
-        if all(one is other for one, other in zip(items, value, strict=True)):
-            return value
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-_SCALARS_AND_REFERENCES = _SCALARS | {TensorRef}
-
-
-class _Closed:
-    """An entry of a `TensorDict` at which nobody has looked yet. It is shared by copies of the dict."""
-
-    __slots__ = ("resolved", "value")
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self.resolved: Any = None
-
-    def look(self) -> Any:
-        if self.resolved is None:
-            self.resolved = resolved(self.value)
-        return self.resolved
-
-    def stored(self) -> Any:
-        return self.value if self.resolved is None else self.resolved
-
-
-def _reference_of(value: Any) -> Any:
-    return referenced(value.stored() if isinstance(value, _Closed) else value)
-
-
-class _Items(ItemsView[Any, Any]):
-    def __reversed__(self) -> Iterator[tuple[Any, Any]]:
-        return ((key, self._mapping[key]) for key in reversed(list(self._mapping)))
-
-
-class _Values(ValuesView[Any]):
-    def __reversed__(self) -> Iterator[Any]:
-        return (self._mapping[key] for key in reversed(list(self._mapping)))
-
-
-class TensorDict(dict[K, V]):
-    """A dict of tensors, or of values that contain tensors. They are references until somebody looks at them.
-
-    Indexing gives tensors, and assigning takes them. `references` returns the entries without making a tensor.
-    """
-
-    def __init__(self, entries: Mapping[K, Any] | Iterable[tuple[K, Any]] = ()) -> None:
-        if isinstance(entries, TensorDict):
-            super().__init__(dict.items(entries))
-        else:
-            super().__init__(entries)
-            closed = {k: _Closed(v) for k, v in dict.items(self) if isinstance(v, dict | list | tuple)}
-            dict.update(self, closed)
-
-    def references(self) -> dict[K, Any]:
-        """Return the entries, in order, with a `TensorRef` for each tensor."""
-        found: dict[K, Any] = {}
-        for key, value in dict.items(self):
-            found[key] = value if isinstance(value, TensorRef) else _reference_of(value)
-        return found
-
-    def as_stored(self) -> dict[K, Any]:
-        """Return the entries, in order, with tensors where somebody has looked, and references elsewhere."""
-        return {key: value.stored() if isinstance(value, _Closed) else value for key, value in dict.items(self)}
-
-    def reference(self, key: K) -> Any:
-        """Return one entry with a `TensorRef` for each tensor.
-
-        Raises:
-            KeyError: there is no such entry.
-        """
-        return _reference_of(dict.__getitem__(self, key))
-
-    def __getitem__(self, key: K) -> V:
-        value: Any = dict.__getitem__(self, key)
-        if isinstance(value, TensorRef):
-            value = value.tensor()
-            dict.__setitem__(self, key, value)
-        elif isinstance(value, _Closed):
-            value = value.look()
-        return value  # type: ignore[no-any-return]
-
-    def __setitem__(self, key: K, value: Any) -> None:
-        dict.__setitem__(self, key, _Closed(value) if isinstance(value, dict | list | tuple) else value)
-
-    # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and
-    # ``{**x}`` use it.
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(self.keys())
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401 - it would call itself
-
-    def items(self) -> Any:
-        return _Items(self)
-
-    def values(self) -> Any:
-        return _Values(self)
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        if key not in self:
-            return dict.pop(self, key, *default)
-        value = self[key]
-        del self[key]
-        return value
-
-    def popitem(self) -> tuple[K, V]:
-        key = next(reversed(list(self)))
-        return key, self.pop(key)
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
-
-    def update(self, *entries: Any, **more: Any) -> None:
-        for key, value in dict(*entries, **more).items():
-            self[key] = value
-
-    def __ior__(self, entries: Any) -> Self:  # type: ignore[misc]
-        self.update(entries)
-        return self
-
-    def copy(self) -> TensorDict[K, V]:
-        return TensorDict(self)
-
-    __copy__ = copy
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDict[K, V]:
-        return TensorDict(deepcopy(self.references(), memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, dict) and dict(self) == dict(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __or__(self, other: Any) -> Any:
-        return dict(self) | dict(other)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError
 from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
@@ -25,7 +25,7 @@ from vraxion_ckpt.wording import count, listed
 if TYPE_CHECKING:
     import torch
 
-PIECE = 2**20  # bytes that are read at a time
+_PIECE = 2**20  # bytes that are read at a time
 _MOST_OPEN = 128  # files that are kept open, because processes may open only some hundreds
 
 
@@ -47,7 +47,7 @@ class Fingerprint:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class StoredBytes:
-    """A run of bytes in a source file. Tensors with equal `StoredBytes` share memory when they are loaded.
+    """A run of bytes in a source file. Tensors with the same `StoredBytes` object share memory when they are loaded.
 
     Attributes:
         file: the file.
@@ -73,6 +73,11 @@ class StoredBytes:
     found_crc: int | None = None
     given: torch.UntypedStorage | None = None
 
+    @property
+    def known_crc(self) -> int | None:
+        """The CRC-32 that the file states, or that was computed when the bytes were copied; None if neither."""
+        return self.found_crc if self.crc is None else self.crc
+
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
         if self.given is None:
@@ -83,12 +88,13 @@ class StoredBytes:
 
     def view(self) -> torch.UntypedStorage:
         """Return the bytes as memory for reading, which no plugin gets."""
-        mapped = self.file.mapped[self.start : self.start + self.nbytes]
-        return mapped.clone() if self.start % self.alignment else mapped
+        mapped: Any = self.file.mapped[self.start : self.start + self.nbytes]
+        return mapped.clone() if self.start % self.alignment else mapped  # type: ignore[no-any-return]
 
     def unshared(self) -> torch.UntypedStorage:
         """Return the bytes as memory of a new mapping. A write into it reaches nobody else."""
-        return self.file.map()[self.start : self.start + self.nbytes]
+        mapped: torch.UntypedStorage = self.file.map()[self.start : self.start + self.nbytes]
+        return mapped
 
     def was_written_into(self) -> bool:
         """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.
@@ -116,8 +122,8 @@ class StoredBytes:
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Yield the offset of each piece, and its bytes. Raises the errors of `read`."""
         with self.file.opened() as descriptor:
-            for first in range(0, self.nbytes, PIECE):
-                size = min(PIECE, self.nbytes - first)
+            for first in range(0, self.nbytes, _PIECE):
+                size = min(_PIECE, self.nbytes - first)
                 yield first, read_at(descriptor, self.start + first, size, self.file.path)
 
     def copied(self) -> StoredBytes:
@@ -143,7 +149,7 @@ class SourceFile:
     fingerprint: Fingerprint
     parts: Sequence[StoredBytes] = ()
     states_checksums: bool = False
-    _descriptor: int | None = field(default=None, init=False, repr=False)
+    _kept: _Descriptor | None = field(default=None, init=False, repr=False)
 
     def read(self, start: int, size: int) -> bytes:
         """Read bytes from the file. See `StoredBytes.read`."""
@@ -167,19 +173,21 @@ class SourceFile:
         try:
             with self.opened() as descriptor:
                 name = f"/proc/self/fd/{descriptor}"  # the file itself, even if another one has its path now
-                return torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
+                mapped: Any = torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
         except RuntimeError as error:
             raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
+        return mapped  # type: ignore[no-any-return]  # torch declares any kind of storage
 
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.
 
-        At most `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
+        Only the last `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
         """
-        if self._descriptor is None and len(_kept_open) < _MOST_OPEN:
-            self._descriptor = self._open()
-            _kept_open.add(self)
-            weakref.finalize(self, os.close, self._descriptor)
+        if self._kept is None:
+            self._kept = _kept_open[id(self)] = _Descriptor(self._open())
+            weakref.finalize(self, _kept_open.pop, id(self), None)
+            while len(_kept_open) > _MOST_OPEN:
+                _kept_open.pop(next(iter(_kept_open))).close()
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -189,9 +197,9 @@ class SourceFile:
             ChangedError: the file was replaced, written to or removed.
             StorageError: the operating system cannot open it.
         """
-        if self._descriptor is not None:
-            self._check(self._descriptor)
-            yield self._descriptor
+        if self._kept is not None and self._kept.number is not None:
+            self._check(self._kept.number)
+            yield self._kept.number
             return
         descriptor = self._open()
         try:
@@ -266,14 +274,30 @@ class SourceFile:
 
 
 def buffer_of(storage: torch.UntypedStorage) -> memoryview:
-    """Return the memory of a storage as bytes, without a copy. The storage must outlive it."""
+    """Return the memory of a storage as bytes, without a copy. They keep the storage alive."""
     size = storage.nbytes()
     if not size:
         return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(storage.data_ptr())
+    memory.owner = storage
+    return memoryview(memory).cast("B")
 
 
-_kept_open: weakref.WeakSet[SourceFile] = weakref.WeakSet()
+class _Descriptor:
+    """An open file descriptor. It is closed by `close`, or when nothing refers to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number: int | None = number
+
+    def close(self) -> None:
+        number, self.number = self.number, None
+        if number is not None:
+            os.close(number)
+
+    __del__ = close
+
+
+_kept_open: dict[int, _Descriptor] = {}  # by the id of the `SourceFile`, oldest first
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Read the bytes of a tensor's elements. Only tensors that are not contiguous need torch."""
+"""Read the bytes of a tensor's elements. Only tensors that are computed or not contiguous need torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def byte_pieces(tensor: TensorRef) -> Iterator[memoryview | bytes]:
     """
     whole: memoryview | None = None
     if isinstance(tensor.storage, ComputedBytes) or not tensor.is_contiguous() or tensor.conj or tensor.neg:
-        whole = bytes_of(tensor.values()).numpy().data
+        whole = bytes_of(tensor.read_only_tensor()).numpy().data
     first, size = 0, _FIRST_PIECE
     while first < tensor.nbytes:
         size = min(size, tensor.nbytes - first)

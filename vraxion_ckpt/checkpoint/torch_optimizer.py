@@ -13,7 +13,8 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, referenced, resolved
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError
 
 Shape = tuple[int, ...]

@@ -6,6 +6,7 @@ fields are checked without a change here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -16,8 +17,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from vraxion_ckpt.checkpoint.head import Expert
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import check_plain
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, is_tensor
+from vraxion_ckpt.checkpoint.references import TensorRef, is_tensor
 from vraxion_ckpt.checkpoint.source_files import Sources
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, TensorDictField
 from vraxion_ckpt.errors import CkptError
 
 _PLAIN = (dict[str, Any], TensorDict[str, Any])  # written as they are, so they must be plain data
@@ -119,7 +121,7 @@ def _all_right(values: Collection[Any], expected: Any) -> bool:
         return True
     if found != {expected}:
         return found == {dict} and get_origin(expected) is Mapping and not any(values)
-    columns = _declared(expected).items() if is_dataclass(expected) else ()
+    columns = _declared(expected).items() if isinstance(expected, type) and is_dataclass(expected) else ()
     return bool(columns) and all(_all_right([*map(attrgetter(name), values)], kind) for name, kind in columns)
 
 
@@ -149,7 +151,11 @@ def _plain_faults(value: object, place: str) -> Iterator[str]:
 def _declared(kind: type) -> dict[str, Any]:
     """Return the annotated type of each field of a dataclass, except fields that are functions."""
     hints = get_type_hints(kind, localns={"Tensor": TensorRef})
-    return {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
+    held = {field.name: hints[field.name] for field in fields(kind) if get_origin(hints[field.name]) is not Callable}
+    return {
+        name: TensorDict[str, get_args(hint)[0]] if get_origin(hint) is TensorDictField else hint  # type: ignore[misc]
+        for name, hint in held.items()
+    }
 
 
 def _kind(value: object) -> str:
@@ -157,4 +163,5 @@ def _kind(value: object) -> str:
 
 
 def _type_text(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+    text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else re.sub(r"\b(\w+\.)+", "", str(kind))
+    return text.replace("TensorDict", "dict").replace("TensorRef", "Tensor")  # as plugins see them

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vraxion_ckpt.cli.terminal import Line, byte_size, print_lines, put
-from vraxion_ckpt.conversion.edit import Edited
 from vraxion_ckpt.conversion.edit_plan import EditKind
-from vraxion_ckpt.conversion.summary import Summary
-from vraxion_ckpt.recipes.recipe import Ran
 from vraxion_ckpt.wording import count, listed
+
+if TYPE_CHECKING:
+    from vraxion_ckpt.conversion.edit import Edited
+    from vraxion_ckpt.conversion.summary import Summary
+    from vraxion_ckpt.recipes.recipe import Ran
 
 _HOW = {
     EditKind.NOTHING: "nothing to change",

@@ -11,14 +11,12 @@ import os
 import re
 import secrets
 import shlex
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from vraxion_ckpt.commit import system_calls
 from vraxion_ckpt.commit.durability import flush
@@ -35,6 +33,9 @@ from vraxion_ckpt.errors import (
     is_out_of_memory,
 )
 from vraxion_ckpt.support import signals
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -74,6 +75,8 @@ def exclusive(target: Path) -> Iterator[None]:
         BusyError: another run holds the lock.
         StorageError: the file system refused or does not support locks, or a killed run cannot be recovered.
     """
+    from filelock import FileLock
+
     place = target.with_name(f".{target.name}.vraxion-ckpt.lock")
     # Other users must be able to open a lock file that a killed run has left.
     lock = FileLock(place, mode=0o666, fallback_to_soft=False, is_singleton=False, thread_local=False)
@@ -99,6 +102,8 @@ def exclusive(target: Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock, place: Path, target: Path) -> None:
     """Take the lock without waiting. Try three times, because the holder may just be removing the lock file."""
+    from filelock import Timeout
+
     existed = os.path.lexists(place)
     for last in (False, False, True):
         try:
@@ -117,6 +122,8 @@ def _acquire(lock: FileLock, place: Path, target: Path) -> None:
 
 
 def _check_can_make_files(target: Path) -> None:
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass

@@ -18,7 +18,7 @@ from vraxion_ckpt.errors import PluginError, StorageError, errors_at
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy, follow
 from vraxion_ckpt.optimizer.placement import place_as_listed, place_in_order, refuse_undecided
 from vraxion_ckpt.plugins.lent_tensors import LentTensors, counted_writes, wrote_into
-from vraxion_ckpt.plugins.options import resolved
+from vraxion_ckpt.plugins.options import recorded_options
 from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
 from vraxion_ckpt.plugins.transform import Effect, Step
 from vraxion_ckpt.wording import count, numbered
@@ -131,7 +131,7 @@ def _call(step: Step, before: Checkpoint) -> tuple[Checkpoint, dict[Path, bytes]
             asked = dict(asked) if isinstance(asked, Mapping) else asked
         if wrong := wrong_type(asked, dict[Path, bytes], "side_files"):
             raise _defect(step, wrong)
-        return after, asked, resolved(step.transform)
+        return after, asked, recorded_options(step.transform)
     except OSError as error:
         raise StorageError.from_os_error(error, error.filename or name) from error
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from vraxion_ckpt.checkpoint.comparison import alike, checkpoint_differences, in_threads, same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.references import StoredBytes, TensorRef
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.written_files import WrittenFiles
 
 
@@ -53,13 +54,14 @@ def is_copy(x: TensorRef, y: TensorRef, written: WrittenFiles) -> bool:
 def _has_checksum_of(x: TensorRef, y: TensorRef, written: WrittenFiles) -> bool:
     """Return whether the bytes of `y` were read back and have the checksum of those of `x`."""
     source, target = x.storage, y.storage
-    if source.crc is None or not isinstance(target, StoredBytes) or not (x.fills_storage() and y.fills_storage()):
+    known = source.known_crc if isinstance(source, StoredBytes) else source.crc
+    if known is None or not isinstance(target, StoredBytes) or not (x.fills_storage() and y.fills_storage()):
         return False
     read_back = written.crc(target.file, target.start, target.nbytes)
     if read_back is None:
         return False
     target.proven = target.crc == read_back
-    if source.crc != read_back:
+    if known != read_back:
         return False
     if isinstance(source, StoredBytes):
         source.proven = True

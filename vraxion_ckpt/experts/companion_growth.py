@@ -20,7 +20,8 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.provenance import Ancestor
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companions import COMPANION_HINT, Companion, prefixes_of
 from vraxion_ckpt.experts.noise import copy_of

@@ -13,7 +13,7 @@ from typing import Literal
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.references import TensorDict
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companion_growth import grown
 from vraxion_ckpt.experts.companions import COMPANION_HINT, Companion, find_companions, prefixes_of

@@ -21,8 +21,9 @@ from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.plain_data import named_references
 from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS
 from vraxion_ckpt.optimizer.parameter_order import model_order
 
 COMPANION_HINT = (
@@ -86,7 +87,7 @@ def prefixes_of(head: Head) -> list[str]:
     return [head.prefix(i) for i in sorted({*head.experts, *head.deleted})]
 
 
-_NUMBERS = frozenset({int, float, bool, type(None)})
+_NUMBERS = SCALARS - {str}  # lists of text may hold names of the head's tensors
 
 
 class _Finder:
@@ -102,8 +103,8 @@ class _Finder:
     def entry(self, value: Any, place: tuple[str | int, ...]) -> list[Companion]:
         """Return the companions in one entry of the payload or the optimizer."""
         found = list(self._inside(value, place))
-        known = {id(t) for each in found for _, t in named_tensors(_at(value, each.place[len(place) :]))}
-        rest = [t for _, t in named_tensors({"": value}) if t.is_floating_point() and id(t) not in known]
+        known = {id(t) for each in found for _, t in named_references(_at(value, each.place[len(place) :]))}
+        rest = [t for _, t in named_references({"": value}) if t.is_floating_point() and id(t) not in known]
         if rest and (self._holds_head(rest) or any(self._is_flat(tensor) for tensor in rest)):
             problem = "has tensors with the shapes of the whole head under unknown names"
             found.append(Companion(place, "unknown", problem=problem))

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.references import TensorDict
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import TransformError
 from vraxion_ckpt.experts.companions import COMPANION_HINT
 

@@ -30,7 +30,7 @@ def copy_of(tensor: TensorRef, noise: tuple[tuple[float, str], ...], leaf: str) 
         return tensor.copied()
     import torch
 
-    copy = tensor.values().detach().clone(memory_format=torch.preserve_format)
+    copy = tensor.read_only_tensor().detach().clone(memory_format=torch.preserve_format)
     for deviation, seed in noise:
         noisy = copy.contiguous()
         _add_noise(noisy.view(-1), deviation, seed + leaf)
@@ -55,7 +55,7 @@ def warn_of_lost_noise(pairs: Mapping[str, tuple[TensorRef, TensorRef]], noise: 
         if numbers and not copy.is_floating_point():
             lost.append(f"{leaf} ({copy.dtype}) is not changed")
         elif numbers:
-            changed = _count_changed(old.values(), copy.values())
+            changed = _count_changed(old.read_only_tensor(), copy.read_only_tensor())
             if 2 * changed < numbers:
                 lost.append(f"{leaf} ({copy.dtype}) has {changed} of {numbers} elements changed")
     if lost:

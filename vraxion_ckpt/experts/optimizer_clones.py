@@ -73,7 +73,7 @@ def in_dtype(tensor: TensorRef, dtype: str) -> TensorRef:
     """Return a copy of a tensor, converted to another dtype."""
     import torch
 
-    return reference(tensor.values().detach().to(getattr(torch, dtype), copy=True))
+    return reference(tensor.read_only_tensor().detach().to(getattr(torch, dtype), copy=True))
 
 
 def is_master_copy(value: Any, name: str, parameter: TensorRef) -> bool:

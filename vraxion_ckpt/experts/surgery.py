@@ -18,8 +18,8 @@ from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.provenance import Ancestor
-from vraxion_ckpt.checkpoint.references import TensorDict
 from vraxion_ckpt.checkpoint.shared_memory import sharing
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.noise import copy_of, warn_of_lost_noise
 from vraxion_ckpt.experts.optimizer_clones import StatePolicy, clone_in_optimizer, refuse_flat_state
@@ -132,7 +132,7 @@ def remove_expert(checkpoint: Checkpoint, expert: int, into: int) -> None:
     if router is not None:
         import torch
 
-        owners = router.values().to(torch.int64, copy=True)  # some integer dtypes do not support masks
+        owners = router.read_only_tensor().to(torch.int64, copy=True)  # some integer dtypes do not support masks
         owners[owners == expert] = into
         owners[owners > expert] -= 1
         checkpoint.router_map = owners.to(getattr(torch, router.dtype))

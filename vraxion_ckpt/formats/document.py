@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
-from vraxion_ckpt.checkpoint.plain_data import check_plain
+from vraxion_ckpt.checkpoint.plain_data import check_plain, dtype_name
 from vraxion_ckpt.checkpoint.provenance import Origin
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, as_reference, referenced, resolved
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError, LimitError, errors_at
 from vraxion_ckpt.formats.document_values import TensorStore, ValueDecoder, encode_value
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras, parse_extras, refuse_newer
@@ -29,6 +30,7 @@ from vraxion_ckpt.formats.state_dict import split_head
 from vraxion_ckpt.support.model_errors import refusals
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -73,23 +75,24 @@ class _Document(BaseModel):
 
 
 def dump_document(
-    checkpoint: Checkpoint, dtypes: Collection[str], is_name: Callable[[str], bool]
-) -> tuple[dict[str, TensorRef], dict[str, Any]]:
+    checkpoint: Checkpoint, dtypes: Collection[torch.dtype | str], is_name: Callable[[str], bool]
+) -> tuple[TensorDict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint as named tensors and a document.
 
     Args:
         checkpoint: the checkpoint; its optimizer is bound.
-        dtypes: names of the dtypes that the format can hold, ``uint8`` among them.
+        dtypes: the dtypes that the format can hold, or their names, ``uint8`` among them.
         is_name: a function that tells whether the format accepts a name for a tensor.
 
     Returns:
         the tensors to store by name, and the document. Each tensor has one of `dtypes`; it may be non-contiguous.
     """
-    tensors = TensorStore(dtypes, is_name)
+    names = frozenset(map(dtype_name, dtypes))
+    tensors = TensorStore(names, is_name)
     model: list[Any] = []
     for name, tensor in checkpoint.state_references().items():
         # Bytes stored under the name of a tensor would look like the tensor to programs that ignore the document.
-        as_it_is = is_name(name) and not name.startswith(OUR_PREFIX) and tensor.dtype in dtypes
+        as_it_is = is_name(name) and not name.startswith(OUR_PREFIX) and tensor.dtype in names
         found = tensors.put(tensor, name if as_it_is else f"{OUR_PREFIX}model/{len(model)}")
         model.append(name if found == {"$tensor": name} else [name, found])
     extras = Extras(
@@ -108,7 +111,7 @@ def dump_document(
         "optimizer": None if checkpoint.optimizer is None else _dump_optimizer(checkpoint.optimizer, tensors),
         "extras": encode_value(extras.as_json(), "extras", tensors),
     }
-    return tensors.by_name, document
+    return TensorDict(tensors.by_name), document
 
 
 def _dump_optimizer(optimizer: Optimizer, tensors: TensorStore) -> dict[str, Any]:

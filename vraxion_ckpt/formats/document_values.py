@@ -17,14 +17,15 @@ from dataclasses import replace
 from typing import Any
 
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, bytes_of
-from vraxion_ckpt.checkpoint.references import ITEMSIZES, StoredBytes, TensorRef, contiguous_strides, reference
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, TensorRef, contiguous_strides, reference
 from vraxion_ckpt.checkpoint.shared_memory import view_of
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS
 from vraxion_ckpt.errors import InconsistentError, LimitError, raise_if_out_of_memory
 from vraxion_ckpt.formats.extras import OUR_PREFIX
 
 _PLACE = 300  # the longest place in characters, so that a long key is not copied for every entry below it
 _MOST_DIMENSIONS = 64
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 _MOST_ELEMENTS = 2**48  # of a tensor; an empty dimension counts as 1
 _QUANTISED = "q"  # the names of quantised dtypes, which need a scale, begin with this
 
@@ -73,7 +74,7 @@ class TensorStore:
 def _as_bytes(tensor: TensorRef) -> TensorRef:
     """Return a tensor's elements as bytes, dtype uint8 and shape ``[n]``."""
     if not tensor.is_contiguous() or tensor.conj or tensor.neg:
-        return reference(bytes_of(tensor.values()))
+        return reference(bytes_of(tensor.read_only_tensor()))
     first = tensor.first * tensor.itemsize
     return TensorRef(tensor.storage, "uint8", (tensor.nbytes,), (1,), first)
 
@@ -106,7 +107,7 @@ def encode_value(value: Any, place: str, tensors: TensorStore) -> Any:
 def _holds_only_json(values: Collection[Any]) -> bool:
     """Return whether all entries are scalars that are written as they are."""
     kinds = set(map(type, values))
-    if not kinds <= _SCALARS:
+    if not kinds <= SCALARS:
         return False
     return float not in kinds or all(math.isfinite(value) for value in values if type(value) is float)
 
@@ -133,7 +134,7 @@ class ValueDecoder:
         if depth > DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", key=place)
         if isinstance(value, list):
-            if depth < DEEPEST and _SCALARS.issuperset(map(type, value)):
+            if depth < DEEPEST and SCALARS.issuperset(map(type, value)):
                 return value
             return [self.decode(entry, f"{place}[{i}]", depth + 1) for i, entry in enumerate(value)]
         if not isinstance(value, dict):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef, referenced
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras

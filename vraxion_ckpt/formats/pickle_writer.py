@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
-
-from vraxion_ckpt.checkpoint.references import Storage, TensorDict, TensorRef, is_tensor, reference
+from vraxion_ckpt.checkpoint.references import Storage, TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.errors import UnsupportedError
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -34,41 +31,8 @@ def pickled(value: Any) -> Pickled:
     """
     content = io.BytesIO()
     pickler = _Pickler(content, 2)
-    pickler.dump(_with_references(value, {}))
+    pickler.dump(referenced(value))
     return Pickled(content.getvalue(), tuple(pickler.keys))
-
-
-def _with_references(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """Return a value with a reference for each tensor, and a dict for each `TensorDict`.
-
-    Other containers are the same objects if nothing in them is replaced. Containers that occur twice also do in the
-    result, so that they are pickled once. `done` has, by its id, each container and its replacement.
-    """
-    if is_tensor(value):
-        return value if isinstance(value, TensorRef) else reference(value)
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if id(value) not in done:
-        done[id(value)] = value, _replaced(value, done)
-    return done[id(value)][1]
-
-
-def _replaced(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    if isinstance(value, TensorDict):
-        return _with_references(value.references(), done)
-    entries = value.values() if isinstance(value, dict) else value
-    if _SCALARS.issuperset(map(type, entries)):
-        return value
-    new = [_with_references(entry, done) for entry in entries]
-    if all(one is other for one, other in zip(new, entries, strict=True)):
-        return value
-    if not isinstance(value, dict):
-        return type(value)(new)
-    if not isinstance(value, OrderedDict):
-        return dict(zip(value, new, strict=True))
-    ordered = OrderedDict(zip(value, new, strict=True))
-    ordered.__dict__.update(value.__dict__)
-    return ordered
 
 
 @dataclass(frozen=True)
@@ -103,11 +67,15 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, TensorRef):
             return NotImplemented
         if value.parameter:
+            import torch
+
             plain = replace(value, parameter=False, requires_grad=False, _tensor=None)
             return torch._utils._rebuild_parameter, (plain, value.requires_grad, _NoHooks())
         return self._tensor(value)
 
     def _tensor(self, ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        import torch
+
         kind = _storage_class(ref.dtype)
         storage = ref.storage
         if storage.nbytes and self._kinds.setdefault(storage, kind) is not kind:
@@ -137,5 +105,7 @@ class _Pickler(pickle.Pickler):
 @cache
 def _storage_class(dtype: str) -> type:
     """Return torch's typed storage class of a dtype, or `torch.UntypedStorage` if there is none."""
+    import torch
+
     name = torch.storage._dtype_to_storage_type_map().get(getattr(torch, dtype))
     return getattr(torch, name) if name else torch.UntypedStorage

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.checkpoint.references import ComputedBytes, TensorDict, TensorRef, as_reference
+from vraxion_ckpt.checkpoint.references import ComputedBytes, TensorRef, as_reference
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.checkpoint.written_files import note_written
 from vraxion_ckpt.errors import InconsistentError, LimitError, StorageError, errors_at, raise_if_out_of_memory
 from vraxion_ckpt.formats.safetensors_file import (
@@ -79,10 +80,10 @@ def _placements(ref: TensorRef, start: int) -> Iterator[Placement]:
     if ref.is_contiguous() and not (ref.conj or ref.neg):
         yield Placement(ref.storage, ref.first * ref.itemsize, ref.nbytes, start)
     elif isinstance(ref.storage, ComputedBytes):  # computing it for each block would take too long
-        whole = ComputedBytes(ref.nbytes, lambda: _plain(ref.values()))
+        whole = ComputedBytes(ref.nbytes, lambda: _plain(ref.read_only_tensor()))
         yield Placement(whole, 0, ref.nbytes, start)
     else:
-        values = ref.values().detach()
+        values = ref.read_only_tensor().detach()
         for index in _blocks(ref.shape, ref.itemsize):
             block = values[index]
             yield Placement(ComputedBytes(block.nbytes, partial(_plain, block)), 0, block.nbytes, start)

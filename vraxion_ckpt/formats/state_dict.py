@@ -13,7 +13,8 @@ from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import VRAXION
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
 from vraxion_ckpt.checkpoint.provenance import Origin
-from vraxion_ckpt.checkpoint.references import TensorDict, TensorRef
+from vraxion_ckpt.checkpoint.references import TensorRef
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import InconsistentError
 from vraxion_ckpt.formats.extras import OUR_PREFIX
 from vraxion_ckpt.formats.payload_dialect import origin_of_state_dict
@@ -72,7 +73,7 @@ def split_head(checkpoint: Checkpoint, path: Path, deleted: frozenset[int] = fro
 
 def with_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
     """Return the checkpoint with a head, and without ``num_experts`` in its payload, which the head determines."""
-    payload = TensorDict(checkpoint.payload)
+    payload = checkpoint.payload.copy()
     payload.pop("num_experts", None)
     return replace(checkpoint, head=head, payload=payload)
 

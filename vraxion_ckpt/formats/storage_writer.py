@@ -49,8 +49,8 @@ class Placement:
 def write_storages(placements: Sequence[Placement], target: OpenFile, advance: Callable[[int], object]) -> list[int]:
     """Write bytes of storages into an open file.
 
-    Storages that a file states a checksum for become `StoredBytes.proven`. Computed storages are computed one at a
-    time, and freed.
+    If a source states a checksum for a storage, the copy proves it (`StoredBytes.proven`). Computed storages are
+    computed one at a time, and freed.
 
     Args:
         placements: what goes where, in the order of the offsets in the target.
@@ -67,10 +67,7 @@ def write_storages(placements: Sequence[Placement], target: OpenFile, advance: C
     """
     found: list[int] = []
     for group in _groups(placements):
-        copies = _copy_group(group, target, advance)
-        for placement, copy in zip(group, copies, strict=True):
-            _judge(placement, copy, target)
-            found.append(copy.crc)
+        found += _write_group(group, target, advance)
     return found
 
 
@@ -94,7 +91,7 @@ def _groups(placements: Sequence[Placement]) -> Iterator[list[Placement]]:
         yield group
 
 
-def _copy_group(group: Sequence[Placement], target: OpenFile, advance: Callable[[int], object]) -> list[Copy]:
+def _write_group(group: Sequence[Placement], target: OpenFile, advance: Callable[[int], object]) -> list[int]:
     opened: dict[SourceFile, OpenFile] = {}
     with ExitStack() as stack:
         copies = []
@@ -107,9 +104,7 @@ def _copy_group(group: Sequence[Placement], target: OpenFile, advance: Callable[
                     opened[file] = OpenFile(stack.enter_context(file.opened()), file.path)
                 source = opened[file]
             else:
-                memory = storage.given if storage.given is not None else storage.view()
-                stack.callback(memory.nbytes)  # keeps it alive
-                source = buffer_of(memory)
+                source = buffer_of(storage.given if storage.given is not None else storage.view())
             copies.append(
                 Copy(source, first, placement.nbytes, placement.target_start, sums_source=placement.stated is None)
             )
@@ -119,7 +114,9 @@ def _copy_group(group: Sequence[Placement], target: OpenFile, advance: Callable[
             for file in opened:
                 file.check_unchanged()
             raise
-    return copies
+    for placement, copy in zip(group, copies, strict=True):
+        _judge(placement, copy, target)
+    return [copy.crc for copy in copies]
 
 
 def _judge(placement: Placement, copy: Copy, target: OpenFile) -> None:

@@ -1,9 +1,10 @@
-"""Check the zip archive of a ``.pt`` file before torch reads it.
+"""Check the zip archive of a ``.pt`` file before its pickle is read.
 
 A ``.pt`` file is a zip archive of uncompressed members: ``<prefix>/data.pkl``, a pickle of the structure, and
 ``<prefix>/data/<key>``, one raw storage each (see ``torch/serialization.py``). ``torch.load`` trusts the archive: it
-skips all checksums, and one flag of a member makes it return uninitialised memory. So this module checks names, flags,
-sizes, overlaps, checksums, and that local headers agree with the directory. Imports without torch.
+skips all checksums, and one flag of a member makes it return uninitialised memory. This module checks names, flags,
+sizes, overlaps, checksums of small members, and that local headers agree with the directory. The checksums of storages
+are verified when their bytes are copied or used. Imports without torch.
 """
 
 from __future__ import annotations

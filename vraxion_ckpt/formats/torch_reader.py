@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vraxion_ckpt.checkpoint.plain_data import DEEPEST, check_plain
-from vraxion_ckpt.checkpoint.references import resolved
 from vraxion_ckpt.checkpoint.source_files import SourceFile, Sources, StoredBytes
+from vraxion_ckpt.checkpoint.tensor_dict import resolved
 from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, UsageError, errors_at, raise_if_out_of_memory
 from vraxion_ckpt.formats.torch_archive import check_archive
 from vraxion_ckpt.formats.torch_pickle import read_pickle
@@ -58,7 +58,7 @@ def load_torch_references(path: Path, sources: Sources, allow_globals: Sequence[
             source,
             member.start,
             member.size,
-            None if member.size and not member.crc else member.crc,
+            None if member.size and not member.crc else member.crc,  # some writers leave it 0
             member.name,
             _ALIGNMENT,
         )

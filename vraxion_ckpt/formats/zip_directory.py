@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from vraxion_ckpt.errors import CorruptError, LimitError, StorageError, UnsupportedError
+from vraxion_ckpt.formats.zip_records import (
+    CENTRAL_HEADER,
+    END,
+    END64,
+    END64_LOCATOR,
+    HAS_DESCRIPTOR,
+    LOCAL_HEADER,
+    UTF8_NAME,
+)
 
 _MOST_MEMBERS = 200_000
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4s4H2IH")
-_END64_LOCATOR = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 
 
 class Member(NamedTuple):
@@ -99,7 +102,7 @@ class ZipDirectory:
         directory = bytes(self._data[start:end])
         at = 0
         for _ in range(count):
-            if at + _CENTRAL.size > len(directory):
+            if at + CENTRAL_HEADER.size > len(directory):
                 self._corrupt("the directory's size does not match its entries")
             after, offset, member = self._central_entry(directory, at, start)
             yield offset, member
@@ -110,18 +113,18 @@ class ZipDirectory:
     def _end_of_directory(self) -> tuple[int, int, int]:
         """Return the number of entries, and the offsets at which the directory starts and ends."""
         size = len(self._data)
-        if size < _END.size or bytes(self._data[size - _END.size :][:4]) != b"PK\x05\x06":
+        if size < END.size or bytes(self._data[size - END.size :][:4]) != b"PK\x05\x06":
             self._corrupt("is truncated, or has bytes after its end")
-        at = size - _END.size
-        _, disk, directory_disk, here, count, length, start, comment = self._unpack(_END, at)
+        at = size - END.size
+        _, disk, directory_disk, here, count, length, start, comment = self._unpack(END, at)
         if disk or directory_disk or here != count or comment:
             self._corrupt("its end record is damaged")
-        locator = at - _END64_LOCATOR.size
+        locator = at - END64_LOCATOR.size
         if locator >= 0 and bytes(self._data[locator : locator + 4]) == b"PK\x06\x07":
-            _, locator_disk, at64, disks = self._unpack(_END64_LOCATOR, locator)
-            if locator_disk or disks > 1 or at64 + _END64.size != locator:
+            _, locator_disk, at64, disks = self._unpack(END64_LOCATOR, locator)
+            if locator_disk or disks > 1 or at64 + END64.size != locator:
                 self._corrupt("its zip64 locator is damaged")
-            signature, length64, _, _, d1, d2, here64, count64, size64, start64 = self._unpack(_END64, at64)
+            signature, length64, _, _, d1, d2, here64, count64, size64, start64 = self._unpack(END64, at64)
             short = ((count, count64, 0xFFFF), (length, size64, 0xFFFFFFFF), (start, start64, 0xFFFFFFFF))
             agree = all(value in (full, limit) for value, full, limit in short)
             if signature != b"PK\x06\x06" or length64 != 44 or d1 or d2 or here64 != count64 or not agree:
@@ -151,8 +154,8 @@ class ZipDirectory:
             _,
             attributes,
             offset,
-        ) = _CENTRAL.unpack_from(directory, at)
-        name_at = at + _CENTRAL.size
+        ) = CENTRAL_HEADER.unpack_from(directory, at)
+        name_at = at + CENTRAL_HEADER.size
         extra_at = name_at + n_name
         after = extra_at + n_extra + n_comment
         if signature != b"PK\x01\x02" or after > len(directory):
@@ -166,11 +169,11 @@ class ZipDirectory:
                 raise LimitError("is compressed and would inflate beyond the file", path=self._path, key=name)
             self._compressed.append(name)
             return after, offset, Member(name, offset, 0, crc)
-        if flags & ~(_HAS_DESCRIPTOR | _UTF8) or packed != size or disk:
+        if flags & ~(HAS_DESCRIPTOR | UTF8_NAME) or packed != size or disk:
             self._corrupt("is encrypted, or its header is damaged", name)
         if name.endswith("/") or attributes & 0x10:
             self._corrupt("is marked as a directory", name)
-        if offset + _LOCAL.size > start:
+        if offset + LOCAL_HEADER.size > start:
             self._corrupt("lies beyond the directory", name)
         begin = self._check_local(offset, raw_name, flags, crc, size, name)
         if begin + size > start:
@@ -195,13 +198,15 @@ class ZipDirectory:
 
     def _check_local(self, offset: int, raw_name: bytes, flags: int, crc: int, size: int, name: str) -> int:
         """Compare a local header with its directory entry, and return the offset of the member's bytes."""
-        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = self._unpack(_LOCAL, offset)
-        name_at = offset + _LOCAL.size
+        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = self._unpack(
+            LOCAL_HEADER, offset
+        )
+        name_at = offset + LOCAL_HEADER.size
         if signature != b"PK\x03\x04" or self._data[name_at : name_at + n_name] != raw_name:
             self._corrupt("its local header names another member", name)
         if method or local_flags != flags:
             self._corrupt("its local header contradicts the directory", name)
-        if not flags & _HAS_DESCRIPTOR:
+        if not flags & HAS_DESCRIPTOR:
             allowed = (size, 0xFFFFFFFF) if size >= 0xFFFFFFFF else (size,)
             if local_crc != crc or packed not in allowed or full not in allowed:
                 self._corrupt("its local header contradicts the directory", name)

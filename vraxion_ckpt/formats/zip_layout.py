@@ -11,12 +11,16 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_END64_LOCATOR = struct.Struct("<4sIQI")
-_END = struct.Struct("<4s4H2IH")
-_HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
+from vraxion_ckpt.formats.zip_records import (
+    CENTRAL_HEADER,
+    END,
+    END64,
+    END64_LOCATOR,
+    HAS_DESCRIPTOR,
+    LOCAL_HEADER,
+    UTF8_NAME,
+)
+
 _MOST_32, _MOST_16 = 0xFFFFFFFF, 0xFFFF
 _NEEDS_64 = 0xFFFFFFFF  # numbers from here on are in zip64 fields
 ALIGNMENT = 64
@@ -51,10 +55,10 @@ class NewMember:
     def header(self) -> bytes:
         """Return the local header, padded with an extra field so that the bytes are aligned."""
         extra = _zip64_field(self.size, self.header_start)
-        padding = self.start - self.header_start - _LOCAL.size - len(self.name) - len(extra) - 4
+        padding = self.start - self.header_start - LOCAL_HEADER.size - len(self.name) - len(extra) - 4
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         fixed = (b"PK\x03\x04", 0, self._flags, 0, 0, 0, 0, 0, 0, len(self.name), len(extra))
-        return _LOCAL.pack(*fixed) + self.name + extra
+        return LOCAL_HEADER.pack(*fixed) + self.name + extra
 
     def descriptor(self, crc: int) -> bytes:
         """Return what follows the bytes: their CRC-32 and their number. An empty member has none."""
@@ -68,11 +72,11 @@ class NewMember:
         size, offset = (_MOST_32 if number >= _NEEDS_64 else number for number in (self.size, self.header_start))
         lengths = (len(self.name), len(extra), 0, 0, 0, 0)
         fixed = (b"PK\x01\x02", 0, 0, self._flags, 0, 0, 0, crc, size, size, *lengths, offset)
-        return _CENTRAL.pack(*fixed) + self.name + extra
+        return CENTRAL_HEADER.pack(*fixed) + self.name + extra
 
     @property
     def _flags(self) -> int:
-        return _UTF8 | (_HAS_DESCRIPTOR if self.size else 0)
+        return UTF8_NAME | (HAS_DESCRIPTOR if self.size else 0)
 
 
 def _zip64_field(size: int, offset: int) -> bytes:
@@ -87,7 +91,7 @@ def lay_out(members: Iterable[tuple[str, int]]) -> list[NewMember]:
     at = 0
     for name, size in members:
         encoded = name.encode()
-        unaligned = at + _LOCAL.size + len(encoded) + len(_zip64_field(size, at)) + 4
+        unaligned = at + LOCAL_HEADER.size + len(encoded) + len(_zip64_field(size, at)) + 4
         placed.append(NewMember(encoded, size, at, -(-unaligned // ALIGNMENT) * ALIGNMENT))
         at = placed[-1].end
     return placed
@@ -95,7 +99,7 @@ def lay_out(members: Iterable[tuple[str, int]]) -> list[NewMember]:
 
 def directory_size(members: Sequence[NewMember]) -> int:
     """Return the number of bytes that `directory` returns."""
-    fixed = _CENTRAL.size * len(members) + _END64.size + _END64_LOCATOR.size + _END.size
+    fixed = CENTRAL_HEADER.size * len(members) + END64.size + END64_LOCATOR.size + END.size
     return fixed + sum(len(each.name) + len(_zip64_field(each.size, each.header_start)) for each in members)
 
 
@@ -104,8 +108,8 @@ def directory(members: Sequence[NewMember], crcs: Sequence[int]) -> bytes:
     start = members[-1].end
     entries = b"".join(member.directory_entry(crc) for member, crc in zip(members, crcs, strict=True))
     count, size = len(members), len(entries)
-    end64 = _END64.pack(b"PK\x06\x06", _END64.size - 12, 0x031E, 45, 0, 0, count, count, size, start)
-    locator = _END64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+    end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, size, start)
+    locator = END64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
     short_count = min(count, _MOST_16)
     short = (short_count, short_count, min(size, _MOST_32), min(start, _MOST_32))
-    return entries + end64 + locator + _END.pack(b"PK\x05\x06", 0, 0, *short, 0)
+    return entries + end64 + locator + END.pack(b"PK\x05\x06", 0, 0, *short, 0)

@@ -121,7 +121,7 @@ class Adapter(Plugin):
         """Read as much of a checkpoint as possible, and note every error instead of raising the first.
 
         An adapter of a format with several files should examine each file here. The caller checks the contents of the
-        returned checkpoint and the checksums of the mapped files.
+        returned checkpoint and the checksums of the registered files.
 
         Returns:
             The checkpoint, or None if it cannot be read as a whole.

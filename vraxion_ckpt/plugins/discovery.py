@@ -60,6 +60,19 @@ class Broken:
     reason: str
 
 
+@dataclass(frozen=True)
+class _EntryPoint:
+    """An entry point in our group, and the name and version of its distribution."""
+
+    point: metadata.EntryPoint
+    distribution: str
+    version: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.distribution}:{self.point.name}"
+
+
 @dataclass
 class Registry:
     """Every plugin that was found."""
@@ -75,22 +88,16 @@ def registry() -> Registry:
     """Load every installed plugin, once."""
     found = Registry(pluggy.PluginManager(hookspecs.GROUP))
     found.manager.add_hookspecs(hookspecs)
-    entry_points = [
-        (distribution, entry)
-        for distribution in _distributions()
-        for entry in distribution.entry_points
-        if entry.group == hookspecs.GROUP
-    ]
-    for distribution, entry in sorted(entry_points, key=lambda pair: (pair[0].name, pair[1].name)):
+    for entry in _entry_points():
         try:
             with output_to_stderr():
-                _load(found, entry, distribution)
+                _load(found, entry)
         except BaseException as error:  # a plugin that fails must not disable the others
             raise_if_out_of_memory(error)
             if not is_fault_of_plugin(error):
                 raise
-            found.broken.append(Broken(entry.name, distribution.name, in_words(error)))
-            if plugin := found.manager.get_plugin(_key(entry, distribution)):
+            found.broken.append(Broken(entry.point.name, entry.distribution, in_words(error)))
+            if plugin := found.manager.get_plugin(entry.key):
                 found.manager.unregister(plugin)
     for broken in found.broken:
         message = f"plugin {broken.entry_point} of {broken.distribution} is not used: {broken.reason}"
@@ -98,22 +105,23 @@ def registry() -> Registry:
     return found
 
 
-def _distributions() -> list[metadata.Distribution]:
-    """Return the distributions with an entry point in our group. Other distributions' metadata is not parsed."""
+def _entry_points() -> list[_EntryPoint]:
+    """Return the entry points in our group. The metadata of distributions without one is not parsed."""
     group = f"[{hookspecs.GROUP}]"
     offering = (each for each in metadata.distributions() if group in (each.read_text("entry_points.txt") or ""))
-    names = {distribution.name for distribution in offering if distribution.metadata}
-    # A distribution can be found twice: as an editable install and as its source tree. The first one is used.
-    return [metadata.distribution(name) for name in sorted(names)]
+    names = {about["Name"] for about in (distribution.metadata for distribution in offering) if about}
+    found: list[_EntryPoint] = []
+    for name in sorted(names):
+        # A distribution can be found twice: as an editable install and as its source tree. The first one is used.
+        distribution = metadata.distribution(name)
+        offers, version = distribution.entry_points.select(group=hookspecs.GROUP), distribution.version
+        found += [_EntryPoint(entry, name, version) for entry in sorted(offers, key=lambda entry: entry.name)]
+    return found
 
 
-def _key(entry: metadata.EntryPoint, distribution: metadata.Distribution) -> str:
-    return f"{distribution.name}:{entry.name}"
-
-
-def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
-    plugin = entry.load()
-    found.manager.register(plugin, name=_key(entry, distribution))
+def _load(found: Registry, entry: _EntryPoint) -> None:
+    plugin = entry.point.load()
+    found.manager.register(plugin, name=entry.key)
     # Otherwise, pluggy silently ignores a hook with a misspelt name.
     found.manager.check_pending()
     offers: list[tuple[dict[str, list[Registered[Any]]], Registered[Any]]] = []
@@ -130,8 +138,7 @@ def _load(found: Registry, entry: metadata.EntryPoint, distribution: metadata.Di
                 raise PluginError(f"{hook} returned a {type(classes).__name__}, not a list")
             for offer in classes:
                 check_offer(offer, base, hook)
-                origin = (entry.name, distribution.name, distribution.version)
-                offers.append((names, Registered(offer, *origin)))
+                offers.append((names, Registered(offer, entry.point.name, entry.distribution, entry.version)))
     # Register all classes of an entry point or none.
     for names, registered in offers:
         note_distribution(registered.plugin, registered.distribution)

@@ -15,7 +15,7 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.comparison import in_threads
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
-from vraxion_ckpt.checkpoint.plain_data import named_tensors
+from vraxion_ckpt.checkpoint.plain_data import named_references
 from vraxion_ckpt.checkpoint.references import MadeBytes, Storage, TensorRef, as_reference, was_written
 from vraxion_ckpt.wording import listed
 
@@ -87,10 +87,10 @@ def references_by_name(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorRef]
     if optimizer is not None:
         groups = [group.options for group in optimizer.groups]
         for value in (optimizer.state, {"groups": groups, "extra": optimizer.extra}):
-            yield from ((name, as_reference(tensor)) for name, tensor in named_tensors(value, "optimizer"))
+            yield from named_references(value, "optimizer")
     if isinstance(checkpoint, UnboundCheckpoint):
-        yield from ((name, as_reference(t)) for name, t in named_tensors(checkpoint.unbound.state_dict, "optimizer"))
-    yield from named_tensors(checkpoint.payload, "payload")
+        yield from named_references(checkpoint.unbound.state_dict, "optimizer")
+    yield from named_references(checkpoint.payload, "payload")
     for i, expert in checkpoint.head.experts.items() if checkpoint.head else ():
         if expert.is_open:
             yield from ((f"expert {i} {leaf}", ref) for leaf, ref in expert.references().items())

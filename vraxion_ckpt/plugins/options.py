@@ -178,7 +178,7 @@ def _explain(refusal: Refusal) -> tuple[str, str]:
     return option, f"option {refusal.key!r}: {refusal.what}{given}"
 
 
-def resolved(plugin: Plugin) -> dict[str, Any]:
+def recorded_options(plugin: Plugin) -> dict[str, Any]:
     """Return every option with its value as JSON, for a checkpoint's history."""
     with calling(plugin):
         options = plugin.model_dump(mode="json")

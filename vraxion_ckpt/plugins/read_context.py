@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vraxion_ckpt.checkpoint.references import TensorRef, resolved
+from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
+from vraxion_ckpt.checkpoint.tensor_dict import resolved
 from vraxion_ckpt.errors import InconsistentError, StorageError
 from vraxion_ckpt.formats import safetensors_file, torch_reader
 from vraxion_ckpt.support import json_files

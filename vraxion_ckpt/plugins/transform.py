@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.plugins.options import Plugin
 
@@ -49,6 +51,8 @@ class Effect:
 
 class Transform(Plugin):
     """Change a checkpoint. Fields are options (``NAME:key=value``)."""
+
+    model_config = ConfigDict(defer_build=True)  # most commands load every transform and use none
 
     @abstractmethod
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:

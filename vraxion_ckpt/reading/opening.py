@@ -46,7 +46,9 @@ _MOST_SEARCHED = 1000  # entries of a folder that are searched for checkpoints
 
 @memory_errors()
 def read(path: PathLike, *, optimizer: OptimizerPolicy = "keep", **reading: Unpack[ReadKeywords]) -> Checkpoint:
-    """Open a checkpoint of any format. Tensors are memory-mapped; experts in their own files are opened on first use.
+    """Open a checkpoint of any format.
+
+    Tensors are read when they are used. Experts in files of their own are opened on first use.
 
     Args:
         path: a file or a directory.

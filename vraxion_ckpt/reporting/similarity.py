@@ -25,7 +25,7 @@ _PIECE = 2**16
 
 
 @dataclass(frozen=True)
-class Copy:
+class ExpertCopy:
     """An expert that is equal or nearly equal to another expert.
 
     Attributes:
@@ -49,7 +49,7 @@ class Group:
     """
 
     first: int
-    copies: tuple[Copy, ...]
+    copies: tuple[ExpertCopy, ...]
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ def compare_experts(experts: Mapping[int, Expert], ids: Sequence[int]) -> Simila
 
 def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list[Group]:
     """Group copies. All experts must have the same shapes. `cosines` has a row for each expert, in order."""
-    found: list[tuple[int, list[Copy]]] = []  # the first expert's position and the copies of each group
+    found: list[tuple[int, list[ExpertCopy]]] = []  # the first expert's position and the copies of each group
     ids = list(experts)
     for place, i in enumerate(ids):
         for first, copies in found:
@@ -119,11 +119,11 @@ def _groups(experts: Mapping[int, Expert], cosines: NDArray[np.float64]) -> list
     return [Group(ids[first], tuple(copies)) for first, copies in found]
 
 
-def _copy(original: Expert, expert: int, copy: Expert, *, measured: bool) -> Copy:
+def _copy(original: Expert, expert: int, copy: Expert, *, measured: bool) -> ExpertCopy:
     one, other = ({leaf: _data(ref) for leaf, ref in each.references().items()} for each in (original, copy))
     differing = [leaf for leaf in other if not same_bits(one[leaf], other[leaf])]
     pairs = [(one[leaf], other[leaf]) for leaf in differing]
-    return Copy(expert, tuple(differing), measure(pairs) if measured and pairs else None)
+    return ExpertCopy(expert, tuple(differing), measure(pairs) if measured and pairs else None)
 
 
 def _data(tensor: TensorRef) -> TensorRef:
@@ -138,7 +138,7 @@ def _products(experts: Sequence[Expert]) -> NDArray[np.float64]:
     held = [expert.references() for expert in experts]
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for leaf in held[0]:
-        flat = [leaves[leaf].values().detach().reshape(-1) for leaves in held]
+        flat = [leaves[leaf].read_only_tensor().detach().reshape(-1) for leaves in held]
         for start in range(0, len(flat[0]), _PIECE):
             rows = torch.stack([_as_reals(one[start : start + _PIECE]) for one in flat])
             total += rows @ rows.T

@@ -1,4 +1,4 @@
-"""Strict JSON and YAML, JSON models, signals, progress.
+"""Strict JSON and YAML, JSON models, signals, progress, checksums, copies between files.
 
 May import: `errors`. Imports without torch.
 """

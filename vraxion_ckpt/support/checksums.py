@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +23,7 @@ _ONE = 1 << 31  # the polynomial 1
 
 def checksums_of_ranges(descriptor: int, ranges: Sequence[tuple[int, int]], path: Path) -> list[int]:
     """Return the CRC-32 of ranges of an open file, each given by its offset and its number of bytes."""
+    from concurrent.futures import ThreadPoolExecutor
 
     def of_range(place: tuple[int, int]) -> int:
         start, size = place

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -90,6 +89,8 @@ def copy_all(copies: Sequence[Copy], target: OpenFile, advance: Callable[[int], 
         CorruptError: a source ends before.
         StorageError: the operating system cannot read a source, or write the target or read it back.
     """
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
     stripes = [stripe for copy in copies for stripe in _stripes(copy)]
     run = _Run(target, deque(_bundles(stripes)))
     threads = min(THREADS, len(run.waiting))

@@ -5,10 +5,16 @@ Adding a field keeps the version. Removing a field, or changing its meaning, nee
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+from itertools import pairwise
+from textwrap import dedent
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, PlainSerializer, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -47,7 +53,30 @@ Plain = Annotated[Any, PlainSerializer(_as_plain, when_used="json")]
 class Fact(BaseModel):
     """A part of the output of a command. The docstring of each field is its description in the schema."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Add the descriptions. With ``use_attribute_docstrings``, every command would read the source for them."""
+        found = handler(schema)
+        fields = handler.resolve_ref_schema(found)["properties"]
+        for kind in cls.__mro__:
+            if kind is not BaseModel and issubclass(kind, BaseModel):
+                for name, text in _attribute_docstrings(kind).items():
+                    fields[name].setdefault("description", text)
+        return found
+
+
+def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Return the docstrings of the fields that a class defines, by name."""
+    (definition,) = ast.parse(dedent(inspect.getsource(model))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(doc.value.value)
+        for field, doc in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
+    }
 
 
 class Facts(Fact):

@@ -22,7 +22,7 @@ from vraxion_ckpt.optimizer.placement import missing_parameters
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter
 from vraxion_ckpt.plugins.discovery import adapters
-from vraxion_ckpt.plugins.options import configure, resolved
+from vraxion_ckpt.plugins.options import configure, recorded_options
 from vraxion_ckpt.plugins.transform import Step, Transform
 from vraxion_ckpt.testing.cases import assert_none, case
 from vraxion_ckpt.testing.samples import samples
@@ -224,7 +224,7 @@ class TransformTests:
         for options, _ in self.accepted:
             with self.case(options):
                 transform = configure(self.transform, options)
-                recorded = json.loads(json.dumps(resolved(transform), allow_nan=False))
+                recorded = json.loads(json.dumps(recorded_options(transform), allow_nan=False))
                 again = configure(self.transform, recorded)
                 assert again == transform, f"the recorded options {recorded} give {again!r}, not {transform!r}"
 

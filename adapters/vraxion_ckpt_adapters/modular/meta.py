@@ -37,7 +37,7 @@ _ROW_TYPES: Mapping[str, tuple[type, ...]] = {
     "probation": (bool,),
     "tenured": (bool,),
 }
-_TYPE_NAMES: Mapping[tuple[type, ...], str] = {
+_TYPE_NAMES: dict[tuple[type, ...], str] = {
     (int, float): "a number",
     (int,): "a whole number",
     (bool,): "true or false",

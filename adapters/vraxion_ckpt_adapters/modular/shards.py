@@ -23,7 +23,7 @@ from vraxion_ckpt.plugin_api import (
     TensorRef,
     fills_storage,
     listed,
-    named_tensors,
+    named_references,
     save_torch_file,
     sharing,
     torch_file_size,
@@ -184,7 +184,7 @@ def tied_across_files(checkpoint: Checkpoint) -> set[str]:
         return set()
     slots = checkpoint.optimizer.state if checkpoint.optimizer else {}
     router: list[tuple[tuple[int | None, str], TensorRef]] = [
-        ((None, name), tensor) for name, tensor in named_tensors([checkpoint.core, checkpoint.payload, slots])
+        ((None, name), tensor) for name, tensor in named_references([checkpoint.core, checkpoint.payload, slots])
     ]
     # An expert that was not opened has a file of its own, so it shares no memory with other tensors.
     opened = [(i, expert) for i, expert in checkpoint.head.experts.items() if expert.is_open]

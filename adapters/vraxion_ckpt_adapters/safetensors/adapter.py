@@ -30,7 +30,7 @@ from vraxion_ckpt.plugin_api import (
     from_state_dict,
     is_tensor_name,
     load_document,
-    named_tensors,
+    named_references,
     safetensors_size,
     save_safetensors,
     sharing,
@@ -138,11 +138,12 @@ class SafetensorsAdapter(Adapter):
 
     def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
         """Return the content of each file by name, and the index. A single file is named ``.`` and has no index."""
-        tensors, facts = dump_document(checkpoint, NATIVE_DTYPES, is_tensor_name)
+        named, facts = dump_document(checkpoint, NATIVE_DTYPES, is_tensor_name)
+        tensors = named.references()
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
         if self.max_shard_size is None:
             texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
-            return {".": (dict(tensors), {**texts, OUR_KEY: document_text(facts)})}, None
+            return {".": (tensors, {**texts, OUR_KEY: document_text(facts)})}, None
         save = save_id(tensors, facts)
         shards = list(fill_shards(tensors, self.max_shard_size))
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -193,7 +194,7 @@ def _overlapping(checkpoint: Checkpoint) -> list[str]:
         everything["optimizer"] = optimizer.state
         everything["param_groups"] = [[group.options for group in optimizer.groups], optimizer.extra]
     everything |= {"payload": checkpoint.payload, "metadata": checkpoint.metadata}
-    for group in sharing(named_tensors(everything)):
+    for group in sharing(named_references(everything)):
         views = [name for name, _ in without_tied(group)]
         if len(views) > 1:
             return views[:2]

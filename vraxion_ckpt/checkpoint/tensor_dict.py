@@ -1,0 +1,251 @@
+"""Dicts and nested values whose tensors are references until somebody looks at them. Imports without torch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from copy import deepcopy
+from typing import Any, Generic, Self, TypeVar
+
+from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+# Types of values that contain nothing.
+SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+_SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | {TensorRef}
+
+
+def referenced(value: Any) -> Any:
+    """Return a value with a reference for each tensor, and a dict for each `TensorDict`.
+
+    Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
+    """
+    return _Replacement(_reference, _SCALARS_AND_REFERENCES).of(value)
+
+
+def resolved(value: Any) -> Any:
+    """Return a value with a tensor for each reference.
+
+    Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
+    """
+    return _Replacement(_tensor, SCALARS).of(value)
+
+
+def _reference(value: Any) -> Any:
+    return value.references() if isinstance(value, TensorDict) else as_reference(value)
+
+
+def _tensor(value: Any) -> Any:
+    return value.tensor() if isinstance(value, TensorRef) else value
+
+
+class _Replacement:
+    """Replaces the tensors, references and `TensorDict`s in a value.
+
+    Args:
+        change: returns what to put in place of one of them.
+        unchanged: types of values that stay as they are.
+    """
+
+    def __init__(self, change: Callable[[Any], Any], unchanged: frozenset[type]) -> None:
+        self._change = change
+        self._unchanged = unchanged
+        self._done: dict[int, tuple[Any, Any]] = {}  # the containers so far, by their ids, each with its replacement
+
+    def of(self, value: Any) -> Any:
+        if is_tensor(value):
+            return self._change(value)
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if id(value) not in self._done:
+            new = self._change(value) if isinstance(value, TensorDict) else self._with_entries_replaced(value)
+            self._done[id(value)] = value, new
+        return self._done[id(value)][1]
+
+    def _with_entries_replaced(self, value: Any) -> Any:
+        entries = value.values() if isinstance(value, dict) else value
+        if self._unchanged.issuperset(map(type, entries)):
+            return value
+        new = [self.of(entry) for entry in entries]
+        if all(one is other for one, other in zip(new, entries, strict=True)):
+            return value
+        if isinstance(value, OrderedDict):
+            ordered = OrderedDict(zip(value, new, strict=True))
+            ordered.__dict__.update(value.__dict__)
+            return ordered
+        if isinstance(value, dict):
+            return dict(zip(value, new, strict=True))
+        return new if isinstance(value, list) else tuple(new)
+
+
+class _Nested:
+    """A container in a `TensorDict`. Its tensors are references until somebody looks at it.
+
+    Copies of the dict share it, so all of them give the same container.
+    """
+
+    __slots__ = ("resolved", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.resolved: Any = None
+
+    def look(self) -> Any:
+        if self.resolved is None:
+            self.resolved = resolved(self.value)
+        return self.resolved
+
+    def stored(self) -> Any:
+        return self.value if self.resolved is None else self.resolved
+
+
+def _reference_of(value: Any) -> Any:
+    return referenced(value.stored() if isinstance(value, _Nested) else value)
+
+
+class _Items(ItemsView[Any, Any]):
+    def __reversed__(self) -> Iterator[tuple[Any, Any]]:
+        return iter(list(self)[::-1])
+
+
+class _Values(ValuesView[Any]):
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(list(self)[::-1])
+
+
+class TensorDict(dict[K, V]):
+    """A dict of tensors, or of values that contain tensors. They are references until somebody looks at them.
+
+    Indexing gives tensors, and assigning takes them. `references` returns the entries without making a tensor.
+    """
+
+    def __init__(self, entries: Mapping[K, Any] | Iterable[tuple[K, Any]] = ()) -> None:
+        if isinstance(entries, TensorDict):
+            super().__init__(dict.items(entries))
+        else:
+            super().__init__(entries)
+            nested: Any = {k: _Nested(v) for k, v in dict.items(self) if isinstance(v, dict | list | tuple)}
+            super().update(nested)
+
+    def references(self) -> dict[K, Any]:
+        """Return the entries, in order, with a `TensorRef` for each tensor."""
+        found: dict[K, Any] = {}
+        for key, value in dict.items(self):
+            found[key] = value if isinstance(value, TensorRef) else _reference_of(value)
+        return found
+
+    def as_stored(self) -> dict[K, Any]:
+        """Return the entries, in order, with tensors where somebody has looked, and references elsewhere."""
+        return {key: value.stored() if isinstance(value, _Nested) else value for key, value in dict.items(self)}
+
+    def reference(self, key: K) -> Any:
+        """Return one entry with a `TensorRef` for each tensor.
+
+        Raises:
+            KeyError: there is no such entry.
+        """
+        return _reference_of(dict.__getitem__(self, key))
+
+    def __getitem__(self, key: K) -> V:
+        stored: object = super().__getitem__(key)
+        value: Any = stored
+        if isinstance(stored, TensorRef):
+            value = stored.tensor()
+            super().__setitem__(key, value)
+        elif isinstance(stored, _Nested):
+            value = stored.look()
+        return value  # type: ignore[no-any-return]
+
+    def __setitem__(self, key: K, value: Any) -> None:
+        stored: Any = _Nested(value) if isinstance(value, dict | list | tuple) else value
+        super().__setitem__(key, stored)
+
+    # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and
+    # ``{**x}`` use it.
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self.keys())
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 - it would call itself
+
+    def items(self) -> Any:
+        return _Items(self)
+
+    def values(self) -> Any:
+        return _Values(self)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        if key not in self:
+            return dict.pop(self, key, *default)
+        value = self[key]
+        del self[key]
+        return value
+
+    def popitem(self) -> tuple[K, V]:
+        if not self:
+            return super().popitem()  # raises KeyError
+        key = next(reversed(self))
+        return key, self.pop(key)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *entries: Any, **more: Any) -> None:
+        for key, value in dict(*entries, **more).items():
+            self[key] = value
+
+    def __ior__(self, entries: Any) -> Self:  # type: ignore[override]  # `|` gives a plain dict
+        self.update(entries)
+        return self
+
+    def copy(self) -> TensorDict[K, V]:
+        return TensorDict(self)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDict[K, V]:
+        return TensorDict(deepcopy(self.references(), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and dict(self) == dict(other)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | dict(other)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class TensorDictField(Generic[V]):
+    """A dataclass field that holds a `TensorDict`. A plain dict that is assigned to it becomes one."""
+
+    def __init__(self, *, required: bool = True) -> None:
+        """Declare a field. If it is not required, it is empty by default."""
+        self._required = required
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> TensorDict[str, V]:
+        if instance is not None:
+            held: TensorDict[str, V] = instance.__dict__[self._name]
+            return held
+        if self._required:
+            raise AttributeError(self._name)  # tells `dataclass` that there is no default
+        default: Any = ()  # `dataclass` refuses mutable ones
+        return default  # type: ignore[no-any-return]
+
+    def __set__(self, instance: object, value: dict[str, V]) -> None:
+        given: object = value
+        if given == () or (isinstance(value, dict) and not isinstance(value, TensorDict)):
+            value = TensorDict(value)
+        instance.__dict__[self._name] = value
