@@ -114,7 +114,7 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
 
 def _all_right(values: Collection[Any], expected: Any) -> bool:
     """Return whether all values certainly have a type. There may be thousands, so this looks at whole columns."""
-    if expected is Any:
+    if expected in (Any, object):
         return True
     found = set(map(type, values))
     if found <= _simple_types(expected):

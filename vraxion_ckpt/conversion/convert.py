@@ -67,6 +67,7 @@ from vraxion_ckpt.plugins.transform import Step
 from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named, read_with, refuse
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import signals
+from vraxion_ckpt.support.garbage import rare_collections
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def convert(
 
 
 @memory_errors()
+@rare_collections()
 def convert_to_all(
     src: PathLike,
     targets: Sequence[Target],

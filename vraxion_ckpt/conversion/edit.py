@@ -54,6 +54,7 @@ from vraxion_ckpt.reading.opening import (
 )
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import signals
+from vraxion_ckpt.support.garbage import rare_collections
 
 
 class Edited(Summary):
@@ -73,6 +74,7 @@ class Edited(Summary):
 
 
 @memory_errors()
+@rare_collections()
 def edit(
     path: PathLike,
     *,

@@ -189,10 +189,20 @@ def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
     of_head = [group.params for group in optimizer.groups if any(split_name(name, names) for name in group.params)]
     if not of_head:
         return False
-    owners = [{found[0] if (found := split_name(name, names)) else None for name in params} for params in of_head]
     sizes = [len(group.params) for group in optimizer.groups if group.params]
-    alone = len(sizes) > 1 and set(sizes) == {1}
-    return alone or (all(len(each) == 1 and None not in each for each in owners) and len(set().union(*owners)) > 1)
+    if len(sizes) > 1 and set(sizes) == {1}:
+        return True
+    owners = {_only_owner(params, names) for params in of_head}
+    return None not in owners and len(owners) > 1
+
+
+def _only_owner(params: Sequence[str], names: HeadNames) -> int | None:
+    """Return the id of the expert to which all parameters belong, or None if there is none."""
+    first = split_name(params[0], names)
+    if first is None:
+        return None
+    others = (split_name(name, names) for name in params)
+    return first[0] if all(other is not None and other[0] == first[0] for other in others) else None
 
 
 def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | None:

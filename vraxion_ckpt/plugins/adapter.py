@@ -32,7 +32,7 @@ class Loss:
         return f"{self.what}: {self.why}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputFile:
     """One file that an `IncrementalDirectoryAdapter` would write.
 

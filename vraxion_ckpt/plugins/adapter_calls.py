@@ -17,7 +17,7 @@ from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.options import calling, defect_of
 from vraxion_ckpt.plugins.read_context import ReadContext
-from vraxion_ckpt.support.garbage import collection_paused
+from vraxion_ckpt.support.garbage import rare_collections
 
 _T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
@@ -39,13 +39,13 @@ def is_directory(adapter: Adapter) -> bool:
     return _checked(adapter, "is_directory", found, bool)
 
 
+@rare_collections()
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint. Later calls of the adapter, to open an expert, use `plugin_call` too."""
     context = ReadContext(tuple(allow_globals))
-    with collection_paused():
-        with calling(adapter):
-            found = adapter.read(path, context)
-        return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
+    with calling(adapter):
+        found = adapter.read(path, context)
+    return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
 
 
 def read_overlay(
@@ -57,10 +57,9 @@ def read_overlay(
 ) -> Checkpoint:
     """Read a directory with staged files in place of its own. Later calls use `plugin_call` as after `call_read`."""
     context = ReadContext(tuple(allow_globals))
-    with collection_paused():
-        with calling(adapter):
-            found = adapter.read_overlay(path, staged, removed, context)
-        return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
+    with calling(adapter):
+        found = adapter.read_overlay(path, staged, removed, context)
+    return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
 
 
 def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = ()) -> Checkpoint | None:

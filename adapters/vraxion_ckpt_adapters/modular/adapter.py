@@ -35,7 +35,9 @@ from vraxion_ckpt.plugin_api import (
     progress_bar,
     recorded_dialect,
     router_dialect,
+    save_torch_file,
     split_head,
+    torch_file_size,
     with_head,
     write_new,
 )
@@ -59,14 +61,13 @@ from vraxion_ckpt_adapters.modular.shards import (
     check_file,
     check_fit,
     check_names,
-    content_of,
     leaves_by_expert,
     leftovers,
     load_shard,
     of_another_size,
     shard_name,
+    shard_output,
     tied_across_files,
-    torch_output,
     warn_of_leftovers,
 )
 
@@ -247,11 +248,15 @@ class ModularAdapter(IncrementalDirectoryAdapter):
 
     def output_files(self, checkpoint: Checkpoint) -> dict[str, OutputFile]:
         head = checkpoint.head
+        router = partial(self._router, checkpoint)
         # router.state is always written: object() equals no other object, so it never counts as unchanged.
-        files = {ROUTER_STATE: torch_output(object(), lambda: self._router(checkpoint))}
+        files = {
+            ROUTER_STATE: OutputFile(
+                object(), lambda path: save_torch_file(router(), path), lambda: torch_file_size(router())
+            )
+        }
         if head is not None and head.kind is HeadKind.EXPERTS:
-            for i, expert in head.experts.items():
-                files[f"experts/{shard_name(i)}"] = torch_output(expert, partial(content_of, expert))
+            files |= {f"experts/{shard_name(i)}": shard_output(expert) for i, expert in head.experts.items()}
         meta = meta_content(checkpoint)
         files[META] = OutputFile(meta, lambda path: write_new(path, meta.as_bytes()), lambda: len(meta.as_bytes()))
         return files

@@ -6,10 +6,9 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from vraxion_ckpt.plugin_api import (
     Checkpoint,
@@ -32,6 +31,7 @@ from vraxion_ckpt.plugin_api import (
 )
 
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
+_PARAMETER = re.compile(r"head\.experts\.([0-9]{1,9})\.(.+)")
 
 
 def shard_name(expert: int) -> str:
@@ -108,34 +108,29 @@ def check_complete(shards: Collection[int], deleted: frozenset[int], num_experts
         raise InconsistentError(message, path=root / "experts")
 
 
-def content_of(expert: Expert) -> dict[str, TensorRef]:
+def shard_output(expert: Expert) -> OutputFile:
+    """Describe the shard of an expert. Experts are compared by identity, so an untouched one is not opened."""
+    return OutputFile(expert, partial(_save_shard, expert), partial(_shard_size, expert))
+
+
+def _save_shard(expert: Expert, path: Path) -> None:
+    save_torch_file(_content(expert), path)
+
+
+def _shard_size(expert: Expert) -> int:
+    return torch_file_size(_content(expert))
+
+
+def _content(expert: Expert) -> dict[str, TensorRef]:
     """Return the content of an expert's shard: leaf name → tensor."""
     return {leaf: _compact(tensor) for leaf, tensor in expert.references().items()}
-
-
-def torch_output(content: object, value: Callable[[], Any]) -> OutputFile:
-    """Describe a file that `torch.save` writes.
-
-    Args:
-        content: a value that is equal for two files with the same content.
-        value: a function that returns the object to save. It is called when the file is written or measured.
-    """
-    return OutputFile(content, partial(_save, value), partial(_size, value))
-
-
-def _save(value: Callable[[], Any], path: Path) -> None:
-    save_torch_file(value(), path)
-
-
-def _size(value: Callable[[], Any]) -> int:
-    return torch_file_size(value())
 
 
 def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
     """Return the leaf names of each expert's parameters that `param_names` lists, by expert id."""
     leaves: dict[int, set[str]] = {}
     for name in param_names or ():
-        if found := re.fullmatch(r"head\.experts\.([0-9]{1,9})\.(.+)", name):
+        if found := _PARAMETER.fullmatch(name):
             leaves.setdefault(int(found[1]), set()).add(found[2])
     return leaves
 
