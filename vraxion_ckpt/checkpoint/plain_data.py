@@ -58,11 +58,11 @@ def check_plain(value: Any, path: Path | None = None) -> None:
 
 
 def _measure(
-    item: Any, path: Path | None, depth: int, place: _Place, seen: dict[int, tuple[int, int]]
+    item: Any, path: Path | None, depth: int, place: _Place, seen: dict[int, tuple[int, int, Any]]
 ) -> tuple[int, int]:
     """Check one item. Return the number of values in it and its depth of nested containers.
 
-    `seen` caches the result by the container's ``id()``. Lists that share nested lists may hold exponentially many
+    `seen` has the result and the container by the container's ``id()``. Lists that share nested lists may hold exponentially many
     values, so each container is visited once, but counted wherever it occurs.
     """
     kind = type(item)
@@ -87,10 +87,12 @@ def _measure(
             entries = enumerate(item)
         nodes, levels = 1 + len(item), 0
         for key, entry in entries:
+            if type(entry) is TensorRef and _problem(entry) is None:
+                continue
             below, deep = _measure(entry, path, depth + 1, (place, key), seen)
             nodes, levels = nodes + below - 1, max(levels, deep)
-        seen[id(item)] = nodes, levels + 1
-    nodes, levels = seen[id(item)]
+        seen[id(item)] = nodes, levels + 1, item
+    nodes, levels, _ = seen[id(item)]
     if depth + levels > DEEPEST:
         raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
     if nodes > _MOST_NODES:
@@ -132,7 +134,10 @@ def _tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef | 
         return  # there may be millions
     if isinstance(value, dict | list | tuple):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if type(entry) not in SCALARS:
+            kind = type(entry)
+            if kind is TensorRef:
+                yield f"{place}.{key}" if place else str(key), entry
+            elif kind not in SCALARS:
                 yield from _tensors_in(entry, f"{place}.{key}" if place else str(key))
         if isinstance(value, OrderedDict) and vars(value):
             yield from _tensors_in(vars(value), f"{place} attributes")

@@ -102,7 +102,12 @@ class _Nested:
 
 
 def _reference_of(value: Any) -> Any:
-    return referenced(value.stored() if isinstance(value, _Nested) else value)
+    if type(value) is not _Nested:
+        return referenced(value)
+    stored = value.stored()
+    if type(stored) is dict and _SCALARS_AND_REFERENCES.issuperset(map(type, stored.values())):
+        return stored  # as nearly all slots of an optimizer, of which there may be thousands
+    return referenced(stored)
 
 
 class _Items(ItemsView[Any, Any]):
