@@ -62,8 +62,8 @@ def _measure(
 ) -> tuple[int, int]:
     """Check one item. Return the number of values in it and its depth of nested containers.
 
-    `seen` has the result and the container by the container's ``id()``. Lists that share nested lists may hold exponentially many
-    values, so each container is visited once, but counted wherever it occurs.
+    `seen` has the result and the container by the container's ``id()``. Lists that share nested lists may hold
+    exponentially many values, so each container is visited once, but counted wherever it occurs.
     """
     kind = type(item)
     if kind in SCALARS:
