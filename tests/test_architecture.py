@@ -177,8 +177,9 @@ def test_the_contract_exports_what_it_says():
     from vraxion_ckpt import plugin_api
 
     assert len(plugin_api.__all__) == len(set(plugin_api.__all__))
-    public = {name for name in vars(plugin_api) if not name.startswith("_")} - {"annotations"}
-    assert public == set(plugin_api.__all__)
+    public = {name for name in vars(plugin_api) if not name.startswith("_")} - {"annotations", "TYPE_CHECKING"}
+    assert public | {"NATIVE_DTYPES"} == set(plugin_api.__all__)
+    assert {str(dtype).removeprefix("torch.") for dtype in plugin_api.NATIVE_DTYPES} == plugin_api.NATIVE_DTYPE_NAMES
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import resource
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from support import bits
+from support import DATA, bits
 
+import vraxion_ckpt as vc
 from vraxion_ckpt.checkpoint import source_files
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, SourceFile, Sources, StoredBytes, buffer_of
@@ -209,3 +212,25 @@ def test_a_mapping_has_the_bytes_of_the_registered_file(path):
     replaced(path)
     ref = TensorRef.contiguous(part, "uint8", (part.nbytes,))
     assert bits(ref.tensor()) == CONTENT[16:-1] == bits(ref.read_only_tensor())
+
+
+def test_a_copied_or_pickled_checkpoint_leaves_the_files_of_the_first_open() -> None:
+    """A second owner of a descriptor would close it, and later perhaps a file of somebody else."""
+    first = vc.open(DATA / "named_experts3.pt")
+    before = set(Path("/proc/self/fd").iterdir())
+    for copy in (deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert all(torch.equal(copy.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+        assert isinstance(copy.core, vc.TensorDict)
+        assert isinstance(copy.optimizer.state, vc.TensorDict)
+    del copy
+    gc.collect()
+    assert before <= set(Path("/proc/self/fd").iterdir())
+    assert first.sources.files[0].read(0, 2) == b"PK"
+
+
+def test_what_torch_saves_of_a_checkpoint_can_be_loaded_safely(tmp_path: Path) -> None:
+    checkpoint = vc.open(DATA / "named_experts3.pt")
+    torch.save({"model": checkpoint.state_dict(), "core": checkpoint.core}, tmp_path / "x.pt")
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert all(torch.equal(saved["model"][name], tensor) for name, tensor in checkpoint.state_dict().items())
+    assert list(saved["core"]) == list(checkpoint.core)

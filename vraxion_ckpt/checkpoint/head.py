@@ -83,6 +83,9 @@ class Expert(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self._opened())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Expert, (dict(self),)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Expert:
         """Return an expert with copies of the tensors. The copy of a closed expert opens the same file."""
         return Expert(deepcopy(self._tensors, memo) if self._tensors is not None else self._open or {})

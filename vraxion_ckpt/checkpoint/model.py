@@ -126,6 +126,10 @@ class Checkpoint:
     sources: Sources = field(default_factory=Sources)
     ancestors: dict[str, Ancestor] = field(default_factory=dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():  # a pickle has plain dicts
+            setattr(self, name, value)
+
     @property
     def num_experts(self) -> int:
         """The number of experts of the head, 0 without a head."""

@@ -49,6 +49,10 @@ class Optimizer:
     rules: tuple[Rule, ...] | None = None
     prefixes: tuple[str, str] = ("", "")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():  # a pickle has plain dicts
+            setattr(self, name, value)
+
     @property
     def params(self) -> list[str]:
         """All parameter names, group after group: the order of the ids in the file."""

@@ -12,12 +12,12 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError
+from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
 from vraxion_ckpt.support.file_bytes import read_at
 from vraxion_ckpt.wording import count, listed
@@ -133,6 +133,9 @@ class StoredBytes:
     def __deepcopy__(self, memo: object) -> StoredBytes:
         return self.copied()
 
+    def __reduce__(self) -> tuple[Any, ...]:  # without the mapped memory
+        return StoredBytes, (self.file, self.start, self.nbytes, self.crc, self.name, self.alignment, self.is_copy)
+
 
 @dataclass(eq=False)
 class SourceFile:
@@ -175,6 +178,7 @@ class SourceFile:
                 name = f"/proc/self/fd/{descriptor}"  # the file itself, even if another one has its path now
                 mapped: Any = torch.UntypedStorage.from_file(name, False, self.fingerprint.size)
         except RuntimeError as error:
+            raise_if_out_of_memory(error, self.path)
             raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
         return mapped  # type: ignore[no-any-return]  # torch declares any kind of storage
 
@@ -237,6 +241,12 @@ class SourceFile:
             now = None
         if now != self.fingerprint:
             raise self.changed()
+
+    def __deepcopy__(self, memo: object) -> SourceFile:
+        return self  # a copy would close the descriptor of this one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"_kept": None}
 
     def changed(self) -> ChangedError:
         """Return the error for a file that has changed."""

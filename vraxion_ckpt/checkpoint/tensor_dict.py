@@ -217,7 +217,8 @@ class TensorDict(dict[K, V]):
         return TensorDict(deepcopy(self.references(), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        """Pickle tensors in a class that ``torch.load(weights_only=True)`` accepts."""
+        return OrderedDict, (), None, None, iter(self.items())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, dict) and dict(self) == dict(other)
