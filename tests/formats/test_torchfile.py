@@ -310,7 +310,7 @@ def test_a_pickle_that_does_not_fit_its_storages_is_corrupt(path: Path, operatio
     ("value", "match"),
     [
         ([torch.ones(2)], "holds a list, not a dict"),
-        (torch.ones(2), "holds a tensor, not a dict"),
+        (torch.ones(2), "holds a Tensor, not a dict"),
         ({"losses": [1.0]}, "has no dict `model`"),
         ({"model": {0: torch.ones(2)}}, "keys must be text"),
         ({0: torch.ones(2)}, "keys must be text"),

@@ -121,7 +121,8 @@ class ValueDecoder:
 
     def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
         self.used: set[str] = set()
-        self._tensors = tensors
+        # Formats differ in the strides that they give to an empty tensor.
+        self._tensors = {name: ref if ref.numel() else _with_usual_strides(ref) for name, ref in tensors.items()}
         self._made: dict[str, TensorRef] = {}
 
     def decode(self, value: Any, place: str, depth: int = 0) -> Any:
@@ -215,6 +216,10 @@ class ValueDecoder:
         if uneven:
             raise ValueError("its bytes are not aligned")
         return TensorRef(tensor.storage, dtype_name, tuple(shape), contiguous_strides(tuple(shape)), first)
+
+
+def _with_usual_strides(ref: TensorRef) -> TensorRef:
+    return replace(ref, strides=contiguous_strides(ref.shape), first=0, _tensor=None)
 
 
 def _is_shape(value: Any) -> bool:

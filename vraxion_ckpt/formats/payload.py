@@ -61,7 +61,7 @@ def parse_payload(payload: Any, path: Path) -> Parsed:
 
 def _parse(payload: Any) -> Parsed:
     if not isinstance(payload, dict):
-        kind = "tensor" if isinstance(payload, TensorRef) else type(payload).__name__
+        kind = "Tensor" if isinstance(payload, TensorRef) else type(payload).__name__
         raise InconsistentError(f"holds a {kind}, not a dict")
     bare = bool(payload) and all(isinstance(value, TensorRef) for value in payload.values())
     state = payload if bare else payload.get("model")
