@@ -61,6 +61,8 @@ def refer_to_same_bytes(a: TensorRef, b: TensorRef) -> bool:
     return x is y or (
         isinstance(x, StoredBytes)
         and isinstance(y, StoredBytes)
+        and x.given is None
+        and y.given is None
         and (x.file.fingerprint, x.start, x.nbytes) == (y.file.fingerprint, y.start, y.nbytes)
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, contiguous_strides, is_tensor
+from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
 from vraxion_ckpt.support.checksums import crc32
@@ -191,8 +192,9 @@ def in_pieces(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...
 def checksum(tensor: TensorRef | Tensor) -> int:
     """Return the CRC-32 of the bytes of a tensor's elements. It is not computed if a file states it."""
     ref = as_reference(tensor)
-    if ref.fills_storage() and ref.storage.crc is not None:
-        return ref.storage.crc
+    storage = ref.storage
+    if isinstance(storage, StoredBytes) and storage.given is None and storage.crc is not None and ref.fills_storage():
+        return storage.crc
     return crc32(bytes_of(ref).numpy().data)
 
 

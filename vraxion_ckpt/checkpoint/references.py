@@ -89,12 +89,19 @@ class ComputedBytes:
         function: returns the tensor.
         given: the memory that plugins got, or None if no plugin has looked at the bytes.
         crc: the CRC-32 of the bytes, or None if they were not computed yet.
+        noted: the CRC-32 of `given` when a plugin handed it over, or None.
     """
 
     nbytes: int
     function: Callable[[], Tensor]
     given: torch.UntypedStorage | None = None
     crc: int | None = None
+    noted: int | None = None
+
+    def note(self) -> None:
+        """Note the CRC-32 of the memory that a plugin got and hands over."""
+        if self.given is not None and self.noted is None:
+            self.noted = self.crc = crc32(buffer_of(self.given))
 
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. They are computed once."""
@@ -111,7 +118,7 @@ class ComputedBytes:
         try:
             made = self.function().detach().contiguous()
             found = made.untyped_storage() if reference(made).fills_storage() else made.clone().untyped_storage()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise_if_out_of_memory(error)
             raise PluginError(f"a tensor could not be computed: {type(error).__name__}: {error}") from error
         if found.nbytes() != self.nbytes:
@@ -123,14 +130,25 @@ class ComputedBytes:
         return buffer_of(self.view())[first : first + size].tobytes()
 
     def was_written_into(self) -> bool:
-        """Return whether the memory that plugins got differs from what the function returns."""
-        return self.given is not None and buffer_of(self.given) != buffer_of(self.view())
+        """Return whether the memory has changed since `note`, or if not noted, differs from the function's result."""
+        if self.given is None:
+            return False
+        if self.noted is not None:
+            return crc32(buffer_of(self.given)) != self.noted
+        return buffer_of(self.given) != buffer_of(self.view())
 
     def __deepcopy__(self, memo: object) -> ComputedBytes:
         return ComputedBytes(self.nbytes, self.function)
 
 
 Storage = StoredBytes | MadeBytes | ComputedBytes
+
+
+def as_written(storage: Storage) -> Storage:
+    """Return the storage to write: the file, unless a plugin got its bytes as memory and has changed them."""
+    if isinstance(storage, StoredBytes) and storage.given is not None and storage.differs_from_file():
+        return MadeBytes(storage.given)
+    return storage
 
 
 @dataclass(eq=False, slots=True)
@@ -250,7 +268,7 @@ class TensorRef:
 
         As a copy that ``detach`` and ``clone`` make, it requires gradients only if it is a parameter.
         """
-        if isinstance(self.storage, StoredBytes) and self.fills_storage():
+        if isinstance(self.storage, StoredBytes) and self.storage.given is None and self.fills_storage():
             needs_grad = self.requires_grad and self.parameter
             return replace(self, storage=self.storage.copied(), requires_grad=needs_grad, _tensor=None)
         import torch
@@ -275,6 +293,8 @@ class TensorRef:
         def compute() -> Tensor:
             with torch.no_grad():
                 made = function(self._on(self._unshared_memory()))
+            if made.device.type != "cpu":
+                raise ValueError(f"it is on device {made.device}")
             if (str(made.dtype)[6:], tuple(made.shape)) != (name, self.shape):
                 raise ValueError(f"it is {made.dtype} {list(made.shape)}, not torch.{name} {list(self.shape)}")
             return made
@@ -291,7 +311,12 @@ class TensorRef:
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorRef:
-        return replace(self, storage=deepcopy(self.storage, memo), _tensor=None)
+        storage = self.storage
+        if isinstance(storage, StoredBytes) and storage.given is not None:
+            copy = memo.setdefault(id(storage), MadeBytes(storage.given.clone()))  # type: ignore[no-untyped-call]
+            memo.setdefault(id(memo), []).append(storage)  # keeps the id in use, as `copy.deepcopy` does
+            return replace(self, storage=copy, _tensor=None)
+        return replace(self, storage=deepcopy(storage, memo), _tensor=None)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -369,6 +394,13 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     """Return a value that changes if torch counts an in-place write, or if address, dtype, shape or strides change."""
     address = tensor.data_ptr() if tensor.numel() else 0
     return tensor._version, address, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
+
+
+def hand_over(ref: TensorRef) -> None:
+    """Accept the present state of a tensor that a plugin owns and returns. `was_written` finds later writes."""
+    tensor = ref._tensor() if ref._tensor is not None else None
+    if tensor is not None:
+        ref._state = _state(tensor)
 
 
 def was_written(ref: TensorRef) -> bool:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError, raise_if_out_of_memory
@@ -59,7 +60,9 @@ class StoredBytes:
         is_copy: whether the memory that plugins get is a copy, so that it shares no memory with other `StoredBytes`.
         proven: whether the bytes were read and have the stated CRC-32.
         found_crc: the CRC-32 of the bytes, computed when they were copied, or None. Only if the file states none.
-        given: the mapped memory that plugins got, or None if no plugin has looked at the bytes.
+        given: the mapped memory that plugins got, or None if no plugin has looked at the bytes. Its owner may have
+            changed it, so from then on it has the values, not the file.
+        noted: the CRC-32 of `given` when a plugin handed it over, or None.
     """
 
     file: SourceFile
@@ -72,11 +75,12 @@ class StoredBytes:
     proven: bool = False
     found_crc: int | None = None
     given: torch.UntypedStorage | None = None
+    noted: int | None = None
 
     @property
     def known_crc(self) -> int | None:
-        """The CRC-32 that the file states, or that was computed when the bytes were copied; None if neither."""
-        return self.found_crc if self.crc is None else self.crc
+        """The CRC-32 of the bytes: the noted one, or the stated one, or the one that a copy found; None if none."""
+        return next((crc for crc in (self.noted, self.crc, self.found_crc) if crc is not None), None)
 
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
@@ -87,16 +91,34 @@ class StoredBytes:
         return self.given
 
     def view(self) -> torch.UntypedStorage:
-        """Return the bytes as memory for reading, which no plugin gets."""
+        """Return the bytes as memory for reading."""
+        if self.given is not None:
+            return self.given
         mapped: Any = self.file.mapped[self.start : self.start + self.nbytes]
         return mapped.clone() if self.start % self.alignment else mapped  # type: ignore[no-any-return]
 
     def unshared(self) -> torch.UntypedStorage:
         """Return the bytes as memory of a new mapping. A write into it reaches nobody else."""
+        if self.given is not None:
+            return self.given.clone()  # type: ignore[no-any-return,no-untyped-call]
         mapped: torch.UntypedStorage = self.file.map()[self.start : self.start + self.nbytes]
         return mapped
 
+    def note(self) -> None:
+        """Note the CRC-32 of the memory that a plugin got and hands over."""
+        if self.given is not None and self.noted is None:
+            self.noted = crc32(buffer_of(self.given))
+
     def was_written_into(self) -> bool:
+        """Return whether the memory has changed since `note`, or if it was not noted, whether it differs from the file.
+
+        Raises the errors of `differs_from_file`.
+        """
+        if self.noted is not None and self.given is not None:
+            return crc32(buffer_of(self.given)) != self.noted
+        return self.differs_from_file()
+
+    def differs_from_file(self) -> bool:
         """Return whether the memory that plugins got differs from the file. Reads all bytes if a plugin got them.
 
         Raises:
@@ -117,10 +139,12 @@ class StoredBytes:
             ChangedError: the file was replaced, written to or removed since it was registered.
             StorageError: the operating system cannot read it.
         """
+        if self.given is not None:
+            return buffer_of(self.given)[first : first + size].tobytes()
         return self.file.read(self.start + first, size)
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the offset of each piece, and its bytes. Raises the errors of `read`."""
+        """Yield the offset of each piece of the file, and its bytes. Raises the errors of `read`."""
         with self.file.opened() as descriptor:
             for first in range(0, self.nbytes, _PIECE):
                 size = min(_PIECE, self.nbytes - first)
@@ -201,12 +225,11 @@ class SourceFile:
             ChangedError: the file was replaced, written to or removed.
             StorageError: the operating system cannot open it.
         """
-        if self._kept is not None and self._kept.number is not None:
-            self._check(self._kept.number)
-            yield self._kept.number
-            return
-        descriptor = self._open()
+        descriptor = self._kept.duplicate() if self._kept is not None else None
+        if descriptor is None:
+            descriptor = self._open()
         try:
+            self._check(descriptor)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -297,10 +320,17 @@ class _Descriptor:
     """An open file descriptor. It is closed by `close`, or when nothing refers to it."""
 
     def __init__(self, number: int) -> None:
-        self.number: int | None = number
+        self._number: int | None = number
+        self._lock = Lock()
+
+    def duplicate(self) -> int | None:
+        """Return a descriptor that the caller closes, or None. Another thread may close this one at any time."""
+        with self._lock:
+            return None if self._number is None else os.dup(self._number)
 
     def close(self) -> None:
-        number, self.number = self.number, None
+        with self._lock:
+            number, self._number = self._number, None
         if number is not None:
             os.close(number)
 

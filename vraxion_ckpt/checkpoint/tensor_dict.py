@@ -66,14 +66,16 @@ class _Replacement:
 
     def _with_entries_replaced(self, value: Any) -> Any:
         entries = value.values() if isinstance(value, dict) else value
-        if self._unchanged.issuperset(map(type, entries)):
+        if self._unchanged.issuperset(map(type, entries)) and not (isinstance(value, OrderedDict) and vars(value)):
             return value
         new = [self.of(entry) for entry in entries]
-        if all(one is other for one, other in zip(new, entries, strict=True)):
+        attributes = self.of(vars(value)) if isinstance(value, OrderedDict) else None
+        kept = attributes is None or attributes is vars(value)
+        if kept and all(one is other for one, other in zip(new, entries, strict=True)):
             return value
         if isinstance(value, OrderedDict):
             ordered = OrderedDict(zip(value, new, strict=True))
-            ordered.__dict__.update(value.__dict__)
+            ordered.__dict__.update(attributes or {})
             return ordered
         if isinstance(value, dict):
             return dict(zip(value, new, strict=True))

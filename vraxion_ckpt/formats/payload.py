@@ -166,7 +166,7 @@ def build_payload_references(
     if metadata is not None or dialect.ordered:
         model = OrderedDict(model)
     if metadata is not None:
-        model._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as Module.state_dict does
+        model._metadata = OrderedDict(referenced(metadata))  # type: ignore[attr-defined]  # as Module.state_dict does
     if dialect.bare:
         return model
     optimizer_key = dialect.optimizer_key or ("optim" if checkpoint.optimizer else None)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.checkpoint.references import ComputedBytes, TensorRef, as_reference
+from vraxion_ckpt.checkpoint.references import ComputedBytes, TensorRef, as_reference, as_written
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.checkpoint.written_files import note_written
 from vraxion_ckpt.errors import InconsistentError, LimitError, StorageError, errors_at, raise_if_out_of_memory
@@ -78,7 +78,7 @@ def save_safetensors(tensors: Mapping[str, Tensor | TensorRef], metadata: Mappin
 def _placements(ref: TensorRef, start: int) -> Iterator[Placement]:
     """Yield where the bytes of a tensor go, which begins at an offset in the target."""
     if ref.is_contiguous() and not (ref.conj or ref.neg):
-        yield Placement(ref.storage, ref.first * ref.itemsize, ref.nbytes, start)
+        yield Placement(as_written(ref.storage), ref.first * ref.itemsize, ref.nbytes, start)
     elif isinstance(ref.storage, ComputedBytes):  # computing it for each block would take too long
         whole = ComputedBytes(ref.nbytes, lambda: _plain(ref.read_only_tensor()))
         yield Placement(whole, 0, ref.nbytes, start)

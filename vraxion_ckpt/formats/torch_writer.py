@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vraxion_ckpt.checkpoint.plain_data import check_plain
-from vraxion_ckpt.checkpoint.references import Storage
+from vraxion_ckpt.checkpoint.references import Storage, as_written
 from vraxion_ckpt.checkpoint.written_files import note_written
 from vraxion_ckpt.errors import StorageError, UsageError, raise_if_out_of_memory
 from vraxion_ckpt.formats.pickle_writer import pickled
@@ -109,7 +109,7 @@ class _Archive:
     def placements(self) -> list[Placement]:
         """Return where the storages go."""
         return [
-            Placement(storage, 0, storage.nbytes, member.start)
+            Placement(as_written(storage), 0, storage.nbytes, member.start)
             for storage, member in zip(self.storages, self.storage_members, strict=True)
         ]
 

@@ -16,7 +16,7 @@ from typing import Any
 from vraxion_ckpt.checkpoint.comparison import in_threads
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.plain_data import named_references
-from vraxion_ckpt.checkpoint.references import MadeBytes, Storage, TensorRef, as_reference, was_written
+from vraxion_ckpt.checkpoint.references import Storage, TensorRef, as_reference, hand_over, was_written
 from vraxion_ckpt.wording import listed
 
 
@@ -52,13 +52,14 @@ class LentTensors:
         return _altered(self._names[key] for key in self._made)
 
     def _note(self, named: Iterable[tuple[str, TensorRef]]) -> None:
-        new: list[tuple[MadeBytes]] = []
+        new: list[tuple[Storage]] = []
         for name, ref in named:
             if id(ref.storage) not in self._names:
                 self._names[id(ref.storage)] = name, ref.storage
-                if isinstance(ref.storage, MadeBytes):
+                if ref.storage.given is not None:
                     new.append((ref.storage,))
-        in_threads(MadeBytes.note, new)
+                    hand_over(ref)
+        in_threads(lambda storage: storage.note(), new)
 
     def _noting(self, name: str) -> Callable[[Callable[[], Mapping[str, Any]]], Mapping[str, Any]]:
         def opened(opener: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
