@@ -106,10 +106,14 @@ class ComputedBytes:
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. They are computed once."""
         if self.given is None:
-            self.given = self.view()
+            self.given = self._computed()
         return self.given
 
     def view(self) -> torch.UntypedStorage:
+        """Return the memory that plugins got, or compute the bytes. Raises `PluginError` if the function fails."""
+        return self._computed() if self.given is None else self.given
+
+    def _computed(self) -> torch.UntypedStorage:
         """Compute the bytes.
 
         Raises:
@@ -135,7 +139,7 @@ class ComputedBytes:
             return False
         if self.noted is not None:
             return crc32(buffer_of(self.given)) != self.noted
-        return buffer_of(self.given) != buffer_of(self.view())
+        return buffer_of(self.given) != buffer_of(self._computed())
 
     def __deepcopy__(self, memo: object) -> ComputedBytes:
         return ComputedBytes(self.nbytes, self.function)
