@@ -212,7 +212,8 @@ class SourceFile:
         Only the last `_MOST_OPEN` files are kept open. Raises the errors of `opened`.
         """
         if self._kept is None:
-            self._kept = _kept_open[id(self)] = _Descriptor(self._open())
+            with self.opened() as descriptor:
+                self._kept = _kept_open[id(self)] = _Descriptor(os.dup(descriptor))
             weakref.finalize(self, _kept_open.pop, id(self), None)
             while len(_kept_open) > _MOST_OPEN:
                 _kept_open.pop(next(iter(_kept_open))).close()
@@ -229,28 +230,19 @@ class SourceFile:
         if descriptor is None:
             descriptor = self._open()
         try:
-            self._check(descriptor)
+            if Fingerprint.of(descriptor) != self.fingerprint:
+                raise self.changed()
             yield descriptor
         finally:
             os.close(descriptor)
 
     def _open(self) -> int:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise self.changed() from None
         except OSError as error:
             raise StorageError.from_os_error(error, self.path) from error
-        try:
-            self._check(descriptor)
-        except ChangedError:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _check(self, descriptor: int) -> None:
-        if Fingerprint.of(descriptor) != self.fingerprint:
-            raise self.changed()
 
     def check_unchanged(self) -> None:
         """Compare the file with its fingerprint.

@@ -104,7 +104,7 @@ def _write_group(group: Sequence[Placement], target: OpenFile, advance: Callable
                     opened[file] = OpenFile(stack.enter_context(file.opened()), file.path)
                 source = opened[file]
             else:
-                source = buffer_of(storage.given if storage.given is not None else storage.view())
+                source = buffer_of(storage.view())
             copies.append(
                 Copy(source, first, placement.nbytes, placement.target_start, sums_source=placement.stated is None)
             )
