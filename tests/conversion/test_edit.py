@@ -983,6 +983,23 @@ def test_a_signal_that_is_ignored_when_the_command_starts_stays_ignored():
     assert done.stdout.splitlines() == ["still here", str(int(signal.SIGTERM))]
 
 
+def test_a_signal_that_a_finalizer_loses_is_raised_later_and_not_printed_as_an_error():
+    script = (
+        "import signal; from vraxion_ckpt.support import signals\n"
+        "class Loses:\n"
+        "    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "class Fails:\n"
+        "    def __del__(self): 1 / 0\n"
+        "signals.raise_on_signals(); Loses(); Fails()\n"
+        "try: signals.raise_pending()\n"
+        "except signals.Interrupted as stop: print(stop.number)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(int(signal.SIGINT))]
+    assert "Interrupted" not in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
 def test_nobody_else_reads_what_is_staged(tmp_path, monkeypatch):
     modes, exchange = [], system_calls.exchange
 

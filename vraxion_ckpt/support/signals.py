@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,13 @@ def raise_on_signals() -> None:
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, or by a shell for a background job
             signal.signal(number, _raise)
+    sys.unraisablehook = _report
+
+
+def _report(lost: sys.UnraisableHookArgs) -> None:
+    """Report an exception that a finalizer lost, as Python does, but for a signal: `raise_pending` raises it again."""
+    if not issubclass(lost.exc_type, Interrupted):
+        sys.__unraisablehook__(lost)
 
 
 def ignore_signals() -> None:
