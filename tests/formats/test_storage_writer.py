@@ -84,9 +84,13 @@ def write(path: Path, storages: list[Any], start: int = 100) -> tuple[bytes, lis
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "not stated"])
-def test_bytes_of_files_are_copied(tmp_path, monkeypatch, way, stated):
-    contents = [content_of(size) for size in SIZES]
-    parts = [stored(tmp_path / f"{n}", each, start=7 * n, stated=stated) for n, each in enumerate(contents)]
+@pytest.mark.parametrize("shift", [0, 7], ids=["same offset in a block", "another offset"])
+def test_bytes_of_files_are_copied(tmp_path, monkeypatch, way, stated, shift):
+    contents, parts, at = [content_of(size) for size in SIZES], [], 100
+    for number, content in enumerate(contents):
+        start = (at + shift) % file_copy.BLOCK
+        parts.append(stored(tmp_path / f"{number}", content, start=start, stated=stated))
+        at += len(content)
     with monkeypatch.context() as patch:
         WAYS[way](patch)
         found, crcs = write(tmp_path / "target", parts)
@@ -195,7 +199,7 @@ def damaged_copy(monkeypatch: pytest.MonkeyPatch, damage: Callable[[int, int], b
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "not stated"])
 @pytest.mark.parametrize("in_kernel", [True, False], ids=["in the kernel", "read and written"])
 def test_a_flipped_bit_in_flight_is_found(tmp_path, monkeypatch, piece, stated, in_kernel):
-    part = stored(tmp_path / "source", content_of(SIZE), stated=stated)
+    part = stored(tmp_path / "source", content_of(SIZE), start=100, stated=stated)
     damaged_copy(monkeypatch, lambda start, _: start // PIECE == piece, in_kernel)
     with pytest.raises(StorageError, match="differs from what was written") as caught:
         write(tmp_path / "target", [part])
@@ -220,9 +224,9 @@ def test_a_flipped_bit_in_the_target_is_found(tmp_path, monkeypatch, stated):
     part = stored(tmp_path / "source", content_of(SIZE), stated=stated)
     copy = file_copy.copy_range
 
-    def copied(source: OpenFile, start: int, target: OpenFile, target_start: int, size: int) -> None:
-        copy(source, start, target, target_start, size)
-        if target_start <= 5_000_000 < target_start + size:
+    def copied(source: OpenFile, start: int, target: OpenFile, target_start: int, buffer: memoryview) -> None:
+        copy(source, start, target, target_start, buffer)
+        if target_start <= 5_000_000 < target_start + len(buffer):
             byte = os.pread(target.descriptor, 1, 5_000_000)[0]
             os.pwrite(target.descriptor, bytes([byte ^ 128]), 5_000_000)
 
@@ -235,9 +239,9 @@ def test_swapped_pieces_are_found(tmp_path, monkeypatch):
     part = stored(tmp_path / "source", content_of(SIZE))
     copy = file_copy.copy_range
 
-    def copied(source: OpenFile, start: int, target: OpenFile, target_start: int, size: int) -> None:
+    def copied(source: OpenFile, start: int, target: OpenFile, target_start: int, buffer: memoryview) -> None:
         other = {2 * PIECE: 3 * PIECE, 3 * PIECE: 2 * PIECE}.get(start, start)
-        copy(source, other, target, target_start, size)
+        copy(source, other, target, target_start, buffer)
 
     monkeypatch.setattr(file_copy, "copy_range", copied)
     with pytest.raises(StorageError, match="differs from what was written"):
@@ -288,14 +292,14 @@ def test_errors_of_the_operating_system_name_the_file(tmp_path, monkeypatch, num
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    part = stored(tmp_path / "source", content_of(SIZE))
+    part = stored(tmp_path / "source", content_of(SIZE), start=100)
     monkeypatch.setattr(os, "copy_file_range", refuse)
     monkeypatch.setattr(os, "pwrite", refuse)
     with pytest.raises(StorageError, match=os.strerror(number)) as caught:
         write(tmp_path / "target", [part])
     assert caught.value.path == tmp_path / "target"
 
-    monkeypatch.setattr(os, "pread", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(StorageError, match=os.strerror(number)) as caught:
         write(tmp_path / "other", [part])
     assert caught.value.path == tmp_path / "source"

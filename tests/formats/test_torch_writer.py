@@ -20,9 +20,11 @@ from vraxion_ckpt.checkpoint.references import ITEMSIZES, ComputedBytes, TensorR
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources, StoredBytes
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import StorageError, UnsupportedError, UsageError
-from vraxion_ckpt.formats import zip_layout
+from vraxion_ckpt.formats import torch_writer, zip_layout
+from vraxion_ckpt.formats.torch_reader import load_torch_references
 from vraxion_ckpt.formats.torch_writer import save_torch_file, torch_file_size
 from vraxion_ckpt.formats.zip_directory import ZipDirectory, mapped
+from vraxion_ckpt.support.file_copy import BLOCK
 
 DTYPES = sorted(name for name in ITEMSIZES if not name.startswith(("q", "float4")))
 
@@ -106,6 +108,27 @@ def test_has_the_bytes_that_torch_writes(path, name):
     assert without_identity(path.read_bytes()) == without_identity(saved(VALUES[name]))
     assert torch_file_size(VALUES[name]) == path.stat().st_size
     assert zipfile.ZipFile(path).testzip() is None
+
+
+@pytest.mark.parametrize(("shares", "is_padded"), [(True, True), (False, False)])
+def test_pads_large_storages_so_that_they_share_blocks_where_the_file_system_can(
+    path, tmp_path, monkeypatch, shares, is_padded
+):
+    value = {"small": torch.rand(10), "large": torch.rand(2**18 + 5), "larger": torch.rand(2**19)}
+    torch.save(value, tmp_path / "source.pt")
+    payload = load_torch_references(tmp_path / "source.pt", Sources(), frozenset())
+    del payload["small"]
+    monkeypatch.setattr(torch_writer, "can_share_blocks", lambda *_: shares)
+    save_torch_file(payload, path)
+
+    found = torch.load(path)
+    assert all(torch.equal(found[name], value[name]) for name in ("large", "larger"))
+    assert zipfile.ZipFile(path).testzip() is None
+    starts = [
+        [file.read_bytes().index(value[name].numpy().tobytes()) for name in found]
+        for file in (path, tmp_path / "source.pt")
+    ]
+    assert all((at - other) % BLOCK == 0 for at, other in zip(*starts, strict=True)) == is_padded
 
 
 @pytest.mark.parametrize("mmap", [False, True])

@@ -13,14 +13,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError, raise_if_out_of_memory
+from vraxion_ckpt.errors import (
+    ChangedError,
+    CkptWarning,
+    CorruptError,
+    OutOfMemoryError,
+    StorageError,
+    raise_if_out_of_memory,
+)
 from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
-from vraxion_ckpt.support.file_bytes import read_at
+from vraxion_ckpt.support.file_bytes import read_at, read_into
 from vraxion_ckpt.wording import count, listed
 
 if TYPE_CHECKING:
@@ -85,8 +91,7 @@ class StoredBytes:
     def memory(self) -> torch.UntypedStorage:
         """Return the bytes as memory that plugins may get. A write into it does not reach the file."""
         if self.given is None:
-            mapped = self.file.mapped if self.is_copy else self.file.mapped_for_plugins
-            given = mapped[self.start : self.start + self.nbytes]
+            given: Any = self.file.memory(self.start, self.nbytes, "core" if self.is_copy else "plugins")
             self.given = given.clone() if self.is_copy or self.start % self.alignment else given
         return self.given
 
@@ -94,15 +99,14 @@ class StoredBytes:
         """Return the bytes as memory for reading."""
         if self.given is not None:
             return self.given
-        mapped: Any = self.file.mapped[self.start : self.start + self.nbytes]
-        return mapped.clone() if self.start % self.alignment else mapped  # type: ignore[no-any-return]
+        memory: Any = self.file.memory(self.start, self.nbytes, "core")
+        return memory.clone() if self.start % self.alignment else memory  # type: ignore[no-any-return]
 
     def unshared(self) -> torch.UntypedStorage:
         """Return the bytes as memory of a new mapping. A write into it reaches nobody else."""
         if self.given is not None:
             return self.given.clone()  # type: ignore[no-any-return,no-untyped-call]
-        mapped: torch.UntypedStorage = self.file.map()[self.start : self.start + self.nbytes]
-        return mapped
+        return self.file.memory(self.start, self.nbytes, None)
 
     def note(self) -> None:
         """Note the CRC-32 of the memory that a plugin got and hands over."""
@@ -177,24 +181,30 @@ class SourceFile:
     parts: Sequence[StoredBytes] = ()
     states_checksums: bool = False
     _kept: _Descriptor | None = field(default=None, init=False, repr=False)
+    _mappings: dict[str | None, torch.UntypedStorage] = field(default_factory=dict, init=False, repr=False)
 
     def read(self, start: int, size: int) -> bytes:
         """Read bytes from the file. See `StoredBytes.read`."""
         with self.opened() as descriptor:
             return read_at(descriptor, start, size, self.path)
 
-    @cached_property
-    def mapped(self) -> torch.UntypedStorage:
-        """The file, mapped into memory for reading."""
-        return self.map()
+    def memory(self, start: int, size: int, user: Literal["core", "plugins"] | None) -> torch.UntypedStorage:
+        """Return bytes of the file as memory: mapped, or read if the address space has no room for the whole file.
 
-    @cached_property
-    def mapped_for_plugins(self) -> torch.UntypedStorage:
-        """The file, mapped a second time, so that writes of plugins do not reach what the core reads."""
-        return self.map()
+        A write into it reaches neither the file nor the memory of another user. Without a user, it reaches nobody.
+        Raises the errors of `opened`.
+        """
+        mapped: Any = self._mappings.get(user)
+        if mapped is None:
+            try:
+                mapped = self._map()
+            except OutOfMemoryError:
+                return self._load(start, size)
+            if user is not None:
+                self._mappings[user] = mapped
+        return mapped[start : start + size]  # type: ignore[no-any-return]  # torch declares any kind of storage
 
-    def map(self) -> torch.UntypedStorage:
-        """Map the file into memory. A write into the memory does not reach the file."""
+    def _map(self) -> torch.UntypedStorage:
         import torch
 
         try:
@@ -205,6 +215,14 @@ class SourceFile:
             raise_if_out_of_memory(error, self.path)
             raise StorageError(f"cannot be mapped into memory: {error}", path=self.path) from error
         return mapped  # type: ignore[no-any-return]  # torch declares any kind of storage
+
+    def _load(self, start: int, size: int) -> torch.UntypedStorage:
+        import torch
+
+        loaded = torch.empty(size, dtype=torch.uint8).untyped_storage()
+        with self.opened() as descriptor:
+            read_into(descriptor, start, buffer_of(loaded), self.path)
+        return loaded
 
     def keep_open(self) -> None:
         """Open the file, so that its bytes stay readable when another file takes its path.
@@ -261,7 +279,7 @@ class SourceFile:
         return self  # a copy would close the descriptor of this one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"_kept": None}
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"_kept": None, "_mappings": {}}
 
     def changed(self) -> ChangedError:
         """Return the error for a file that has changed."""

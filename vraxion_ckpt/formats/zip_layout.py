@@ -20,6 +20,7 @@ from vraxion_ckpt.formats.zip_records import (
     LOCAL_HEADER,
     UTF8_NAME,
 )
+from vraxion_ckpt.support.file_copy import BLOCK
 
 _MOST_32, _MOST_16 = 0xFFFFFFFF, 0xFFFF
 _NEEDS_64 = 0xFFFFFFFF  # numbers from here on are in zip64 fields
@@ -85,14 +86,22 @@ def _zip64_field(size: int, offset: int) -> bytes:
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
-def lay_out(members: Iterable[tuple[str, int]]) -> list[NewMember]:
-    """Return where members go that are given by their names and sizes, in order."""
+def lay_out(members: Iterable[tuple[str, int, int | None]]) -> list[NewMember]:
+    """Return where members go, in order.
+
+    Args:
+        members: name, number of bytes, and for bytes that may share blocks with a source file their offset there, else
+            None. They get an offset that is the same within a block, if it is a multiple of 64.
+    """
     placed: list[NewMember] = []
     at = 0
-    for name, size in members:
+    for name, size, offset_in_source in members:
         encoded = name.encode()
         unaligned = at + LOCAL_HEADER.size + len(encoded) + len(_zip64_field(size, at)) + 4
-        placed.append(NewMember(encoded, size, at, -(-unaligned // ALIGNMENT) * ALIGNMENT))
+        start = -(-unaligned // ALIGNMENT) * ALIGNMENT
+        if offset_in_source is not None and offset_in_source % ALIGNMENT == 0:
+            start += (offset_in_source - start) % BLOCK
+        placed.append(NewMember(encoded, size, at, start))
         at = placed[-1].end
     return placed
 

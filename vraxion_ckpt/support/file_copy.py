@@ -1,12 +1,16 @@
 """Copy bytes into an open file on all cores, and read each piece back while it is in the cache.
 
-Bytes of files are copied by the kernel, with ``copy_file_range``. Where it cannot, they are read and written. Imports
-without torch.
+Bytes of files go through a small buffer, unless they have the same offset in a block of the source and of the target.
+Then ``copy_file_range`` copies them, because file systems such as XFS and Btrfs let both files share such blocks.
+Where no block can be shared, it takes a fifth more time than the buffer, which stays in the cache of the CPU.
+Imports without torch.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +19,13 @@ from pathlib import Path
 
 from vraxion_ckpt.support import signals
 from vraxion_ckpt.support.checksums import THREADS, crc32, crc32_combined
-from vraxion_ckpt.support.file_bytes import read_at, read_into, write_at
+from vraxion_ckpt.support.file_bytes import read_into, write_at
 
 PIECE = 2**18  # bytes that are copied and read back at a time; they fit into the CPU's cache
+BLOCK = 2**12  # bytes; two files can share blocks of this size, on file systems that support it
 _STRIPE = 2**20  # bytes for which a thread computes one checksum
 _MOST_TOGETHER = 256  # small copies for which a thread is woken once
+_CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux, see ioctl_ficlonerange(2)
 _LONGEST_WAIT = 0.05  # seconds until signals are delivered
 
 
@@ -181,7 +187,7 @@ def _copy_piece(stripe: _Stripe, first: int, size: int, target: OpenFile, buffer
     if isinstance(source, memoryview):
         write_at(target.descriptor, target_start, source[start : start + size], target.path)
     else:
-        copy_range(source, start, target, target_start, size)
+        copy_range(source, start, target, target_start, piece)
     read_into(target.descriptor, target_start, piece, target.path)
     stripe.crc = crc32(piece, stripe.crc)
     if not copy.sums_source:
@@ -193,26 +199,37 @@ def _copy_piece(stripe: _Stripe, first: int, size: int, target: OpenFile, buffer
         stripe.source_crc = crc32(piece, stripe.source_crc)
 
 
-def copy_range(source: OpenFile, start: int, target: OpenFile, target_start: int, size: int) -> None:
-    """Copy bytes from file to file, in the kernel if it can.
+def copy_range(source: OpenFile, start: int, target: OpenFile, target_start: int, buffer: memoryview) -> None:
+    """Copy as many bytes from file to file as the buffer has. Its content is undefined afterwards.
 
     Raises:
         CorruptError: the source ends before.
         StorageError: the operating system cannot read the source, or write the target.
     """
-    done = 0
-    try:
-        while done < size:
-            more = os.copy_file_range(
-                source.descriptor, target.descriptor, size - done, start + done, target_start + done
-            )
-            if not more:
-                break
-            done += more
-    except (OSError, AttributeError):
-        # Some file systems, some pairs of them and macOS do not have it. If it failed for another reason, the calls
-        # below fail, too, and tell which file it is.
-        pass
+    size, done = len(buffer), 0
+    if (start - target_start) % BLOCK == 0:
+        try:
+            while done < size:
+                more = os.copy_file_range(
+                    source.descriptor, target.descriptor, size - done, start + done, target_start + done
+                )
+                if not more:
+                    break
+                done += more
+        except (OSError, AttributeError):
+            # Some file systems, some pairs of them and macOS do not have it. If it failed for another reason, the calls
+            # below fail, too, and tell which file it is.
+            pass
     if done < size:
-        content = read_at(source.descriptor, start + done, size - done, source.path)
-        write_at(target.descriptor, target_start + done, content, target.path)
+        read_into(source.descriptor, start + done, buffer[done:], source.path)
+        write_at(target.descriptor, target_start + done, buffer[done:], target.path)
+
+
+def can_share_blocks(source: OpenFile, target: OpenFile) -> bool:
+    """Tell whether the file system lets two files share blocks. The target must be empty, and is empty afterwards."""
+    try:
+        fcntl.ioctl(target.descriptor, _CLONE_RANGE, struct.pack("=q3Q", source.descriptor, 0, BLOCK, 0))
+    except OSError:
+        return False
+    os.ftruncate(target.descriptor, 0)
+    return True
