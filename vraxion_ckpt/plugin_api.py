@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vraxion_ckpt.checkpoint.comparison import differences, same_bits
+from vraxion_ckpt.checkpoint.dialects import Dialect
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.expert_health import has_nonfinite, is_zero, refuse_unhealthy
 from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
-from vraxion_ckpt.checkpoint.head_names import VRAXION
+from vraxion_ckpt.checkpoint.head_names import HeadNames, split_name
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, UnboundOptimizer
@@ -76,7 +77,7 @@ from vraxion_ckpt.formats.safetensors_file import (
     starts_like_safetensors,
 )
 from vraxion_ckpt.formats.safetensors_writer import safetensors_size, save_safetensors
-from vraxion_ckpt.formats.state_dict import from_state_dict, split_head, with_head
+from vraxion_ckpt.formats.state_dict import from_state_dict, prefix_to_record, split_head, with_head
 from vraxion_ckpt.formats.torch_archive import is_archive
 from vraxion_ckpt.formats.torch_reader import load_torch_file
 from vraxion_ckpt.formats.torch_writer import save_torch_file, torch_file_size
@@ -102,6 +103,11 @@ def __getattr__(name: str) -> object:
         import torch
 
         return frozenset(getattr(torch, dtype) for dtype in NATIVE_DTYPE_NAMES)
+    if name == "VRAXION":
+        import warnings
+
+        warnings.warn("VRAXION is deprecated; use HeadNames() or a head's names", DeprecationWarning, stacklevel=2)
+        return HeadNames()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -115,19 +121,20 @@ __all__ = [
     "OUR_KEY",
     "OUR_PREFIX",
     "ROUTER",
-    "VRAXION",
     "Adapter",
     "Ancestor",
     "Checkpoint",
     "CkptError",
     "CkptWarning",
     "CorruptError",
+    "Dialect",
     "Effect",
     "Expert",
     "Extras",
     "Faults",
     "Head",
     "HeadKind",
+    "HeadNames",
     "InconsistentError",
     "IncrementalDirectoryAdapter",
     "IntList",
@@ -201,6 +208,7 @@ __all__ = [
     "plan_as_json",
     "plan_from_request",
     "plural",
+    "prefix_to_record",
     "progress_bar",
     "recorded_dialect",
     "refuse_unhealthy",
@@ -216,6 +224,7 @@ __all__ = [
     "save_torch_file",
     "sharing",
     "split_head",
+    "split_name",
     "starts_like_safetensors",
     "torch_file_size",
     "total_by_owner",

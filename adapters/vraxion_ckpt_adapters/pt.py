@@ -1,7 +1,7 @@
-"""Monolithic ``.pt``: one file, written by ``torch.save``, that holds one payload dict.
+"""Monolithic ``.pt``: one file, written by ``torch.save``, that holds one payload dict or a bare state dict.
 
-There are four dialects, and each is written back as it was read: the wall-clock trainer's (``optim``), the step
-trainer's (``optimizer``), the evolution trainer's, and a bare state dict. See `vraxion_ckpt.formats.payload_dialect`.
+Its keys depend on the trainer, and it is written back under the keys under which it came. Which keys are known is
+declared in the module `dialects` beside this one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
     MONOLITH,
@@ -29,6 +31,7 @@ from vraxion_ckpt.plugin_api import (
     monolith_dialect,
     origin_of,
     parse_payload,
+    prefix_to_record,
     recorded_dialect,
     save_torch_file,
     split_head,
@@ -42,6 +45,10 @@ class PtAdapter(Adapter):
     name: ClassVar[str] = "pt"
     suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".ckpt")
     loads_pickles: ClassVar[bool] = True
+
+    model_key: str | None = Field(None, description="on reading, the key of the model, where no dialect knows it")
+    optimizer_key: str | None = Field(None, description="on reading, the key of the optimizer")
+    prefix: str | None = Field(None, description="on reading, what precedes the names of the head, such as module.")
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -62,9 +69,13 @@ class PtAdapter(Adapter):
 
     def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
         """Return the checkpoint, and the file's `num_experts` without comparing it with the model."""
-        parsed = parse_payload(context.load_torch_references(path), path)
+        payload = context.load_torch_references(path)
+        parsed = parse_payload(
+            payload, path, context.trainers, model_key=self.model_key, optimizer_key=self.optimizer_key
+        )
         extras = parsed.extras
-        found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
+        prefix = self.prefix if self.prefix is not None else extras.head_prefix
+        found = split_head(parsed.checkpoint, path, frozenset(extras.deleted), prefix)
         rows = dict.fromkeys(range(found.num_experts), Lifecycle.unknown(found.step))
         checkpoint = replace(
             found,
@@ -86,14 +97,16 @@ class PtAdapter(Adapter):
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the payload in the dialect of the checkpoint's source."""
     dialect, origin = monolith_dialect(checkpoint)
+    state = checkpoint.state_references()
     extras = make_extras(
         checkpoint,
         dialect,
         origin,
         lifecycle=checkpoint.lifecycle if _worth_keeping(checkpoint) else {},
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
+        head_prefix=prefix_to_record(checkpoint, state.keys()),
     )
-    return build_payload_references(checkpoint, checkpoint.state_references(), dialect, extras)
+    return build_payload_references(checkpoint, state, dialect, extras)
 
 
 def _check_number(found: Checkpoint, number: int | None, path: Path) -> None:

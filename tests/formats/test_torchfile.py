@@ -311,7 +311,7 @@ def test_a_pickle_that_does_not_fit_its_storages_is_corrupt(path: Path, operatio
     [
         ([torch.ones(2)], "holds a list, not a dict"),
         (torch.ones(2), "holds a Tensor, not a dict"),
-        ({"losses": [1.0]}, "has no dict `model`"),
+        ({"losses": [1.0]}, "no dialect recognises a model"),
         ({"model": {0: torch.ones(2)}}, "keys must be text"),
         ({0: torch.ones(2)}, "keys must be text"),
         ({"model": {1.5: torch.ones(2)}}, "key of type float"),

@@ -10,7 +10,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames
+from vraxion_ckpt.checkpoint.head_names import RING_HEAD, HeadNames
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 
@@ -110,7 +110,7 @@ class Head:
     experts: dict[int, Expert]
     position: int
     deleted: frozenset[int] = frozenset()
-    names: HeadNames = VRAXION
+    names: HeadNames = RING_HEAD
 
     @property
     def num_experts(self) -> int:

@@ -1,20 +1,47 @@
-"""The state-dict names of a model family's head and router map."""
+"""The state-dict names of a head with a ring, and of its router map."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+_SINGLE, _EXPERTS, _ROUTER_MAP = "head.single.", "head.experts.", "router_map"
+_IN_HEAD = re.compile(rf"(?:.*?\.)??(?={re.escape(_SINGLE)}|{re.escape(_EXPERTS)})", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class HeadNames:
-    """The prefixes of a single head and of the experts, and the name of the router map."""
+    """The prefixes of a single head and of the experts, and the name of the router map.
 
-    single: str = "head.single."
-    experts: str = "head.experts."
-    router_map: str = "router_map"
+    Attributes:
+        single: prefix of the tensors of a single head.
+        experts: prefix of the tensors of a list of experts; the expert's id follows.
+        router_map: name of the router map.
+        prefix: what precedes all three, such as the ``module.`` of a wrapper. Other tensors may lack it.
+    """
+
+    single: str = _SINGLE
+    experts: str = _EXPERTS
+    router_map: str = _ROUTER_MAP
+    prefix: str = ""
+
+    @classmethod
+    def below(cls, prefix: str) -> HeadNames:
+        """Return the names below a prefix, which is empty or ends in a dot."""
+        return cls(prefix + _SINGLE, prefix + _EXPERTS, prefix + _ROUTER_MAP, prefix)
 
 
-VRAXION = HeadNames()
+RING_HEAD = HeadNames()
+
+
+def head_prefixes(names: Iterable[str]) -> list[str]:
+    """Return the prefixes below which a head stands in a state dict with these names, shortest first."""
+    found: dict[str, None] = {}
+    for name in names:
+        if "head." in name and (match := _IN_HEAD.match(name)):
+            found[match[0]] = None
+    return sorted(found, key=len)
 
 
 def split_name(name: str, names: HeadNames) -> tuple[int, str] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.head import Head
-from vraxion_ckpt.checkpoint.head_names import VRAXION
+from vraxion_ckpt.checkpoint.head_names import RING_HEAD
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
 from vraxion_ckpt.checkpoint.references import TensorRef, reference
@@ -165,7 +165,7 @@ class Checkpoint:
 
     @property
     def _router_name(self) -> str:
-        return (self.head.names if self.head else VRAXION).router_map
+        return (self.head.names if self.head else RING_HEAD).router_map
 
     @property
     def step(self) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vraxion_ckpt.checkpoint.dialects import Dialect
+
 
 @dataclass(frozen=True)
 class Ancestor:
@@ -48,6 +50,7 @@ class Origin:
         local: data that only a writer of the same format uses. It is not carried into other formats.
         leftovers: relative paths of files in the checkpoint's directory that belong to the format and that no loader
             reads, such as shards of an earlier save. An edit in place keeps those that no new file replaces.
+        known_dialects: the declared dialects, by which trainers are recognised. They are not stored.
     """
 
     format: str = ""
@@ -55,6 +58,7 @@ class Origin:
     dialects: Mapping[str, Any] = field(default_factory=dict)
     local: Mapping[str, Any] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
+    known_dialects: tuple[Dialect, ...] = field(default=(), compare=False, repr=False)
 
     def dialect(self, name: str) -> Any:
         """Return the dialect recorded for a format, or None."""

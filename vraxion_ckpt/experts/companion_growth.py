@@ -105,14 +105,17 @@ class _Growth:
         by_prefix: dict[str, dict[str, Any]] = {}
         for key in entries:
             if owner := self._owner(key, prefix):
-                by_prefix.setdefault(owner, {})[key[len(prefix) + len(owner) :]] = entries[key]
+                leaf = self._in_model_names(key, prefix).removeprefix(owner)
+                by_prefix.setdefault(owner, {})[leaf] = entries[key]
         made: dict[str, Any] = {}
         used: set[str] = set()
         for new in prefixes_of(self.after.head):
             source = self.after.ancestors.get(new, Ancestor(new))
             for leaf, value in by_prefix.get(source.prefix, {}).items():
                 again = source.prefix in used or bool(source.noise)
-                made[prefix + new + leaf] = self._value(value, source, new, leaf) if again else value
+                made[prefix + new.removeprefix(self.head.names.prefix) + leaf] = (
+                    self._value(value, source, new, leaf) if again else value
+                )
             used.add(source.prefix)
         result: dict[Any, Any] = {}
         done = False
@@ -138,15 +141,19 @@ class _Growth:
         """Return the prefix of the expert to which the tensor with this key belongs, or an empty string if to none."""
         if not isinstance(key, str) or not key.startswith(prefix):
             return ""
-        name = key[len(prefix) :]
+        name = self._in_model_names(key, prefix)
         found = split_name(f"{name}x" if name.endswith(".") else name, self.head.names)
         owner = self.head.prefix(found[0]) if found else ""
         return owner if name.startswith(owner) else ""
 
+    def _in_model_names(self, key: str, prefix: str) -> str:
+        """Return the model's name for an entry. The companion may stand below another prefix than the model."""
+        return self.head.names.prefix + key.removeprefix(prefix)
+
     def _with_router(self, prefix: str, entries: dict[Any, Any]) -> dict[Any, Any]:
         """Return the entries. If they have a router map that equalled the model's, replace it by the new one."""
         entries = copy.copy(entries)
-        name = prefix + self.head.names.router_map
+        name = prefix + self.head.names.router_map.removeprefix(self.head.names.prefix)
         old, new = self.before.router_reference, self.after.router_reference
         value = entries.get(name)
         if isinstance(value, TensorRef) and old is not None and new is not None and same_bits(value, old):

@@ -39,7 +39,8 @@ class Companion:
         place: the keys that lead to the value, beginning with ``payload``, ``model`` or ``optimizer``.
         kind: ``names`` for a dict with the model's names under `prefix`; ``list`` for a list with one tensor for each
             parameter, possibly nested by param group; ``unknown`` for a value that cannot be updated.
-        prefix: what precedes the model's names in the keys of the dict; a whole name if nothing precedes it.
+        prefix: what precedes the model's names in the keys of the dict, which lack the model's own prefix
+            (`HeadNames.prefix`); a whole name if nothing precedes it.
         problem: the reason why the value cannot be updated, or empty.
         fits: whether the value's names and shapes fit the present head.
         has_router: whether the value contains a router map.
@@ -95,10 +96,13 @@ class _Finder:
         assert checkpoint.head is not None
         self.checkpoint = checkpoint
         self.head = checkpoint.head
-        names = self.head.names
-        heads = "|".join(map(re.escape, (names.single, names.experts)))
+        heads = "|".join(map(re.escape, (self._local(self.head.names.single), self._local(self.head.names.experts))))
         self._pattern = re.compile(rf"(.*?)(?:^|(?<=\.))({heads})(.+)", re.DOTALL)
         self._tensors = checkpoint.open_references()
+
+    def _local(self, name: str) -> str:
+        """Return a name without the prefix of the model, which companions lack."""
+        return name.removeprefix(self.head.names.prefix)
 
     def entry(self, value: Any, place: tuple[str | int, ...]) -> list[Companion]:
         """Return the companions in one entry of the payload or the optimizer."""
@@ -159,12 +163,12 @@ class _Finder:
     def other_names(self, entries: Mapping[str, Any], known: Sequence[str]) -> Iterator[Companion]:
         """Yield copies of the head in the state dict. Their names end like the head's, apart from punctuation."""
         names = self.head.names
-        parts = {_letters(names.single), _letters(names.experts)}
+        parts = {_letters(self._local(names.single)), _letters(self._local(names.experts))}
         found: dict[str, str] = {}
         for name in entries:
             if not any(part in _letters(name) for part in parts) or any(name.startswith(p) and p for p in known):
                 continue
-            for mine in (mine for mine in self._tensors if split_name(mine, names)):
+            for mine in (self._local(mine) for mine in self._tensors if split_name(mine, names)):
                 if name != mine and _letters(name).endswith(_letters(mine)):
                     found.setdefault(name[: _start_of(_letters(mine), name)] or name, name)
         for prefix, name in found.items():
@@ -182,7 +186,8 @@ class _Finder:
 
     def of_names(self, entries: Mapping[Any, Any], place: tuple[str | int, ...], prefix: str) -> Companion:
         """Return the companion for a dict with the head's names under a prefix."""
-        named = {key[len(prefix) :] for key in entries if isinstance(key, str) and key.startswith(prefix)}
+        own = self.head.names.prefix
+        named = {own + key[len(prefix) :] for key in entries if isinstance(key, str) and key.startswith(prefix)}
         in_head = {name for name in named if name.startswith((self.head.names.single, self.head.names.experts))}
         unknown = sorted(name for name in in_head if not self._is_of_head(name))
         leaves = {found[1] for name in in_head if (found := split_name(name, self.head.names))}
@@ -196,14 +201,14 @@ class _Finder:
             return Companion(place, "names", prefix, "has the names of the head, but not of all parameters")
         flattened = [name for name in unknown if any(name.startswith(f"{known}.") for known in self._tensors)]
         if flattened:
-            problem = f"has parts of parameters as separate entries, such as {prefix}{flattened[0]}"
+            problem = f"has parts of parameters as separate entries, such as {prefix}{self._local(flattened[0])}"
         elif unknown:
-            problem = f"has {prefix}{unknown[0]}, which the model does not have"
+            problem = f"has {prefix}{self._local(unknown[0])}, which the model does not have"
         elif lacking:
-            problem = f"has no entry for {lacking[0]}"
+            problem = f"has no entry for {self._local(lacking[0])}"
         else:
             problem = self._misshapen(entries, prefix, in_head) or self._other_router(entries, prefix)
-        has_router = prefix + self.head.names.router_map in entries
+        has_router = prefix + self._local(self.head.names.router_map) in entries
         return Companion(place, "names", prefix, problem, fits=not problem, has_router=has_router)
 
     def _is_of_head(self, name: str) -> bool:
@@ -229,15 +234,17 @@ class _Finder:
 
     def _misshapen(self, entries: Mapping[Any, Any], prefix: str, names: set[str]) -> str:
         for name in sorted(names):
-            value, tensor = entries[prefix + name], self._tensors.get(name)
+            value, tensor = entries[prefix + self._local(name)], self._tensors.get(name)
             if isinstance(value, TensorRef) and tensor is not None and value.shape != tensor.shape:
-                return f"{prefix}{name} has shape {list(value.shape)}, but the model's tensor has {list(tensor.shape)}"
+                found = f"{prefix}{self._local(name)} has shape {list(value.shape)}"
+                return f"{found}, but the model's tensor has {list(tensor.shape)}"
         return ""
 
     def _other_router(self, entries: Mapping[Any, Any], prefix: str) -> str:
-        value, router = entries.get(prefix + self.head.names.router_map), self.checkpoint.router_reference
+        name = prefix + self._local(self.head.names.router_map)
+        value, router = entries.get(name), self.checkpoint.router_reference
         if isinstance(value, TensorRef) and router is not None and not same_bits(value, router):
-            return f"{prefix}{self.head.names.router_map} differs from the model's router map"
+            return f"{name} differs from the model's router map"
         return ""
 
     def _of_list(self, value: list[Any] | tuple[Any, ...], place: tuple[str | int, ...]) -> Companion | None:

@@ -26,7 +26,7 @@ from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError, LimitError, errors_at
 from vraxion_ckpt.formats.document_values import TensorStore, ValueDecoder, encode_value
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras, parse_extras, refuse_newer
-from vraxion_ckpt.formats.state_dict import split_head
+from vraxion_ckpt.formats.state_dict import prefix_to_record, split_head
 from vraxion_ckpt.support.model_errors import refusals
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def dump_document(
     names = frozenset(map(dtype_name, dtypes))
     tensors = TensorStore(names, is_name)
     model: list[Any] = []
-    for name, tensor in checkpoint.state_references().items():
+    state = checkpoint.state_references()
+    for name, tensor in state.items():
         # Bytes stored under the name of a tensor would look like the tensor to programs that ignore the document.
         as_it_is = is_name(name) and not name.startswith(OUR_PREFIX) and tensor.dtype in names
         found = tensors.put(tensor, name if as_it_is else f"{OUR_PREFIX}model/{len(model)}")
@@ -100,6 +101,7 @@ def dump_document(
         plan=checkpoint.plan,
         lifecycle={} if checkpoint.has_no_rows else checkpoint.lifecycle,
         deleted=tuple(sorted(checkpoint.head.deleted)) if checkpoint.head else (),
+        head_prefix=prefix_to_record(checkpoint, state.keys()),
         dialects=dict(checkpoint.origin.dialects),
     )
     document = {
@@ -207,7 +209,7 @@ def _load(tensors: Mapping[str, TensorRef], document: Any, path: Path, format_na
         history=extras.history,
         origin=Origin(format_name, path, extras.dialects),
     )
-    found = split_head(checkpoint, path, frozenset(extras.deleted))
+    found = split_head(checkpoint, path, frozenset(extras.deleted), extras.head_prefix)
     rows = {i: Lifecycle.unknown(found.step) for i in range(found.num_experts)}
     return replace(found, lifecycle=extras.lifecycle or rows)
 

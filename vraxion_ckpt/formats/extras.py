@@ -25,6 +25,9 @@ class Extras(BaseModel):
         lifecycle: lifecycle rows by expert id.
         deleted: ids of deleted experts.
         head_position: the index of the head's first tensor in the state dict.
+        head_prefix: what precedes the names of the head, if the names in the file do not tell.
+        model_key: the payload's key of the model, if the user named it.
+        optimizer_key: the payload's key of the optimizer, if the user named it.
         optimizer_names: the names of the optimizer's parameters, in the order of their numbers.
         optimizer_digest: the digest of the optimizer state to which `optimizer_names` belongs.
         optimizer_undecided: parameter names that could not be assigned to optimizer state with certainty.
@@ -39,6 +42,9 @@ class Extras(BaseModel):
     lifecycle: dict[int, Lifecycle] = {}
     deleted: tuple[int, ...] = ()
     head_position: int | None = None
+    head_prefix: str | None = None
+    model_key: str | None = None
+    optimizer_key: str | None = None
     optimizer_names: tuple[str, ...] | None = None
     optimizer_digest: str | None = None
     optimizer_undecided: tuple[str, ...] = ()

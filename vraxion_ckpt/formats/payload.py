@@ -1,18 +1,19 @@
-"""Convert VRAXION's payload dict to the canonical checkpoint and back.
+"""Convert the payload dict of a trainer to the canonical checkpoint and back.
 
 A ``.pt`` monolith and the ``router.state`` of a modular directory each hold one dict with the model, the optimizer, and
-training state. Its keys depend on the trainer, see `vraxion_ckpt.formats.payload_dialect`. `Extras` are stored under
+training state. Its keys depend on the trainer, see `vraxion_ckpt.checkpoint.dialects`. `Extras` are stored under
 `OUR_KEY`, which trainers ignore. In a bare state dict they are stored in ``_metadata``, which torch ignores.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vraxion_ckpt.checkpoint.dialects import Dialect, most_specific
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin
@@ -24,11 +25,14 @@ from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras
 from vraxion_ckpt.formats.payload_dialect import PayloadDialect
 from vraxion_ckpt.optimizer.binding import bind
 from vraxion_ckpt.optimizer.parameter_names import names_in_payload
+from vraxion_ckpt.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OPTIMIZER_KEYS = ("optim", "optimizer")
+# For adapters that pass no dialects.
+_USUAL = (Dialect("a training loop", model_key="model", optimizer_keys=("optim", "optimizer")),)
+_MOST_LISTED = 8  # keys of a payload in a message
 
 
 @dataclass
@@ -48,51 +52,76 @@ class Parsed:
     extras: Extras
 
 
-def parse_payload(payload: Any, path: Path) -> Parsed:
-    """Parse a payload dict with tensors or references; errors name `path`.
+def parse_payload(
+    payload: Any,
+    path: Path,
+    dialects: Sequence[Dialect] = _USUAL,
+    *,
+    model_key: str | None = None,
+    optimizer_key: str | None = None,
+) -> Parsed:
+    """Parse a payload dict with tensors or references.
+
+    Args:
+        payload: the dict.
+        path: its file, for errors.
+        dialects: the declared dialects, which tell under which keys model and optimizer are.
+        model_key: the key of the model, if the user names it. No dialect is used then.
+        optimizer_key: the key of the optimizer, if the user names it.
 
     Raises:
-        InconsistentError: it is not a dict, has no model, or has entries of the wrong type.
+        InconsistentError: it is not a dict, has no model that a dialect knows, or has entries of the wrong type.
         UnsupportedError: its state dict holds values other than tensors, or a newer version has written its extras.
     """
     with errors_at(path):
-        return _parse(referenced(payload))
+        return _parse(referenced(payload), dialects or _USUAL, model_key, optimizer_key)
 
 
-def _parse(payload: Any) -> Parsed:
+def _parse(payload: Any, dialects: Sequence[Dialect], named_model: str | None, named_optimizer: str | None) -> Parsed:
     if not isinstance(payload, dict):
         kind = "Tensor" if isinstance(payload, TensorRef) else type(payload).__name__
         raise InconsistentError(f"holds a {kind}, not a dict")
     bare = bool(payload) and all(isinstance(value, TensorRef) for value in payload.values())
-    state = payload if bare else payload.get("model")
-    if not isinstance(state, dict):
-        found = ", ".join(map(repr, list(payload)[:8])) or "nothing"
-        raise InconsistentError("has no dict `model`, and is not a bare state dict", hint=f"it holds {found}")
+    ours = payload.get(OUR_KEY)
+    if isinstance(ours, dict) and not bare:
+        named_model, named_optimizer = (
+            named_model or ours.get("model_key"),
+            named_optimizer or ours.get("optimizer_key"),
+        )
+    model_key = "model" if bare else _model_key(payload, dialects, named_model)
+    state = payload if bare else payload[model_key]
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise InconsistentError("a state dict's keys must be text", key=f"model[{name!r}]")
+            raise InconsistentError("a state dict's keys must be text", key=f"{model_key}[{name!r}]")
         if not isinstance(tensor, TensorRef):
-            raise UnsupportedError(f"is a {type(tensor).__name__}, not a tensor", key=f"model.{name}")
+            raise UnsupportedError(f"is a {type(tensor).__name__}, not a tensor", key=f"{model_key}.{name}")
     if not all(isinstance(key, str) for key in payload):
         raise InconsistentError("the payload's keys must be text")
 
     metadata, extras = _metadata_and_extras(state, payload, bare)
-    optimizer_keys = [key for key in _OPTIMIZER_KEYS if key in payload and not bare]
-    if len(optimizer_keys) > 1:
-        optimizer_keys = [key for key in optimizer_keys if payload[key] is not None]
-    if len(optimizer_keys) > 1:
-        raise InconsistentError("holds two optimizers, `optim` and `optimizer`")
-    optimizer_key = optimizer_keys[0] if optimizer_keys else None
+    optimizer_key = named_optimizer
+    if optimizer_key is not None and optimizer_key not in payload:
+        raise InconsistentError(f"has no key {optimizer_key!r}", hint=_holds(payload))
+    if optimizer_key is None:
+        known = () if bare else dict.fromkeys(key for dialect in dialects for key in dialect.optimizer_keys)
+        optimizer_keys = [key for key in known if key in payload]
+        if len(optimizer_keys) > 1:
+            optimizer_keys = [key for key in optimizer_keys if payload[key] is not None]
+        if len(optimizer_keys) > 1:
+            raise InconsistentError(f"holds two optimizers, {' and '.join(f'`{key}`' for key in optimizer_keys)}")
+        optimizer_key = optimizer_keys[0] if optimizer_keys else None
     optimizer = payload[optimizer_key] if optimizer_key else None
     if optimizer is not None and not isinstance(optimizer, dict):
         raise InconsistentError(f"is a {type(optimizer).__name__}, not a dict", key=optimizer_key)
-    dialect = PayloadDialect(
+    layout = PayloadDialect(
         bare=bare,
         ordered=isinstance(state, OrderedDict) and not (bare and metadata is None and extras != Extras()),
         optimizer_key=optimizer_key,
         keys=() if bare else tuple(key for key in payload if key != OUR_KEY),
+        model_key=model_key,
+        named=not bare and (named_model is not None or named_optimizer is not None),
     )
-    own = {"model", "param_names", OUR_KEY, optimizer_key}
+    own = {model_key, "param_names", OUR_KEY, optimizer_key}
     fields: dict[str, Any] = {
         "core": TensorDict(state),
         "payload": TensorDict({} if bare else {key: value for key, value in payload.items() if key not in own}),
@@ -107,7 +136,34 @@ def _parse(payload: Any) -> Parsed:
         names, undecided = extras.optimizer_names, frozenset(extras.optimizer_undecided)
         unbound = UnboundOptimizer(optimizer, names, extras.optimizer_digest, undecided)
         checkpoint = UnboundCheckpoint(**fields, unbound=unbound)
-    return Parsed(checkpoint, None if bare else _stated_experts(payload), dialect, extras)
+    return Parsed(checkpoint, None if bare else _stated_experts(payload), layout, extras)
+
+
+def _model_key(payload: dict[Any, Any], dialects: Sequence[Dialect], named: str | None) -> str:
+    """Return the key of the model in a payload that is not a bare state dict."""
+    if named is not None:
+        if not isinstance(payload.get(named), dict):
+            raise InconsistentError(f"has no dict {named!r}", hint=_holds(payload))
+        return named
+    found = most_specific(dialects, payload)
+    if not found:
+        raise InconsistentError(
+            "no dialect recognises a model in it, and it is not a bare state dict",
+            hint=f"{_holds(payload)}; name the keys, as in --from pt:model_key=KEY,optimizer_key=KEY",
+        )
+    models = list(dict.fromkeys(dialect.model_key for dialect in found))
+    if len(models) > 1:
+        raise InconsistentError(
+            f"may hold its model under {' or '.join(map(repr, models))}",
+            hint=f"name the key, as in --from pt:model_key={models[0]}",
+        )
+    return models[0]
+
+
+def _holds(payload: Mapping[Any, Any]) -> str:
+    """Return the keys of a payload and what is under them, for hints."""
+    held = [f"{key} ({type(value).__name__})" for key, value in payload.items()]
+    return f"it holds {listed(held, _MOST_LISTED)}" if held else "it holds nothing"
 
 
 def _stated_experts(payload: dict[str, Any]) -> int | None:
@@ -170,7 +226,7 @@ def build_payload_references(
     if dialect.bare:
         return model
     optimizer_key = dialect.optimizer_key or ("optim" if checkpoint.optimizer else None)
-    entries: dict[str, Any] = {"model": model, **checkpoint.payload.references()}
+    entries: dict[str, Any] = {dialect.model_key: model, **checkpoint.payload.references()}
     if checkpoint.head is not None:
         entries["num_experts"] = checkpoint.num_experts
     if optimizer_key:
@@ -194,7 +250,8 @@ def make_extras(checkpoint: Checkpoint, dialect: PayloadDialect, origin: Origin,
         more: further fields of `Extras`.
     """
     names = _names_to_record(checkpoint, dialect)
-    return Extras(history=checkpoint.history, plan=checkpoint.plan, dialects=origin.dialects, **names, **more)
+    keys = {"model_key": dialect.model_key, "optimizer_key": dialect.optimizer_key} if dialect.named else {}
+    return Extras(history=checkpoint.history, plan=checkpoint.plan, dialects=origin.dialects, **names, **keys, **more)
 
 
 def _names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The dialects of VRAXION's payload dict: which keys it has and in which order, depending on the trainer.
+"""The keys of a payload dict, and their order, as a checkpoint was read.
 
-The dialect in which a checkpoint was read is recorded in its origin, so that the same dialect is written.
+They are recorded in its origin, so that it is written back in the same way. Which keys hold the model and the optimizer
+is declared by `vraxion_ckpt.checkpoint.dialects`.
 """
 
 from __future__ import annotations
@@ -20,29 +21,36 @@ from vraxion_ckpt.formats.extras import OUR_KEY, Extras
 # Existing files record dialects under these names, so the names must not change.
 MONOLITH = "pt"
 ROUTER = "router"
+_MODEL, _OPTIMIZER = "model", "optim"  # the keys in ``router.state``
 
 
 @dataclass(frozen=True)
 class PayloadDialect:
-    """The dialect of a payload dict.
+    """The layout of a payload dict.
 
     Attributes:
         bare: whether the dict is the state dict itself.
         ordered: whether the state dict is an OrderedDict, as ``Module.state_dict()`` returns it.
-        optimizer_key: the key of the optimizer, ``optim`` or ``optimizer``; None if there is no such key.
+        optimizer_key: the key of the optimizer; None if there is no such key.
         keys: the keys of the dict in order; empty for a bare state dict.
+        model_key: the key of the model's state dict.
+        named: whether the user named the keys. Then the file records them, because no dialect knows them.
     """
 
     bare: bool = False
     ordered: bool = False
     optimizer_key: str | None = None
-    keys: tuple[str, ...] = ("model",)
+    keys: tuple[str, ...] = (_MODEL,)
+    model_key: str = _MODEL
+    named: bool = False
 
     def as_router(self) -> PayloadDialect:
         """Return the dialect in which the trainer of a modular directory writes the same payload."""
-        keys = [key if key != self.optimizer_key else "optim" for key in ("model",) * self.bare + self.keys]
+        renamed = {self.model_key: _MODEL, self.optimizer_key: _OPTIMIZER}
+        keys = [renamed.get(key, key) for key in (_MODEL,) * self.bare + self.keys]
         keys += [key for key in ("num_experts", "param_names") if key not in keys]
-        return replace(self, bare=False, optimizer_key=self.optimizer_key and "optim", keys=tuple(keys))
+        optimizer_key = self.optimizer_key and _OPTIMIZER
+        return PayloadDialect(False, self.ordered, optimizer_key, tuple(keys), _MODEL)
 
     def implies(self, router: PayloadDialect, has_head: bool) -> bool:
         """Tell whether `as_router` returns `router`, which may lack ``param_names``, or ``num_experts`` if headless."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from vraxion_ckpt.checkpoint.head_names import VRAXION, HeadNames, split_name
+from vraxion_ckpt.checkpoint.head_names import RING_HEAD, HeadNames, split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
@@ -43,7 +43,7 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
     rules = _rules_for(lists, [order] * len(lists)) if order is not None else ()
     if rules or is_certain:
         return rules
-    names = checkpoint.head.names if checkpoint.head else VRAXION
+    names = checkpoint.head.names if checkpoint.head else RING_HEAD
     found: list[Rule] = []
     for kind, turned in ((OrderKind.MODEL, lists), (OrderKind.REVERSED, [listed[::-1] for listed in lists])):
         if all(_can_be_model_order(listed, names) for listed in turned):
@@ -77,7 +77,7 @@ def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]
 def order_of(checkpoint: Checkpoint) -> ModelOrder:
     """Return the order of a checkpoint's state dict. Opens one expert if none is open."""
     head = checkpoint.head
-    names = head.names if head else VRAXION
+    names = head.names if head else RING_HEAD
     leaves: Mapping[str, int] = {}
     if head is not None and head.experts:
         one = next((e for e in head.experts.values() if e.is_open), next(iter(head.experts.values())))
@@ -185,7 +185,7 @@ def owns_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
     an expert has only parameters of this expert. The groups of a model with one expert prove nothing, because one may
     be for the head's weights and another for its biases.
     """
-    names = checkpoint.head.names if checkpoint.head else VRAXION
+    names = checkpoint.head.names if checkpoint.head else RING_HEAD
     of_head = [group.params for group in optimizer.groups if any(split_name(name, names) for name in group.params)]
     if not of_head:
         return False
@@ -226,7 +226,7 @@ def run_of_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[int, in
     """Return start and end of the groups that `lists_of` joins to one list, or None if they are not adjacent."""
     if not owns_groups(optimizer, checkpoint):
         return 0, 0
-    names = checkpoint.head.names if checkpoint.head else VRAXION
+    names = checkpoint.head.names if checkpoint.head else RING_HEAD
 
     def is_of_head(group: ParamGroup) -> bool:
         return any(split_name(name, names) for name in group.params)

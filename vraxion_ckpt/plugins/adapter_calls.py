@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
+from vraxion_ckpt.plugins.discovery import dialects
 from vraxion_ckpt.plugins.options import calling, defect_of
 from vraxion_ckpt.plugins.read_context import ReadContext
 from vraxion_ckpt.support.garbage import rare_collections
@@ -42,7 +43,7 @@ def is_directory(adapter: Adapter) -> bool:
 @rare_collections()
 def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint. Later calls of the adapter, to open an expert, use `plugin_call` too."""
-    context = ReadContext(tuple(allow_globals))
+    context = ReadContext(tuple(allow_globals), trainers=dialects())
     with calling(adapter):
         found = adapter.read(path, context)
     return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
@@ -56,7 +57,7 @@ def read_overlay(
     allow_globals: Sequence[str] = (),
 ) -> Checkpoint:
     """Read a directory with staged files in place of its own. Later calls use `plugin_call` as after `call_read`."""
-    context = ReadContext(tuple(allow_globals))
+    context = ReadContext(tuple(allow_globals), trainers=dialects())
     with calling(adapter):
         found = adapter.read_overlay(path, staged, removed, context)
     return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
@@ -64,7 +65,7 @@ def read_overlay(
 
 def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = ()) -> Checkpoint | None:
     """Read as much of a checkpoint as possible, and note every error in `faults`."""
-    context = ReadContext(tuple(allow_globals))
+    context = ReadContext(tuple(allow_globals), trainers=dialects())
     with calling(adapter):
         found = adapter.examine(path, faults, context)
     checked = _checked(adapter, "examine", found, _ANY_CHECKPOINT | None)
@@ -184,4 +185,5 @@ def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> 
 
     for expert in checkpoint.head.experts.values() if checkpoint.head else ():
         expert.open_through(opened)
-    return replace(checkpoint, sources=context.sources)
+    origin = replace(checkpoint.origin, known_dialects=context.trainers)
+    return replace(checkpoint, sources=context.sources, origin=origin)

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import pluggy
 
+from vraxion_ckpt.checkpoint.dialects import Dialect
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Visits
 from vraxion_ckpt.errors import CkptWarning, OptionError, PluginError, UsageError, raise_if_out_of_memory
@@ -80,6 +81,7 @@ class Registry:
     manager: pluggy.PluginManager
     adapters: dict[str, list[Registered[Adapter]]] = field(default_factory=dict)
     transforms: dict[str, list[Registered[Transform]]] = field(default_factory=dict)
+    dialects: list[Dialect] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
 
 
@@ -130,19 +132,30 @@ def _load(found: Registry, entry: _EntryPoint) -> None:
         ("register_transforms", Transform, found.transforms),
     )
     for hook, base, names in kinds:
-        for implementation in getattr(found.manager.hook, hook).get_hookimpls():
-            if implementation.plugin is not plugin:
-                continue
-            classes = implementation.function()  # not through pluggy, which silently drops None
-            if not isinstance(classes, list | tuple):
-                raise PluginError(f"{hook} returned a {type(classes).__name__}, not a list")
-            for offer in classes:
-                check_offer(offer, base, hook)
-                offers.append((names, Registered(offer, entry.point.name, entry.distribution, entry.version)))
-    # Register all classes of an entry point or none.
+        for offer in _offered(found.manager, hook, plugin):
+            check_offer(offer, base, hook)
+            offers.append((names, Registered(offer, entry.point.name, entry.distribution, entry.version)))
+    dialects = _offered(found.manager, "register_dialects", plugin)
+    for dialect in dialects:
+        if not isinstance(dialect, Dialect):
+            raise PluginError(f"register_dialects returned {dialect!r}, which is not a Dialect")
+    # Register all offers of an entry point or none.
+    found.dialects += dialects
     for names, registered in offers:
         note_distribution(registered.plugin, registered.distribution)
         names.setdefault(registered.plugin.name, []).append(registered)
+
+
+def _offered(manager: pluggy.PluginManager, hook: str, plugin: object) -> list[Any]:
+    """Return what a plugin offers through one hook. Not through pluggy, which silently drops None."""
+    offers: list[Any] = []
+    for implementation in getattr(manager.hook, hook).get_hookimpls():
+        if implementation.plugin is plugin:
+            found = implementation.function()
+            if not isinstance(found, list | tuple):
+                raise PluginError(f"{hook} returned a {type(found).__name__}, not a list")
+            offers += found
+    return offers
 
 
 def check_offer(offer: Any, base: type[Plugin], hook: str) -> None:
@@ -272,6 +285,11 @@ def _name_and_options(item: Any, what: str) -> tuple[str, Mapping[str, Any]]:
 def adapters() -> dict[str, type[Adapter]]:
     """Return the adapters by name. Names that two or more plugins share are left out."""
     return {name: offers[0].plugin for name, offers in registry().adapters.items() if len(offers) == 1}
+
+
+def dialects() -> tuple[Dialect, ...]:
+    """Return the declared dialects."""
+    return tuple(registry().dialects)
 
 
 def run_probes(checkpoint: Checkpoint) -> Visits | None:

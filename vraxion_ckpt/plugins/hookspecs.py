@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pluggy
 
+from vraxion_ckpt.checkpoint.dialects import Dialect
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Visits
 from vraxion_ckpt.plugins.adapter import Adapter
@@ -30,6 +31,12 @@ def register_adapters() -> list[type[Adapter]]:
 @hookspec
 def register_transforms() -> list[type[Transform]]:
     """Return the transform classes of this plugin."""
+    raise NotImplementedError
+
+
+@hookspec
+def register_dialects() -> list[Dialect]:
+    """Return the dialects of trainers that this plugin declares."""
     raise NotImplementedError
 
 

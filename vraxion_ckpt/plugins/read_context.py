@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vraxion_ckpt.checkpoint.dialects import Dialect
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.source_files import Fingerprint, Sources
 from vraxion_ckpt.checkpoint.tensor_dict import resolved
@@ -30,10 +31,12 @@ class ReadContext:
     Attributes:
         allow_globals: full names of classes that a pickle may use in addition to plain data.
         sources: every file that was opened so far.
+        trainers: the declared dialects of trainers.
     """
 
     allow_globals: tuple[str, ...] = ()
     sources: Sources = field(default_factory=Sources)
+    trainers: tuple[Dialect, ...] = ()
 
     def load_torch(self, path: Path) -> Any:
         """Load a file of ``torch.save`` on the CPU without running code from it.

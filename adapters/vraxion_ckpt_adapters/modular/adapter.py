@@ -13,12 +13,12 @@ from pydantic import Field
 
 from vraxion_ckpt.plugin_api import (
     ROUTER,
-    VRAXION,
     Checkpoint,
     Expert,
     Faults,
     Head,
     HeadKind,
+    HeadNames,
     InconsistentError,
     IncrementalDirectoryAdapter,
     Loss,
@@ -98,12 +98,12 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         return self._read(CheckpointFiles(root_of(path), staged, frozenset(removed)), context)
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
-        files, trial = CheckpointFiles(root_of(path)), ReadContext(context.allow_globals)
+        files, trial = CheckpointFiles(root_of(path)), ReadContext(context.allow_globals, trainers=context.trainers)
         faults.attempt(files.check_links)
         if faults.errors:
             return None  # files outside the directory are never opened
         router, rows = files.path(ROUTER_STATE), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(trial.load_torch_references(router), router))
+        parsed = faults.attempt(lambda: parse_payload(trial.load_torch_references(router), router, trial.trainers))
         meta = faults.attempt(lambda: parse_meta(rows)) if rows.is_file() else None
         faults.attempt(lambda: check_names(files.root / "experts"))
         shards = files.shards()
@@ -111,7 +111,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
             if meta is not None:
                 faults.attempt(lambda: check_meta(meta, parsed, rows))
             number = parsed.num_experts
-            if any(name.startswith(VRAXION.single) for name in parsed.checkpoint.core):
+            if any(name.startswith(_names(parsed).single) for name in parsed.checkpoint.core):
                 shards = {}
             elif number is not None and (shards or number > 1):
                 shards = below(shards, number)
@@ -119,7 +119,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
                 faults.attempt(lambda: check_complete(shards, listed, number, files.root))
                 faults.attempt(lambda: parse_rows(meta, number, files.root) if meta else {})
         shards = {i: path for i, path in shards.items() if faults.attempt(partial(check_file, i, path)) is not None}
-        leaves = leaves_by_expert(parsed.checkpoint.param_names) if parsed is not None else {}
+        leaves = leaves_by_expert(parsed.checkpoint.param_names, _names(parsed)) if parsed is not None else {}
         reference: tuple[int, dict[str, TensorRef]] | None = None  # the first readable shard
         for expert, place in shards.items():
             shard = Path(place)
@@ -137,11 +137,14 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     def _read(self, files: CheckpointFiles, context: ReadContext) -> Checkpoint:
         files.check_links()
         root, router = files.root, files.path(ROUTER_STATE)
-        parsed = parse_payload(context.load_torch_references(router), router)
+        parsed = parse_payload(context.load_torch_references(router), router, context.trainers)
         meta = read_meta(files.path(META), context, parsed)
-        found = split_head(parsed.checkpoint, router)
+        names, found = _names(parsed), parsed.checkpoint
+        if any(name.startswith((names.single, names.experts)) for name in found.core):
+            found = split_head(found, router, prefix=names.prefix)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
-            raise InconsistentError("head.experts.* must be in shards, not in router.state", path=router, key="model")
+            message = f"{names.experts}* must be in shards, not in router.state"
+            raise InconsistentError(message, path=router, key="model")
         check_names(files.root / "experts")
         shards = files.shards()
         num_experts = parsed.num_experts
@@ -179,11 +182,11 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         context: ReadContext,
     ) -> Head:
         check_complete(shards, listed, num_experts, root)
-        param_names = parsed.checkpoint.param_names
+        param_names, names = parsed.checkpoint.param_names, _names(parsed)
 
         @cache
         def leaves() -> dict[int, set[str]]:
-            return leaves_by_expert(param_names)
+            return leaves_by_expert(param_names, names)
 
         reference: list[tuple[int, dict[str, TensorRef]]] = []  # the first shard that was opened
 
@@ -202,12 +205,12 @@ class ModularAdapter(IncrementalDirectoryAdapter):
 
         position = parsed.extras.head_position
         if position is None:
-            position = _derived_position(list(parsed.checkpoint.core), parsed.checkpoint.param_names)
+            position = _derived_position(list(parsed.checkpoint.core), param_names, names)
         if not 0 <= position <= len(parsed.checkpoint.core):
             message = f"head_position is {position}, but there are only {len(parsed.checkpoint.core)} other tensors"
             raise InconsistentError(message, path=root, key="head_position")
         experts = {i: Expert(partial(open_shard, i)) for i in sorted(shards)}
-        return Head(HeadKind.EXPERTS, experts, position, listed.difference(shards))
+        return Head(HeadKind.EXPERTS, experts, position, listed.difference(shards), names)
 
     # --- write ---
 
@@ -278,9 +281,12 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         sharded = head is not None and head.kind is HeadKind.EXPERTS
         state = checkpoint.core.references() if sharded else checkpoint.state_references()
         router, origin = router_dialect(checkpoint)
-        derived = _derived_position(list(state), checkpoint.param_names)
+        names = head.names if head else HeadNames()
+        derived = _derived_position(list(state), checkpoint.param_names, names)
         position = head.position if head and sharded and head.position != derived else None
-        extras = make_extras(checkpoint, router, without_meta(origin), head_position=position)
+        extras = make_extras(
+            checkpoint, router, without_meta(origin), head_position=position, head_prefix=names.prefix or None
+        )
         return build_payload_references(checkpoint, state, router, extras)
 
     def foreign_files(self, path: Path) -> list[Path]:
@@ -290,10 +296,14 @@ class ModularAdapter(IncrementalDirectoryAdapter):
 def _uncounted(_: int) -> None: ...
 
 
-def _derived_position(core: list[str], param_names: tuple[str, ...] | None) -> int:
+def _names(parsed: Parsed) -> HeadNames:
+    return HeadNames.below(parsed.extras.head_prefix or "")
+
+
+def _derived_position(core: list[str], param_names: tuple[str, ...] | None, names: HeadNames) -> int:
     """Return the index in `core` of the first core tensor after the head in `param_names`, else ``len(core)``."""
-    names = list(param_names or ())
-    head = [i for i, name in enumerate(names) if name.startswith("head.experts.")]
-    following = names[head[-1] + 1 :] if head else []
+    params = list(param_names or ())
+    head = [i for i, name in enumerate(params) if name.startswith(names.experts)]
+    following = params[head[-1] + 1 :] if head else []
     places = {name: place for place, name in enumerate(core)}
     return next((places[name] for name in following if name in places), len(core))

@@ -16,6 +16,7 @@ from vraxion_ckpt.plugin_api import (
     CorruptError,
     Expert,
     HeadKind,
+    HeadNames,
     InconsistentError,
     OutputFile,
     ReadContext,
@@ -26,12 +27,12 @@ from vraxion_ckpt.plugin_api import (
     named_references,
     save_torch_file,
     sharing,
+    split_name,
     torch_file_size,
     unfit,
 )
 
 SHARD = re.compile(r"expert_([0-9]{3}|[1-9][0-9]{3,8})\.pt")
-_PARAMETER = re.compile(r"head\.experts\.([0-9]{1,9})\.(.+)")
 
 
 def shard_name(expert: int) -> str:
@@ -126,12 +127,12 @@ def _content(expert: Expert) -> dict[str, TensorRef]:
     return {leaf: _compact(tensor) for leaf, tensor in expert.references().items()}
 
 
-def leaves_by_expert(param_names: tuple[str, ...] | None) -> dict[int, set[str]]:
+def leaves_by_expert(param_names: tuple[str, ...] | None, names: HeadNames) -> dict[int, set[str]]:
     """Return the leaf names of each expert's parameters that `param_names` lists, by expert id."""
     leaves: dict[int, set[str]] = {}
     for name in param_names or ():
-        if found := _PARAMETER.fullmatch(name):
-            leaves.setdefault(int(found[1]), set()).add(found[2])
+        if name.startswith(names.experts) and (found := split_name(name, names)):
+            leaves.setdefault(found[0], set()).add(found[1])
     return leaves
 
 

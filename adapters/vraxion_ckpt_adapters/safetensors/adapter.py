@@ -64,6 +64,8 @@ class SafetensorsAdapter(Adapter):
         None, gt=0, description="write a folder of shards of at most this size, like 5GB, and an index"
     )
 
+    prefix: str | None = Field(None, description="on reading, what precedes the names of the head, such as module.")
+
     @property
     def is_directory(self) -> bool:
         return self.max_shard_size is not None
@@ -87,7 +89,7 @@ class SafetensorsAdapter(Adapter):
         if OUR_KEY in metadata:
             found = load_document(tensors, metadata.pop(OUR_KEY), root, self.name)
         else:
-            found = from_state_dict(tensors, root, self.name)
+            found = from_state_dict(tensors, root, self.name, self.prefix)
         return replace(found, origin=_with_metadata(found.origin, self.name, metadata))
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
