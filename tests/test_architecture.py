@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vraxion_ckpt.plugins.discovery import dialects
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vraxion_ckpt"
 CORE = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -214,6 +216,19 @@ def test_one_module_alone_has_an_unpickler_and_none_calls_torch_for_it():
         used = calls & {"torch.load", "torch.save", "pickle.load", "pickle.loads"}
         assert not used, path
         assert ("pickle.Unpickler" in path.read_text()) <= (path.stem == "torch_pickle"), path
+
+
+def test_the_core_names_no_trainer():
+    """Trainers are declared as data by plugins."""
+    declared = dialects()
+    words = {word for dialect in declared for word in (dialect.name, *dialect.model_names)} - {"router_map"}
+    words |= {key for dialect in declared for key in dialect.requires if not key.isalpha()}
+    words |= {dialect.model_key for dialect in declared} - {"model", "state_dict", "module", "net"}
+    words |= {"VRAXION's", "wall-clock"}
+    assert len(words) > 12
+    for path in CORE:
+        if room_of(path) != "testing" and path.name != "demo.py":
+            assert not [word for word in words if word in path.read_text()], path
 
 
 @pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=str)

@@ -12,7 +12,7 @@ class Dialect:
     """The layout of the dict that a kind of trainer saves.
 
     Attributes:
-        name: who writes it, for messages, such as ``PyTorch's own recipe``.
+        name: who writes it, for messages.
         model_key: the key of the model's state dict.
         optimizer_keys: the keys that may hold the optimizer.
         requires: further keys that every dict of this dialect has.

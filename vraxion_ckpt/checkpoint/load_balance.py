@@ -1,4 +1,4 @@
-"""Load balance: how evenly ring visits are distributed over the experts, as VRAXION's trainers log it."""
+"""Load balance: how evenly ring visits are distributed over the experts, as trainers log it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry that this package adds to a checkpoint file, for values that VRAXION's own entries cannot hold."""
+"""The entry that this package adds to a checkpoint file, for values that a trainer's own entries cannot hold."""
 
 from __future__ import annotations
 

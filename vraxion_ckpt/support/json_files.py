@@ -78,7 +78,7 @@ def parse_json(text: str | bytes, path: Path | None = None) -> Any:
 
 
 def dump_json(value: Any) -> bytes:
-    """Return JSON as VRAXION's tools write it: indented by two, keys in the given order.
+    """Return JSON as it is written everywhere: indented by two, keys in the given order.
 
     Raises:
         ValueError: a number is not finite.
