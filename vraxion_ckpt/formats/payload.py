@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # For adapters that pass no dialects.
-_USUAL = (Dialect("a training loop", model_key="model", optimizer_keys=("optim", "optimizer")),)
+_USUAL = (Dialect("", model_key="model", optimizer_keys=("optim", "optimizer")),)
 _MOST_LISTED = 8  # keys of a payload in a message
 
 
