@@ -88,7 +88,7 @@ def _measure(
             entries = enumerate(item)
         nodes, levels = 1 + len(item), 0
         for key, entry in entries:
-            if type(entry) is TensorRef and _problem(entry) is None:
+            if type(entry) in SCALARS or (type(entry) is TensorRef and _problem(entry) is None):
                 continue
             below, deep = _measure(entry, path, depth + 1, (place, key), seen)
             nodes, levels = nodes + below - 1, max(levels, deep)

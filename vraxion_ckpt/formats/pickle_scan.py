@@ -64,7 +64,8 @@ _PUSHES: dict[int, tuple[int, int]] = {
     pickle.EMPTY_LIST[0]: (0, _LIST),
     pickle.EMPTY_DICT[0]: (0, _DICT),
 }
-_BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
+_BINPUT, _TEXT = pickle.BINPUT[0], pickle.BINUNICODE[0]
+_BINGET, _LONG_BINGET = pickle.BINGET[0], pickle.LONG_BINGET[0]
 _MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
 # Matches a run of numbers of one kind.
 _RUNS = {
@@ -182,6 +183,9 @@ class PickleScan:
             elif code == _TEXT:
                 at += 4 + _LONG(data, at)[0]
                 stack.append(_OTHER)
+            elif code == _LONG_BINGET:
+                stack.append(memo[_LONG(data, at)[0]])
+                at += 4
             elif code == _MARK:
                 if data[at] == _MARK and (end := self._tensor(at - 1)):
                     at = end
@@ -200,7 +204,6 @@ class PickleScan:
     def _others(self) -> dict[int, Callable[[int], int]]:
         """Return a method for each of the less frequent opcodes. It takes and returns an offset in the pickle."""
         return {
-            pickle.LONG_BINGET[0]: self._get,
             pickle.TUPLE1[0]: partial(self._tuple, 1),
             pickle.TUPLE2[0]: partial(self._tuple, 2),
             pickle.TUPLE3[0]: partial(self._tuple, 3),
@@ -246,10 +249,6 @@ class PickleScan:
             raise LimitError("the memo of its pickle has large gaps, which would take much memory")
         self._memo.extend(bytes(gap))
         self._memo[index : index + 1] = bytes([_IN_MEMO[self._stack[-1]]])
-
-    def _get(self, at: int) -> int:
-        self._stack.append(self._memo[_LONG(self.data, at)[0]])
-        return at + 4
 
     def _tuple(self, size: int, at: int) -> int:
         del self._stack[-size:]
