@@ -24,7 +24,7 @@ from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import Ints, count_pairs
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
-from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts
+from vraxion_ckpt.checkpoint.torch_optimizer import shape_conflicts
 from vraxion_ckpt.support.json_models import Number
 from vraxion_ckpt.wording import count, listed, numbered
 
@@ -104,7 +104,7 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
     for name in params:
         if name not in tensors and not (head and head.is_not_loaded(name)):
             yield f"the optimizer lists {name}, which the model does not have"
-    for conflict in shape_conflicts(optimizer, known_shapes(checkpoint)):
+    for conflict in shape_conflicts(optimizer, {name: tensor.shape for name, tensor in tensors.items()}):
         yield f"{conflict.name}: {conflict.what}"
 
 
@@ -130,9 +130,8 @@ def sharing_findings(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     """
     model, now = before.open_references(), after.open_references()
     old, new = [*model.items(), *_slots(before)], [*now.items(), *_slots(after)]
-    changed = {(name, id(ref)) for name, ref in old} ^ {(name, id(ref)) for name, ref in new}
     # Other groups are the same on both sides. Memory that plugins got may overlap with that of other tensors.
-    touched = {id(ref.storage) for name, ref in (*old, *new) if (name, id(ref)) in changed}
+    touched = {id(ref.storage) for _, ref in {*old} ^ {*new}}
     groups = sharing(
         ((is_after, name), ref)
         for is_after, side in enumerate((old, new))

@@ -59,6 +59,7 @@ class ModelOrder:
     head: float
     leaves: Mapping[str, int]
     _ranks: dict[str, Rank] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _in_head: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of_list(cls, listed: Sequence[str], names: HeadNames) -> ModelOrder:
@@ -73,6 +74,12 @@ class ModelOrder:
         """Return the rank of a parameter. It may belong to an expert that the model did not have."""
         if (known := self._ranks.get(name)) is None:
             known = self._ranks[name] = self._find_rank(name)
+        return known
+
+    def in_head(self, name: str) -> bool:
+        """Return whether a parameter belongs to the head."""
+        if (known := self._in_head.get(name)) is None:
+            known = self._in_head[name] = split_name(name, self.names) is not None
         return known
 
     def _find_rank(self, name: str) -> Rank:
@@ -115,16 +122,12 @@ class Rule:
 
     def key(self, order: ModelOrder) -> Callable[[str], Any]:
         """Return the function by which `arranged` sorts names."""
-
-        def in_head(name: str) -> bool:
-            return split_name(name, order.names) is not None
-
         if self.kind is OrderKind.SORTED:
             return str
         if self.kind is OrderKind.HEAD_FIRST:
-            return lambda name: (not in_head(name), order.rank(name))
+            return lambda name: (not order.in_head(name), order.rank(name))
         if self.kind is OrderKind.HEAD_LAST:
-            return lambda name: (in_head(name), order.rank(name))
+            return lambda name: (order.in_head(name), order.rank(name))
         if self.classes is not None:
             which, ranks = self.classes
             class_of = CLASSES[which]

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, contiguous_strides, is_tensor
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, TensorRef, as_reference, contiguous_strides, is_tensor
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
@@ -88,7 +88,7 @@ def _measure(
             entries = enumerate(item)
         nodes, levels = 1 + len(item), 0
         for key, entry in entries:
-            if type(entry) is TensorRef and _problem(entry) is None:
+            if type(entry) in SCALARS or (type(entry) is TensorRef and _problem(entry) is None):
                 continue
             below, deep = _measure(entry, path, depth + 1, (place, key), seen)
             nodes, levels = nodes + below - 1, max(levels, deep)
@@ -128,22 +128,29 @@ def named_references(value: Any, place: str = "") -> Iterator[tuple[str, TensorR
     return ((name, as_reference(tensor)) for name, tensor in _tensors_in(value, place))
 
 
-def _tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, TensorRef | Tensor]]:
+def _tensors_in(value: Any, place: str = "") -> list[tuple[str, TensorRef | Tensor]]:
+    found: list[tuple[str, TensorRef | Tensor]] = []
+    _collect(value, place, found)
+    return found
+
+
+def _collect(value: Any, place: str, found: list[tuple[str, TensorRef | Tensor]]) -> None:
     if isinstance(value, TensorDict):
         value = value.references()
-    if isinstance(value, list | tuple) and SCALARS.issuperset(map(type, value)):
-        return  # there may be millions
     if isinstance(value, dict | list | tuple):
+        if SCALARS.issuperset(map(type, value)) and not isinstance(value, dict):
+            return  # there may be millions
+        start = f"{place}." if place else ""
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             kind = type(entry)
             if kind is TensorRef:
-                yield f"{place}.{key}" if place else str(key), entry
+                found.append((f"{start}{key}", entry))
             elif kind not in SCALARS:
-                yield from _tensors_in(entry, f"{place}.{key}" if place else str(key))
+                _collect(entry, f"{start}{key}", found)
         if isinstance(value, OrderedDict) and vars(value):
-            yield from _tensors_in(vars(value), f"{place} attributes")
+            _collect(vars(value), f"{place} attributes", found)
     elif is_tensor(value):
-        yield place, value
+        found.append((place, value))
 
 
 def size_of(value: Any) -> int:
@@ -209,7 +216,7 @@ def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
 def _problem(tensor: TensorRef | Tensor) -> UnsupportedError | LimitError | None:
     """Return an error if a tensor cannot be carried, or if its elements overlap."""
     if isinstance(tensor, TensorRef):
-        return _layout_problem(tensor.shape, tensor.strides, tensor.storage.nbytes // tensor.itemsize)
+        return _layout_problem(tensor.shape, tensor.strides, tensor.storage.nbytes // ITEMSIZES[tensor.dtype])
     import torch
 
     if tensor.is_nested:  # has a strided layout but no shape

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +226,8 @@ class TensorRef:
 
     def fills_storage(self) -> bool:
         """Return whether the storage holds exactly the elements, in the order of their indices."""
-        return self.nbytes == self.storage.nbytes and self.is_contiguous() and not (self.conj or self.neg)
+        dense = self.strides == contiguous_strides(self.shape) or self.is_contiguous()
+        return dense and self.nbytes == self.storage.nbytes and not (self.conj or self.neg)
 
     def extent(self) -> tuple[int, int, int]:
         """Return where the elements are: a number for the address space, the first byte, and the number of bytes.
@@ -323,6 +324,7 @@ class TensorRef:
         return replace(self, storage=deepcopy(storage, memo), _tensor=None)
 
 
+@lru_cache(maxsize=2**12)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a contiguous tensor."""
     strides: list[int] = []

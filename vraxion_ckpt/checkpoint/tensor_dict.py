@@ -14,7 +14,8 @@ V = TypeVar("V")
 
 # Types of values that contain nothing.
 SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
-_SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | {TensorRef}
+_REFERENCES: frozenset[type] = frozenset({TensorRef})
+_SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | _REFERENCES
 
 
 def referenced(value: Any) -> Any:
@@ -138,9 +139,11 @@ class TensorDict(dict[K, V]):
 
     def references(self) -> dict[K, Any]:
         """Return the entries, in order, with a `TensorRef` for each tensor."""
-        found: dict[K, Any] = {}
-        for key, value in dict.items(self):
-            found[key] = value if isinstance(value, TensorRef) else _reference_of(value)
+        found: dict[K, Any] = dict(dict.items(self))
+        if not _REFERENCES.issuperset(map(type, found.values())):
+            for key, value in found.items():
+                if type(value) is not TensorRef:
+                    found[key] = _reference_of(value)
         return found
 
     def as_stored(self) -> dict[K, Any]:

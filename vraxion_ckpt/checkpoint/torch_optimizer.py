@@ -185,15 +185,19 @@ def shape_conflicts(optimizer: Optimizer, shapes: Mapping[str, Shape]) -> Iterat
     accepted, as in Adafactor and 8-bit optimizers. The exception: if each of its shapes is the shape of some other
     parameter, and not every one is a reduced shape of its own parameter, the names are probably wrong.
     """
-    kinds: dict[str, list[tuple[str, Shape]]] = {}
+    alike: set[str] = set()  # slots that have their parameter's shape for some parameters
+    differing: dict[str, list[tuple[str, Shape]]] = {}
     for name, slots in optimizer.state.references().items():
-        for slot, value in slots.items():
-            if name in shapes and isinstance(value, TensorRef) and value.ndim:
-                kinds.setdefault(slot, []).append((name, value.shape))
-    parameters = {shapes[name] for name in optimizer.params if name in shapes}
-    for slot, found in kinds.items():
-        wrong = [(name, shape) for name, shape in found if shape != shapes[name]]
+        whole = shapes.get(name)
+        for slot, value in slots.items() if whole is not None else ():
+            if type(value) is TensorRef and value.shape:
+                if value.shape == whole:
+                    alike.add(slot)
+                else:
+                    differing.setdefault(slot, []).append((name, value.shape))
+    parameters = {shapes[name] for name in optimizer.params if name in shapes} if differing else set()
+    for slot, wrong in differing.items():
         reduced = all(_is_reduced(shape, shapes[name]) for name, shape in wrong)
-        if len(wrong) < len(found) or (not reduced and all(shape in parameters for _, shape in wrong)):
+        if slot in alike or (not reduced and all(shape in parameters for _, shape in wrong)):
             for name, shape in wrong:
                 yield ShapeConflict(name, f"slot {slot} has shape {list(shape)}, its parameter {list(shapes[name])}")

@@ -99,6 +99,8 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
                 return
             if kinds[1] is Expert:
                 entries = {key: entry for key, entry in entries.items() if not _is_right_expert(entry)}
+            elif kinds[1] == dict[str, Any] and _are_plain_dicts(entries):
+                return
         for key, entry in entries.items():
             yield from _faults(key, kinds[0], f"a key of {place}")
             yield from _faults(entry, kinds[1], f"{place}[{key!r}]")
@@ -131,6 +133,17 @@ def _is_right_expert(value: Any) -> bool:
         return type(value) is Expert
     leaves = value.as_stored()
     return _all_right(leaves, str) and _all_right(leaves.values(), TensorRef)
+
+
+def _are_plain_dicts(entries: Mapping[Any, Any]) -> bool:
+    """Return whether all values are certainly plain dicts, such as the optimizer's state of each parameter."""
+    if not {dict}.issuperset(map(type, entries.values())):
+        return False
+    try:
+        check_plain([*entries.values()])  # at once, which is faster than one by one, and no less strict
+    except CkptError:
+        return False
+    return True
 
 
 def _tensor_faults(value: object, place: str) -> Iterator[str]:

@@ -64,7 +64,8 @@ _PUSHES: dict[int, tuple[int, int]] = {
     pickle.EMPTY_LIST[0]: (0, _LIST),
     pickle.EMPTY_DICT[0]: (0, _DICT),
 }
-_BINPUT, _BINGET, _TEXT = pickle.BINPUT[0], pickle.BINGET[0], pickle.BINUNICODE[0]
+_BINPUT, _TEXT = pickle.BINPUT[0], pickle.BINUNICODE[0]
+_BINGET, _LONG_BINGET = pickle.BINGET[0], pickle.LONG_BINGET[0]
 _MARK, _MANY, _STOP = pickle.MARK[0], pickle.TUPLE[0], pickle.STOP[0]
 # Matches a run of numbers of one kind.
 _RUNS = {
@@ -72,6 +73,34 @@ _RUNS = {
     for code in (pickle.BINFLOAT[0], pickle.BININT[0], pickle.BININT1[0], pickle.BININT2[0])
 }
 _PUTS = frozenset({_BINPUT, pickle.LONG_BINPUT[0]})
+
+
+def _tensor_opcodes() -> re.Pattern[bytes]:
+    """Return a pattern of the opcodes that make a tensor, from the marks of its arguments to its place in the memo.
+
+    ``torch.save`` writes them once the memo has 256 values. Each alternative begins with another opcode, so the bytes
+    can match only as the unpickler reads them. The groups are the memo indices of values that are put there, and, named
+    ``short`` or ``long``, that of the class that is called for the hooks.
+    """
+    number, get, put = rb"(?:K.|M..|J.{4})", rb"(?:h.|j.{4})", rb"r(.{4})"
+    digits = b"|".join(rb"\x%02x\0{3}[0-9]{%d}" % (length, length) for length in range(1, 8))
+    several = rb"%b\x85|%b{2}\x86|%b{3}\x87|\(%b+t" % (number, number, number, number)
+    sizes = rb"(?:\)|(?:%b)%b)" % (several, put)
+    parts = (
+        *(rb"\(\(", get, get, rb"X(?:%b)" % digits, put, get, number, b"t", put, b"Q"),  # storage
+        *(number, sizes, sizes, rb"[\x88\x89]"),  # first element, shape, strides, whether it requires gradients
+        *(rb"(?:h(?P<short>.)|j(?P<long>.{4}))\)R", put),  # hooks
+        *(b"t", put, b"R", put),
+    )
+    return re.compile(b"".join(parts), re.DOTALL)
+
+
+_TENSOR = _tensor_opcodes().match
+_CALLABLE = bytes([_Kind.FUNCTION])
+# The kinds of the values that these opcodes put into the memo, by their number: the key of the storage, tuples, the
+# hooks, the tuple of all arguments, the tensor. And how their indices are written.
+_IN_TENSOR = {count: bytes([_OTHER, *[_TUPLE] * (count - 4), _ORDERED_DICT, _TUPLE, _OTHER]) for count in range(5, 8)}
+_INDICES = {count: struct.Struct(f"<{count}I") for count in _IN_TENSOR}
 _OPCODES = frozenset(pickle._Unpickler.dispatch)
 _LONG = struct.Struct("<I").unpack_from
 ORDERED_DICT = "collections.OrderedDict"
@@ -154,8 +183,14 @@ class PickleScan:
             elif code == _TEXT:
                 at += 4 + _LONG(data, at)[0]
                 stack.append(_OTHER)
+            elif code == _LONG_BINGET:
+                stack.append(memo[_LONG(data, at)[0]])
+                at += 4
             elif code == _MARK:
-                self._marks.append(len(stack))
+                if data[at] == _MARK and (end := self._tensor(at - 1)):
+                    at = end
+                else:
+                    self._marks.append(len(stack))
             elif code == _MANY:
                 del stack[self._marks.pop() :]
                 stack.append(_TUPLE)
@@ -169,7 +204,6 @@ class PickleScan:
     def _others(self) -> dict[int, Callable[[int], int]]:
         """Return a method for each of the less frequent opcodes. It takes and returns an offset in the pickle."""
         return {
-            pickle.LONG_BINGET[0]: self._get,
             pickle.TUPLE1[0]: partial(self._tuple, 1),
             pickle.TUPLE2[0]: partial(self._tuple, 2),
             pickle.TUPLE3[0]: partial(self._tuple, 3),
@@ -187,6 +221,26 @@ class PickleScan:
             pickle.SHORT_BINSTRING[0]: self._counted,
         }
 
+    def _tensor(self, at: int) -> int:
+        """Follow the opcodes that make a tensor at once, which is faster than one by one, with the same effect.
+
+        Returns:
+            the offset after them; 0 if there are other opcodes, or if they could be refused.
+        """
+        found = _TENSOR(self.data, at) if self._stack[-1:] == _CALLABLE else None
+        if found is None:
+            return 0
+        memo = self._memo
+        *before, short, long, hooks, arguments, tensor = found.groups()
+        puts = b"".join(filter(None, (*before, hooks, arguments, tensor)))  # a shape without dimensions is not put
+        start, end = len(memo), len(memo) + len(puts) // 4
+        is_made = memo[int.from_bytes(short or long, "little")] == _Kind.ORDERED_DICT_CLASS
+        if not is_made or puts != _INDICES[end - start].pack(*range(start, end)):
+            return 0
+        memo += _IN_TENSOR[end - start]
+        self._stack[-1] = _OTHER
+        return found.end()
+
     def _put(self, index: int) -> None:
         # The unpickler allocates memory for all indices up to the largest one.
         gap = max(0, index - len(self._memo))
@@ -195,10 +249,6 @@ class PickleScan:
             raise LimitError("the memo of its pickle has large gaps, which would take much memory")
         self._memo.extend(bytes(gap))
         self._memo[index : index + 1] = bytes([_IN_MEMO[self._stack[-1]]])
-
-    def _get(self, at: int) -> int:
-        self._stack.append(self._memo[_LONG(self.data, at)[0]])
-        return at + 4
 
     def _tuple(self, size: int, at: int) -> int:
         del self._stack[-size:]

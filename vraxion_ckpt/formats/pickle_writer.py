@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from vraxion_ckpt.checkpoint.references import Storage, TensorRef
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, Storage, TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import referenced
 from vraxion_ckpt.errors import UnsupportedError
 
@@ -35,13 +35,13 @@ def pickled(value: Any) -> Pickled:
     return Pickled(content.getvalue(), tuple(pickler.keys))
 
 
-@dataclass(frozen=True)
 class _NamedStorage:
-    """A storage in the pickle: torch's class for its dtype, its name, and its number of elements."""
+    """A storage in the pickle, and its persistent id: torch's class for its dtype, name, device, number of elements."""
 
-    kind: type
-    key: str
-    numel: int
+    __slots__ = ("pid",)
+
+    def __init__(self, kind: type, key: str, numel: int) -> None:
+        self.pid = "storage", kind, key, "cpu", numel
 
 
 class _NoHooks:
@@ -57,14 +57,12 @@ class _Pickler(pickle.Pickler):
         self._kinds: dict[Storage, type] = {}
 
     def persistent_id(self, value: Any) -> tuple[str, type, str, str, int] | None:
-        if type(value) is _NamedStorage:
-            return "storage", value.kind, value.key, "cpu", value.numel
-        return None
+        return value.pid if type(value) is _NamedStorage else None
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, _NoHooks):
+        if type(value) is _NoHooks:
             return OrderedDict, ()
-        if not isinstance(value, TensorRef):
+        if type(value) is not TensorRef:
             return NotImplemented
         if value.parameter:
             import torch
@@ -74,15 +72,12 @@ class _Pickler(pickle.Pickler):
         return self._tensor(value)
 
     def _tensor(self, ref: TensorRef) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        import torch
-
-        kind = _storage_class(ref.dtype)
+        kind, rebuild, dtype = _way_to_rebuild(ref.dtype)
         storage = ref.storage
         if storage.nbytes and self._kinds.setdefault(storage, kind) is not kind:
             raise UnsupportedError("has tensors of different dtypes that share memory; torch cannot save them")
         key = self.keys.setdefault(storage, str(len(self.keys)))
-        typed = kind is not torch.UntypedStorage
-        named = _NamedStorage(kind, key, storage.nbytes // ref.itemsize if typed else storage.nbytes)
+        named = _NamedStorage(kind, key, storage.nbytes if dtype else storage.nbytes // ITEMSIZES[ref.dtype])
         # New tuples, as a pickle of equal values must not depend on which ones are the same object.
         arguments: tuple[Any, ...] = (
             named,
@@ -92,20 +87,23 @@ class _Pickler(pickle.Pickler):
             ref.requires_grad,
             _NoHooks(),
         )
-        if not typed:
-            arguments += (getattr(torch, ref.dtype),)
-        # New strings, for the same reason.
-        metadata = {name.decode(): True for name, is_set in ((b"conj", ref.conj), (b"neg", ref.neg)) if is_set}
-        if metadata:
-            arguments += (metadata,)
-        rebuild = torch._utils._rebuild_tensor_v2 if typed else torch._utils._rebuild_tensor_v3
+        arguments += dtype
+        if ref.conj or ref.neg:
+            # New strings, for the same reason.
+            flags = ((b"conj", ref.conj), (b"neg", ref.neg))
+            arguments += ({name.decode(): True for name, is_set in flags if is_set},)
         return rebuild, arguments
 
 
 @cache
-def _storage_class(dtype: str) -> type:
-    """Return torch's typed storage class of a dtype, or `torch.UntypedStorage` if there is none."""
+def _way_to_rebuild(dtype: str) -> tuple[type, Callable[..., Any], tuple[Any, ...]]:
+    """Return torch's storage class of a dtype, the function that makes its tensors, and what is passed to that last.
+
+    A dtype without a storage class of its own has `torch.UntypedStorage`, and is passed to the function.
+    """
     import torch
 
     name = torch.storage._dtype_to_storage_type_map().get(getattr(torch, dtype))
-    return getattr(torch, name) if name else torch.UntypedStorage
+    if name:
+        return getattr(torch, name), torch._utils._rebuild_tensor_v2, ()
+    return torch.UntypedStorage, torch._utils._rebuild_tensor_v3, (getattr(torch, dtype),)

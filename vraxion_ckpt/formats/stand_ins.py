@@ -46,7 +46,6 @@ class StorageType(NotPlain):
         raise _memory_from_elsewhere(self.name)
 
 
-@dataclass(frozen=True)
 class StandInStorage(NotPlain):
     """A stand-in for a storage.
 
@@ -57,6 +56,10 @@ class StandInStorage(NotPlain):
 
     dtype: str
     stored: StoredBytes
+
+    def __init__(self, dtype: str, stored: StoredBytes) -> None:
+        # As a frozen dataclass does, but faster: there is one for each tensor.
+        vars(self).update(description="is a storage", dtype=dtype, stored=stored)
 
 
 def _memory_from_elsewhere(name: str) -> UnsafeError:
@@ -250,7 +253,7 @@ class StandIns:
             return NotPlain(f"is a tensor of dtype {dtype.name}")
         if requires_grad is not False:
             raise CorruptError(f"torch cannot read it: a tensor of dtype {dtype.name} that requires gradients")
-        return self._tensor(replace(storage, dtype=dtype.name), first, shape, strides, False, hooks, metadata)
+        return self._tensor(StandInStorage(dtype.name, storage.stored), first, shape, strides, False, hooks, metadata)
 
 
 def _check_layout(held: int, dtype: str, first: Any, shape: Any, strides: Any) -> None:

@@ -50,7 +50,7 @@ def write_storages(placements: Sequence[Placement], target: OpenFile, advance: C
     """Write bytes of storages into an open file.
 
     If a source states a checksum for a storage, the copy proves it (`StoredBytes.proven`). Computed storages are
-    computed one at a time, and freed.
+    computed one at a time, and freed. What lies between placements in the target may be overwritten with zeros.
 
     Args:
         placements: what goes where, in the order of the offsets in the target.

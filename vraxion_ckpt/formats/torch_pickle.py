@@ -115,7 +115,7 @@ class _Finder:
             raise CorruptError(message, key=f"data/{key}")
         if expected and self._types.setdefault(key, kind) is not kind:
             raise CorruptError("tensors of several dtypes share a storage", key=f"data/{key}")
-        return StandInStorage("is a storage", kind.dtype, stored)
+        return StandInStorage(kind.dtype, stored)
 
 
 class _Reader(_Finder, pickle.Unpickler):

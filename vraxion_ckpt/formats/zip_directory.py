@@ -198,9 +198,9 @@ class ZipDirectory:
 
     def _check_local(self, offset: int, raw_name: bytes, flags: int, crc: int, size: int, name: str) -> int:
         """Compare a local header with its directory entry, and return the offset of the member's bytes."""
-        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = self._unpack(
-            LOCAL_HEADER, offset
-        )
+        # `_central_entry` has checked that the file has so many bytes.
+        header = LOCAL_HEADER.unpack_from(self._data, offset)
+        signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = header
         name_at = offset + LOCAL_HEADER.size
         if signature != b"PK\x03\x04" or self._data[name_at : name_at + n_name] != raw_name:
             self._corrupt("its local header names another member", name)

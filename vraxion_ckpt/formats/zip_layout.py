@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vraxion_ckpt.formats.zip_records import (
     CENTRAL_HEADER,
@@ -25,10 +25,10 @@ from vraxion_ckpt.support.file_copy import BLOCK
 _MOST_32, _MOST_16 = 0xFFFFFFFF, 0xFFFF
 _NEEDS_64 = 0xFFFFFFFF  # numbers from here on are in zip64 fields
 ALIGNMENT = 64
+_DESCRIPTOR, _DESCRIPTOR64 = struct.Struct("<4sI2I"), struct.Struct("<4sI2Q")
 
 
-@dataclass(frozen=True)
-class NewMember:
+class NewMember(NamedTuple):
     """A member of an archive that is to be written.
 
     Attributes:
@@ -46,12 +46,12 @@ class NewMember:
     @property
     def is_zip64(self) -> bool:
         """Whether its size or its offset needs more than 32 bits."""
-        return max(self.size, self.header_start) >= _NEEDS_64
+        return self.size >= _NEEDS_64 or self.header_start >= _NEEDS_64
 
     @property
     def end(self) -> int:
         """Offset of the byte after its data descriptor."""
-        return self.start + self.size + len(self.descriptor(0))
+        return self.start + self.size + (self._descriptor_format.size if self.size else 0)
 
     def header(self) -> bytes:
         """Return the local header, padded with an extra field so that the bytes are aligned."""
@@ -65,7 +65,11 @@ class NewMember:
         """Return what follows the bytes: their CRC-32 and their number. An empty member has none."""
         if not self.size:
             return b""
-        return struct.pack("<4sI2Q" if self.is_zip64 else "<4sI2I", b"PK\x07\x08", crc, self.size, self.size)
+        return self._descriptor_format.pack(b"PK\x07\x08", crc, self.size, self.size)
+
+    @property
+    def _descriptor_format(self) -> struct.Struct:
+        return _DESCRIPTOR64 if self.is_zip64 else _DESCRIPTOR
 
     def directory_entry(self, crc: int) -> bytes:
         """Return the entry in the central directory."""
@@ -82,8 +86,10 @@ class NewMember:
 
 def _zip64_field(size: int, offset: int) -> bytes:
     """Return the extra field for what needs more than 32 bits; empty if nothing does."""
+    if size < _NEEDS_64 and offset < _NEEDS_64:
+        return b""
     values = [*([size, size] if size >= _NEEDS_64 else []), *([offset] if offset >= _NEEDS_64 else [])]
-    return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
 
 
 def lay_out(members: Iterable[tuple[str, int, int | None]]) -> list[NewMember]:

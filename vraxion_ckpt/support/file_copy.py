@@ -19,13 +19,14 @@ from pathlib import Path
 
 from vraxion_ckpt.support import signals
 from vraxion_ckpt.support.checksums import THREADS, crc32, crc32_combined
-from vraxion_ckpt.support.file_bytes import read_into, write_at
+from vraxion_ckpt.support.file_bytes import read_at, read_into, write_at
 
 PIECE = 2**18  # bytes that are copied and read back at a time; they fit into the CPU's cache
 BLOCK = 2**12  # bytes; two files can share blocks of this size, on file systems that support it
 _STRIPE = 2**20  # bytes for which a thread computes one checksum
 _MOST_TOGETHER = 256  # small copies for which a thread is woken once
 _CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux, see ioctl_ficlonerange(2)
+_SMALL = 2**16  # bytes of a copy that is not cut, and that is copied together with its neighbours
 _LONGEST_WAIT = 0.05  # seconds until signals are delivered
 
 
@@ -84,7 +85,8 @@ class _Run:
 def copy_all(copies: Sequence[Copy], target: OpenFile, advance: Callable[[int], object]) -> None:
     """Copy runs of bytes into an open file, and set their checksums.
 
-    Pending signals are delivered between pieces. After an error, no thread begins another piece.
+    Pending signals are delivered between pieces. After an error, no thread begins another piece. What lies between
+    small copies in the target may be overwritten with zeros.
 
     Args:
         copies: the runs, in the order of their offsets in the target.
@@ -125,6 +127,9 @@ def copy_all(copies: Sequence[Copy], target: OpenFile, advance: Callable[[int], 
 
 def _stripes(copy: Copy) -> Iterator[_Stripe]:
     """Cut a copy at multiples of `_STRIPE` in the target, where blocks begin that file systems can share."""
+    if copy.nbytes <= _SMALL:
+        yield _Stripe(copy, 0, copy.nbytes)
+        return
     end = copy.target_start + copy.nbytes
     cuts = range(copy.target_start // _STRIPE * _STRIPE + _STRIPE, end, _STRIPE)
     for start, stop in pairwise([copy.target_start, *cuts, end]):
@@ -144,6 +149,27 @@ def _bundles(stripes: Sequence[_Stripe]) -> Iterator[list[_Stripe]]:
         yield bundle
 
 
+def _neighbours(bundle: Sequence[_Stripe]) -> Iterator[list[_Stripe]]:
+    """Yield the stripes of a bundle: small ones together that are near each other in their source and in the target."""
+    near: list[_Stripe] = []
+    for stripe in bundle:
+        if near and not _is_near(stripe.copy, near[0].copy):
+            yield near
+            near = []
+        near.append(stripe)
+    yield near
+
+
+def _is_near(copy: Copy, first: Copy) -> bool:
+    """Return whether two copies are small, and the second begins and ends in the `PIECE` bytes from the first on."""
+    return (
+        copy.source is first.source
+        and max(first.nbytes, copy.nbytes) <= _SMALL
+        and first.start <= copy.start <= first.start + PIECE - copy.nbytes
+        and copy.target_start <= first.target_start + PIECE - copy.nbytes
+    )
+
+
 def _work(run: _Run, number: int, advance: Callable[[int], object] | None) -> None:
     """Copy stripes until none is waiting. The main thread shows the progress and delivers signals."""
     buffer = memoryview(bytearray(PIECE))
@@ -154,14 +180,17 @@ def _work(run: _Run, number: int, advance: Callable[[int], object] | None) -> No
                 bundle = run.waiting.popleft()
             except IndexError:
                 return
-            for stripe in bundle:
-                for first, size in _pieces(stripe):
+            for near in _neighbours(bundle):
+                for piece in _pieces(near[0]) if len(near) == 1 else [None]:
                     if run.stopped:
                         return
                     if advance is not None:
                         signals.deliver_pending()
-                    _copy_piece(stripe, first, size, run.target, buffer)
-                    run.copied[number] += size
+                    if piece is not None:
+                        _copy_piece(near[0], *piece, run.target, buffer)
+                    else:
+                        _copy_together(near, run.target, buffer)
+                run.copied[number] += sum(stripe.nbytes for stripe in near)
             if advance is not None:
                 copied = sum(run.copied)
                 advance(copied - shown)
@@ -178,6 +207,36 @@ def _pieces(stripe: _Stripe) -> Iterator[tuple[int, int]]:
         size = min(PIECE - (stripe.copy.target_start + first) % PIECE, end - first)
         yield first, size
         first += size
+
+
+def _copy_together(near: list[_Stripe], target: OpenFile, buffer: memoryview) -> None:
+    """Copy neighbours with one call of the operating system for each step.
+
+    What lies between them in the target is overwritten with zeros.
+    """
+    copies = [stripe.copy for stripe in near]
+    source, start, target_start = copies[0].source, copies[0].start, copies[0].target_start
+    size = max(copy.start + copy.nbytes for copy in copies) - start
+    content = _read(source, start, size)
+    together = memoryview(bytearray(copies[-1].target_start + copies[-1].nbytes - target_start))
+    for copy in copies:
+        at, to = copy.start - start, copy.target_start - target_start
+        together[to : to + copy.nbytes] = content[at : at + copy.nbytes]
+    write_at(target.descriptor, target_start, together, target.path)
+    found = buffer[: len(together)]
+    read_into(target.descriptor, target_start, found, target.path)
+    again = _read(source, start, size) if any(copy.sums_source for copy in copies) else content[:0]
+    for stripe, copy in zip(near, copies, strict=True):
+        at, to = copy.start - start, copy.target_start - target_start
+        stripe.crc = crc32(found[to : to + copy.nbytes])
+        if copy.sums_source:
+            stripe.source_crc = crc32(again[at : at + copy.nbytes])
+
+
+def _read(source: OpenFile | memoryview, start: int, size: int) -> memoryview:
+    if isinstance(source, memoryview):
+        return source[start : start + size]
+    return memoryview(read_at(source.descriptor, start, size, source.path))
 
 
 def _copy_piece(stripe: _Stripe, first: int, size: int, target: OpenFile, buffer: memoryview) -> None:
