@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.errors import ChangedError, CkptWarning, CorruptError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.support.checksums import checksums_of_ranges, crc32
-from vraxion_ckpt.support.file_bytes import read_at
+from vraxion_ckpt.support.file_bytes import read_at, read_into
 from vraxion_ckpt.wording import count, listed
 
 if TYPE_CHECKING:
@@ -142,6 +142,14 @@ class StoredBytes:
         if self.given is not None:
             return buffer_of(self.given)[first : first + size].tobytes()
         return self.file.read(self.start + first, size)
+
+    def read_into(self, first: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes, beginning with byte number `first`. Raises the errors of `read`."""
+        if self.given is not None:
+            buffer[:] = buffer_of(self.given)[first : first + len(buffer)]
+            return
+        with self.file.opened() as descriptor:
+            read_into(descriptor, self.start + first, buffer, self.file.path)
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Yield the offset of each piece of the file, and its bytes. Raises the errors of `read`."""
