@@ -346,6 +346,8 @@ class Sources:
 
     files: list[SourceFile] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
+    _by_path: dict[Path, list[SourceFile]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _indexed: int = field(default=0, init=False, repr=False, compare=False)  # number of files in `_by_path`
 
     def __iter__(self) -> Iterator[SourceFile]:
         return iter(self.files)
@@ -355,6 +357,13 @@ class Sources:
         self.files.append(SourceFile(path, fingerprint))
         self.files[-1].keep_open()
         return self.files[-1]
+
+    def at(self, path: Path) -> Sequence[SourceFile]:
+        """Return the files that were read from a path. There may be thousands of other files."""
+        for source in self.files[self._indexed :]:
+            self._by_path.setdefault(source.path, []).append(source)
+        self._indexed = len(self.files)
+        return self._by_path.get(path, ())
 
     def verify(self) -> None:
         """Verify the checksums of every file that was added since the last call.
