@@ -8,15 +8,20 @@ import math
 from collections import OrderedDict
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import DATA, DIRECTORIES, EXPECTED, MONOLITHS, load
 
 import vraxion_ckpt as vc
+from vraxion_ckpt.analysis import expert_changes
 from vraxion_ckpt.analysis.difference import diff_checkpoints
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
+from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
+from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.errors import CorruptError, UsageError
 from vraxion_ckpt.reading.read_options import ReadOptions
 from vraxion_ckpt.testing import checkpoints, samples
@@ -71,6 +76,37 @@ def test_samples_are_identical_if_and_only_if_nothing_differs(a, b):
 
 
 # --- experts ---
+
+
+def with_owners(owners: list[int]) -> Checkpoint:
+    """Return a checkpoint with a ring, and with experts that differ from each other."""
+    experts = {i: Expert({"weight": torch.full((1,), float(i))}) for i in range(3)}
+    return Checkpoint(core={"router_map": torch.tensor(owners)}, head=Head(HeadKind.EXPERTS, experts, 1))
+
+
+def arcs_one_by_one(old: list[int], new: list[int]) -> set[tuple[int, int, int, int]]:
+    """Return start, length and owners of the arcs that moved, found address by address."""
+    pairs, length = list(zip(old, new, strict=True)), len(old)
+    begins = [at for at in range(length) if pairs[at] != pairs[at - 1] and len(set(pairs[at])) > 1]
+    if len(set(pairs)) == 1:
+        return {(0, length, *pairs[0])}
+    return {
+        (at, next(n for n in range(1, length) if pairs[(at + n) % length] != pairs[at]), *pairs[at]) for at in begins
+    }
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40), st.integers(1, 9))
+def test_the_first_arcs_that_moved_are_listed_and_all_are_counted(owners, most):
+    old, new = ([pair[side] for pair in owners] for side in (0, 1))
+    with mock.patch.multiple(expert_changes, _PIECE=7, _MOST_ARCS=most):
+        found = diff_checkpoints(with_owners(old), with_owners(new), ReadOptions()).ring
+    if old == new:
+        assert found is None
+        return
+    expected = sorted(arcs_one_by_one(old, new))
+    assert found.arcs_in_all == len(expected)
+    assert [(arc.start, arc.length, arc.before, arc.after) for arc in found.arcs] == expected[:most]
+    assert found.moved == sum(x != y for x, y in owners)
 
 
 def test_a_split_is_told_as_a_new_expert_that_is_equal_to_its_parent(run_cli):

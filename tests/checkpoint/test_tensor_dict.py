@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import struct
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,16 @@ import torch
 from support import assert_same
 from torch import Tensor
 
+import vraxion_ckpt as vc
+from vraxion_ckpt.checkpoint import plain_data
+from vraxion_ckpt.checkpoint.comparison import checkpoint_differences
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
+from vraxion_ckpt.checkpoint.plain_data import check_plain
 from vraxion_ckpt.checkpoint.references import TensorRef, reference
 from vraxion_ckpt.checkpoint.source_files import Sources
-from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
+from vraxion_ckpt.checkpoint.tensor_dict import PackedFloats, TensorDict, packed, referenced, resolved
+from vraxion_ckpt.errors import LimitError, UnsupportedError
 from vraxion_ckpt.formats.torch_reader import load_torch_references
 
 
@@ -310,3 +318,62 @@ def test_what_is_no_dict_is_left_to_the_check_of_types():
     assert wrong_type(checkpoint) == "core['a'] is a list, not a tensor"
     checkpoint.core = {"a": torch.ones(1)}
     assert wrong_type(checkpoint) is None
+
+
+QUIET, LOUD = (struct.unpack("<d", struct.pack("<Q", bits))[0] for bits in (0x7FF8000000000000, 0x7FF8000000000001))
+
+
+def long(*last: Any) -> list[Any]:
+    """Return a list that is long enough to be packed if all its entries are floats."""
+    return [float(i) for i in range(2**14)] + list(last)
+
+
+def read_again(payload: dict[str, Any], folder: Path) -> Checkpoint:
+    """Return the checkpoint that is read from a file with these entries."""
+    file = folder / f"{len(list(folder.iterdir()))}.pt"
+    torch.save({"model": {"weight": torch.zeros(2)}, **payload}, file)
+    return vc.open(file)
+
+
+@pytest.mark.parametrize("last", [-0.0, QUIET, LOUD, float("-inf")])
+def test_a_long_list_of_floats_is_packed_until_somebody_looks(last, tmp_path):
+    checkpoint = read_again({"losses": long(last), "log": {"losses": [long(last)]}}, tmp_path)
+    stored = checkpoint.payload.as_stored()
+    assert type(stored["losses"]) is type(stored["log"]["losses"][0]) is PackedFloats
+    for found in (checkpoint.payload.references(), checkpoint.copy().payload):
+        for losses in (found["losses"], found["log"]["losses"][0]):
+            assert type(losses) is list
+            assert [*map(struct.pack, repeat("<d"), losses)] == [*map(struct.pack, repeat("<d"), long(last))]
+    found = checkpoint.payload["losses"]
+    found.append(1.5)
+    assert checkpoint.copy().payload["losses"] is checkpoint.payload["losses"] is found
+    assert checkpoint.payload.references()["losses"][-1] == 1.5
+
+
+@pytest.mark.parametrize("last", [1, True, None, "1", [1.5]])
+def test_a_list_with_other_entries_is_not_packed(last, tmp_path):
+    losses = read_again({"losses": long(last)}, tmp_path).payload.as_stored()["losses"]
+    assert type(losses) is list
+    assert type(losses[-1]) is type(last)
+
+
+@pytest.mark.parametrize("looked", [(), (0,), (0, 1)])
+@pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (QUIET, LOUD), (1.0, 1), (QUIET, QUIET), (0.5, 0.5)])
+def test_packed_lists_are_compared_by_their_bits(one, other, looked, tmp_path):
+    pair = [read_again({"losses": long(last)}, tmp_path) for last in (one, other)]
+    for i in looked:
+        assert len(pair[i].payload["losses"]) == 2**14 + 1
+    same = type(one) is type(other) and struct.pack("<d", one) == struct.pack("<d", other)
+    lines = list(checkpoint_differences(*pair))
+    assert [line.partition(":")[0] for line in lines] == ([] if same else ["payload.losses[16384]"])
+
+
+def test_an_array_of_a_plugin_is_not_plain_data():
+    with pytest.raises(UnsupportedError, match=r"is a array\.array"):
+        check_plain(TensorDict({"losses": array("d", [0.5])}))
+
+
+def test_a_packed_list_counts_as_its_entries(monkeypatch):
+    monkeypatch.setattr(plain_data, "_MOST_NODES", 2**14)
+    with pytest.raises(LimitError, match="holds more than 16384 values"):
+        check_plain(packed({"losses": long()}))

@@ -34,6 +34,7 @@ from vraxion_ckpt.reading.opening import (
 )
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.support.garbage import rare_collections
 from vraxion_ckpt.support.json_models import Facts
 from vraxion_ckpt.wording import count, listed
 
@@ -58,6 +59,7 @@ class Checked(Facts):
 
 
 @memory_errors()
+@rare_collections()
 def check(path: PathLike, *, manifest: PathLike | None = None, **reading: Unpack[ReadKeywords]) -> Checked:
     """Read all of a checkpoint and return every finding: files, checksums, invariants, values.
 
@@ -147,7 +149,8 @@ def _about_files(adapter: Adapter, root: Path, files: Sequence[Path]) -> Iterato
             hint=how_to_recover(root),
         )
     foreign = (adapter_calls.foreign_files(adapter, root) or []) if root.is_dir() else []
-    others = [path for path in foreign if path.is_file() and path not in files]
+    known = set(files)
+    others = [path for path in foreign if path.is_file() and path not in known]
     if others:
         names = listed([path.relative_to(root) for path in others], 4)
         what = f"the directory has {count(len(others), 'file')} that are not part of the checkpoint: {names}"

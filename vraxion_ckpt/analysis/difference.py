@@ -34,9 +34,11 @@ from vraxion_ckpt.plugins.discovery import AdapterLike
 from vraxion_ckpt.reading.opening import PathLike, bound_if_possible, read_unbound
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import progress
+from vraxion_ckpt.support.garbage import rare_collections
 
 
 @memory_errors()
+@rare_collections()
 def diff(a: PathLike, b: PathLike, *, from_b: AdapterLike | None = None, **reading: Unpack[ReadKeywords]) -> Difference:
     """Compare two checkpoints of any formats, every tensor bit by bit.
 

@@ -15,6 +15,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.ring import Ints
 
 _MOST_ARCS = 4096
+_PIECE = 2**18  # addresses
 
 
 def expert_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> tuple[ExpertChange, ...]:
@@ -58,16 +59,11 @@ def _between(a: Expert, b: Expert) -> Measure | None:
 def _former_owners(a: Checkpoint, b: Checkpoint) -> dict[int, int]:
     """Return for each expert of the second checkpoint the previous owner of most of its addresses."""
     found: dict[int, tuple[int, int]] = {}
-    for (old, new), number in _owner_pairs(a, b).items():
+    both = _owners(a, b)
+    for (old, new), number in (ring.count_pairs(*both) if both is not None else {}).items():
         if number > found.get(new, (0, 0))[0]:
             found[new] = number, old
     return {new: old for new, (_, old) in found.items()}
-
-
-def _owner_pairs(a: Checkpoint, b: Checkpoint) -> dict[tuple[int, int], int]:
-    """Count the addresses of each pair of owners; empty if the rings cannot be compared."""
-    both = _owners(a, b)
-    return ring.count_pairs(*both) if both is not None else {}
 
 
 def _owners(a: Checkpoint, b: Checkpoint) -> tuple[Ints, Ints] | None:
@@ -87,15 +83,16 @@ def _ids_after(a: Checkpoint, b: Checkpoint, matching: Matching) -> dict[int, in
 
 def ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange | None:
     """Return the addresses with another owner, or None if there are none or the rings cannot be compared."""
-    now = _ids_after(a, b, matching)
-    moved = {pair: number for pair, number in _owner_pairs(a, b).items() if now.get(pair[0], -1) != pair[1]}
+    now, both = _ids_after(a, b, matching), _owners(a, b)
+    if both is None:
+        return None
+    moved = {pair: number for pair, number in ring.count_pairs(*both).items() if now.get(pair[0], -1) != pair[1]}
     if not moved:
         return None
-    ids = max(a.num_experts, b.num_experts)
-    codes = _moves(a, b, now, ids)
-    arcs, arcs_in_all = _moved_arcs(codes, ids)
+    ids = range(max(a.num_experts, b.num_experts))
+    arcs, arcs_in_all = _moved_arcs(*both, np.array([now.get(i, -1) for i in ids]))
     return RingChange(
-        length=len(codes),
+        length=len(both[0]),
         moved=sum(moved.values()),
         flows=tuple(Flow(before=old, after=new, addresses=number) for (old, new), number in moved.items()),
         arcs=arcs,
@@ -103,29 +100,43 @@ def ring_change(a: Checkpoint, b: Checkpoint, matching: Matching) -> RingChange 
     )
 
 
-def _moves(a: Checkpoint, b: Checkpoint, now: dict[int, int], ids: int) -> Ints:
-    """Return ``old · ids + new`` for each address that moved, and −1 for each other, shape ``[L]``."""
-    both = _owners(a, b)
-    assert both is not None
-    old, new = both
-    stays = np.array([now.get(i, -1) for i in range(ids)])[old] == new
-    codes = old * ids
-    codes += new
-    codes[stays] = -1
-    return codes
+def _moved_arcs(old: Ints, new: Ints, now: Ints) -> tuple[tuple[ArcChange, ...], int]:
+    """Return the first arcs that moved from one expert to another, and the number of all.
 
-
-def _moved_arcs(codes: Ints, ids: int) -> tuple[tuple[ArcChange, ...], int]:
-    """Return the first arcs that moved from one expert to another, and the number of all."""
-    starts = ring.arc_starts(codes)
-    first = starts[: 2 * _MOST_ARCS + 2]  # between two arcs that moved, there is at most one that did not
-    lengths = ring.run_lengths(first, len(codes))
-    moved = [
+    Args:
+        old: the owner of each address before, shape ``[L]``.
+        new: the owner of each address after, shape ``[L]``.
+        now: the new id of each old owner.
+    """
+    ids = len(now)
+    enough = 2 * _MOST_ARCS + 1  # between two arcs that moved, there is at most one that did not
+    kept: list[tuple[int, int]] = []  # starts and codes of arcs
+    in_all = 0
+    last = _moves(old[-1:], new[-1:], now)[0]
+    for at in range(0, len(old), _PIECE):
+        codes = _moves(old[at : at + _PIECE], new[at : at + _PIECE], now)
+        starts = np.flatnonzero(np.diff(codes, prepend=last))
+        last = codes[-1]
+        in_all += int(np.count_nonzero(codes[starts] >= 0))
+        if len(kept) < enough:
+            kept += zip((at + starts[:enough]).tolist(), codes[starts[:enough]].tolist(), strict=True)
+    if not kept:  # the whole ring is one arc
+        kept, in_all = [(0, int(last))], int(last >= 0)
+    lengths = ring.run_lengths(np.array([start for start, _ in kept]), len(old)).tolist()
+    arcs = [
         ArcChange(start=start, length=length, before=code // ids, after=code % ids)
-        for start, length, code in zip(first.tolist(), lengths.tolist(), codes[first].tolist(), strict=True)
+        for (start, code), length in zip(kept, lengths, strict=True)
         if code >= 0
     ]
-    return tuple(moved[:_MOST_ARCS]), int(np.count_nonzero((codes >= 0)[starts]))
+    return tuple(arcs[:_MOST_ARCS]), in_all
+
+
+def _moves(old: Ints, new: Ints, now: Ints) -> Ints:
+    """Return ``old · ids + new`` for each address that moved, and −1 for each other."""
+    codes = old * len(now)
+    codes += new
+    np.putmask(codes, now.take(old) == new, -1)
+    return codes
 
 
 def lifecycle_changes(a: Checkpoint, b: Checkpoint, matching: Matching) -> list[Change]:

@@ -41,6 +41,7 @@ from vraxion_ckpt.plugins.discovery import adapters
 from vraxion_ckpt.plugins.options import configure
 from vraxion_ckpt.reading.opening import PathLike, detect_source, files_of, os_errors_named, read_unbound
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
+from vraxion_ckpt.support.garbage import rare_collections
 from vraxion_ckpt.wording import numbered
 
 # Opening an expert may mean opening a file. Unless tensors are listed, no more experts are opened.
@@ -52,6 +53,7 @@ _EXPERT_MODULE = re.compile(r"(?:^|\.)(?:\w+_)?experts?(?:_?\d+)?\.", re.IGNOREC
 
 
 @memory_errors()
+@rare_collections()
 def inspect(
     path: PathLike,
     *,

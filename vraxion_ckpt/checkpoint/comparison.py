@@ -18,7 +18,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
-from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict, referenced
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, PackedFloats, TensorDict, referenced
 from vraxion_ckpt.checkpoint.torch_optimizer import unbind
 from vraxion_ckpt.support.checksums import THREADS
 from vraxion_ckpt.wording import shortened
@@ -73,7 +73,11 @@ Same = Callable[[TensorRef, TensorRef], bool]
 def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
     """Yield one line, with a key, for each difference between two plain values. The order of dict entries counts."""
     if isinstance(a, TensorDict) or isinstance(b, TensorDict):
-        yield from differences(referenced(a), referenced(b), key, same=same)
+        a, b = (value.as_stored() if isinstance(value, TensorDict) else value for value in (a, b))
+        yield from differences(a, b, key, same=same)
+    elif isinstance(a, PackedFloats) or isinstance(b, PackedFloats):
+        if type(a) is not type(b) or a.tobytes() != b.tobytes():
+            yield from differences(referenced(a), referenced(b), key, same=same)
     elif is_tensor(a) and is_tensor(b):
         if not same(as_reference(a), as_reference(b)):
             yield f"{key}: {_brief(a)} ≠ {_brief(b)}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.references import ITEMSIZES, TensorRef, as_reference, contiguous_strides, is_tensor
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
-from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict
+from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, PackedFloats, TensorDict
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
 from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import shortened
@@ -74,18 +74,18 @@ def _measure(
         if problem is not None:
             raise problem.with_facts(path=path, key=_path_text(place))
         return 1, 0
-    if kind not in (dict, OrderedDict, list, tuple, TensorDict):
+    if kind not in (dict, OrderedDict, list, tuple, TensorDict, PackedFloats):
         what = item.description if isinstance(item, NotPlain) else f"is a {kind.__module__}.{kind.__qualname__}"
         raise UnsupportedError(f"{what}; only plain data can be written", path=path, key=_path_text(place))
     if id(item) not in seen:
         if depth >= DEEPEST:
             raise LimitError(f"is nested deeper than {DEEPEST}", path=path)
         entries: Iterable[tuple[Any, Any]] = ()
-        if kind is not list and kind is not tuple:
+        if kind is list or kind is tuple:
+            entries = () if SCALARS.issuperset(map(type, item)) else enumerate(item)
+        elif kind is not PackedFloats:
             _check_keys(item, path, place)
             entries = _entries(item, kind, path, place)
-        elif not SCALARS.issuperset(map(type, item)):
-            entries = enumerate(item)
         nodes, levels = 1 + len(item), 0
         for key, entry in entries:
             if type(entry) in SCALARS or (type(entry) is TensorRef and _problem(entry) is None):
@@ -108,7 +108,7 @@ def _is_plain_tensor_type(kind: type) -> bool:
 
 def _entries(item: dict[Any, Any], kind: type, path: Path | None, place: _Place) -> Iterable[tuple[Any, Any]]:
     if kind is TensorDict:
-        return item.references().items()  # type: ignore[attr-defined,no-any-return]
+        return item.as_stored().items()  # type: ignore[attr-defined,no-any-return]
     if kind is dict:
         return () if SCALARS.issuperset(map(type, item.values())) else item.items()
     attributes = vars(item)
@@ -136,7 +136,7 @@ def _tensors_in(value: Any, place: str = "") -> list[tuple[str, TensorRef | Tens
 
 def _collect(value: Any, place: str, found: list[tuple[str, TensorRef | Tensor]]) -> None:
     if isinstance(value, TensorDict):
-        value = value.references()
+        value = value.as_stored()
     if isinstance(value, dict | list | tuple):
         if SCALARS.issuperset(map(type, value)) and not isinstance(value, dict):
             return  # there may be millions

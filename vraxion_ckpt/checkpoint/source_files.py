@@ -147,6 +147,14 @@ class StoredBytes:
             return buffer_of(self.given)[first : first + size].tobytes()
         return self.file.read(self.start + first, size)
 
+    def read_into(self, first: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes, beginning with byte number `first`. Raises the errors of `read`."""
+        if self.given is not None:
+            buffer[:] = buffer_of(self.given)[first : first + len(buffer)]
+            return
+        with self.file.opened() as descriptor:
+            read_into(descriptor, self.start + first, buffer, self.file.path)
+
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Yield the offset of each piece of the file, and its bytes. Raises the errors of `read`."""
         with self.file.opened() as descriptor:
@@ -356,6 +364,8 @@ class Sources:
 
     files: list[SourceFile] = field(default_factory=list)
     _verified: int = field(default=0, init=False)
+    _by_path: dict[Path, list[SourceFile]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _indexed: int = field(default=0, init=False, repr=False, compare=False)  # number of files in `_by_path`
 
     def __iter__(self) -> Iterator[SourceFile]:
         return iter(self.files)
@@ -365,6 +375,13 @@ class Sources:
         self.files.append(SourceFile(path, fingerprint))
         self.files[-1].keep_open()
         return self.files[-1]
+
+    def at(self, path: Path) -> Sequence[SourceFile]:
+        """Return the files that were read from a path. There may be thousands of other files."""
+        for source in self.files[self._indexed :]:
+            self._by_path.setdefault(source.path, []).append(source)
+        self._indexed = len(self.files)
+        return self._by_path.get(path, ())
 
     def verify(self) -> None:
         """Verify the checksums of every file that was added since the last call.

@@ -1,7 +1,11 @@
-"""Dicts and nested values whose tensors are references until somebody looks at them. Imports without torch."""
+"""Dicts and nested values whose tensors are references until somebody looks at them. Imports without torch.
+
+In the same way, a long list of floats that was read from a file is kept as an array.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from copy import deepcopy
@@ -16,10 +20,18 @@ V = TypeVar("V")
 SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
 _REFERENCES: frozenset[type] = frozenset({TensorRef})
 _SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | _REFERENCES
+_LONG = 2**14  # entries of a list
+
+
+class PackedFloats(array):  # type: ignore[type-arg]  # its type parameter exists from Python 3.12 on
+    """The floats of a long list, with 8 bytes for each. A list takes 40."""
+
+
+_CONTAINERS = (dict, list, tuple, PackedFloats)
 
 
 def referenced(value: Any) -> Any:
-    """Return a value with a reference for each tensor, and a dict for each `TensorDict`.
+    """Return a value with a reference for each tensor, a dict for each `TensorDict`, and a list for each packed one.
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
@@ -27,23 +39,43 @@ def referenced(value: Any) -> Any:
 
 
 def resolved(value: Any) -> Any:
-    """Return a value with a tensor for each reference.
+    """Return a value with a tensor for each reference, and a list for each packed one.
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
     return _Replacement(_tensor, SCALARS).of(value)
 
 
+def packed(value: Any) -> Any:
+    """Return a value with `PackedFloats` for each long list of floats.
+
+    Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
+    """
+    return _Replacement(_packed_list, _SCALARS_AND_REFERENCES).of(value)
+
+
 def _reference(value: Any) -> Any:
-    return value.references() if isinstance(value, TensorDict) else as_reference(value)
+    if isinstance(value, TensorDict):
+        return value.references()
+    return as_reference(value) if is_tensor(value) else _unpacked(value)
 
 
 def _tensor(value: Any) -> Any:
-    return value.tensor() if isinstance(value, TensorRef) else value
+    return value.tensor() if isinstance(value, TensorRef) else _unpacked(value)
+
+
+def _unpacked(value: Any) -> Any:
+    return value.tolist() if type(value) is PackedFloats else value
+
+
+def _packed_list(value: Any) -> Any:
+    if type(value) is list and len(value) >= _LONG and {float}.issuperset(map(type, value)):
+        return PackedFloats("d", value)
+    return value
 
 
 class _Replacement:
-    """Replaces the tensors, references and `TensorDict`s in a value.
+    """Replaces tensors, references, `TensorDict`s, packed lists and lists of scalars in a value.
 
     Args:
         change: returns what to put in place of one of them.
@@ -58,17 +90,18 @@ class _Replacement:
     def of(self, value: Any) -> Any:
         if is_tensor(value):
             return self._change(value)
-        if not isinstance(value, dict | list | tuple):
+        if not isinstance(value, _CONTAINERS):
             return value
         if id(value) not in self._done:
-            new = self._change(value) if isinstance(value, TensorDict) else self._with_entries_replaced(value)
+            whole = isinstance(value, TensorDict | PackedFloats)
+            new = self._change(value) if whole else self._with_entries_replaced(value)
             self._done[id(value)] = value, new
         return self._done[id(value)][1]
 
     def _with_entries_replaced(self, value: Any) -> Any:
         entries = value.values() if isinstance(value, dict) else value
         if self._unchanged.issuperset(map(type, entries)) and not (isinstance(value, OrderedDict) and vars(value)):
-            return value
+            return self._change(value) if type(value) is list else value
         new = [self.of(entry) for entry in entries]
         attributes = self.of(vars(value)) if isinstance(value, OrderedDict) else None
         kept = attributes is None or attributes is vars(value)
@@ -84,7 +117,7 @@ class _Replacement:
 
 
 class _Nested:
-    """A container in a `TensorDict`. Its tensors are references until somebody looks at it.
+    """A container in a `TensorDict`. Its tensors are references, and long lists packed, until somebody looks at it.
 
     Copies of the dict share it, so all of them give the same container.
     """
@@ -134,7 +167,7 @@ class TensorDict(dict[K, V]):
             super().__init__(dict.items(entries))
         else:
             super().__init__(entries)
-            nested: Any = {k: _Nested(v) for k, v in dict.items(self) if isinstance(v, dict | list | tuple)}
+            nested: Any = {k: _Nested(v) for k, v in dict.items(self) if isinstance(v, _CONTAINERS)}
             super().update(nested)
 
     def references(self) -> dict[K, Any]:
@@ -147,7 +180,10 @@ class TensorDict(dict[K, V]):
         return found
 
     def as_stored(self) -> dict[K, Any]:
-        """Return the entries, in order, with tensors where somebody has looked, and references elsewhere."""
+        """Return the entries, in order, with tensors where somebody has looked, and references elsewhere.
+
+        Long lists at which nobody has looked may be `PackedFloats`.
+        """
         return {key: value.stored() if isinstance(value, _Nested) else value for key, value in dict.items(self)}
 
     def reference(self, key: K) -> Any:
@@ -169,7 +205,7 @@ class TensorDict(dict[K, V]):
         return value  # type: ignore[no-any-return]
 
     def __setitem__(self, key: K, value: Any) -> None:
-        stored: Any = _Nested(value) if isinstance(value, dict | list | tuple) else value
+        stored: Any = _Nested(value) if isinstance(value, _CONTAINERS) else value
         super().__setitem__(key, stored)
 
     # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and

@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.provenance import Ancestor
 from vraxion_ckpt.checkpoint.references import TensorRef
-from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companions import COMPANION_HINT, Companion, prefixes_of
 from vraxion_ckpt.experts.noise import copy_of
@@ -68,8 +68,8 @@ class _Growth:
         if top == "model":
             self._in_model(change, companion.prefix)
             return
-        root = self.after.payload.references() if top == "payload" else self._extra()
-        value = _at(root, keys)
+        root = self.after.payload.as_stored() if top == "payload" else self._extra()
+        value = referenced(_at(root, keys))
         if value is _MISSING:
             return  # the step has removed it
         new = _replaced(root, keys, change(value))

@@ -99,7 +99,7 @@ def _dropped(after: Checkpoint, found: list[Companion]) -> Checkpoint:
                     if name != module and not name.startswith(each.prefix)
                 }
         elif each.place[0] == "payload":
-            kept = {key: value for key, value in after.payload.references().items() if key != each.place[1]}
+            kept = {key: value for key, value in after.payload.as_stored().items() if key != each.place[1]}
             after.payload = TensorDict(kept)
         elif after.optimizer is not None:
             kept = {key: value for key, value in after.optimizer.extra.references().items() if key != each.place[1]}

@@ -44,5 +44,5 @@ def with_schedules(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             return type(value)([changed(entry) for entry in value])
         return value
 
-    after.payload = TensorDict({key: changed(value) for key, value in after.payload.references().items()})
+    after.payload = TensorDict({key: changed(value) for key, value in after.payload.as_stored().items()})
     return after

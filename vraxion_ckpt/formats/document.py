@@ -22,7 +22,7 @@ from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import check_plain, dtype_name
 from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
-from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, packed, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError, LimitError, errors_at
 from vraxion_ckpt.formats.document_values import TensorStore, ValueDecoder, encode_value
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras, parse_extras, refuse_newer
@@ -202,7 +202,7 @@ def _load(tensors: Mapping[str, TensorRef], document: Any, path: Path, format_na
     checkpoint = Checkpoint(
         core=TensorDict(core),
         optimizer=optimizer,
-        payload=TensorDict(payload),
+        payload=TensorDict(packed(payload)),
         param_names=None if parsed.param_names is None else tuple(parsed.param_names),
         metadata=metadata,
         plan=extras.plan,

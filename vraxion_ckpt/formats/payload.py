@@ -18,7 +18,7 @@ from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.references import TensorRef
-from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, packed, referenced, resolved
 from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras
@@ -124,7 +124,7 @@ def _parse(payload: Any, dialects: Sequence[Dialect], named_model: str | None, n
     own = {model_key, "param_names", OUR_KEY, optimizer_key}
     fields: dict[str, Any] = {
         "core": TensorDict(state),
-        "payload": TensorDict({} if bare else {key: value for key, value in payload.items() if key not in own}),
+        "payload": TensorDict({} if bare else packed({k: v for k, v in payload.items() if k not in own})),
         "param_names": None if bare else names_in_payload(payload.get("param_names")),
         "metadata": metadata,
         "plan": extras.plan,

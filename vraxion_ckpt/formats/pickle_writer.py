@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,10 +28,16 @@ def pickled(value: Any) -> Pickled:
     Raises:
         UnsupportedError: two tensors of different dtypes share memory, which torch cannot save either.
     """
-    content = io.BytesIO()
-    pickler = _Pickler(content, 2)
+    pieces = _Pieces()
+    pickler = _Pickler(pieces, 2)
     pickler.dump(referenced(value))
-    return Pickled(content.getvalue(), tuple(pickler.keys))
+    return Pickled(b"".join(pieces), tuple(pickler.keys))
+
+
+class _Pieces(list[bytes]):
+    """What a pickler writes. It writes all at once, and this makes no copy of it."""
+
+    write = list.append
 
 
 class _NamedStorage:
@@ -51,7 +56,7 @@ class _NoHooks:
 class _Pickler(pickle.Pickler):
     """Pickles tensors as `torch.Tensor.__reduce_ex__` does."""
 
-    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+    def __init__(self, file: _Pieces, protocol: int) -> None:
         super().__init__(file, protocol)
         self.keys: dict[Storage, str] = {}
         self._kinds: dict[Storage, type] = {}

@@ -24,6 +24,7 @@ _PREFIX = "archive"
 _IDENTITY = ".data/serialization_id"
 _IDENTITY_SIZE = 40
 _LEAST_SHARED = 2**20  # bytes; smaller storages are copied, so that padding adds at most 0.4 %
+_FEW_BYTES = 2**16  # of a member that is copied, so that it is written together with others
 
 
 def save_torch_file(value: Any, path: Path) -> None:
@@ -153,11 +154,13 @@ class _Archive:
         for member in self._members:
             pending += member.header()
             content = contents.get(member.name)
-            if content is not None:
+            if content is not None and len(content) <= _FEW_BYTES:
                 pending += content
             elif member.size:
                 write_at(target.descriptor, start, pending, target.path)
                 start, pending = member.start + member.size, bytearray()
+                if content is not None:
+                    write_at(target.descriptor, member.start, content, target.path)
             pending += member.descriptor(crcs[member.name])
         pending += directory(self._members, [crcs[member.name] for member in self._members])
         write_at(target.descriptor, start, pending, target.path)

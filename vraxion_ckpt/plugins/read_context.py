@@ -110,7 +110,8 @@ class ReadContext:
         Raises:
             ChangedError: the file was written to, replaced or removed.
         """
-        Sources([source for source in self.sources if source.path == path]).check_unchanged()
+        for source in self.sources.at(path):
+            source.check_unchanged()
 
     def register(self, path: Path) -> None:
         """Register a file that is about to be opened by other means, such as a library that takes a path.
