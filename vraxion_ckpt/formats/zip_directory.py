@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
-from vraxion_ckpt.errors import CorruptError, LimitError, StorageError, UnsupportedError
+from vraxion_ckpt.errors import CorruptError, LimitError, StorageError, UnsupportedError, is_out_of_memory
 from vraxion_ckpt.formats.zip_records import (
     CENTRAL_HEADER,
     END,
@@ -22,6 +23,7 @@ from vraxion_ckpt.formats.zip_records import (
     LOCAL_HEADER,
     UTF8_NAME,
 )
+from vraxion_ckpt.support.file_bytes import read_at
 
 _MOST_MEMBERS = 200_000
 
@@ -35,9 +37,34 @@ class Member(NamedTuple):
     crc: int
 
 
+class FileBytes(Protocol):
+    """The bytes of a file, read by slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice) -> bytes | memoryview: ...
+
+
+class _ReadBytes:
+    """The bytes of an open file, each slice read when it is asked for."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor, self._path = descriptor, path
+        self._size = os.fstat(descriptor).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, where: slice) -> bytes:
+        start, stop, _ = where.indices(self._size)
+        return read_at(self._descriptor, start, max(0, stop - start), self._path)
+
+
 @contextlib.contextmanager
-def mapped(path: Path) -> Iterator[memoryview]:
-    """Memory-map a file read-only during a ``with`` block.
+def bytes_of(path: Path) -> Iterator[FileBytes]:
+    """Give the bytes of a file during a ``with`` block.
+
+    It is memory-mapped, because that is fastest, or else read if the address space has no room for it.
 
     Raises:
         CorruptError: the file is empty.
@@ -45,7 +72,13 @@ def mapped(path: Path) -> Iterator[memoryview]:
     """
     try:
         with path.open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if not is_out_of_memory(error):
+                    raise
+                yield _ReadBytes(file.fileno(), path)
+                return
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
     except ValueError:
@@ -57,7 +90,7 @@ def mapped(path: Path) -> Iterator[memoryview]:
 class ZipDirectory:
     """A strict parser of a zip file's central directory and local headers."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
+    def __init__(self, path: Path, data: FileBytes) -> None:
         self._path = path
         self._data = data
         self._compressed: list[str] = []
@@ -199,7 +232,7 @@ class ZipDirectory:
     def _check_local(self, offset: int, raw_name: bytes, flags: int, crc: int, size: int, name: str) -> int:
         """Compare a local header with its directory entry, and return the offset of the member's bytes."""
         # `_central_entry` has checked that the file has so many bytes.
-        header = LOCAL_HEADER.unpack_from(self._data, offset)
+        header = LOCAL_HEADER.unpack(self._data[offset : offset + LOCAL_HEADER.size])
         signature, _, local_flags, method, _, _, local_crc, packed, full, n_name, n_extra = header
         name_at = offset + LOCAL_HEADER.size
         if signature != b"PK\x03\x04" or self._data[name_at : name_at + n_name] != raw_name:
@@ -215,7 +248,7 @@ class ZipDirectory:
     def _unpack(self, record: struct.Struct, at: int) -> tuple[Any, ...]:
         if at < 0 or at + record.size > len(self._data):
             self._corrupt("is truncated")
-        return record.unpack_from(self._data, at)
+        return record.unpack(self._data[at : at + record.size])
 
     def _decode(self, raw: bytes) -> str:
         try:
