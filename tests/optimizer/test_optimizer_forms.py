@@ -426,3 +426,15 @@ def test_half_an_optimizer_is_not_left_behind_when_the_head_changes(missing, tmp
         vc.convert(tmp_path / "saved.pt", tmp_path / "no.pt", transforms=CHAINS["2 to 3"][2])
     assert refusal.value.key == "optim_state"
     assert "--companions" in refusal.value.hint
+
+
+def test_names_that_fit_several_parts_of_the_model_are_not_given_to_one_of_them(tmp_path):
+    model = nn.ModuleDict({"one": nn.Linear(3, 3), "two": nn.Linear(3, 3), "head": Head(2)})
+    for part, is_clear in (("two", False), ("head", True)):
+        optimizer = torch.optim.Adam(model[part].named_parameters())
+        torch.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, tmp_path / "saved.pt")
+        if is_clear:
+            assert vc.open(tmp_path / "saved.pt").optimizer.params[0] == "head.experts.0.weight"
+            continue
+        with pytest.raises(BindingError, match="has no such parameter"):
+            vc.convert(tmp_path / "saved.pt", tmp_path / "no.pt")

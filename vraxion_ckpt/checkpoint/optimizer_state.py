@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -65,6 +66,11 @@ class OptimizerPart:
 
     def __str__(self) -> str:
         return self.label or "optimizer"
+
+
+def is_only_usual(parts: Sequence[OptimizerPart]) -> bool:
+    """Return whether a file has one optimizer, in the usual place and form, so that it is the trainer's."""
+    return len(parts) == 1 and not parts[0].place and not parts[0].is_by_name
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Literal
 
 from vraxion_ckpt.checkpoint.buffers import torch_buffers
 from vraxion_ckpt.checkpoint.model import UnboundCheckpoint
+from vraxion_ckpt.checkpoint.optimizer_state import is_only_usual
 from vraxion_ckpt.checkpoint.order_rules import ModelOrder, OrderKind, Rule
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.shared_memory import without_tied
@@ -119,7 +120,7 @@ def _known_order(
 ) -> tuple[OrderKind | None, str]:
     if stated is not None:
         return OrderKind(stated), "as stated"
-    trainer = known_trainer(checkpoint)
+    trainer = known_trainer(checkpoint) if is_only_usual(checkpoint.unbound.parts) else None
     if trainer is None or order is None:
         return None, ""
     return OrderKind.MODEL, f"as {trainer} builds it"

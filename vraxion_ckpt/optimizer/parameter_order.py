@@ -14,7 +14,7 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.head_names import RING_HEAD, HeadNames, split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, is_only_usual
 from vraxion_ckpt.checkpoint.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.optimizer.trainers import known_trainer
@@ -36,7 +36,8 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
     if lists is None:
         return ()
     order, is_certain = model_order(checkpoint)
-    if order is not None and known_trainer(checkpoint) is not None:
+    is_usual = checkpoint.optimizer is not None and is_only_usual(checkpoint.optimizer.parts)
+    if order is not None and is_usual and known_trainer(checkpoint) is not None:
         rule = Rule(OrderKind.MODEL)
         if all(explains(rule, listed, order) for listed in lists):
             return (rule,)
@@ -228,7 +229,7 @@ def has_unclear_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
     This is so if the optimizer has only parameters of one expert, each in its own group: there may be a group for each
     parameter, or one for weights and one for biases.
     """
-    names = checkpoint.head.names if checkpoint.head else VRAXION
+    names = checkpoint.head.names if checkpoint.head else RING_HEAD
     params = optimizer.params
     return len(params) > 1 and owns_groups(optimizer, checkpoint) and _only_owner(params, names) is not None
 
