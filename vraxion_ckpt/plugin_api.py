@@ -16,7 +16,13 @@ from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.head_names import HeadNames, split_name
 from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint, unbound_state_dict
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, UnboundOptimizer
+from vraxion_ckpt.checkpoint.optimizer_state import (
+    Optimizer,
+    OptimizerForm,
+    OptimizerPart,
+    ParamGroup,
+    UnboundOptimizer,
+)
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_references, named_tensors
 from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
@@ -143,6 +149,8 @@ __all__ = [
     "LimitError",
     "Loss",
     "Optimizer",
+    "OptimizerForm",
+    "OptimizerPart",
     "Origin",
     "OutputFile",
     "ParamGroup",

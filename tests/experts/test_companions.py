@@ -120,8 +120,12 @@ def another_part(model: nn.Module) -> dict:
 # What stands in the payload, the key that is named, and how the optimizer is built.
 UNKNOWN = {
     "a list where the optimizer's order is not the model's": ("ema", shadow, by_name),
-    "an optimizer keyed by names": ("optim_state", flattened, None),
-    "an optimizer under another key": ("second", lambda model: torch.optim.SGD(model.parameters()).state_dict(), None),
+    "an optimizer keyed by names, and more": ("optim_state", lambda model: {**flattened(model), "epoch": 1}, None),
+    "groups of another optimizer": (
+        "second",
+        lambda _: {"param_groups": [{"params": [0, 1]}]},
+        None,
+    ),
     "a list of names": ("frozen", lambda _: ["head.single.weight"], None),
     "an average of another head": ("ema", lambda _: Net(2, layered=False).state_dict(), None),
     "an average with an unknown part": ("ema", another_part, None),

@@ -386,8 +386,10 @@ def test_options_that_mean_nothing_are_refused(options, says, tmp_path):
         vc.convert(EXPERTS3, tmp_path / "new.pt", transforms=[f"prune_merge:{options}"])
 
 
-def test_an_optimizer_in_another_place_is_not_left_as_it_was(tmp_path):
-    torch.save({"model": state_of(0, 1, 2), "elsewhere": optimizer_of(["theta"])}, tmp_path / "a.pt")
+def test_half_an_optimizer_in_another_place_is_not_left_as_it_was(tmp_path):
+    torch.save(
+        {"model": state_of(0, 1, 2), "elsewhere": {**optimizer_of(["theta"]), "param_groups": 1}}, tmp_path / "a.pt"
+    )
     with pytest.raises(TransformError, match=r"elsewhere.*cannot be updated"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[prune()])
 
@@ -402,7 +404,7 @@ def test_a_router_map_that_is_tied_to_another_tensor_is_not_changed_under_one_na
 def test_a_prune_and_a_split_that_give_the_old_count_leave_no_optimizer_behind_either(tmp_path):
     model = {**state_of(0, 1, 2), "router_map": torch.tensor([0, 1, 2, 0, 1, 2])}
     chain = [middle(0, into=1), "mitosis_split:parent=0,addresses=[0],noise=0"]
-    torch.save({"model": model, "elsewhere": optimizer_of(["theta"])}, tmp_path / "a.pt")
+    torch.save({"model": model, "elsewhere": {**optimizer_of(["theta"]), "param_groups": 1}}, tmp_path / "a.pt")
     with pytest.raises(TransformError, match=r"elsewhere.*cannot be updated"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=chain)
     torch.save({"model": model, "ema": {"head.experts.0.up.weight": torch.ones(1)}}, tmp_path / "c.pt")

@@ -14,6 +14,8 @@ from vraxion_ckpt.plugin_api import (
     Head,
     HeadKind,
     Optimizer,
+    OptimizerForm,
+    ParamGroup,
     Transform,
     TransformError,
     differences,
@@ -81,12 +83,12 @@ class ExpertsToSingle(Transform):
 
     def _check_optimizer(self, other: int, head: Head, optimizer: Optimizer) -> None:
         """Raise TransformError if the optimizer state or the param group of experts 0 and `other` differs."""
-        groups = {name: number for number, group in enumerate(optimizer.groups) for name in group.params}
+        groups = {name: group for group in optimizer.groups for name in group.params}
         for leaf in head.experts[other]:
             kept, lost = head.prefix(0) + leaf, head.prefix(other) + leaf
             if lost in optimizer.state and any(differences(optimizer.state.get(kept), optimizer.state[lost])):
                 what = "state"
-            elif lost in groups and groups[lost] != groups.get(kept):
+            elif lost in groups and not self._are_alike(optimizer, groups[lost], groups.get(kept)):
                 what = "param group"
             else:
                 continue
@@ -94,6 +96,14 @@ class ExpertsToSingle(Transform):
                 f"experts 0 and {other} are identical, but the optimizer's {what} for {leaf} is not",
                 hint=_HOW_TO_REMOVE,
             )
+
+    @staticmethod
+    def _are_alike(optimizer: Optimizer, lost: ParamGroup, kept: ParamGroup | None) -> bool:
+        """Return whether two param groups are the same, as far as a file with options for each parameter shows it."""
+        if kept is None or lost is kept:
+            return lost is kept
+        is_flat = optimizer.parts[lost.part].form is OptimizerForm.FLATTENED
+        return is_flat and lost.part == kept.part and not any(differences(lost.options, kept.options))
 
 
 @hookimpl

@@ -54,19 +54,24 @@ def about_order(checkpoint: Checkpoint) -> Iterator[Finding]:
         names = sorted(optimizer.undecided)
         what = f"{count(len(names), 'parameter name')} could belong to other ids: {listed(names, 4)}"
         yield Finding.note("binding", what, where="optimizer", hint=hint)
-    elif not (optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)):
-        what = "no rule explains the order of its parameters"
-        yield Finding.warning("order", what, where="optimizer", hint=hint)
+        return
+    for one in optimizer.each_part():
+        (part,) = one.parts
+        if not part.is_by_name and not (part.rules if part.rules is not None else explain(one, checkpoint)):
+            what = "no rule explains the order of its parameters"
+            yield Finding.warning("order", what, where=str(part), hint=hint)
 
 
 def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
     """Return each list of parameter names, with what it belongs to."""
     raw: Mapping[str, Any] = unbound_state_dict(checkpoint) or {}
     groups = [name for group in raw.get("param_groups", []) for name in group.get("param_names", ())]
-    bound = checkpoint.optimizer.params if checkpoint.optimizer else []
+    lists = [groups]
+    if not groups and checkpoint.optimizer is not None:
+        lists = [one.params for one in checkpoint.optimizer.each_part()]
     return [
         ("param_names", checkpoint.param_names or ()),
-        ("the optimizer's groups", tuple(map(str, groups or bound))),
+        *(("the optimizer's groups", tuple(map(str, names))) for names in lists),
     ]
 
 
@@ -80,8 +85,10 @@ def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
         if lacking:
             what = f"the model lacks {listed(lacking, 4)}"
             yield Finding.error("names", what, where=where)
-    (_, model), (_, optimizer) = lists
-    both = set(model) & set(optimizer)
-    if [n for n in model if n in both] != [n for n in optimizer if n in both]:
+    (_, model), *optimizers = lists
+    for _, optimizer in optimizers:
+        both = set(model) & set(optimizer)
+        if [n for n in model if n in both] == [n for n in optimizer if n in both]:
+            continue
         what = "the optimizer's groups list parameters in another order than param_names does"
         yield Finding.warning("names", what, where="param_names")

@@ -21,6 +21,7 @@ from vraxion_ckpt.analysis.inspection_facts import (
     Inspection,
     LifecycleFacts,
     OptimizerFacts,
+    OptimizerPartFacts,
     PlanFacts,
     RingFacts,
     UnknownExperts,
@@ -29,7 +30,7 @@ from vraxion_ckpt.analysis.tensor_facts import tensor_facts, tensor_tree
 from vraxion_ckpt.checkpoint import ring
 from vraxion_ckpt.checkpoint.expert_health import HOW_TO_RESTORE, is_zero
 from vraxion_ckpt.checkpoint.invariants import router_owners
-from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, unbound_state_dict
+from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, UnboundCheckpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.plain_data import size_of
 from vraxion_ckpt.errors import BindingError, CkptWarning, UsageError, memory_errors, raise_if_out_of_memory
@@ -205,6 +206,7 @@ def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
         how=optimizer.bound_by if optimizer else why,
         undecided=tuple(sorted(optimizer.undecided)) if optimizer else (),
         order=_order_rule(optimizer, checkpoint) if optimizer else None,
+        parts=_part_facts(checkpoint),
         parameters=sum(sizes),
         with_state=len(state),
         slots=tuple(sorted({str(slot) for slots in state.values() for slot in slots})),
@@ -213,10 +215,39 @@ def _optimizer_facts(checkpoint: Checkpoint, why: str) -> OptimizerFacts | None:
     )
 
 
+def _part_facts(checkpoint: Checkpoint) -> tuple[OptimizerPartFacts, ...]:
+    """Return where the file has its optimizers. Without a place, an optimizer is under the usual key of the format."""
+    optimizer = checkpoint.optimizer
+    if isinstance(checkpoint, UnboundCheckpoint):
+        unbound = checkpoint.unbound
+        groups = unbound.state_dict.get("param_groups", [])
+        numbers = unbound.part_of_group or (0,) * len(groups)
+        sizes = [(number, len(group["params"])) for number, group in zip(numbers, groups, strict=True)]
+        parts = unbound.parts
+    else:
+        assert optimizer is not None
+        sizes = [(group.part, len(group.params)) for group in optimizer.groups]
+        parts = optimizer.parts
+    return tuple(
+        OptimizerPartFacts(
+            place=part.place, form=part.form, parameters=sum(size for number, size in sizes if number == i)
+        )
+        for i, part in enumerate(parts)
+    )
+
+
 def _order_rule(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
-    """Return the rule that explains the order of an optimizer's parameters, or None if no rule or several do."""
-    rules = optimizer.rules if optimizer.rules is not None else explain(optimizer, checkpoint)
-    return str(rules[0]) if len(rules) == 1 else None
+    """Return the rule that explains the order of all parameters, or None if there is none, or several.
+
+    Optimizers that torch loads by name have no order.
+    """
+    found: set[str] = set()
+    for one in optimizer.each_part():
+        (part,) = one.parts
+        if not part.is_by_name:
+            rules = part.rules if part.rules is not None else explain(one, checkpoint)
+            found |= set(map(str, rules)) or {"", " "}
+    return found.pop() if len(found) == 1 else None
 
 
 def _plan_facts(checkpoint: Checkpoint) -> PlanFacts | None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from vraxion_ckpt.analysis.tensor_facts import TensorFacts, TensorTree
 from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.load_balance import ExpertLoads
+from vraxion_ckpt.checkpoint.optimizer_state import OptimizerForm
 from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.plugins.adapter import Loss
 from vraxion_ckpt.support.json_models import Fact, Facts, Number, Plain
@@ -65,6 +66,17 @@ class GroupFacts(Fact):
     options: Plain
 
 
+class OptimizerPartFacts(Fact):
+    """One of the optimizers of a file."""
+
+    place: tuple[str | int, ...]
+    """The keys under which the payload holds it. Empty if it is the only one and under the usual key."""
+    form: OptimizerForm
+    """How the file identifies parameters: ``numbered``, or by ``nested`` or ``flattened`` names."""
+    parameters: int
+    """Number of its parameters."""
+
+
 class OptimizerFacts(Fact):
     """The optimizer's state."""
 
@@ -75,12 +87,15 @@ class OptimizerFacts(Fact):
     undecided: tuple[str, ...]
     """Names that may belong to other ids. A chain that changes one of them is refused."""
     order: str | None
-    """The rule that explains the order of the parameters; null if no rule or several rules do."""
+    """The rule that explains the order of the parameters; null if no rule or several rules do, or if torch loads the
+    optimizer by name."""
     parameters: int
     with_state: int
     slots: tuple[str, ...]
     bytes: int
     groups: tuple[GroupFacts, ...]
+    """The groups of all optimizers, one after the other."""
+    parts: tuple[OptimizerPartFacts, ...]
 
 
 class PlanFacts(Fact):

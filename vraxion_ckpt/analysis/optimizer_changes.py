@@ -41,6 +41,8 @@ def optimizer_changes(
     for name, slots in new_state.items():
         if name not in met:
             changes += [added(f"{name}.{slot}", value) for slot, value in slots.items()]
+    old_form, new_form = ({str(part): str(part.form) for part in o.parts} for o in (a.optimizer, b.optimizer))
+    changes += value_changes(old_form, new_form, "form of the optimizer")
     changes += _group_changes(a.optimizer.groups, b.optimizer.groups, names)
     changes += value_changes(a.optimizer.extra, b.optimizer.extra, "optimizer")
     changes += order_changes(a.optimizer.params, b.optimizer.params, names, "parameters of the optimizer")

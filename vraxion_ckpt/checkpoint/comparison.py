@@ -154,6 +154,7 @@ def checkpoint_differences(a: Checkpoint, b: Checkpoint, *, same: Same = same_bi
     )
     if a.optimizer and b.optimizer:
         yield from differences(a.optimizer.params, b.optimizer.params, "optimizer names", same=same)
+        yield from differences(a.optimizer.parts, b.optimizer.parts, "optimizer parts", same=same)
     for name in ("payload", "lifecycle", "plan", "history"):
         yield from differences(getattr(a, name), getattr(b, name), name, same=same)
 

@@ -19,6 +19,7 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.expert_fit import unfit
 from vraxion_ckpt.checkpoint.head import Expert, Head, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.places import value_at
 from vraxion_ckpt.checkpoint.plain_data import in_pieces, named_references
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import Ints, count_pairs
@@ -96,6 +97,14 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
     if optimizer is None:
         return
     params = optimizer.params
+    numbers = [group.part for group in optimizer.groups]
+    if numbers != sorted(numbers) or any(not 0 <= number < len(optimizer.parts) for number in numbers):
+        yield "the optimizer's param groups are not in the order of its parts"
+    for part in optimizer.parts:
+        if part.place and value_at(checkpoint.payload.as_stored(), part.place) is not None:
+            yield f"the payload has no place for the optimizer {part}"
+    if len({part.place for part in optimizer.parts}) != len(optimizer.parts):
+        yield "two optimizers have the same place"
     if len(set(params)) != len(params):
         yield f"the optimizer lists {Counter(params).most_common(1)[0][0]} twice"
     for name in optimizer.state.keys() - set(params):

@@ -7,12 +7,12 @@ also have ``param_names``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerPart, ParamGroup, UnboundOptimizer
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError
@@ -26,11 +26,16 @@ def _differs_in_shape(slot: Any) -> bool:
 
 @dataclass(frozen=True)
 class RawOptimizer:
-    """A validated torch optimizer state dict. Its tensors are references."""
+    """A validated torch optimizer state dict. Its tensors are references.
+
+    Attributes:
+        part_of_group: the index of the optimizer to which each group belongs.
+    """
 
     groups: list[dict[str, Any]]
     state: dict[int, dict[str, Any]]
     extra: dict[str, Any]
+    part_of_group: tuple[int, ...]
 
     @property
     def ids(self) -> list[int]:
@@ -38,8 +43,12 @@ class RawOptimizer:
         return [i for group in self.groups for i in group["params"]]
 
     @classmethod
-    def parse(cls, raw: dict[str, Any]) -> RawOptimizer:
+    def parse(cls, raw: dict[str, Any], part_of_group: tuple[int, ...] = ()) -> RawOptimizer:
         """Validate the structure of a state dict with tensors or references.
+
+        Args:
+            raw: the state dict.
+            part_of_group: see `UnboundOptimizer`.
 
         Raises:
             InconsistentError: the state dict is not what torch writes.
@@ -60,7 +69,7 @@ class RawOptimizer:
             if not all(isinstance(name, str) for name in names):
                 raise InconsistentError("param_names must be strings", key=key)
         extra = {key: value for key, value in raw.items() if key not in ("state", "param_groups")}
-        parsed = cls(groups, state, extra)
+        parsed = cls(groups, state, extra, part_of_group or (0,) * len(groups))
         ids = parsed.ids
         known = set(ids)
         if len(known) != len(ids):
@@ -93,24 +102,40 @@ class RawOptimizer:
         shapes = self.shapes()
         return [[(i, shapes[i]) for i in group["params"]] for group in self.groups]
 
-    def named(self, names: Sequence[str], bound_by: str) -> Optimizer:
+    def of_parts(self, numbers: Collection[int]) -> RawOptimizer:
+        """Return the groups of some optimizers, with their ids and state unchanged."""
+        if set(numbers) >= set(self.part_of_group):
+            return self
+        kept = [i for i, number in enumerate(self.part_of_group) if number in numbers]
+        groups = [self.groups[i] for i in kept]
+        ids = {i for group in groups for i in group["params"]}
+        state = {i: slots for i, slots in self.state.items() if i in ids}
+        return replace(self, groups=groups, state=state, part_of_group=tuple(self.part_of_group[i] for i in kept))
+
+    def named(self, names: Sequence[str], parts: tuple[OptimizerPart, ...]) -> Optimizer:
         """Return the optimizer with parameter names instead of ids.
 
         Args:
             names: the name of each id, in the order of `ids`.
-            bound_by: how the names were found, see `Optimizer`.
+            parts: the optimizers to which the groups belong.
         """
         name_of = dict(zip(self.ids, names, strict=True))
         groups = [
             ParamGroup(
                 options=resolved({key: value for key, value in group.items() if key not in ("params", "param_names")}),
                 params=[name_of[i] for i in group["params"]],
-                keys=tuple(group),
+                keys=_keys_in_file(group, parts[number]),
+                part=number,
             )
-            for group in self.groups
+            for group, number in zip(self.groups, self.part_of_group, strict=True)
         ]
         state = {name_of[i]: dict(slots) for i, slots in self.state.items()}
-        return Optimizer(groups, TensorDict(state), TensorDict(self.extra), bound_by)
+        return Optimizer(groups, TensorDict(state), TensorDict(self.extra), parts=parts)
+
+
+def _keys_in_file(group: Mapping[str, Any], part: OptimizerPart) -> tuple[str, ...]:
+    is_listed = not part.is_by_name or part.listed is not None
+    return tuple(key for key in group if is_listed or key != "param_names")
 
 
 def digest(state_dict: Mapping[str, Any]) -> str:
@@ -136,21 +161,29 @@ def digest(state_dict: Mapping[str, Any]) -> str:
 def unbind(optimizer: Optimizer) -> dict[str, Any]:
     """Return torch's state dict: ids 0 … P−1, group after group, and ``param_names`` where groups had them.
 
-    The tensors in ``state`` are references.
+    The groups of parts that the file identifies by name always have ``param_names``. The tensors in ``state`` are
+    references.
     """
     ids = {name: i for i, name in enumerate(optimizer.params)}
-    theirs, models = optimizer.prefixes
     groups = []
     for group in optimizer.groups:
+        part = optimizer.parts[group.part]
         entries = {
             **group.options,
             "params": [ids[name] for name in group.params],
-            "param_names": [theirs + name.removeprefix(models) for name in group.params],
+            "param_names": [part.in_file(name) for name in group.params],
         }
-        keys = [*group.keys, *(k for k in [*group.options, "params"] if k not in group.keys)]
+        wanted = [*group.options, "params", *(["param_names"] if part.is_by_name else [])]
+        keys = [*group.keys, *(key for key in wanted if key not in group.keys)]
         groups.append({key: entries[key] for key in keys if key in entries})
     state = {ids[name]: slots for name, slots in optimizer.state.references().items()}
     return {"state": state, "param_groups": groups, **optimizer.extra.references()}
+
+
+def as_unbound(optimizer: Optimizer) -> UnboundOptimizer:
+    """Return an optimizer with numbered parameters, as a reader of the file that it is written to finds it."""
+    part_of_group = tuple(group.part for group in optimizer.groups) if len(optimizer.parts) > 1 else ()
+    return UnboundOptimizer(unbind(optimizer), parts=optimizer.parts, part_of_group=part_of_group)
 
 
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:

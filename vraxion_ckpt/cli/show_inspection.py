@@ -19,6 +19,7 @@ from vraxion_ckpt.analysis.inspection_facts import (
 from vraxion_ckpt.analysis.tensor_facts import TensorFacts, TensorTree
 from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.load_balance import Balance, ExpertLoads
+from vraxion_ckpt.checkpoint.optimizer_state import OptimizerForm
 from vraxion_ckpt.cli.terminal import (
     MOST_ROWS,
     Line,
@@ -122,13 +123,19 @@ def optimizer_lines(optimizer: OptimizerFacts | None) -> list[Line]:
             f"{byte_size(optimizer.bytes)}",
         )
     ]
+    for part in optimizer.parts:
+        if part.place or part.form is not OptimizerForm.NUMBERED:
+            place = ".".join(map(str, part.place)) or "the usual place"
+            lines.append(("held in", f"{place}, {part.form}: {count(part.parameters, 'parameter')}"))
     for group in optimizer.groups[:MOST_ROWS]:
         lines.append(("group", f"{count(group.params, 'parameter')}, {_options_in_words(group.options)}"))
     if len(optimizer.groups) > MOST_ROWS:
         lines.append(("", f"… {len(optimizer.groups) - MOST_ROWS} more groups"))
     if optimizer.bound:
         lines.append(("bound by", optimizer.how))
-        lines.append(("order", optimizer.order or "follows no known rule, or several"))
+        by_name = all(part.form is not OptimizerForm.NUMBERED for part in optimizer.parts)
+        unknown = "has no effect: loaded by name" if by_name else "follows no known rule, or several"
+        lines.append(("order", optimizer.order or unknown))
     else:
         lines.append(("NOT BOUND", Text(optimizer.how, style="yellow")))
     return lines

@@ -130,9 +130,12 @@ def optimizer_in_words(before: Checkpoint, after: Checkpoint, held: Checkpoint, 
     if after.optimizer is not None:
         number = len(after.optimizer.params)
         placed = ""
-        rules = after.optimizer.rules
-        if rules is not None and before.optimizer is not None and after.optimizer.params != before.optimizer.params:
-            placed = f", placed in the order '{rules[0]}'" if rules else ", placed as listed by --result-order"
+        if before.optimizer is not None and after.optimizer.params != before.optimizer.params:
+            rules = [part.rules for part in after.optimizer.parts if part.rules is not None and not part.is_by_name]
+            orders = dict.fromkeys(
+                f"in the order '{each[0]}'" if each else "as listed by --result-order" for each in rules
+            )
+            placed = f", placed {' and '.join(orders)}" if orders else ""
         return f"carried: {count(number, 'parameter')}, bound by {after.optimizer.bound_by}{placed}"
     if dropped:
         return "dropped, as asked; build a new one when you resume"

@@ -19,6 +19,7 @@ from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.places import MISSING, value_at, with_value_at
 from vraxion_ckpt.checkpoint.provenance import Ancestor
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced
@@ -54,8 +55,8 @@ class _Growth:
     def changed(self, found: list[Companion], *, router_only: bool) -> Checkpoint:
         for each in found:
             if each.kind == "list":
-                in_order = self._list if each.place[0] == "optimizer" else partial(self._list_in_models_order, each)
-                self._put(each, in_order)
+                of_optimizer = each.place[0] == "optimizer"
+                self._put(each, partial(self._list if of_optimizer else self._list_in_models_order, each))
             elif each.kind == "names" and router_only:
                 self._put(each, partial(self._with_router, each.prefix))
             elif each.kind == "names":
@@ -69,10 +70,10 @@ class _Growth:
             self._in_model(change, companion.prefix)
             return
         root = self.after.payload.as_stored() if top == "payload" else self._extra()
-        value = referenced(_at(root, keys))
-        if value is _MISSING:
+        value = referenced(value_at(root, keys))
+        if value is MISSING:
             return  # the step has removed it
-        new = _replaced(root, keys, change(value))
+        new = with_value_at(root, keys, change(value))
         if top == "payload":
             self.after.payload = TensorDict(new)
         elif self.after.optimizer is not None:
@@ -190,13 +191,15 @@ class _Growth:
             )
         message = f"{companion}: assumed to have one tensor for each parameter in the model's order, and updated"
         warnings.warn(message, CkptWarning, stacklevel=4)
-        return self._list(value)
+        return self._list(companion, value)
 
-    def _list(self, value: Any) -> Any:
+    def _list(self, companion: Companion, value: Any) -> Any:
         """Bring a list with an entry for each parameter, possibly nested by param group, into the optimizer's order."""
         old, new = self.before.optimizer, self.after.optimizer
         if old is None or new is None:
             return value
+        if companion.part is not None:
+            old, new = old.of_part(companion.part), new.of_part(companion.part)
         if isinstance(value[0], TensorRef):
             return type(value)(self._arranged(value, old, new))
         flat = iter(self._arranged([entry for each in value for entry in each], old, new))
@@ -222,28 +225,3 @@ class _Growth:
             used.add(former)
             result.append(entry)
         return result
-
-
-_MISSING = object()
-
-
-def _at(root: Any, keys: list[str | int]) -> Any:
-    for key in keys:
-        try:
-            root = root[key]
-        except (KeyError, IndexError, TypeError):
-            return _MISSING
-    return root
-
-
-def _replaced(root: Any, keys: list[str | int], value: Any) -> Any:
-    """Return nested containers with one entry replaced. Containers on the path to it are copied, others are shared."""
-    if not keys:
-        return value
-    first, rest = keys[0], keys[1:]
-    inner = _replaced(root[first], rest, value)
-    if isinstance(root, dict):
-        new = copy.copy(root)
-        new[first] = inner
-        return new
-    return type(root)([inner if i == first else entry for i, entry in enumerate(root)])

@@ -13,6 +13,7 @@ from typing import Literal
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.places import with_value_at
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import CkptWarning, TransformError
 from vraxion_ckpt.experts.companion_growth import grown
@@ -81,7 +82,12 @@ def _refuse_unknown_origin(before: Checkpoint, after: Checkpoint, companion: Com
 
 
 def _dropped(after: Checkpoint, found: list[Companion]) -> Checkpoint:
-    """Remove companions. In the payload and the optimizer, remove the whole top-level entry that contains one."""
+    """Remove companions. In the payload and the optimizer, remove the whole top-level entry that contains one.
+
+    If the entry also contains an optimizer, put None in the place of the companion.
+    """
+    parts = after.optimizer.parts if after.optimizer else ()
+    beside = {part.place[0] for part in parts if part.place}
     for each in found:
         if each.place[0] == "model":
             names = [name for name in after.core if name.startswith(each.prefix)]
@@ -98,10 +104,17 @@ def _dropped(after: Checkpoint, found: list[Companion]) -> Checkpoint:
                     for name, value in after.metadata.items()
                     if name != module and not name.startswith(each.prefix)
                 }
+        elif each.place[0] == "payload" and each.place[1] in beside:
+            after.payload = TensorDict(with_value_at(after.payload.references(), each.place[1:], None))
         elif each.place[0] == "payload":
             kept = {key: value for key, value in after.payload.as_stored().items() if key != each.place[1]}
             after.payload = TensorDict(kept)
         elif after.optimizer is not None:
-            kept = {key: value for key, value in after.optimizer.extra.references().items() if key != each.place[1]}
+            extra = after.optimizer.extra.references()
+            at, key = (extra, each.place[1]) if len(parts) == 1 else (extra[str(each.place[1])], each.place[2])
+            kept = {name: value for name, value in at.items() if name != key}
+            if len(parts) > 1:
+                extra.pop(str(each.place[1]))
+                kept = {**extra, **({str(each.place[1]): kept} if kept else {})}
             after.optimizer = replace(after.optimizer, extra=TensorDict(kept))
     return after

@@ -21,6 +21,7 @@ from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
+from vraxion_ckpt.checkpoint.places import value_at
 from vraxion_ckpt.checkpoint.plain_data import named_references
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import SCALARS
@@ -44,6 +45,7 @@ class Companion:
         problem: the reason why the value cannot be updated, or empty.
         fits: whether the value's names and shapes fit the present head.
         has_router: whether the value contains a router map.
+        part: the number of the optimizer to which the value belongs, or None if it belongs to the whole model.
     """
 
     place: tuple[str | int, ...]
@@ -52,9 +54,10 @@ class Companion:
     problem: str = ""
     fits: bool = True
     has_router: bool = False
+    part: int | None = None
 
     def __str__(self) -> str:
-        keys = [str(key) for key in self.place if key != "payload"]
+        keys = [str(key) for key in self.place if key not in ("payload", "")]
         return ".".join(keys) + (f" ({self.prefix}*)" if self.prefix else "")
 
 
@@ -70,8 +73,12 @@ def find_companions(checkpoint: Checkpoint) -> list[Companion]:
     found = []
     for key, value in checkpoint.payload.references().items():
         found += finder.entry(value, ("payload", key))
-    for key, value in (checkpoint.optimizer.extra.references() if checkpoint.optimizer else {}).items():
-        found += finder.entry(value, ("optimizer", key))
+    optimizer = checkpoint.optimizer
+    for number, part in enumerate(optimizer.parts if optimizer else ()):
+        assert optimizer is not None
+        place = ("optimizer",) if len(optimizer.parts) == 1 else ("optimizer", part.label)
+        for key, value in optimizer.extra_of(number).references().items():
+            found += finder.entry(value, (*place, key), number)
     core = checkpoint.core.references()
     prefixes = finder.prefixes(name for name in core if not name.startswith(checkpoint.head.names.router_map))
     found += [finder.of_names(core, ("model",), prefix) for prefix in prefixes]
@@ -104,35 +111,49 @@ class _Finder:
         """Return a name without the prefix of the model, which companions lack."""
         return name.removeprefix(self.head.names.prefix)
 
-    def entry(self, value: Any, place: tuple[str | int, ...]) -> list[Companion]:
-        """Return the companions in one entry of the payload or the optimizer."""
-        found = list(self._inside(value, place))
-        known = {id(t) for each in found for _, t in named_references(_at(value, each.place[len(place) :]))}
+    def entry(self, value: Any, place: tuple[str | int, ...], part: int | None = None) -> list[Companion]:
+        """Return the companions in one entry of the payload, or of the optimizer with this number."""
+        found = list(self._inside(value, place, part))
+        inside = [value_at(value, each.place[len(place) :]) for each in found]
+        known = {id(t) for each in inside for _, t in named_references({"": each})}
         rest = [t for _, t in named_references({"": value}) if t.is_floating_point() and id(t) not in known]
         if rest and (self._holds_head(rest) or any(self._is_flat(tensor) for tensor in rest)):
             problem = "has tensors with the shapes of the whole head under unknown names"
             found.append(Companion(place, "unknown", problem=problem))
         return found
 
-    def _inside(self, value: Any, place: tuple[str | int, ...]) -> Iterator[Companion]:
+    def _inside(self, value: Any, place: tuple[str | int, ...], part: int | None) -> Iterator[Companion]:
         if isinstance(value, dict):
-            if {"state", "param_groups"} <= value.keys():
-                yield Companion(place, "unknown", problem="is the state of another optimizer")
+            if self._is_like_optimizer(value):
+                yield Companion(place, "unknown", problem="is like the state of an optimizer, but in no known form")
                 return
             prefixes = self.prefixes(value)
             yield from (self.of_names(value, place, prefix) for prefix in prefixes)
             for key, entry in value.items():
                 if not isinstance(entry, TensorRef):
-                    yield from self._inside(entry, (*place, key))
+                    yield from self._inside(entry, (*place, key), part)
         elif isinstance(value, list | tuple):
             if _NUMBERS.issuperset(map(type, value)):
                 return
-            if (found := self._of_list(value, place)) is not None:
+            if (found := self._of_list(value, place, part)) is not None:
                 yield found
                 return
             for i, entry in enumerate(value):
                 if isinstance(entry, dict | list | tuple):
-                    yield from self._inside(entry, (*place, i))
+                    yield from self._inside(entry, (*place, i), part)
+
+    def _is_like_optimizer(self, value: Mapping[Any, Any]) -> bool:
+        """Return whether a dict has some of the parts of an optimizer. Optimizers in known forms are not here."""
+        groups, state = value.get("param_groups"), value.get("state")
+        if "param_groups" in value and "state" in value:
+            return True
+        if isinstance(groups, list) and any(isinstance(group, dict) and "params" in group for group in groups):
+            return True
+        if isinstance(state, dict) and any(
+            isinstance(slots, dict) and (type(key) is int or key in self._tensors) for key, slots in state.items()
+        ):
+            return True
+        return any(isinstance(key, str) and key.startswith("param_groups.") for key in value)
 
     def _holds_head(self, tensors: Sequence[TensorRef]) -> bool:
         """Return whether the tensors include, for each tensor of the head, another one with its shape."""
@@ -247,7 +268,9 @@ class _Finder:
             return f"{name} differs from the model's router map"
         return ""
 
-    def _of_list(self, value: list[Any] | tuple[Any, ...], place: tuple[str | int, ...]) -> Companion | None:
+    def _of_list(
+        self, value: list[Any] | tuple[Any, ...], place: tuple[str | int, ...], part: int | None
+    ) -> Companion | None:
         """Return the companion for a list with one entry for each parameter, or None for any other list."""
         if value and all(isinstance(entry, str) for entry in value):
             if any(entry in self._tensors and split_name(entry, self.head.names) for entry in value):
@@ -256,13 +279,24 @@ class _Finder:
         optimizer = self.checkpoint.optimizer
         if optimizer is None or optimizer.undecided:
             return None
-        if place[0] == "optimizer":
-            sizes = [len(group.params) for group in optimizer.groups]
+        if part is not None:
+            one = optimizer.of_part(part)
+            sizes = [len(group.params) for group in one.groups]
             in_groups = [len(each) if isinstance(each, list | tuple) else -1 for each in value] == sizes
             flat = [entry for each in value for entry in each] if in_groups else value
-            return Companion(place, "list") if self._fits_parameters(flat, optimizer.params) else None
+            if not self._fits_parameters(flat, one.params):
+                return None
+            if one.parts[0].is_by_name:
+                problem = "has one tensor for each parameter of an optimizer that is loaded by name, in unknown order"
+                return Companion(place, "unknown", problem=problem)
+            return Companion(place, "list", part=part)
         if self._fits_parameters(value, optimizer.params) and self._optimizer_is_in_models_order():
             return Companion(place, "list")
+        several = optimizer.each_part() if len(optimizer.parts) > 1 else []
+        for names in [*(one.params for one in several), *(group.params for group in optimizer.groups)]:
+            if self._fits_parameters(value, names) and any(split_name(name, self.head.names) for name in names):
+                problem = "may have one tensor for each parameter of one optimizer or param group"
+                return Companion(place, "unknown", problem=problem)
         return None
 
     def _fits_parameters(self, value: Sequence[Any], names: Sequence[str]) -> bool:
@@ -277,13 +311,6 @@ class _Finder:
         order, _ = model_order(self.checkpoint)
         params = self.checkpoint.optimizer.params if self.checkpoint.optimizer else []
         return order is not None and explains(Rule(OrderKind.MODEL), params, order)
-
-
-def _at(root: Any, keys: Sequence[str | int]) -> Any:
-    """Return ``{"": value}`` for the value that is reached by following `keys`."""
-    for key in keys:
-        root = root[key]
-    return {"": root}
 
 
 def _letters(name: str) -> str:

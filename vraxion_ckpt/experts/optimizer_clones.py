@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
 from vraxion_ckpt.checkpoint.references import TensorRef, reference
 from vraxion_ckpt.errors import TransformError
-from vraxion_ckpt.optimizer.parameter_order import owns_groups, run_of_groups
+from vraxion_ckpt.optimizer.parameter_order import has_unclear_groups, insert_groups, owns_groups
+from vraxion_ckpt.optimizer.placement import BY_NAME_WITHOUT_STATE
 
 StatePolicy = Literal["copy", "reset"]
 
@@ -47,19 +48,28 @@ def clone_in_optimizer(
         clones: leaf name → (parent's tensor, clone's tensor). Empty if no noise was added to the clone.
         policy: ``copy`` copies the parent's state, ``reset`` leaves the clone without state.
     """
-    if owns_groups(optimizer, checkpoint):
-        own = [
-            replace(group, options=dict(group.options), params=[new + name[len(old) :] for name in group.params])
-            for group in optimizer.groups
-            if group.params and all(name.startswith(old) for name in group.params)
-        ]
-        run = run_of_groups(optimizer, checkpoint)
-        at = run[1] if run else len(optimizer.groups)
-        optimizer.groups[at:at] = own
-    else:
-        for group in optimizer.groups:
+    own: list[ParamGroup] = []
+    for one in optimizer.each_part():
+        if has_unclear_groups(one, checkpoint) and not one.parts[0].is_by_name:
+            raise TransformError(
+                "each parameter of the head has its own param group, and the optimizer has no others: it is unknown "
+                "whether those of a clone get groups of their own",
+                key=str(one.parts[0]),
+                hint="drop it: --optimizer drop",
+            )
+        if owns_groups(one, checkpoint):
+            own += [
+                replace(group, options=dict(group.options), params=[new + name[len(old) :] for name in group.params])
+                for group in one.groups
+                if group.params and all(name.startswith(old) for name in group.params)
+            ]
+            continue
+        for group in one.groups:
             group.params += [new + name[len(old) :] for name in group.params if name.startswith(old)]
-    if policy == "copy":
+    insert_groups(optimizer, own, checkpoint)
+    if policy == "reset":
+        _refuse_by_name(optimizer, old, new)
+    else:
         for name in [name for name in optimizer.state if name.startswith(old)]:
             leaf = name[len(old) :]
             slots = {slot: _unshared(value) for slot, value in optimizer.state.reference(name).items()}
@@ -67,6 +77,14 @@ def clone_in_optimizer(
                 if is_master_copy(value, slot, clones[leaf][0]):
                     slots[slot] = in_dtype(clones[leaf][1], value.dtype)
             optimizer.state[new + leaf] = slots
+
+
+def _refuse_by_name(optimizer: Optimizer, old: str, new: str) -> None:
+    """Raise `TransformError` if torch loads parent and clone by name and the parent has state."""
+    for group in optimizer.groups:
+        for name in group.params if optimizer.parts[group.part].is_by_name else ():
+            if name.startswith(old) and name in optimizer.state:
+                raise TransformError(BY_NAME_WITHOUT_STATE, key=new + name[len(old) :], hint="use optimizer=copy")
 
 
 def in_dtype(tensor: TensorRef, dtype: str) -> TensorRef:

@@ -181,13 +181,15 @@ def _rename(checkpoint: Checkpoint, prefixes: Mapping[str, str | None]) -> None:
             checkpoint.ancestors[new] = sources[old]
     if checkpoint.optimizer is not None:
         # If experts have their own groups, remove groups that become empty. Groups that were empty before stay.
-        held = [bool(group.params) for group in checkpoint.optimizer.groups]
-        own = owns_groups(checkpoint.optimizer, checkpoint)
-        for group in checkpoint.optimizer.groups:
-            group.params = [new for name in group.params if (new := renamed(name)) is not None]
-        if own:
-            groups = zip(checkpoint.optimizer.groups, held, strict=True)
-            checkpoint.optimizer.groups = [group for group, had_some in groups if group.params or not had_some]
+        groups = []
+        for one in checkpoint.optimizer.each_part():
+            own = owns_groups(one, checkpoint)
+            for group in one.groups:
+                had_some = bool(group.params)
+                group.params = [new for name in group.params if (new := renamed(name)) is not None]
+                if group.params or not own or not had_some:
+                    groups.append(group)
+        checkpoint.optimizer.groups = groups
         checkpoint.optimizer.state = TensorDict(renamed_keys(checkpoint.optimizer.state.references()))
     if checkpoint.param_names is not None:
         checkpoint.param_names = tuple(new for name in checkpoint.param_names if (new := renamed(name)) is not None)

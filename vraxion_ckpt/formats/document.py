@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerForm, OptimizerPart, ParamGroup
 from vraxion_ckpt.checkpoint.plain_data import check_plain, dtype_name
 from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
@@ -40,6 +40,17 @@ class _Group(BaseModel):
     options: Any
     params: list[str]
     keys: list[str]
+    part: int = 0
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    place: list[str | int] = []
+    form: OptimizerForm = OptimizerForm.NUMBERED
+    prefixes: tuple[str, str] = ("", "")
+    listed: tuple[str, str] | None = None
+    keys: list[str] = []
 
 
 class _Optimizer(BaseModel):
@@ -50,6 +61,7 @@ class _Optimizer(BaseModel):
     extra: Any
     undecided: list[str] = []
     prefixes: tuple[str, str] = ("", "")
+    parts: list[_Part] = []
 
 
 class _Document(BaseModel):
@@ -123,6 +135,7 @@ def _dump_optimizer(optimizer: Optimizer, tensors: TensorStore) -> dict[str, Any
                 "options": encode_value(referenced(group.options), f"optimizer/group_{number}", tensors),
                 "params": list(group.params),
                 "keys": list(group.keys),
+                **({"part": group.part} if group.part else {}),
             }
             for number, group in enumerate(optimizer.groups)
         ],
@@ -131,9 +144,19 @@ def _dump_optimizer(optimizer: Optimizer, tensors: TensorStore) -> dict[str, Any
     }
     if optimizer.undecided:
         dumped["undecided"] = sorted(optimizer.undecided)
-    if any(optimizer.prefixes):
-        dumped["prefixes"] = list(optimizer.prefixes)
+    if len(optimizer.parts) == 1 and optimizer.parts[0] == OptimizerPart(prefixes=optimizer.parts[0].prefixes):
+        if any(optimizer.parts[0].prefixes):
+            dumped["prefixes"] = list(optimizer.parts[0].prefixes)
+    else:
+        dumped["parts"] = [_dump_part(part) for part in optimizer.parts]
     return dumped
+
+
+def _dump_part(part: OptimizerPart) -> dict[str, Any]:
+    found = _Part(
+        place=list(part.place), form=part.form, prefixes=part.prefixes, listed=part.listed, keys=list(part.keys)
+    )
+    return found.model_dump(mode="json", exclude_defaults=True)
 
 
 def document_text(document: Mapping[str, Any]) -> str:
@@ -227,7 +250,15 @@ def _load_optimizer(parsed: _Optimizer, decoder: ValueDecoder) -> Optimizer:
         if not isinstance(options, dict) or options.keys() & {"params", "param_names"}:
             message = "the options of a param group must be a dict without `params` and `param_names`"
             raise InconsistentError(message, key="optimizer")
-        groups.append(ParamGroup(options, group.params, tuple(group.keys)))
+        groups.append(ParamGroup(options, group.params, tuple(group.keys), group.part))
+    parts = tuple(
+        OptimizerPart(tuple(part.place), part.form, part.prefixes, part.listed, tuple(part.keys))
+        for part in parsed.parts
+    )
     return Optimizer(
-        groups, TensorDict(state), TensorDict(extra), undecided=frozenset(parsed.undecided), prefixes=parsed.prefixes
+        groups,
+        TensorDict(state),
+        TensorDict(extra),
+        undecided=frozenset(parsed.undecided),
+        parts=parts or (OptimizerPart(prefixes=parsed.prefixes),),
     )

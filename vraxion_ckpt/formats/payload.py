@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.dialects import Dialect, most_specific
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
-from vraxion_ckpt.checkpoint.optimizer_state import UnboundOptimizer
 from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, packed, referenced, resolved
-from vraxion_ckpt.checkpoint.torch_optimizer import digest, unbind
+from vraxion_ckpt.checkpoint.torch_optimizer import as_unbound, digest
 from vraxion_ckpt.errors import BindingError, InconsistentError, UnsupportedError, errors_at
 from vraxion_ckpt.formats.extras import OUR_KEY, Extras, parse_extras
+from vraxion_ckpt.formats.optimizer_forms import find_optimizers, with_optimizers
 from vraxion_ckpt.formats.payload_dialect import PayloadDialect
 from vraxion_ckpt.optimizer.binding import bind
 from vraxion_ckpt.optimizer.parameter_names import names_in_payload
@@ -99,42 +99,36 @@ def _parse(payload: Any, dialects: Sequence[Dialect], named_model: str | None, n
         raise InconsistentError("the payload's keys must be text")
 
     metadata, extras = _metadata_and_extras(state, payload, bare)
-    optimizer_key = named_optimizer
-    if optimizer_key is not None and optimizer_key not in payload:
-        raise InconsistentError(f"has no key {optimizer_key!r}", hint=_holds(payload))
-    if optimizer_key is None:
-        known = () if bare else dict.fromkeys(key for dialect in dialects for key in dialect.optimizer_keys)
-        optimizer_keys = [key for key in known if key in payload]
-        if len(optimizer_keys) > 1:
-            optimizer_keys = [key for key in optimizer_keys if payload[key] is not None]
-        if len(optimizer_keys) > 1:
-            raise InconsistentError(f"holds two optimizers, {' and '.join(f'`{key}`' for key in optimizer_keys)}")
-        optimizer_key = optimizer_keys[0] if optimizer_keys else None
-    optimizer = payload[optimizer_key] if optimizer_key else None
-    if optimizer is not None and not isinstance(optimizer, dict):
-        raise InconsistentError(f"is a {type(optimizer).__name__}, not a dict", key=optimizer_key)
+    if named_optimizer is not None and named_optimizer not in payload:
+        raise InconsistentError(f"has no key {named_optimizer!r}", hint=_holds(payload))
+    usual = dict.fromkeys(key for dialect in dialects for key in dialect.optimizer_keys)
+    optimizer_keys = [named_optimizer] if named_optimizer is not None else [*usual]
+    held = find_optimizers({} if bare else payload, optimizer_keys, {model_key, "param_names", OUR_KEY})
     layout = PayloadDialect(
         bare=bare,
         ordered=isinstance(state, OrderedDict) and not (bare and metadata is None and extras != Extras()),
-        optimizer_key=optimizer_key,
+        optimizer_key=held.key,
         keys=() if bare else tuple(key for key in payload if key != OUR_KEY),
         model_key=model_key,
         named=not bare and (named_model is not None or named_optimizer is not None),
     )
-    own = {model_key, "param_names", OUR_KEY, optimizer_key}
     fields: dict[str, Any] = {
         "core": TensorDict(state),
-        "payload": TensorDict({} if bare else packed({k: v for k, v in payload.items() if k not in own})),
+        "payload": TensorDict(packed({key: value for key, value in held.entries.items() if key != held.key})),
         "param_names": None if bare else names_in_payload(payload.get("param_names")),
         "metadata": metadata,
         "plan": extras.plan,
         "history": extras.history,
     }
-    if optimizer is None:
+    if held.unbound is None:
         checkpoint = Checkpoint(**fields)
     else:
-        names, undecided = extras.optimizer_names, frozenset(extras.optimizer_undecided)
-        unbound = UnboundOptimizer(optimizer, names, extras.optimizer_digest, undecided)
+        unbound = replace(
+            held.unbound,
+            names=extras.optimizer_names,
+            digest=extras.optimizer_digest,
+            undecided=frozenset(extras.optimizer_undecided),
+        )
         checkpoint = UnboundCheckpoint(**fields, unbound=unbound)
     return Parsed(checkpoint, None if bare else _stated_experts(payload), layout, extras)
 
@@ -225,12 +219,10 @@ def build_payload_references(
         model._metadata = OrderedDict(referenced(metadata))  # type: ignore[attr-defined]  # as Module.state_dict does
     if dialect.bare:
         return model
-    optimizer_key = dialect.optimizer_key or ("optim" if checkpoint.optimizer else None)
     entries: dict[str, Any] = {dialect.model_key: model, **checkpoint.payload.references()}
     if checkpoint.head is not None:
         entries["num_experts"] = checkpoint.num_experts
-    if optimizer_key:
-        entries[optimizer_key] = unbind(checkpoint.optimizer) if checkpoint.optimizer else None
+    entries = with_optimizers(entries, checkpoint.optimizer, dialect.optimizer_key)
     if checkpoint.param_names is not None:
         entries["param_names"] = list(checkpoint.param_names)
     new = [key for key in entries if key not in (*dialect.keys, "num_experts", "param_names")]
@@ -259,8 +251,8 @@ def _names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[st
     if checkpoint.optimizer is None:
         return {}
     names, undecided = checkpoint.optimizer.params, checkpoint.optimizer.undecided
-    state_dict = unbind(checkpoint.optimizer)
-    as_written = checkpoint.with_unbound(UnboundOptimizer(state_dict))
+    unbound = as_unbound(checkpoint.optimizer)
+    as_written = checkpoint.with_unbound(unbound)
     as_written.param_names = checkpoint.param_names if "param_names" in dialect.keys else None
     try:
         found = bind(as_written).optimizer
@@ -270,6 +262,6 @@ def _names_to_record(checkpoint: Checkpoint, dialect: PayloadDialect) -> dict[st
         return {}
     return {
         "optimizer_names": tuple(names),
-        "optimizer_digest": digest(state_dict),
+        "optimizer_digest": digest(unbound.state_dict),
         "optimizer_undecided": tuple(sorted(undecided)),
     }

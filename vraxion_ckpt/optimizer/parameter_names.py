@@ -33,8 +33,9 @@ def names_in_groups(raw: RawOptimizer) -> list[str]:
 def common_prefixes(listed: Sequence[str], core: Mapping[str, Any], head: Head | None) -> tuple[str, str]:
     """Return the prefix that only the listed names have, and the prefix that only the model's names have.
 
-    Wrappers add a prefix to all names (``module.``, ``_orig_mod.``) of the optimizer or of the state dict. Both results
-    are empty if the listed names are the model's, or if no prefix makes them equal.
+    Wrappers add a prefix to all names (``module.``, ``_orig_mod.``) of the optimizer or of the state dict. An optimizer
+    of a part of the model lacks that part's prefix. Both results are empty if the listed names are the model's, or if
+    no prefix makes them equal, or several do.
 
     Args:
         listed: parameter names.
@@ -52,12 +53,11 @@ def common_prefixes(listed: Sequence[str], core: Mapping[str, Any], head: Head |
         prefix = first[:end]
         if all(name.startswith(prefix) for name in listed) and known([name[end:] for name in listed]):
             return prefix, ""
-    for name in core:
-        if name.endswith(f".{first}"):
-            prefix = name[: -len(first)]
-            if known([prefix + each for each in listed]):
-                return "", prefix
-    return "", ""
+    models = {name[: -len(first)] for name in core if name.endswith(f".{first}")}
+    for container in (head.names.single, head.names.experts) if head is not None else ():
+        models |= {container[: i + 1] for i, char in enumerate(container) if char == "."}
+    fitting = [prefix for prefix in models if known([prefix + each for each in listed])]
+    return ("", fitting[0]) if len(fitting) == 1 else ("", "")
 
 
 def in_model(name: str, prefixes: tuple[str, str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.head_names import RING_HEAD, HeadNames, split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, is_only_usual
 from vraxion_ckpt.checkpoint.order_rules import CLASSES, OF_WHOLE_MODEL, ModelOrder, OrderKind, Rule, explains
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.optimizer.trainers import known_trainer
@@ -29,14 +29,15 @@ def explain(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[Rule, ...]:
     """Return all rules that explain the order of an optimizer's parameters.
 
     Args:
-        optimizer: the optimizer, bound to names.
+        optimizer: the optimizer, or one part, bound to names.
         checkpoint: the checkpoint of the optimizer. If possible, the model's order is taken from its state dict.
     """
     lists = lists_of(optimizer, checkpoint)
     if lists is None:
         return ()
     order, is_certain = model_order(checkpoint)
-    if order is not None and known_trainer(checkpoint) is not None:
+    is_usual = checkpoint.optimizer is not None and is_only_usual(checkpoint.optimizer.parts)
+    if order is not None and is_usual and known_trainer(checkpoint) is not None:
         rule = Rule(OrderKind.MODEL)
         if all(explains(rule, listed, order) for listed in lists):
             return (rule,)
@@ -220,6 +221,33 @@ def lists_of(optimizer: Optimizer, checkpoint: Checkpoint) -> list[list[str]] | 
     start, end = run
     together = [name for params in groups[start:end] for name in params]
     return [list(params) for params in [*groups[:start], *([together] if end > start else []), *groups[end:]]]
+
+
+def has_unclear_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> bool:
+    """Return whether it is unknown if a new expert gets param groups of its own.
+
+    This is so if the optimizer has only parameters of one expert, each in its own group: there may be a group for each
+    parameter, or one for weights and one for biases.
+    """
+    names = checkpoint.head.names if checkpoint.head else RING_HEAD
+    params = optimizer.params
+    return len(params) > 1 and owns_groups(optimizer, checkpoint) and _only_owner(params, names) is not None
+
+
+def insert_groups(optimizer: Optimizer, new: Sequence[ParamGroup], checkpoint: Checkpoint) -> None:
+    """Insert param groups of new experts after those of the other experts of the same part.
+
+    Args:
+        optimizer: the optimizer, which is changed.
+        new: the groups to insert.
+        checkpoint: the checkpoint of the optimizer.
+    """
+    for number, one in enumerate(optimizer.each_part()):
+        own = [group for group in new if group.part == number]
+        run = run_of_groups(one, checkpoint) if own else None
+        ahead = sum(group.part < number for group in optimizer.groups)
+        at = ahead + (run[1] if run else len(one.groups))
+        optimizer.groups[at:at] = own
 
 
 def run_of_groups(optimizer: Optimizer, checkpoint: Checkpoint) -> tuple[int, int] | None:

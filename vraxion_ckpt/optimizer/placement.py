@@ -13,13 +13,24 @@ from functools import cached_property
 
 from vraxion_ckpt.checkpoint.head_names import split_name
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup
+from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerPart, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, ModelOrder, Rule, explains
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.errors import BindingError, UsageError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT
-from vraxion_ckpt.optimizer.parameter_order import explain, lists_of, order_of, owns_groups, run_of_groups
+from vraxion_ckpt.optimizer.parameter_order import (
+    explain,
+    insert_groups,
+    lists_of,
+    order_of,
+    owns_groups,
+    run_of_groups,
+)
 from vraxion_ckpt.wording import count
+
+BY_NAME_WITHOUT_STATE = (
+    "would have no optimizer state, but torch loads an optimizer that is identified by name only if each parameter has"
+)
 
 
 def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
@@ -35,16 +46,39 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     old, new = before.optimizer, after.optimizer
     if old is None or new is None or _groups(old) == _groups(new):
         return after
-    rules = old.rules if old.rules is not None else explain(old, before)
+    if len(old.parts) != len(new.parts):
+        raise BindingError("the transform has added or removed an optimizer", key="optimizer", hint=RESULT_ORDER)
+    groups: list[ParamGroup] = []
+    parts: list[OptimizerPart] = []
+    for was, now in zip(old.each_part(), new.each_part(), strict=True):
+        (part,) = now.parts
+        if _groups(was) == _groups(now):
+            groups += now.groups
+        else:
+            rules, placed = _in_order(_Step(before, after, was, now))
+            part = replace(part, rules=rules)
+            groups += placed
+        parts.append(part)
+    return _placed(before, after, groups, tuple(parts))
+
+
+def _in_order(step: _Step) -> tuple[tuple[Rule, ...], list[ParamGroup]]:
+    """Return the rules that order the parameters of one optimizer, and its groups after the step."""
+    (part,) = step.old.parts
+    rules = part.rules if part.rules is not None else explain(step.old, step.before)
+    if part.is_by_name:  # the order has no effect, so no rule is needed
+        try:
+            return rules, _by_rule(rules[0], step) if rules else step.new.groups
+        except BindingError:
+            return (), step.new.groups
     if not rules:
         raise BindingError(
             "no known rule explains the order of the optimizer's parameters, so their order in the changed model is "
             "unknown",
-            path=before.origin.path,
-            key="optimizer",
+            path=step.before.origin.path,
+            key=str(part),
             hint=RESULT_ORDER,
         )
-    step = _Step(before, after)
     placed = [(_by_rule(rule, step), rule) for rule in rules]
     first = placed[0][0]
     for groups, rule in placed[1:]:
@@ -52,18 +86,20 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             raise BindingError(
                 f"the order of the optimizer's parameters can be '{rules[0]}' or '{rule}', and these give different "
                 "orders for the changed model",
-                path=before.origin.path,
-                key="optimizer",
+                path=step.before.origin.path,
+                key=str(part),
                 hint=RESULT_ORDER,
             )
-    return _placed(before, after, first, rules)
+    return rules, first
 
 
-def _placed(before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], rules: tuple[Rule, ...]) -> Checkpoint:
+def _placed(
+    before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], parts: tuple[OptimizerPart, ...]
+) -> Checkpoint:
     """Return `after` with these groups. Keep `param_names` in the optimizer's order if they were in that order."""
     assert before.optimizer is not None
     assert after.optimizer is not None
-    after.optimizer = _with_groups(replace(after.optimizer, rules=rules), groups)
+    after.optimizer = _with_groups(replace(after.optimizer, parts=parts), groups)
     if before.param_names == tuple(before.optimizer.params):
         after.param_names = tuple(after.optimizer.params)
     return after
@@ -72,29 +108,43 @@ def _placed(before: Checkpoint, after: Checkpoint, groups: list[ParamGroup], rul
 def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str]) -> Checkpoint:
     """Return `after` with its optimizer's parameters in the order of a list.
 
+    Optimizers that torch loads by name have no order. Their parameters may be in the list, but need not.
+
     Raises:
-        UsageError: there is no optimizer, or the list does not contain each parameter of the optimizer exactly once.
+        UsageError: no optimizer has an order, or the list does not contain each of their parameters exactly once.
         BindingError: the parameters of a group are not adjacent in the list.
     """
     optimizer = after.optimizer
     if optimizer is None:
         raise UsageError("--result-order cannot be applied: the result has no optimizer")
-    lacking = sorted(set(optimizer.params) - set(names))
+    parts = optimizer.each_part()
+    needed = {name for one in parts if not one.parts[0].is_by_name for name in one.params}
+    if not needed:
+        raise UsageError("--result-order cannot be applied: the optimizer is loaded by name, so it has no order")
+    lacking = sorted(needed - set(names))
     unknown = sorted(set(names) - set(optimizer.params))
     if lacking or unknown or len(set(names)) != len(names):
         what = "lists a name twice"
         if lacking or unknown:
             what = f"lacks {lacking[0]}" if lacking else f"lists {unknown[0]}, which is not in the result's optimizer"
-        raise UsageError(f"--result-order {what}; it must list each of {len(optimizer.params)} parameters once")
-    places = {name: i for i, name in enumerate(names)}
-    groups = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in optimizer.groups]
-    if owns_groups(optimizer, after):
-        groups.sort(key=lambda group: places[group.params[0]] if group.params else -1)
-    if [name for group in groups for name in group.params] != list(names):
+        raise UsageError(f"--result-order {what}; it must list each of {len(needed)} parameters once")
+    places = {name: i for i, name in enumerate(names) if name in needed}
+    ordered: list[ParamGroup] = []
+    groups: list[ParamGroup] = []
+    for one in parts:
+        if one.parts[0].is_by_name:
+            groups += one.groups
+            continue
+        own = [replace(group, params=sorted(group.params, key=places.__getitem__)) for group in one.groups]
+        if owns_groups(one, after):
+            own.sort(key=lambda group: places[group.params[0]] if group.params else -1)
+        groups += own
+        ordered += own
+    if [name for group in ordered for name in group.params] != list(places):
         raise BindingError(
             "--result-order mixes the parameters of several param groups", hint="list the names group after group"
         )
-    return _placed(before, after, groups, ())
+    return _placed(before, after, groups, tuple(replace(part, rules=()) for part in optimizer.parts))
 
 
 def refuse_undecided(before: Checkpoint, after: Checkpoint) -> None:
@@ -152,22 +202,22 @@ def _with_groups(optimizer: Optimizer, groups: list[ParamGroup]) -> Optimizer:
 
 @dataclass(frozen=True)
 class _Step:
-    """The checkpoints before and after a step, and what is the same for all rules."""
+    """The checkpoints before and after a step, one of their optimizers, and what is the same for all rules."""
 
     before: Checkpoint
     after: Checkpoint
+    old: Optimizer
+    new: Optimizer
 
     @cached_property
     def run(self) -> tuple[int, int] | None:
         """See `run_of_groups`."""
-        assert self.before.optimizer is not None
-        return run_of_groups(self.before.optimizer, self.before)
+        return run_of_groups(self.old, self.before)
 
     @cached_property
     def lists(self) -> list[list[str]] | None:
         """See `lists_of`."""
-        assert self.before.optimizer is not None
-        return lists_of(self.before.optimizer, self.before)
+        return lists_of(self.old, self.before)
 
     @cached_property
     def orders(self) -> tuple[ModelOrder, ModelOrder]:
@@ -177,9 +227,7 @@ class _Step:
 
 def _by_rule(rule: Rule, step: _Step) -> list[ParamGroup]:
     """Return the groups after a step in the order of a rule."""
-    assert step.before.optimizer is not None
-    assert step.after.optimizer is not None
-    old, groups = step.before.optimizer, step.after.optimizer.groups
+    old, groups = step.old, step.new.groups
     run, lists = step.run, step.lists
     if run is None or lists is None:
         raise BindingError("the param groups of the experts are not adjacent", key="optimizer", hint=RESULT_ORDER)
@@ -278,7 +326,7 @@ def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
             hint="list the names of the parameters that it has, in its order (--param-names FILE: one name per line)",
         )
     new = optimizer.copy()
-    own = owns_groups(optimizer, checkpoint)
+    owns = [owns_groups(one, checkpoint) for one in optimizer.each_part()]
     group_of = {name: group for group in new.groups for name in group.params}
     added: dict[tuple[int, int], ParamGroup] = {}
     for name in missing:
@@ -287,16 +335,15 @@ def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
         expert, leaf = found
         sibling = next(n for n in optimizer.params if (other := split_name(n, head.names)) and other[1] == leaf)
         group = group_of[sibling]
-        if own:
+        if optimizer.parts[group.part].is_by_name and sibling in optimizer.state:
+            raise BindingError(BY_NAME_WITHOUT_STATE, key=name, hint="drop the optimizer (--optimizer drop)")
+        if owns[group.part]:
             key = (expert, id(group))
             if key not in added:
                 added[key] = replace(group, params=[])
             group = added[key]
         group.params.append(name)
-    if added:
-        run = run_of_groups(optimizer, checkpoint)
-        at = run[1] if run else len(new.groups)
-        new.groups[at:at] = added.values()
+    insert_groups(new, list(added.values()), checkpoint)
     whole = place_in_order(checkpoint, replace(checkpoint, optimizer=new))
     if whole.param_names is not None and not set(missing) <= set(whole.param_names):
         order = order_of(checkpoint)
