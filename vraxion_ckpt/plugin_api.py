@@ -17,7 +17,7 @@ from vraxion_ckpt.checkpoint.invariants import router_owners
 from vraxion_ckpt.checkpoint.model import Checkpoint, Lifecycle, SplitPlan, UnboundCheckpoint, unbound_state_dict
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, ParamGroup, UnboundOptimizer
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_references, named_tensors
-from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
+from vraxion_ckpt.checkpoint.provenance import Ancestor, Neighbour, Origin, Record, StaleAfter
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import (
     Ints,
@@ -135,6 +135,7 @@ __all__ = [
     "Lifecycle",
     "LimitError",
     "Loss",
+    "Neighbour",
     "Optimizer",
     "Origin",
     "OutputFile",
@@ -145,6 +146,7 @@ __all__ = [
     "Record",
     "SourceError",
     "SplitPlan",
+    "StaleAfter",
     "StatePolicy",
     "StorageError",
     "TensorDict",
