@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from support import files_below, load
+from support import files_below
 
 import vraxion_ckpt as vc
 from vraxion_ckpt.plugin_api import CkptWarning, TransformError
