@@ -64,7 +64,7 @@ clean: ## remove .venv, .venv-lowest and everything that was built (1 second)
 
 # What development needs besides.
 .venv/ready: .venv/core
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,interop]'
 	touch $@
 
 .venv-lowest/ready: pyproject.toml constraints.txt tests/tools/lowest_versions.py

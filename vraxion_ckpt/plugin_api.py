@@ -24,7 +24,7 @@ from vraxion_ckpt.checkpoint.optimizer_state import (
     UnboundOptimizer,
 )
 from vraxion_ckpt.checkpoint.plain_data import bytes_of, checksum, named_references, named_tensors
-from vraxion_ckpt.checkpoint.provenance import Ancestor, Origin, Record
+from vraxion_ckpt.checkpoint.provenance import Ancestor, Neighbour, Origin, Record, StaleAfter
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import (
     Ints,
@@ -148,6 +148,7 @@ __all__ = [
     "Lifecycle",
     "LimitError",
     "Loss",
+    "Neighbour",
     "Optimizer",
     "OptimizerForm",
     "OptimizerPart",
@@ -160,6 +161,7 @@ __all__ = [
     "Record",
     "SourceError",
     "SplitPlan",
+    "StaleAfter",
     "StatePolicy",
     "StorageError",
     "TensorDict",

@@ -115,7 +115,9 @@ class Difference(Facts):
     lifecycle: tuple[Change, ...]
     history: tuple[Change, ...]
     other: tuple[Change, ...]
-    """The planned split, module versions, and the order of entries."""
+    """The planned split, module versions, the order of entries, and files beside the weights."""
+    notes: tuple[str, ...] = ()
+    """What was not compared, because the files of one checkpoint do not state it."""
 
     def summary(self) -> list[tuple[str, str]]:
         """Return lines for people: a label and a text for each section with differences."""

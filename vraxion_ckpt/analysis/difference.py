@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 from vraxion_ckpt.analysis.changes import Change, Difference, Side
 from vraxion_ckpt.analysis.expert_changes import expert_changes, lifecycle_changes, ring_change
+from vraxion_ckpt.analysis.layout_differences import as_stated_by, neighbour_changes
 from vraxion_ckpt.analysis.match_experts import Matching, match_experts
 from vraxion_ckpt.analysis.optimizer_changes import optimizer_changes
 from vraxion_ckpt.analysis.value_changes import (
@@ -70,6 +71,9 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, options: ReadOptions) -> Diff
     a.open_experts()
     b.open_experts()
     (a, refused_a), (b, refused_b) = (bound_if_possible(c, options) for c in (a, b))
+    a, notes = as_stated_by(b, a)
+    b, more_notes = as_stated_by(a, b)
+    neighbours, neighbour_notes = neighbour_changes(a, b)
     not_bound = [f"{c.origin.path}: {why.message}" for c, why in ((a, refused_a), (b, refused_b)) if why]
     matching = match_experts(a.head, b.head)
     names = _names(a.head, b.head, matching)
@@ -83,7 +87,12 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, options: ReadOptions) -> Diff
         "payload": list(value_changes(a.payload, b.payload)),
         "lifecycle": lifecycle_changes(a, b, matching),
         "history": _history_changes(a, b),
-        "other": [*value_changes(_others(a), _others(b)), *_tie_changes(a, b, names), *_all_order_changes(a, b, names)],
+        "other": [
+            *value_changes(_others(a), _others(b)),
+            *_tie_changes(a, b, names),
+            *_all_order_changes(a, b, names),
+            *neighbours,
+        ],
     }
     if not any(sections.values()):  # all values are equal; compare the format variants
         sections["other"] = _dialect_changes(a, b)
@@ -100,6 +109,7 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, options: ReadOptions) -> Diff
         experts=expert_changes(a, b, matching),
         ring=ring_change(a, b, matching),
         not_bound="; ".join(not_bound) or None,
+        notes=(*notes, *more_notes, *neighbour_notes),
         **{section: tuple(changes) for section, changes in sections.items()},
     )
 
@@ -187,6 +197,8 @@ def _dialect_changes(a: Checkpoint, b: Checkpoint) -> list[Change]:
     if format_ != b.origin.format:
         return []
     own = {**a.origin.local, **a.origin.dialects}, {**b.origin.local, **b.origin.dialects}
+    if not (a.origin.is_ordered and b.origin.is_ordered):  # one states only the variant of its own format
+        own = a.origin.dialect(format_), b.origin.dialect(format_)
     return list(value_changes({"spelling": own[0]}, {"spelling": own[1]}))
 
 

@@ -20,6 +20,7 @@ from vraxion_ckpt.analysis.inspection_facts import (
     GroupFacts,
     Inspection,
     LifecycleFacts,
+    NeighbourFacts,
     OptimizerFacts,
     OptimizerPartFacts,
     PlanFacts,
@@ -134,6 +135,10 @@ def _file_facts(checkpoint: Checkpoint, path: PathLike, options: ReadOptions) ->
             "dialect": adapter_calls.dialect(adapter, checkpoint),
             "files": len(files),
             "bytes_on_disk": sum(file.stat().st_size for file in files),
+            "neighbours": {
+                neighbour.name: NeighbourFacts(bytes=(root / neighbour.name).stat().st_size, holds=neighbour.holds)
+                for neighbour in checkpoint.origin.neighbours
+            },
         }
 
 
@@ -269,7 +274,11 @@ def _losses_by_format(checkpoint: Checkpoint) -> dict[str, tuple[Loss, ...]]:
     lost: dict[str, tuple[Loss, ...]] = {}
     for name, adapter in sorted(adapters().items()):
         try:
-            lost[name] = tuple(adapter_calls.losses(configure(adapter, {}), checkpoint))
+            usual = configure(adapter, {})
+            lost[name] = (
+                *adapter_calls.losses(usual, checkpoint),
+                *adapter_calls.lost_neighbours(usual, checkpoint),
+            )
         except Exception as error:  # a required option or a defect must not hide the other facts
             raise_if_out_of_memory(error)
             warnings.warn(f"format {name} could not list its losses: {error}", CkptWarning, stacklevel=3)

@@ -127,6 +127,14 @@ class UnknownExperts(Fact):
     """Name of the first one."""
 
 
+class NeighbourFacts(Fact):
+    """A file beside the checkpoint's own that belongs to it."""
+
+    bytes: int
+    holds: str
+    """What it holds that the format does not read, such as training state; empty if nothing."""
+
+
 class Inspection(Facts):
     """The facts about a checkpoint."""
 
@@ -138,7 +146,9 @@ class Inspection(Facts):
     """The variant of the format, in words."""
     files: int
     bytes_on_disk: int
-    """Bytes of its own files. Foreign files in its directory do not count."""
+    """Bytes of its files. Foreign files in its directory do not count."""
+    neighbours: dict[str, NeighbourFacts]
+    """The files beside the weights, such as a tokenizer, by path relative to the checkpoint."""
     step: Plain
     core: CoreFacts
     payload: tuple[str, ...]

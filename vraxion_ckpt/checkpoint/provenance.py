@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,37 @@ class Record:
     summary: str
 
 
+class StaleAfter(StrEnum):
+    """The change of the model after which a neighbour no longer fits it.
+
+    NOTHING: it always fits.
+    NEW_STRUCTURE: it states names, dtypes or shapes of tensors.
+    NEW_VALUES: it belongs to the values of the tensors.
+    """
+
+    NOTHING = "nothing"
+    NEW_STRUCTURE = "new structure"
+    NEW_VALUES = "new values"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A file in a checkpoint's folder that belongs to the checkpoint and that its format does not read.
+
+    For example, a Hugging Face folder has a configuration and a tokenizer beside the weights. A conversion into another
+    such folder copies them byte for byte if they still fit the result.
+
+    Attributes:
+        name: its path relative to the folder, with slashes.
+        holds: what it holds that a user may expect to be converted, such as ``training state``; empty if nothing.
+        stale_after: the change of the model after which it no longer fits.
+    """
+
+    name: str
+    holds: str = ""
+    stale_after: StaleAfter = StaleAfter.NOTHING
+
+
 @dataclass(frozen=True)
 class Origin:
     """The format and path of a checkpoint, and its dialects.
@@ -50,6 +82,8 @@ class Origin:
         local: data that only a writer of the same format uses. It is not carried into other formats.
         leftovers: relative paths of files in the checkpoint's directory that belong to the format and that no loader
             reads, such as shards of an earlier save. An edit in place keeps those that no new file replaces.
+        neighbours: the files beside the checkpoint's own.
+        is_ordered: whether the order of the tensors is that of the state dict. Some writers sort them.
         known_dialects: the declared dialects, by which trainers are recognised. They are not stored.
     """
 
@@ -58,6 +92,8 @@ class Origin:
     dialects: Mapping[str, Any] = field(default_factory=dict)
     local: Mapping[str, Any] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    is_ordered: bool = True
     known_dialects: tuple[Dialect, ...] = field(default=(), compare=False, repr=False)
 
     def dialect(self, name: str) -> Any:

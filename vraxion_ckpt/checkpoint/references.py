@@ -20,7 +20,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.source_files import StoredBytes, buffer_of
-from vraxion_ckpt.errors import PluginError, raise_if_out_of_memory
+from vraxion_ckpt.errors import ChangedError, PluginError, StorageError, raise_if_out_of_memory
 from vraxion_ckpt.support.checksums import crc32
 
 if TYPE_CHECKING:
@@ -117,11 +117,14 @@ class ComputedBytes:
         """Compute the bytes.
 
         Raises:
+            ChangedError, StorageError: the function reads a file that has changed or cannot be read.
             PluginError: the function fails, or does not return a tensor of the stated dtype and shape.
         """
         try:
             made = self.function().detach().contiguous()
             found = made.untyped_storage() if reference(made).fills_storage() else made.clone().untyped_storage()
+        except (ChangedError, StorageError):
+            raise
         except (Exception, SystemExit) as error:
             raise_if_out_of_memory(error)
             raise PluginError(f"a tensor could not be computed: {type(error).__name__}: {error}") from error
@@ -187,6 +190,11 @@ class TensorRef:
     def contiguous(cls, storage: Storage, dtype: str, shape: tuple[int, ...]) -> TensorRef:
         """Return a reference to a contiguous tensor that fills its storage."""
         return cls(storage, dtype, shape, contiguous_strides(shape))
+
+    @classmethod
+    def computed(cls, dtype: str, shape: tuple[int, ...], function: Callable[[], Tensor]) -> TensorRef:
+        """Return a reference to a contiguous tensor that a function returns each time that its bytes are needed."""
+        return cls.contiguous(ComputedBytes(prod(shape) * ITEMSIZES[dtype], function), dtype, shape)
 
     @property
     def itemsize(self) -> int:

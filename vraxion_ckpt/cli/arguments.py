@@ -102,6 +102,14 @@ def chain_options(command: _F) -> _F:
             "keep: leave them unchanged; drop: leave them out.",
         ),
         click.option(
+            "--neighbours",
+            type=click.Choice(["refuse", "ignore"]),
+            default="refuse",
+            show_default=True,
+            help="When the model changes and files beside the weights do not fit it any more, such as optimizer.pt: "
+            "refuse, or ignore them: leave them out.",
+        ),
+        click.option(
             "-t",
             "--transform",
             "transforms",

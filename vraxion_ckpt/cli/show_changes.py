@@ -77,6 +77,8 @@ def _what_became(done: Summary) -> list[Line]:
     if done.function_preserved is not None:
         lines.append(("function", f"preserved per address: {done.function_preserved}"))
     lines += [("lost", str(loss)) for loss in done.losses]
+    lines += [("beside", listed(done.carried))] if done.carried else []
+    lines += [("left out", listed(done.left_out))] if done.left_out else []
     lines += [("also", str(path)) for path in done.side_files]
     if done.manifest:
         lines.append(("manifest", str(done.manifest)))

@@ -21,6 +21,7 @@ def print_difference(facts: Difference) -> None:
     lines: list[Line] = [("a", _side(facts.before)), ("b", _side(facts.after))]
     if facts.not_bound:
         lines.append(("note", f"optimizer compared by position, not by name: {facts.not_bound}"))
+    lines += [("note", note) for note in facts.notes]
     lines += facts.summary()
     if facts.ring:
         lines.append(("arcs", _arcs(facts.ring)))

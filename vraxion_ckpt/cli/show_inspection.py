@@ -12,6 +12,7 @@ from rich.tree import Tree
 from vraxion_ckpt.analysis.inspection_facts import (
     ExpertFacts,
     Inspection,
+    NeighbourFacts,
     OptimizerFacts,
     RingFacts,
     UnknownExperts,
@@ -45,6 +46,7 @@ def print_inspection(facts: Inspection) -> None:
         ("path", str(facts.path)),
         ("format", f"{facts.format}, {byte_size(facts.bytes_on_disk)} on disk{files}"),
         *([("dialect", facts.dialect)] if facts.dialect else []),
+        *_neighbour_lines(facts.neighbours),
         ("step", "none" if facts.step is None else str(facts.step)),
         ("core", f"{count(facts.core.tensors, 'tensor')}, {byte_size(facts.core.bytes)}"),
         ("payload", listed(facts.payload) or "nothing else"),
@@ -65,6 +67,14 @@ def print_inspection(facts: Inspection) -> None:
         _print_loads(facts.signs)
     if facts.tensors:
         _print_tree(facts.tensors)
+
+
+def _neighbour_lines(neighbours: Mapping[str, NeighbourFacts]) -> list[Line]:
+    """Return a line for the files beside the weights, and one for those that hold more than a description."""
+    unread = [f"{name} ({found.holds})" for name, found in neighbours.items() if found.holds]
+    others = [name for name, found in neighbours.items() if not found.holds]
+    lines: list[Line] = [("beside", listed(others, 12))] if others else []
+    return [*lines, *([("not read", Text(listed(unread, 12), style="yellow"))] if unread else [])]
 
 
 def _head_in_words(facts: Inspection) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,17 +23,21 @@ from vraxion_ckpt.plugins.plugin_calls import defect, plugin_call
 from vraxion_ckpt.plugins.transform import Effect, Step
 from vraxion_ckpt.wording import count, numbered
 
+NeighbourPolicy = Literal["refuse", "ignore"]
+
 
 @dataclass(frozen=True)
 class ChainPolicy:
-    """How companions and the optimizer follow a change of the head.
+    """How everything else follows a change of the model.
 
     Attributes:
         companions: how to handle companions, such as averages of the model.
+        neighbours: how to handle neighbours, such as a Trainer's optimizer, that no longer fit the model.
         result_order: the names of all optimizer parameters of the result, in optimizer order; found by a rule if None.
     """
 
     companions: CompanionPolicy = "grow"
+    neighbours: NeighbourPolicy = "refuse"
     result_order: Sequence[str] | None = None
 
 

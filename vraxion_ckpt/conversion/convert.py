@@ -25,7 +25,8 @@ from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.commit.manifest import by_name
 from vraxion_ckpt.commit.staging import Staged, exclusive, leftovers, staged
 from vraxion_ckpt.commit.transaction import committed
-from vraxion_ckpt.conversion.chain import ChainPolicy
+from vraxion_ckpt.conversion.carry_neighbours import copy_neighbours, say_what_is_not_read
+from vraxion_ckpt.conversion.chain import ChainPolicy, NeighbourPolicy
 from vraxion_ckpt.conversion.stage_results import (
     Staging,
     check_read_back,
@@ -42,6 +43,7 @@ from vraxion_ckpt.conversion.targets import (
     check_apart,
     check_inputs,
     check_manifest,
+    check_nothing_deleted,
     check_places,
     check_several,
     detect_target,
@@ -64,7 +66,7 @@ from vraxion_ckpt.plugins.discovery import AdapterLike, TransformLike, resolve_c
 from vraxion_ckpt.plugins.lent_tensors import LentTensors
 from vraxion_ckpt.plugins.plugin_calls import output_to_stderr
 from vraxion_ckpt.plugins.transform import Step
-from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, os_errors_named, read_with, refuse
+from vraxion_ckpt.reading.opening import OptimizerPolicy, PathLike, detect_source, os_errors_named, read_with, refuse
 from vraxion_ckpt.reading.read_options import ReadKeywords, ReadOptions
 from vraxion_ckpt.support import signals
 from vraxion_ckpt.support.garbage import rare_collections
@@ -94,6 +96,7 @@ def convert(
     result_order: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
     companions: CompanionPolicy = "grow",
+    neighbours: NeighbourPolicy = "refuse",
     **reading: Unpack[ReadKeywords],
 ) -> Summary:
     """Read `src`, run a chain of transforms and write `dst`. On an error, nothing is changed.
@@ -114,6 +117,9 @@ def convert(
             not for others; ``partial`` accepts it.
         companions: how to handle companions, such as averages of the model, if the chain changes the head. ``grow``
             changes them like the head, or refuses; ``keep`` leaves them unchanged; ``drop`` omits them.
+        neighbours: how to handle files beside the weights, such as a Trainer's optimizer, that do not fit the model
+            any more if the chain changes it. ``refuse`` refuses the chain; ``ignore`` leaves them out. Other files are
+            copied in any case, if `dst` is a folder with a place for them.
         reading: ``from_``, ``param_names``, ``optimizer_order`` and ``allow_globals``, see `ReadOptions`.
 
     Returns:
@@ -137,7 +143,7 @@ def convert(
         transforms=transforms,
         options=ReadOptions.of("convert", reading),
         optimizer=optimizer,
-        policy=chain_policy(companions, result_order),
+        policy=chain_policy(companions, neighbours, result_order),
         dry_run=dry_run,
     )
     return summary
@@ -167,7 +173,7 @@ def convert_to_all(
         transforms: as for `convert`.
         options: how to read `src`.
         optimizer: as for `convert`.
-        policy: how companions and the optimizer follow a change of the head.
+        policy: how companions, neighbours and the optimizer follow a change of the model.
         dry_run: do everything except writing.
         record: inserted into the history before the records of the chain.
         reads: further input files, which must not be overwritten.
@@ -198,6 +204,8 @@ def convert_to_all(
             results = [_result(applied, target, *place) for target, place in zip(targets, places, strict=True)]
             manifests = [_manifest_target(result, chain) for result in results]
             _check_paths(results, manifests, chain, reads)
+            for result in results:
+                _check_neighbours(result, options)
             staging = Staging(sizes=[0] * len(results)) if dry_run else _stage_all(stack, results, manifests, lent)
             before.sources.verify()  # including parts that are not in the result
             # Collected before the commit, so that an error in it leaves everything unchanged.
@@ -259,6 +267,18 @@ def _check_paths(
     check_several(written)
     check_inputs(written, chain, outcome.side_files, {Path(os.path.realpath(path)) for path in reads})
     say_what_names_deny(((result.place, result.adapter) for result in results), side_targets)
+
+
+def _check_neighbours(result: _Result, options: ReadOptions) -> None:
+    """Check that no neighbour of an existing target would be deleted, and say what the target does not hold."""
+    adapter, place, outcome = result.adapter, result.place, result.outcome
+    if not adapter_calls.keeps_neighbours(adapter):
+        return
+    carried = {neighbour.name for neighbour in outcome.neighbours.carried}
+    old = adapter_calls.neighbours(adapter, place) if place.is_dir() else []
+    check_nothing_deleted(place, adapter, [each.name for each in old if each.name not in carried])
+    source = detect_source(result.outcome.before.origin.path or place, options.from_)
+    say_what_is_not_read(outcome.before, outcome.neighbours.carried, source, place)
 
 
 def _place(source: Path, target: Target) -> tuple[Adapter, Path]:
@@ -328,6 +348,7 @@ def _stage(stack: ExitStack, result: _Result, lent: LentTensors) -> Staged:
     is_directory = adapter_calls.is_directory(adapter)
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
     written = write_whole(adapter, result.outcome.before, held, stage)
+    copy_neighbours(result.outcome.before, result.outcome.neighbours.carried, stage.path)
     with quietly():
         found = adapter_calls.call_read(adapter, stage.path)
     check_read_back(adapter, found, held, lent, written, result.place)

@@ -24,6 +24,7 @@ from vraxion_ckpt.checkpoint import invariants
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.commit.file_marks import survey
 from vraxion_ckpt.commit.staging import check_target, exclusive
+from vraxion_ckpt.conversion.chain import NeighbourPolicy
 from vraxion_ckpt.conversion.edit_job import EditJob
 from vraxion_ckpt.conversion.edit_plan import EditKind, plan_edit
 from vraxion_ckpt.conversion.summary import Outcome, Summary
@@ -87,6 +88,7 @@ def edit(
     result_order: Sequence[str] | None = None,
     optimizer: OptimizerPolicy = "keep",
     companions: CompanionPolicy = "grow",
+    neighbours: NeighbourPolicy = "refuse",
     **reading: Unpack[ReadKeywords],
 ) -> Edited:
     """Run a chain of transforms on a checkpoint in place. On an error, the checkpoint is left unchanged.
@@ -104,6 +106,7 @@ def edit(
         result_order: as for `convert`.
         optimizer: as for `convert`.
         companions: as for `convert`.
+        neighbours: as for `convert`.
         reading: as for `convert`.
 
     Returns:
@@ -115,7 +118,7 @@ def edit(
         CkptError: any error of `convert`.
     """
     started = time.monotonic()
-    options, policy = ReadOptions.of("edit", reading), chain_policy(companions, result_order)
+    options, policy = ReadOptions.of("edit", reading), chain_policy(companions, neighbours, result_order)
     with signals.deferred(), os_errors_named(path, *([] if manifest is None else [manifest])), ExitStack() as stack:
         with signals.interruptible():
             check_policy(losses)
@@ -137,7 +140,7 @@ def edit(
             listed = _manifest_target(manifest, outcome, target, chain, keep_old=keep_old)
             _check_side_targets(target, chain, outcome, listed)
             refuse(InconsistentError, invariants.invariant_findings(before), target)  # with the experts opened since
-            plan = plan_edit(adapter, target, before, outcome.held, marks, keep_old=keep_old, idle=idle)
+            plan = plan_edit(adapter, target, outcome, marks, keep_old=keep_old, idle=idle)
             job = EditJob(adapter, options.allow_globals, target, outcome, lent, plan, listed, keep_old)
             staging = job.measure() if dry_run else job.stage(stack)
             facts = job.facts(staging, dropped=optimizer == "drop")  # the commit may replace the files that it reads
@@ -170,7 +173,7 @@ def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapt
     check_allowed(found, options.allow_globals)
     if adapter_calls.is_directory(found) and not target.is_dir():
         _refuse_a_part(target, adapter_calls.call_read(found, target, options.allow_globals))
-    adapter = resolve_adapter(to) if to is not None else found
+    adapter = resolve_adapter(to) if to is not None else adapter_calls.as_stored(found, target)
     if adapter.name != found.name:
         message = f"has the format {found.name}, which an edit in place cannot change"
         raise UsageError(message, path=target, hint=f"use convert to write {adapter.name} to a new path")

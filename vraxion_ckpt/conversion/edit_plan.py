@@ -12,6 +12,7 @@ from pathlib import Path
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.commit.file_marks import Mark
 from vraxion_ckpt.commit.journal import FileChanges
+from vraxion_ckpt.conversion.summary import Outcome
 from vraxion_ckpt.errors import UsageError
 from vraxion_ckpt.plugins import adapter_calls
 from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter, OutputFile
@@ -65,8 +66,7 @@ class EditPlan:
 def plan_edit(
     adapter: Adapter,
     target: Path,
-    before: Checkpoint,
-    held: Checkpoint,
+    outcome: Outcome,
     marks: Mapping[str, Mark],
     *,
     keep_old: bool,
@@ -77,8 +77,7 @@ def plan_edit(
     Args:
         adapter: writes the new state.
         target: the checkpoint.
-        before: the checkpoint before the edit.
-        held: the checkpoint to write.
+        outcome: the checkpoint before the edit, and the one to write.
         marks: the state of every file below `target`.
         keep_old: whether the previous state is kept.
         idle: whether nothing is to be changed.
@@ -86,6 +85,7 @@ def plan_edit(
     Raises:
         UsageError: the path of a new file is taken by something other than a regular file.
     """
+    before, held = outcome.before, outcome.held
     foreign = set()
     if target.is_dir():
         foreign = {os.path.relpath(path, target) for path in adapter_calls.foreign_files(adapter, target) or ()}
@@ -98,8 +98,11 @@ def plan_edit(
     if not target.is_dir():
         return EditPlan(EditKind.REPLACE, watched=marks)
     if not isinstance(adapter, IncrementalDirectoryAdapter):
-        copied = _bytes_of_files(target, marks.keys() - ours.keys()) if keep_old else 0
-        return EditPlan(EditKind.REWRITE, carried=(*sorted(left), *others), copied=copied, watched=marks)
+        kept = left | {neighbour.name for neighbour in outcome.neighbours.carried}
+        copied = _bytes_of_files(target, kept | (marks.keys() - watched.keys())) if keep_old else 0
+        gone = tuple(neighbour.name for neighbour in outcome.neighbours.stale)
+        carried = (*sorted(kept), *others)
+        return EditPlan(EditKind.REWRITE, removed=gone, carried=carried, copied=copied, watched=marks)
     old = {name: file for name, file in adapter_calls.output_files(adapter, before).items() if name in ours}
     new = adapter_calls.output_files(adapter, held)
     _refuse_occupied(target, new.keys() - old.keys())

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.neighbours import Neighbours
 from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.conversion.chain import moved_addresses
 from vraxion_ckpt.conversion.targets import SideTarget
@@ -48,6 +49,10 @@ class Summary(Facts):
     """Whether the expert tensors behind each address are unchanged; null if there is no ring to compare."""
     losses: tuple[Loss, ...]
     """The parts that the target's format cannot hold."""
+    carried: tuple[str, ...]
+    """The files beside the weights that were carried along unchanged, by path relative to the target."""
+    left_out: tuple[str, ...]
+    """The files beside the weights that no longer fit the model, and were left out."""
     history: tuple[Record, ...]
     """The steps of this run."""
     side_files: tuple[Path, ...]
@@ -72,6 +77,7 @@ class Outcome:
         side_targets: the final path of each side file.
         preservation: whether the function of the model is unchanged.
         losses: the parts that the format cannot hold.
+        neighbours: the neighbours to carry along, and those to leave out.
     """
 
     before: Checkpoint
@@ -81,6 +87,7 @@ class Outcome:
     side_targets: tuple[SideTarget, ...]
     preservation: Preservation | None
     losses: tuple[Loss, ...]
+    neighbours: Neighbours
 
     def facts(self, *, dropped: bool) -> dict[str, Any]:
         """Return the fields of `Summary` that this outcome determines; `dropped`: the caller dropped the optimizer."""
@@ -92,6 +99,8 @@ class Outcome:
             "optimizer": optimizer_in_words(self.before, self.after, self.held, dropped=dropped),
             "function_preserved": self.preservation,
             "losses": self.losses,
+            "carried": tuple(neighbour.name for neighbour in self.neighbours.carried),
+            "left_out": tuple(neighbour.name for neighbour in self.neighbours.stale),
             "history": self.after.history[len(self.before.history) :],
             "side_files": tuple(self.side_files),
         }

@@ -103,10 +103,18 @@ def check_places(source: Path, target: Path, adapter: Adapter, *, overwrite: boo
     if target.exists() and adapter_calls.is_directory(adapter):
         known = adapter_calls.foreign_files(adapter, target)
         foreign = sorted(target.iterdir()) if known is None else known
-    if foreign:
-        names = listed([each.name for each in foreign], 3)
+    check_nothing_deleted(target, adapter, [each.name for each in foreign])
+
+
+def check_nothing_deleted(target: Path, adapter: Adapter, lost: Sequence[str]) -> None:
+    """Refuse to replace a directory if files in it, named by `lost`, are not part of the new one.
+
+    Raises:
+        UsageError: there are any.
+    """
+    if lost:
         raise UsageError(
-            f"contains files that are not part of a {adapter.name} checkpoint ({names}) and would be deleted",
+            f"contains files that are not part of a {adapter.name} checkpoint ({listed(lost, 3)}) and would be deleted",
             path=target,
             hint="write to a new path",
         )

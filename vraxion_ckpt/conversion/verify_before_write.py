@@ -14,12 +14,22 @@ from vraxion_ckpt.checkpoint.comparison import same_bits
 from vraxion_ckpt.checkpoint.head import HeadKind
 from vraxion_ckpt.checkpoint.invariants import Preservation
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.neighbours import Neighbours, sort_neighbours
 from vraxion_ckpt.checkpoint.provenance import Record
 from vraxion_ckpt.checkpoint.references import TensorRef
-from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, apply_chain, effect_of
+from vraxion_ckpt.conversion.carry_neighbours import with_record
+from vraxion_ckpt.conversion.chain import FOLLOW, ChainPolicy, NeighbourPolicy, apply_chain, effect_of
 from vraxion_ckpt.conversion.summary import Outcome
 from vraxion_ckpt.conversion.targets import check_side_files
-from vraxion_ckpt.errors import BindingError, CkptError, CkptWarning, InvariantError, LossError, UsageError
+from vraxion_ckpt.errors import (
+    BindingError,
+    CkptError,
+    CkptWarning,
+    InvariantError,
+    LossError,
+    TransformError,
+    UsageError,
+)
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.experts.companions import find_companions
 from vraxion_ckpt.optimizer import placement
@@ -46,16 +56,20 @@ def check_policy(losses: LossPolicy) -> None:
         raise UsageError(f"losses={losses!r}: must be one of {', '.join(get_args(LossPolicy))}")
 
 
-def chain_policy(companions: CompanionPolicy, result_order: Sequence[str] | None) -> ChainPolicy:
-    """Return the policy for companions and the optimizer.
+def chain_policy(
+    companions: CompanionPolicy, neighbours: NeighbourPolicy, result_order: Sequence[str] | None
+) -> ChainPolicy:
+    """Return the policy for companions, neighbours and the optimizer.
 
     Raises:
-        UsageError: `companions` is unknown, or `result_order` is not a list of names.
+        UsageError: `companions` or `neighbours` is unknown, or `result_order` is not a list of names.
     """
     if companions not in get_args(CompanionPolicy):
         raise UsageError(f"companions={companions!r}: must be one of {', '.join(get_args(CompanionPolicy))}")
+    if neighbours not in get_args(NeighbourPolicy):
+        raise UsageError(f"neighbours={neighbours!r}: must be one of {', '.join(get_args(NeighbourPolicy))}")
     check_names(result_order, "result_order")
-    return ChainPolicy(companions, result_order)
+    return ChainPolicy(companions, neighbours, result_order)
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ class Applied:
     chain: Sequence[Step]
     side_files: dict[Path, bytes]
     preservation: Preservation | None
+    neighbours: Neighbours
+    policy: ChainPolicy
 
 
 def apply(
@@ -85,7 +101,7 @@ def apply(
         lent: the tensors of `before`.
         reopen: opens `before` once more, to find the step that wrote into a tensor.
         record: inserted into the history before the records of the steps.
-        policy: how companions and the optimizer follow.
+        policy: how companions, neighbours and the optimizer follow.
 
     Raises:
         TransformError: a transform refuses the checkpoint.
@@ -102,7 +118,8 @@ def apply(
         raise
     if chain:
         _check_lent(before, lent, reopen, chain, policy)
-    return Applied(before, after, chain, side_files, _check_result(before, after, chain))
+    preservation = _check_result(before, after, chain)
+    return Applied(before, after, chain, side_files, preservation, sort_neighbours(before, after), policy)
 
 
 def _check_lent(
@@ -139,15 +156,30 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
 
     Raises:
         UsageError: a side file cannot be written.
+        TransformError: a neighbour no longer fits, and the policy is ``refuse``.
         LossError: the format cannot hold everything, and `losses` is ``raise``.
     """
     before, after = applied.before, applied.after
     side_targets = check_side_files(applied.side_files, before, target, applied.chain, overwrite=overwrite)
-    lost = _check_losses(adapter, after, losses)
+    lost = _check_losses(adapter, before, after, losses)
+    neighbours = applied.neighbours if adapter_calls.keeps_neighbours(adapter) else Neighbours()
+    if neighbours.stale and applied.policy.neighbours == "refuse":
+        raise _stale(neighbours, before)
     held = adapter_calls.held(adapter, after)
     if not lost and (missing := _missing(after, held)):
         raise defect_of(adapter, f"held lacks {missing}, although losses lists nothing")
-    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost))
+    held = with_record(held, before.origin.neighbours, adapter)
+    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost), neighbours)
+
+
+def _stale(neighbours: Neighbours, before: Checkpoint) -> TransformError:
+    """Return the error for neighbours that no longer fit."""
+    names = listed([neighbour.name for neighbour in neighbours.stale])
+    return TransformError(
+        f"the chain changes the model, which these files beside the weights would not fit any more: {names}",
+        path=before.origin.path,
+        hint="pass --neighbours ignore to leave them out of the result",
+    )
 
 
 def _missing(after: Checkpoint, held: Checkpoint) -> str | None:
@@ -236,9 +268,9 @@ def check_complete(checkpoint: Checkpoint, policy: OptimizerPolicy) -> None:
         )
 
 
-def _check_losses(adapter: Adapter, checkpoint: Checkpoint, policy: LossPolicy) -> list[Loss]:
+def _check_losses(adapter: Adapter, before: Checkpoint, after: Checkpoint, policy: LossPolicy) -> list[Loss]:
     """Return the parts that the format cannot hold; raise or warn as the policy says."""
-    lost = adapter_calls.losses(adapter, checkpoint)
+    lost = adapter_calls.losses(adapter, after) + adapter_calls.lost_neighbours(adapter, before)
     if lost and policy == "raise":
         listed = "; ".join(map(str, lost))
         raise LossError(f"{adapter.name} cannot hold {listed}", hint="pass --losses warn to drop these parts")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.provenance import Neighbour
 from vraxion_ckpt.errors import CkptError, OutOfMemoryError, PluginError
 from vraxion_ckpt.plugins.options import Plugin
 from vraxion_ckpt.plugins.read_context import ReadContext
@@ -93,6 +94,14 @@ class Adapter(Plugin):
         """Whether a target of this format, with these options, is a directory."""
         return False
 
+    @property
+    def keeps_neighbours(self) -> bool:
+        """Whether a target of this format, with these options, is a folder that may have neighbours.
+
+        If so, a conversion copies the neighbours of its source into the target.
+        """
+        return False
+
     @classmethod
     @abstractmethod
     def detect(cls, path: Path) -> bool:
@@ -155,10 +164,24 @@ class Adapter(Plugin):
         """Return how many bytes `write` would write, or None if this is not known before writing."""
         return None
 
-    def foreign_files(self, path: Path) -> list[Path] | None:  # noqa: ARG002 - not every format can tell
-        """List the entries of the directory `path` that are not part of a checkpoint of this format.
+    def neighbours(self, path: Path) -> list[Neighbour]:  # noqa: ARG002 - most formats have none
+        """List the files of the directory `path` that belong to the checkpoint and that this format does not read.
 
-        An edit keeps them. A conversion refuses to replace a directory that has any.
+        They are carried along with the checkpoint: an edit keeps them, and a conversion copies them or reports a loss.
+        """
+        return []
+
+    def as_stored(self, path: Path) -> Adapter:  # noqa: ARG002 - most formats are always stored alike
+        """Return this adapter with the options that write a checkpoint as the one at `path` is stored.
+
+        An edit uses it if the user gives no options for writing.
+        """
+        return self
+
+    def foreign_files(self, path: Path) -> list[Path] | None:  # noqa: ARG002 - not every format can tell
+        """List the entries of the directory `path` that are neither part of a checkpoint of this format nor neighbours.
+
+        An edit keeps them. A conversion does not copy them, and refuses to replace a directory that has any.
 
         Returns:
             The paths, or None if the format cannot distinguish them. In this case, a directory cannot be edited in

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
+from vraxion_ckpt.checkpoint.provenance import Neighbour
 from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.discovery import dialects
 from vraxion_ckpt.plugins.options import calling, defect_of
 from vraxion_ckpt.plugins.read_context import ReadContext
 from vraxion_ckpt.support.garbage import rare_collections
+from vraxion_ckpt.wording import listed
 
 _T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
@@ -38,6 +40,27 @@ def is_directory(adapter: Adapter) -> bool:
     with calling(adapter):
         found = adapter.is_directory
     return _checked(adapter, "is_directory", found, bool)
+
+
+def keeps_neighbours(adapter: Adapter) -> bool:
+    """Return whether a target of this format, with these options, is a folder that may have neighbours."""
+    with calling(adapter):
+        found = adapter.keeps_neighbours
+    return _checked(adapter, "keeps_neighbours", found, bool)
+
+
+def neighbours(adapter: Adapter, path: Path) -> list[Neighbour]:
+    """Return the files of a directory that belong to the checkpoint and that the format does not read."""
+    with calling(adapter):
+        found = adapter.neighbours(path)
+    return _checked(adapter, "neighbours", found, list[Neighbour])
+
+
+def as_stored(adapter: Adapter, path: Path) -> Adapter:
+    """Return the adapter with the options that write a checkpoint as the one at `path` is stored."""
+    with calling(adapter):
+        found = adapter.as_stored(path)
+    return _checked(adapter, "as_stored", found, Adapter)
 
 
 @rare_collections()
@@ -84,6 +107,15 @@ def losses(adapter: Adapter, checkpoint: Checkpoint) -> list[Loss]:
     with calling(adapter):
         found = adapter.losses(checkpoint)
     return _checked(adapter, "losses", found, list[Loss])
+
+
+def lost_neighbours(adapter: Adapter, checkpoint: Checkpoint) -> list[Loss]:
+    """Return the neighbours of a checkpoint as a loss, unless the target is a folder that may have some."""
+    names = [neighbour.name for neighbour in checkpoint.origin.neighbours]
+    if not names or keeps_neighbours(adapter):
+        return []
+    why = "the format has no place for them" if is_directory(adapter) else "the target is a single file"
+    return [Loss(f"the files beside the weights ({listed(names, 8)})", why)]
 
 
 def held(adapter: Adapter, checkpoint: Checkpoint) -> Checkpoint:

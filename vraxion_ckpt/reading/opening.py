@@ -7,6 +7,7 @@ import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Unpack, get_args
@@ -99,7 +100,7 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
         with os_errors_named(path):
             adapter = detect_source(place, options.from_)
             check_allowed(adapter, options.allow_globals)
-            checkpoint = adapter_calls.call_read(adapter, place, options.allow_globals)
+            checkpoint = _with_neighbours(adapter_calls.call_read(adapter, place, options.allow_globals), adapter)
         refuse(InconsistentError, invariants.invariant_findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
@@ -110,6 +111,13 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
         message = f"{place}: an edit of this checkpoint was interrupted; {how_to_recover(place)}"
         warnings.warn(message, CkptWarning, stacklevel=3)
     return checkpoint
+
+
+def _with_neighbours(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Return the checkpoint with the files beside its own."""
+    root = checkpoint.origin.path
+    found = adapter_calls.neighbours(adapter, root) if root is not None and root.is_dir() else []
+    return replace(checkpoint, origin=replace(checkpoint.origin, neighbours=tuple(found))) if found else checkpoint
 
 
 def how_to_recover(path: Path) -> str:

@@ -10,6 +10,7 @@ RECIPE_KEYS = {
     "--from": "source.from",
     "--losses": "losses",
     "--manifest": "manifest",
+    "--neighbours": "neighbours",
     "--optimizer": "source.optimizer",
     "--optimizer-order": "source.optimizer_order",
     "--param-names": "source.param_names",

@@ -13,11 +13,11 @@ from typing import ClassVar
 
 from vraxion_ckpt._version import __version__
 from vraxion_ckpt.checkpoint.provenance import Record
+from vraxion_ckpt.conversion.chain import ChainPolicy
 from vraxion_ckpt.conversion.convert import Target, convert_to_all
 from vraxion_ckpt.conversion.summary import Summary
 from vraxion_ckpt.conversion.verify_before_write import chain_policy
 from vraxion_ckpt.errors import CkptError, UsageError
-from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins.discovery import TransformLike
 from vraxion_ckpt.reading.opening import PathLike, os_errors_named
 from vraxion_ckpt.reading.read_options import ReadOptions
@@ -50,8 +50,7 @@ class Ready:
     chain: tuple[TransformLike, ...]
     targets: tuple[Target, ...]
     record: Record
-    result_order: tuple[str, ...] | None = None
-    companions: CompanionPolicy = "grow"
+    policy: ChainPolicy
 
 
 def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwrite: bool = False) -> Ready:
@@ -90,7 +89,8 @@ def prepare(path: PathLike, settings: Mapping[str, str] | None = None, *, overwr
     summary = f"recipe {place.name}: {count(len(chain), 'step')}, {count(len(targets), 'target')}"
     options = {"recipe": place.name, **{key: filled[key] for key in filled if key != "schema"}}
     record = Record("run", options, "vraxion-ckpt", __version__, Path(source.path).name, summary)
-    return Ready(place, source, chain, targets, record, recipe.result_order, recipe.companions)
+    policy = chain_policy(recipe.companions, recipe.neighbours, recipe.result_order)
+    return Ready(place, source, chain, targets, record, policy)
 
 
 def run(
@@ -126,7 +126,7 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
             transforms=ready.chain,
             options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
             optimizer=source.optimizer,
-            policy=chain_policy(ready.companions, ready.result_order),
+            policy=ready.policy,
             dry_run=dry_run,
             record=ready.record,
             reads=[ready.path],

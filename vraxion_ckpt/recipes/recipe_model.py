@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from vraxion_ckpt.conversion.chain import NeighbourPolicy
 from vraxion_ckpt.conversion.verify_before_write import LossPolicy
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.optimizer.inference import OptimizerOrder
@@ -72,6 +73,8 @@ class Recipe(_Entry):
     """The names of all optimizer parameters of the results, in optimizer order, if no rule determines the order."""
     companions: CompanionPolicy = "grow"
     """How to handle companions, such as averages of the model, if the chain changes the head."""
+    neighbours: NeighbourPolicy = "refuse"
+    """How to handle files beside the weights that do not fit the model any more if the chain changes it."""
     losses: LossPolicy = "raise"
     """How to handle parts that a target's format cannot hold."""
     manifest: str | None = None

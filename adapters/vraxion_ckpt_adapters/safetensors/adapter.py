@@ -20,6 +20,7 @@ from vraxion_ckpt.plugin_api import (
     InconsistentError,
     Lifecycle,
     Loss,
+    Neighbour,
     Origin,
     ReadContext,
     TensorRef,
@@ -40,6 +41,7 @@ from vraxion_ckpt.plugin_api import (
     write_new,
 )
 from vraxion_ckpt_adapters.safetensors.files import (
+    INDEX_FILE,
     INDEX_SUFFIX,
     MODEL_FILE,
     SAVE_KEY,
@@ -48,8 +50,11 @@ from vraxion_ckpt_adapters.safetensors.files import (
     list_indexes,
     read_single_file,
 )
+from vraxion_ckpt_adapters.safetensors.neighbours import sort_entries
 from vraxion_ckpt_adapters.safetensors.shards import fill_shards, read_index, read_shards, save_id
+from vraxion_ckpt_adapters.safetensors.slices import list_slices, read_slices
 
+_UNLIMITED = 2**62  # bytes, more than any file has
 _Content = tuple[dict[str, TensorRef], dict[str, str]]
 
 
@@ -63,37 +68,45 @@ class SafetensorsAdapter(Adapter):
     max_shard_size: ByteSize | None = Field(
         None, gt=0, description="write a folder of shards of at most this size, like 5GB, and an index"
     )
-
+    ranks: int | None = Field(
+        None, ge=1, description="on reading slices of a distributed save: the number of ranks that saved them"
+    )
     prefix: str | None = Field(None, description="on reading, what precedes the names of the head, such as module.")
 
     @property
     def is_directory(self) -> bool:
         return self.max_shard_size is not None
 
+    @property
+    def keeps_neighbours(self) -> bool:
+        return self.is_directory
+
     @classmethod
     def detect(cls, path: Path) -> bool:
         if path.is_dir():
-            return any(list_indexes(path)) or (path / MODEL_FILE).is_file()
+            return any(list_indexes(path)) or (path / MODEL_FILE).is_file() or any(list_slices(path))
         return path.is_file() and (path.name.endswith(INDEX_SUFFIX) or starts_like_safetensors(path))
 
     # --- read ---
 
     def read(self, path: Path, context: ReadContext) -> Checkpoint:
-        place = file_to_open(path)
-        if place.name.endswith(INDEX_SUFFIX):
+        root, metadata = path, dict[str, Any]()
+        if _has_slices(path):
+            tensors = read_slices(path, self.ranks, context)
+        elif (place := file_to_open(path)).name.endswith(INDEX_SUFFIX):
             root = place.parent
             tensors, metadata = read_shards(place, context)
         else:
-            root = place
             tensors, metadata = read_single_file(place, context)
         if OUR_KEY in metadata:
             found = load_document(tensors, metadata.pop(OUR_KEY), root, self.name)
         else:
             found = from_state_dict(tensors, root, self.name, self.prefix)
+            found = replace(found, origin=replace(found.origin, is_ordered=False))
         return replace(found, origin=_with_metadata(found.origin, self.name, metadata))
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
-        place = faults.attempt(lambda: file_to_open(path))
+        place = None if _has_slices(path) else faults.attempt(lambda: file_to_open(path))
         if place is not None and place.name.endswith(INDEX_SUFFIX):
             index = faults.attempt(lambda: read_index(place))
             for file in dict.fromkeys(index[0].values()) if index else ():
@@ -102,7 +115,26 @@ class SafetensorsAdapter(Adapter):
 
     def dialect(self, checkpoint: Checkpoint) -> str:
         root = checkpoint.origin.path
-        return "shards and an index" if root is not None and root.is_dir() else "one file"
+        if root is None or not root.is_dir():
+            return "one file"
+        if _has_slices(root):
+            return "slices of a distributed save"
+        return "one file in a folder" if file_to_open(root).name == MODEL_FILE else "shards and an index"
+
+    def neighbours(self, path: Path) -> list[Neighbour]:
+        return sort_entries(path, _own_files(path))[0] if path.is_dir() else []
+
+    def foreign_files(self, path: Path) -> list[Path]:
+        return sort_entries(path, _own_files(path))[1] if path.is_dir() else []
+
+    def as_stored(self, path: Path) -> Adapter:
+        if self.max_shard_size is not None or not path.is_dir():
+            return self
+        files = list_slices(path) if _has_slices(path) else []
+        if not files and (index := file_to_open(path)).name.endswith(INDEX_SUFFIX):
+            files = [index.with_name(name) for name in set(read_index(index)[0].values())]
+        largest = max((sum(check_safetensors(file).sizes.values()) for file in files), default=_UNLIMITED)
+        return self.model_copy(update={"max_shard_size": ByteSize(max(1, largest))})
 
     # --- write ---
 
@@ -132,22 +164,23 @@ class SafetensorsAdapter(Adapter):
         for name, (tensors, metadata) in files.items():
             save_safetensors(tensors, metadata, path / name)
         if index is not None:
-            write_new(path / f"model{INDEX_SUFFIX}", index)
+            write_new(path / INDEX_FILE, index)
 
     def size(self, checkpoint: Checkpoint) -> int:
         files, index = self._files(checkpoint)
         return sum(safetensors_size(*content) for content in files.values()) + len(index or b"")
 
     def _files(self, checkpoint: Checkpoint) -> tuple[dict[str, _Content], bytes | None]:
-        """Return the content of each file by name, and the index. A single file is named ``.`` and has no index."""
+        """Return the content of each file by name, and the index. A target that is a file is named ``.``."""
         named, facts = dump_document(checkpoint, NATIVE_DTYPE_NAMES, is_tensor_name)
         tensors = named.references()
         metadata = {"format": "pt", **_recorded_metadata(checkpoint.origin, self.name)}
-        if self.max_shard_size is None:
+        shards = list(fill_shards(tensors, self.max_shard_size)) if self.max_shard_size is not None else []
+        if len(shards) < 2:
             texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
-            return {".": (tensors, {**texts, OUR_KEY: document_text(facts)})}, None
+            name = MODEL_FILE if self.is_directory else "."
+            return {name: (tensors, {**texts, OUR_KEY: document_text(facts)})}, None
         save = save_id(tensors, facts)
-        shards = list(fill_shards(tensors, self.max_shard_size))
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
@@ -155,16 +188,21 @@ class SafetensorsAdapter(Adapter):
         files = {name: (shard, {"format": "pt", SAVE_KEY: save}) for name, shard in zip(names, shards, strict=True)}
         return files, dump_json({"metadata": head, "weight_map": weight_map})
 
-    def foreign_files(self, path: Path) -> list[Path]:
-        known: set[str] = set()
-        for index in list_indexes(path):
-            try:
-                known |= {index.name, *read_index(index)[0].values()}
-            except CkptError:  # an unreadable index does not show which files are its shards
-                known.add(index.name)
-        if not path.is_dir():
-            return []
-        return sorted(entry for entry in path.iterdir() if entry.name not in known or not entry.is_file())
+
+def _has_slices(path: Path) -> bool:
+    """Return whether the weights in a folder are slices of a distributed save only."""
+    return path.is_dir() and not (list_indexes(path) or (path / MODEL_FILE).exists()) and any(list_slices(path))
+
+
+def _own_files(folder: Path) -> set[str]:
+    """Return the names of the files with the weights of a folder, and of their index."""
+    if _has_slices(folder):
+        return {file.name for file in list_slices(folder)}
+    try:
+        place = file_to_open(folder)
+        return {place.name, *(read_index(place)[0].values() if place.name.endswith(INDEX_SUFFIX) else ())}
+    except CkptError:  # an unreadable index does not show which files are its shards
+        return {file.name for file in list_indexes(folder)}
 
 
 def _check_shard(path: Path) -> None:

@@ -18,9 +18,12 @@ from vraxion_ckpt.plugin_api import (
 )
 
 INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_FILE = f"model{INDEX_SUFFIX}"
 MODEL_FILE = "model.safetensors"
 # The metadata key of the save's id, which the index and all shards of a save have in common.
 SAVE_KEY = f"{OUR_KEY}_save"
+# The metadata key under which torch states where the slices of a distributed save begin.
+SLICES_KEY = "DCP_SHARDING_INFO"
 _SHARD = re.compile(r".*-[0-9]{5}-of-([0-9]{5})(\..*)?\.safetensors")
 
 
@@ -32,16 +35,15 @@ def list_indexes(folder: Path) -> list[Path]:
 def file_to_open(path: Path) -> Path:
     """Return the file to open first: `path` itself, or a folder's index or only file.
 
+    The usual names go before others, as in Hugging Face's own tools.
+
     Raises:
         InconsistentError: the folder has more than one candidate, or none.
     """
     if not path.is_dir():
         return path
-    indexes = list_indexes(path)
-    usual = path / f"model{INDEX_SUFFIX}"
-    found = [usual] if usual in indexes else indexes
-    if (path / MODEL_FILE).exists():
-        found.append(path / MODEL_FILE)
+    usual = [file for file in (path / INDEX_FILE, path / MODEL_FILE) if file.exists()]
+    found = usual or list_indexes(path)
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise InconsistentError(f"the folder holds {names}", path=path, hint="give the path of the one to read")
@@ -68,7 +70,8 @@ def read_single_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor
     """Return the tensors and the metadata of a checkpoint that is one file.
 
     Raises:
-        InconsistentError: the file is one of several shards, or the JSON under ``vraxion_ckpt`` is malformed.
+        InconsistentError: the file is one of several shards, or may have slices, or the JSON under ``vraxion_ckpt`` is
+            malformed.
     """
     header = check_safetensors(path)
     shard = _SHARD.fullmatch(path.name)
@@ -76,6 +79,9 @@ def read_single_file(path: Path, context: ReadContext) -> tuple[dict[str, Tensor
         raise InconsistentError(
             "is one of several shards, with a part of the tensors", path=path, hint="open their folder or its index"
         )
+    if SLICES_KEY in header.metadata:
+        message = "is a file of a distributed save, which may have slices of tensors under the names of the tensors"
+        raise InconsistentError(message, path=path, hint="open the folder with the files of all ranks")
     tensors, texts = context.load_safetensors_references(path, header)
     metadata = dict[str, Any](texts)
     if OUR_KEY in metadata:

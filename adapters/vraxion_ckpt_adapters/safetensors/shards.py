@@ -19,6 +19,7 @@ from vraxion_ckpt.plugin_api import (
     load_json,
 )
 from vraxion_ckpt_adapters.safetensors.files import SAVE_KEY, check_regular
+from vraxion_ckpt_adapters.safetensors.slices import check_whole
 
 
 def read_shards(index: Path, context: ReadContext) -> tuple[dict[str, TensorRef], dict[str, Any]]:
@@ -50,7 +51,9 @@ def read_shards(index: Path, context: ReadContext) -> tuple[dict[str, TensorRef]
         metadata.pop(name, None)
     tensors: dict[str, TensorRef] = {}
     for file, header in headers.items():
-        tensors |= context.load_safetensors_references(index.with_name(file), header)[0]
+        found = context.load_safetensors_references(index.with_name(file), header)[0]
+        check_whole(index.with_name(file), header.metadata, found)
+        tensors |= found
     return tensors, metadata
 
 
