@@ -62,7 +62,7 @@ class PtAdapter(Adapter):
 
     def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
         """Return the checkpoint, and the file's `num_experts` without comparing it with the model."""
-        parsed = parse_payload(context.load_torch_references(path), path)
+        parsed = parse_payload(context.load_payload(path), path)
         extras = parsed.extras
         found = split_head(parsed.checkpoint, path, frozenset(extras.deleted))
         rows = dict.fromkeys(range(found.num_experts), Lifecycle.unknown(found.step))

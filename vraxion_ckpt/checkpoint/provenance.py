@@ -48,6 +48,7 @@ class Origin:
         local: data that only a writer of the same format uses. It is not carried into other formats.
         leftovers: relative paths of files in the checkpoint's directory that belong to the format and that no loader
             reads, such as shards of an earlier save. An edit in place keeps those that no new file replaces.
+        dropped: the entries that the user has left out on reading.
     """
 
     format: str = ""
@@ -55,6 +56,7 @@ class Origin:
     dialects: Mapping[str, Any] = field(default_factory=dict)
     local: Mapping[str, Any] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def dialect(self, name: str) -> Any:
         """Return the dialect recorded for a format, or None."""

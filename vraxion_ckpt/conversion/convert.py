@@ -114,7 +114,7 @@ def convert(
             not for others; ``partial`` accepts it.
         companions: how to handle companions, such as averages of the model, if the chain changes the head. ``grow``
             changes them like the head, or refuses; ``keep`` leaves them unchanged; ``drop`` omits them.
-        reading: ``from_``, ``param_names``, ``optimizer_order`` and ``allow_globals``, see `ReadOptions`.
+        reading: ``from_``, ``param_names``, ``optimizer_order``, ``allow_globals``, ``drop_keys``: see `ReadOptions`.
 
     Returns:
         A summary of the conversion.
@@ -329,6 +329,6 @@ def _stage(stack: ExitStack, result: _Result, lent: LentTensors) -> Staged:
     stage = stack.enter_context(staged(result.place, directory=is_directory, overwrite=result.target.overwrite))
     written = write_whole(adapter, result.outcome.before, held, stage)
     with quietly():
-        found = adapter_calls.call_read(adapter, stage.path)
+        found = adapter_calls.call_read(adapter, stage.path, adapter_calls.OWN_GLOBALS)
     check_read_back(adapter, found, held, lent, written, result.place)
     return stage

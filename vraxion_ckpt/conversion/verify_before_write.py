@@ -147,7 +147,8 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
     held = adapter_calls.held(adapter, after)
     if not lost and (missing := _missing(after, held)):
         raise defect_of(adapter, f"held lacks {missing}, although losses lists nothing")
-    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost))
+    asked = [Loss(key, "dropped, as asked") for key in before.origin.dropped]
+    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, (*asked, *lost))
 
 
 def _missing(after: Checkpoint, held: Checkpoint) -> str | None:

@@ -98,12 +98,12 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         return self._read(CheckpointFiles(root_of(path), staged, frozenset(removed)), context)
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
-        files, trial = CheckpointFiles(root_of(path)), ReadContext(context.allow_globals)
+        files, trial = CheckpointFiles(root_of(path)), ReadContext(context.allow_globals, drop_keys=context.drop_keys)
         faults.attempt(files.check_links)
         if faults.errors:
             return None  # files outside the directory are never opened
         router, rows = files.path(ROUTER_STATE), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(trial.load_torch_references(router), router))
+        parsed = faults.attempt(lambda: parse_payload(trial.load_payload(router), router))
         meta = faults.attempt(lambda: parse_meta(rows)) if rows.is_file() else None
         faults.attempt(lambda: check_names(files.root / "experts"))
         shards = files.shards()
@@ -137,7 +137,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     def _read(self, files: CheckpointFiles, context: ReadContext) -> Checkpoint:
         files.check_links()
         root, router = files.root, files.path(ROUTER_STATE)
-        parsed = parse_payload(context.load_torch_references(router), router)
+        parsed = parse_payload(context.load_payload(router), router)
         meta = read_meta(files.path(META), context, parsed)
         found = split_head(parsed.checkpoint, router)
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
