@@ -69,6 +69,7 @@ def read_options(command: _F) -> _F:
             "--drop-key",
             "drop_keys",
             multiple=True,
+            allow_from_autoenv=False,  # nor leave out entries
             metavar="KEY",
             help="Entry of the payload to leave out, such as args or scheduler.lr_lambdas; repeatable.",
         ),
