@@ -69,7 +69,7 @@ class PtAdapter(Adapter):
 
     def _open(self, path: Path, context: ReadContext) -> tuple[Checkpoint, int | None]:
         """Return the checkpoint, and the file's `num_experts` without comparing it with the model."""
-        payload = context.load_torch_references(path)
+        payload = context.load_payload(path)
         parsed = parse_payload(
             payload, path, context.trainers, model_key=self.model_key, optimizer_key=self.optimizer_key
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import FOUR, Entry, call, refused, tensor, text, write_pickle, zip_bytes
+from hostile import FOUR, Entry, call, number, refused, tensor, text, write_pickle, zip_bytes
 from pickle_dry_run import load_with_torch
 from support import MONOLITHS, assert_same
 from torch import nn
@@ -53,6 +53,18 @@ KINDS: dict[str, Any] = {
     "empty": [torch.zeros(0), torch.zeros(3, 0, 2)],
     "numbers": [0, -1, 255, 256, 65536, 2**31, -(2**40), 2**70, 0.5, float("nan"), float("-inf"), True, False, None],
     "texts": ["", "abc", "\u00e4\u4e2d", "x" * 300, "\ud800"],
+    "bytes": [b"abc", bytes(range(256)), bytearray(b""), bytearray(b"\xff\0"), 1j, complex(-0.0, float("nan"))],
+    "keys": {0.5: 1, None: 2, (): 3, (1, ("a",)): 4, True: 5, b"k": 6, 2**70: 7, torch.int8: 8},
+    "sets": [set(), {1, "a", None, (2, "b")}, Counter({10: 1, "x": 2.5}), Counter()],
+    "of torch": [
+        torch.Size([2, 3]),
+        torch.Size([]),
+        torch.float32,
+        torch.uint3,
+        torch.device("cuda", 1),
+        torch.strided,
+    ],
+    "others of torch": (torch.device("cpu"), torch.sparse_csr, torch.per_tensor_affine, torch.bits8),
     "nested": {1: {"a": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}]}, -5: OrderedDict(b=1)},
 }
 KINDS["again"] = [KINDS["views"], KINDS["nested"]]
@@ -143,9 +155,20 @@ ATTRIBUTES = call("collections.OrderedDict") + b"}" + text("items") + b"]sb"
         (ATTRIBUTES.replace(b"items", b"other"), None, ""),
         (call("collections.OrderedDict") + b"(" + text("a") + b"Nu", None, ""),
         (b"ccollections\nOrderedDict\n)\x81", CorruptError, "pickle is damaged"),
-        (b"cbuiltins\ncomplex\n)\x81", UnsupportedError, r"is a builtins\.complex"),
+        (b"cbuiltins\ncomplex\n)\x81", None, ""),
+        (call("builtins.complex", text("1j")), CorruptError, "pickle is damaged"),
+        (call("torch.device", text("tpu")), CorruptError, "no device"),
+        (call("torch.device", text("cuda"), number(128)), CorruptError, "no device"),
+        (call("torch.Size", b"(" + b"K\1" * 65 + b"t"), UnsupportedError, "torch.save does not write"),
+        (call("torch.Size", b"(" + number(2**62) + b"t"), None, ""),
+        (call("torch.serialization._get_layout", text("torch.round")), CorruptError, "no layout"),
+        (call("builtins.set", b"](K\1G?\xf0\0\0\0\0\0\0e"), None, ""),
+        (call("builtins.set", text("ab")), UnsupportedError, "torch.save does not write"),
+        (call("collections.Counter", text("ab")), UnsupportedError, "torch.save does not write"),
+        (call("collections.Counter", b"}") + b"}b", CorruptError, "changes the attributes"),
         (b"ctorch\nTensor\n)\x81", UnsafeError, "memory that is not in the file"),
-        (b"ctorch\nfloat32\n", UnsupportedError, r"is a torch\.dtype"),
+        (b"ctorch\nfloat32\n", None, ""),
+        (b"ctorch\ncontiguous_format\n", UnsafeError, r"torch\.contiguous_format"),
         (tensor((2**40, 2**40, 0), (1, 1, 1)), CorruptError, "torch cannot read it"),
         (tensor((4,), (1,)).replace(b"\x89", b"\x88"), None, ""),
         (tensor((4,), (1,)).replace(b"\x89", b"K\1"), CorruptError, "without a flag for gradients"),

@@ -30,8 +30,7 @@ class _Inert:
     def __call__(self, *_: Any) -> Any:
         return _Inert()
 
-    def __setstate__(self, state: Any) -> None:
-        _refuse_to_hash_state(state)
+    def __setstate__(self, state: Any) -> None: ...
 
     def __setitem__(self, key: Any, _: Any) -> None:
         _refuse_to_hash(key)
@@ -42,15 +41,20 @@ class _Inert:
 
 def _refuse_to_hash(key: Any) -> None:
     # Hashing deeply nested tuples overflows the C stack, here and in torch.
-    if isinstance(key, tuple):
-        raise InconsistentError("has a key of type tuple; keys must be text")
+    left, pending = 127, [key]
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, tuple):
+            left -= len(inner)
+            pending += inner[:200]
+        if left < 0:
+            raise LimitError("has a large tuple as a key")
 
 
-def _refuse_to_hash_state(state: Any) -> None:
-    # The state of an object may also be a list of key-value pairs.
-    for pair in state if isinstance(state, list | tuple) else ():
-        if pair and isinstance(pair, list | tuple):
-            _refuse_to_hash(pair[0])
+def _refuse_state(state: Any) -> None:
+    # The state of an object may also be a list of key-value pairs, whose keys would be hashed.
+    if not isinstance(state, _Dict):
+        raise InconsistentError("attributes are not a dict")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class _Dict(dict[Any, Any]):
         super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
-        _refuse_to_hash_state(state)
+        _refuse_state(state)
         self.dry_run.copy(state)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import termios
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -31,15 +33,25 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert bits(a) == bits(b), where
     elif isinstance(a, dict):
         assert isinstance(b, dict), where
-        assert list(a) == list(b), where
+        assert isinstance(a, Counter) == isinstance(b, Counter), where
+        assert list(a) == list(b) or [*map(repr, a)] == [*map(repr, b)], where
+        assert [*map(type, a)] == [*map(type, b)], where
         assert_same(getattr(a, "_metadata", None), getattr(b, "_metadata", None), f"{where}._metadata")
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
+        for key, x, y in zip(a, a.values(), b.values(), strict=True):
+            assert_same(x, y, f"{where}.{key}")
     elif isinstance(a, list | tuple):
         assert type(a) is type(b), where
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, set):
+        assert type(a) is type(b), where
+        assert sorted(map(repr, a)) == sorted(map(repr, b)), where
+    elif isinstance(a, np.ndarray | np.generic):
+        assert type(a) is type(b), where
+        assert (a.dtype, a.shape, np.isfortran(a), a.tobytes()) == (b.dtype, b.shape, np.isfortran(b), b.tobytes()), (
+            where
+        )
     else:
         assert type(a) is type(b), where
         assert repr(a) == repr(b), where

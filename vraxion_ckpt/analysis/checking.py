@@ -16,6 +16,7 @@ from typing import ClassVar, Unpack
 from vraxion_ckpt.analysis.binding_findings import about_binding, finding_of
 from vraxion_ckpt.analysis.content_findings import about_contents, about_values
 from vraxion_ckpt.analysis.findings import Finding, Severity
+from vraxion_ckpt.checkpoint.entries import refuse_missing
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.provenance import Origin
 from vraxion_ckpt.commit import manifest as manifests
@@ -117,8 +118,9 @@ def _examine(
     """Read and check everything. Return the checkpoint, the number of checked tensors, and their bytes."""
     faults = Faults()
     tensors = size = 0
-    checkpoint = adapter_calls.examine(adapter, root, faults, options.allow_globals)
+    checkpoint = adapter_calls.examine(adapter, root, faults, options.allow_globals, options.drop_keys)
     if checkpoint is not None:
+        refuse_missing(options.drop_keys, checkpoint)
         for expert in checkpoint.head.experts.values() if checkpoint.head else ():
             faults.attempt(partial(getattr, expert, "tensors"))
         _verify(checkpoint, faults)

@@ -26,6 +26,7 @@ from vraxion_ckpt.analysis.value_changes import (
     value_changes,
 )
 from vraxion_ckpt.checkpoint.comparison import checkpoint_differences, differences
+from vraxion_ckpt.checkpoint.entries import refuse_missing
 from vraxion_ckpt.checkpoint.head import Head
 from vraxion_ckpt.checkpoint.invariants import shared_names
 from vraxion_ckpt.checkpoint.model import Checkpoint
@@ -58,7 +59,9 @@ def diff(a: PathLike, b: PathLike, *, from_b: AdapterLike | None = None, **readi
         ChangedError: a file changed while it was being read.
     """
     options = ReadOptions.of("diff", reading)
-    one, other = read_unbound(a, options), read_unbound(b, replace(options, from_=from_b))
+    one = read_unbound(a, options, may_lack_keys=True)
+    other = read_unbound(b, replace(options, from_=from_b), may_lack_keys=True)
+    refuse_missing(options.drop_keys, one, other)
     found = diff_checkpoints(one, other, options)
     for checkpoint in (one, other):
         checkpoint.sources.verify()

@@ -10,7 +10,7 @@ from typing import Any
 from vraxion_ckpt.analysis.changes import Change
 from vraxion_ckpt.analysis.measurement import measure
 from vraxion_ckpt.checkpoint.comparison import differences, same_bits, unlike_entries
-from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape
+from vraxion_ckpt.checkpoint.plain_data import dtype_and_shape, in_fixed_order
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
 from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, TensorDict, resolved
 
@@ -67,10 +67,18 @@ def value_changes(a: Any, b: Any, place: str = "") -> Iterator[Change]:
     a, b = (value.references() if isinstance(value, TensorDict) else value for value in (a, b))
     if isinstance(a, OrderedDict) and isinstance(b, OrderedDict) and (vars(a) or vars(b)):
         yield from value_changes(vars(a), vars(b), f"{place} attributes")
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
+    if isinstance(a, Mapping) and type(a) is type(b):
+        simple = {str}.issuperset(map(type, (*a, *b)))
+        if not simple and _same(a, b):  # NaN is a key that is not found
+            return
+        changed = False
         for key in [*a, *(key for key in b if key not in a)]:
             inner = f"{place}.{key}" if place else str(key)
-            yield from entry_changes(a, b, key, inner, inner)
+            for change in entry_changes(a, b, key, inner, inner):
+                changed = True
+                yield change
+        if not simple and not changed and not _same(in_fixed_order(a), in_fixed_order(b)):  # 1 and True are found
+            yield Change(what="changed", before=place, after=place, old=repr([*a]), new=repr([*b]))
     elif is_tensor(a) and is_tensor(b):
         found = tensor_change(place, place, as_reference(a), as_reference(b))
         if found:

@@ -14,8 +14,9 @@ from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vraxion_ckpt.checkpoint.foreign_values import stand_in_of
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape
+from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, in_fixed_order
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, PackedFloats, TensorDict, referenced
@@ -72,6 +73,7 @@ Same = Callable[[TensorRef, TensorRef], bool]
 
 def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
     """Yield one line, with a key, for each difference between two plain values. The order of dict entries counts."""
+    a, b = stand_in_of(a), stand_in_of(b)
     if isinstance(a, TensorDict) or isinstance(b, TensorDict):
         a, b = (value.as_stored() if isinstance(value, TensorDict) else value for value in (a, b))
         yield from differences(a, b, key, same=same)
@@ -90,25 +92,38 @@ def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Ite
     elif isinstance(a, Mapping):
         if isinstance(a, OrderedDict) and (vars(a) or vars(b)):
             yield from differences(vars(a), vars(b), f"{key} attributes", same=same)
-        if list(a) != list(b):
-            yield f"{key}: entries or their order differ ({_first_difference(list(a), list(b))})"
+        if not _same_keys([*a], [*b]):
+            yield f"{key}: entries or their order differ ({_first_difference([*a], [*b])})"
         elif not _same_records([*a.values()], [*b.values()]):
-            for name, x in a.items():
-                y = b[name]
+            for name, x, y in zip(a, a.values(), b.values(), strict=True):
                 if type(x) is TensorRef and type(y) is TensorRef and same(x, y):
                     continue  # as nearly all, of which there may be thousands
                 yield from differences(x, y, f"{key}.{name}" if key else str(name), same=same)
+    elif isinstance(a, set):
+        if not _same_keys(in_fixed_order(a), in_fixed_order(b)):
+            yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
     elif isinstance(a, list | tuple):
         if len(a) != len(b):
             yield f"{key}: {len(a)} ≠ {len(b)} entries"
         else:
             for i, x, y in unlike_entries(a, b):
                 yield from differences(x, y, f"{key}[{i}]", same=same)
-    elif isinstance(a, float):
-        if struct.pack("<d", a) != struct.pack("<d", b):
+    elif isinstance(a, float | complex):
+        if _bits(a) != _bits(b):
             yield f"{key}: {a!r} ≠ {b!r}"
     elif a != b:
         yield f"{key}: {_brief(a)} ≠ {_brief(b)}"
+
+
+def _bits(number: float | complex) -> bytes:
+    return struct.pack("<2d", number.real, number.imag)
+
+
+def _same_keys(a: list[Any], b: list[Any]) -> bool:
+    """Return whether two lists of keys are the same. 1, 1.0 and True are not, but keys of Python would be equal."""
+    if {str}.issuperset(map(type, (*a, *b))):
+        return a == b
+    return len(a) == len(b) and not any(differences(a, b))
 
 
 def unlike_entries(a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[int, Any, Any]]:
@@ -197,6 +212,6 @@ def _brief(value: Any) -> str:
 
 
 def _first_difference(a: list[Any], b: list[Any]) -> str:
-    pairs = ((x, y) for x, y in zip([*a, None], [*b, None], strict=False) if x != y)
+    pairs = ((x, y) for x, y in zip([*a, None], [*b, None], strict=False) if not _same_keys([x], [y]))
     x, y = next(pairs, (None, None))
     return f"{x!r} ≠ {y!r}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vraxion_ckpt.checkpoint.head import Head
@@ -176,7 +177,8 @@ class Checkpoint:
     def known_step(self) -> int | None:
         """The training step, or None if the payload has no ``step`` that is an integer ≥ 0."""
         step = self.payload.get("step")
-        return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+        is_number = isinstance(step, Integral) and not isinstance(step, bool)  # of Python or numpy
+        return int(step) if is_number and step >= 0 else None
 
     def former_name(self, name: str) -> str:
         """Return the name that a tensor, or the tensor from which it was created, had before the step."""

@@ -1,13 +1,14 @@
 """Plain data: the values that loaders can read without executing code.
 
-Plain data are dicts, lists, tuples, strings, numbers, None, and dense CPU tensors whose storage holds all elements.
-A tensor is a `TensorRef` or a `torch.Tensor`. Imports without torch.
+Plain data are dicts, Counters, lists, tuples, sets, strings, bytes, numbers, None, and dense CPU tensors whose storage
+holds all elements. A tensor is a `TensorRef` or a `torch.Tensor`. Other values of torch and numpy are plain data if
+they have a stand-in (`vraxion_ckpt.checkpoint.foreign_values`). Imports without torch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vraxion_ckpt.checkpoint.foreign_values import FOREIGN, NumpyArray, stand_in_of
 from vraxion_ckpt.checkpoint.references import ITEMSIZES, TensorRef, as_reference, contiguous_strides, is_tensor
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
-from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, PackedFloats, TensorDict
+from vraxion_ckpt.checkpoint.tensor_dict import OTHER_SCALARS, SCALARS, PackedFloats, TensorDict
 from vraxion_ckpt.errors import InconsistentError, LimitError, UnsupportedError
 from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import shortened
@@ -32,6 +34,11 @@ DEEPEST = 100
 # Position in a nested value: the position of the container, and the key in it. Formatted only for error messages.
 _Place = tuple[Any, Any] | None
 _METHODS = frozenset(dir(OrderedDict))
+# Types of values that may be keys, besides tuples of them.
+_KEYS = (SCALARS | OTHER_SCALARS) - {bytearray, NumpyArray}
+_CONTAINERS: frozenset[type] = frozenset({dict, OrderedDict, Counter, list, tuple, set, TensorDict, PackedFloats})
+# Types of all plain data in files; plugins may also hand over values of torch and numpy.
+PLAIN_TYPES = SCALARS | OTHER_SCALARS | _CONTAINERS | {TensorRef}
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,9 @@ class NotPlain:
 
     description: str
 
+    def __setstate__(self, _: object) -> None:
+        """Ignore the state that a pickle gives it."""
+
 
 def check_plain(value: Any, path: Path | None = None) -> None:
     """Raise an error unless a value is plain data.
@@ -53,7 +63,8 @@ def check_plain(value: Any, path: Path | None = None) -> None:
             not on the CPU, of a subclass, or has attributes.
         LimitError: nesting is deeper than 100, there are more than five million values, or a tensor repeats or
             exceeds its storage.
-        InconsistentError: a dict key is neither a string nor an integer.
+        InconsistentError: a key, or an entry of a set, is something else than text, bytes, a number, None, a value of
+            torch or numpy that is not an array, or a tuple of these.
     """
     _measure(value, path, 0, None, {})
 
@@ -74,7 +85,9 @@ def _measure(
         if problem is not None:
             raise problem.with_facts(path=path, key=_path_text(place))
         return 1, 0
-    if kind not in (dict, OrderedDict, list, tuple, TensorDict, PackedFloats):
+    if kind not in _CONTAINERS:
+        if kind in OTHER_SCALARS or type(stand_in_of(item)) in FOREIGN:
+            return 1, 0
         what = item.description if isinstance(item, NotPlain) else f"is a {kind.__module__}.{kind.__qualname__}"
         raise UnsupportedError(f"{what}; only plain data can be written", path=path, key=_path_text(place))
     if id(item) not in seen:
@@ -83,6 +96,8 @@ def _measure(
         entries: Iterable[tuple[Any, Any]] = ()
         if kind is list or kind is tuple:
             entries = () if SCALARS.issuperset(map(type, item)) else enumerate(item)
+        elif kind is set:
+            _check_keys(item, path, place)
         elif kind is not PackedFloats:
             _check_keys(item, path, place)
             entries = _entries(item, kind, path, place)
@@ -109,7 +124,7 @@ def _is_plain_tensor_type(kind: type) -> bool:
 def _entries(item: dict[Any, Any], kind: type, path: Path | None, place: _Place) -> Iterable[tuple[Any, Any]]:
     if kind is TensorDict:
         return item.as_stored().items()  # type: ignore[attr-defined,no-any-return]
-    if kind is dict:
+    if kind is dict or kind is Counter:
         return () if SCALARS.issuperset(map(type, item.values())) else item.items()
     attributes = vars(item)
     if not _METHODS.isdisjoint(attributes):
@@ -156,6 +171,16 @@ def _collect(value: Any, place: str, found: list[tuple[str, TensorRef | Tensor]]
 def size_of(value: Any) -> int:
     """Return the size in bytes of all tensors in a plain value."""
     return sum(tensor.numel() * tensor.itemsize for _, tensor in _tensors_in(value))
+
+
+def in_fixed_order(values: Iterable[Any]) -> list[Any]:
+    """Return the entries of a set, in an order that depends on nothing but the entries."""
+
+    def place(value: Any) -> tuple[str, str]:
+        stand_in = stand_in_of(value)
+        return type(stand_in).__name__, repr(stand_in)
+
+    return sorted(values, key=place)
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -205,12 +230,25 @@ def checksum(tensor: TensorRef | Tensor) -> int:
     return crc32(bytes_of(ref).numpy().data)
 
 
-def _check_keys(item: dict[Any, Any], path: Path | None, place: _Place) -> None:
+def _check_keys(item: Iterable[Any], path: Path | None, place: _Place) -> None:
     if {str, int}.issuperset(map(type, item)):
         return
-    kind = next(type(key) for key in item if type(key) not in (str, int))
-    name = "Tensor" if kind is TensorRef else kind.__name__
-    raise InconsistentError(f"has a key of type {name}; not a string", path=path, key=_path_text(place) or "top level")
+    for key in item:
+        if (wrong := _wrong_key(key, 0)) is not None:
+            name = "Tensor" if is_tensor(wrong) else type(wrong).__name__
+            what = "an entry" if isinstance(item, set) else "a key"
+            message = f"has {what} of type {name}; it must be text, a number, None, or a tuple of these"
+            raise InconsistentError(message, path=path, key=_path_text(place) or "top level")
+
+
+def _wrong_key(key: Any, depth: int) -> Any:
+    """Return a value in a key that cannot be carried, or None. A key may also be an entry of a set."""
+    kind = type(key)
+    if kind is tuple and depth < DEEPEST:
+        return next((wrong for entry in key if (wrong := _wrong_key(entry, depth + 1)) is not None), None)
+    if kind in _KEYS or (not is_tensor(key) and type(stand_in_of(key)) in _KEYS):
+        return None
+    return key
 
 
 def _problem(tensor: TensorRef | Tensor) -> UnsupportedError | LimitError | None:

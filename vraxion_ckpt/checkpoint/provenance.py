@@ -82,6 +82,7 @@ class Origin:
         local: data that only a writer of the same format uses. It is not carried into other formats.
         leftovers: relative paths of files in the checkpoint's directory that belong to the format and that no loader
             reads, such as shards of an earlier save. An edit in place keeps those that no new file replaces.
+        dropped: the entries that the user has left out on reading.
         neighbours: the files beside the checkpoint's own.
         is_ordered: whether the order of the tensors is that of the state dict. Some writers sort them.
         known_dialects: the declared dialects, by which trainers are recognised. They are not stored.
@@ -94,6 +95,7 @@ class Origin:
     leftovers: tuple[str, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
     is_ordered: bool = True
+    dropped: tuple[str, ...] = ()
     known_dialects: tuple[Dialect, ...] = field(default=(), compare=False, repr=False)
 
     def dialect(self, name: str) -> Any:

@@ -1,23 +1,26 @@
 """Dicts and nested values whose tensors are references until somebody looks at them. Imports without torch.
 
-In the same way, a long list of floats that was read from a file is kept as an array.
+In the same way, a long list of floats that was read from a file is kept as an array, and other values of torch and
+numpy are stand-ins (`vraxion_ckpt.checkpoint.foreign_values`).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from copy import deepcopy
 from typing import Any, Generic, Self, TypeVar
 
+from vraxion_ckpt.checkpoint.foreign_values import FOREIGN, original_of, stand_in_of
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
 
 K = TypeVar("K")
 V = TypeVar("V")
 
-# Types of values that contain nothing.
+# Types of values that contain nothing: those that JSON has, and others.
 SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+OTHER_SCALARS: frozenset[type] = frozenset({bytes, bytearray, complex}) | FOREIGN
 _REFERENCES: frozenset[type] = frozenset({TensorRef})
 _SCALARS_AND_REFERENCES: frozenset[type] = SCALARS | _REFERENCES
 _LONG = 2**14  # entries of a list
@@ -27,11 +30,15 @@ class PackedFloats(array):  # type: ignore[type-arg]  # its type parameter exist
     """The floats of a long list, with 8 bytes for each. A list takes 40."""
 
 
-_CONTAINERS = (dict, list, tuple, PackedFloats)
+# Types of values that hold others. A `TensorDict` and an `OrderedDict` are dicts too.
+_CONTAINERS = (dict, list, tuple, set)
+_NESTED = (*_CONTAINERS, *FOREIGN, PackedFloats)
 
 
 def referenced(value: Any) -> Any:
-    """Return a value with a reference for each tensor, a dict for each `TensorDict`, and a list for each packed one.
+    """Return a value with a reference for each tensor, a stand-in for other values of torch and numpy, and plain dicts.
+
+    There is a list for each packed one.
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
@@ -39,7 +46,7 @@ def referenced(value: Any) -> Any:
 
 
 def resolved(value: Any) -> Any:
-    """Return a value with a tensor for each reference, and a list for each packed one.
+    """Return a value with a tensor for each reference, a value of torch or numpy for each stand-in, and plain lists.
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
@@ -54,14 +61,22 @@ def packed(value: Any) -> Any:
     return _Replacement(_packed_list, _SCALARS_AND_REFERENCES).of(value)
 
 
+def with_originals(value: Any, replaced: Callable[[Any], Any] = original_of) -> Any:
+    """Return a value with what `replaced` returns for each set, each stand-in and each other value but a tensor.
+
+    Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
+    """
+    return _Replacement(replaced, _SCALARS_AND_REFERENCES).of(value)
+
+
 def _reference(value: Any) -> Any:
     if isinstance(value, TensorDict):
         return value.references()
-    return as_reference(value) if is_tensor(value) else _unpacked(value)
+    return as_reference(value) if is_tensor(value) else stand_in_of(_unpacked(value))
 
 
 def _tensor(value: Any) -> Any:
-    return value.tensor() if isinstance(value, TensorRef) else _unpacked(value)
+    return value.tensor() if isinstance(value, TensorRef) else original_of(_unpacked(value))
 
 
 def _unpacked(value: Any) -> Any:
@@ -75,49 +90,66 @@ def _packed_list(value: Any) -> Any:
 
 
 class _Replacement:
-    """Replaces tensors, references, `TensorDict`s, packed lists and lists of scalars in a value.
+    """Replaces the values in a value that contain nothing, `TensorDict`s, sets and lists.
 
     Args:
-        change: returns what to put in place of one of them.
+        change: returns what to put in place of one of them, or the value itself.
         unchanged: types of values that stay as they are.
     """
 
     def __init__(self, change: Callable[[Any], Any], unchanged: frozenset[type]) -> None:
         self._change = change
         self._unchanged = unchanged
-        self._done: dict[int, tuple[Any, Any]] = {}  # the containers so far, by their ids, each with its replacement
+        self._done: dict[int, tuple[Any, Any]] = {}  # the values so far, by their ids, each with its replacement
 
     def of(self, value: Any) -> Any:
-        if is_tensor(value):
-            return self._change(value)
-        if not isinstance(value, _CONTAINERS):
+        kind = type(value)
+        if kind in self._unchanged:
             return value
+        if kind is TensorRef:
+            return self._change(value)
         if id(value) not in self._done:
-            whole = isinstance(value, TensorDict | PackedFloats)
-            new = self._change(value) if whole else self._with_entries_replaced(value)
+            has_entries = isinstance(value, _CONTAINERS) and kind is not TensorDict and not _is_size(value)
+            new = self._with_entries_replaced(value) if has_entries else self._change(value)
             self._done[id(value)] = value, new
         return self._done[id(value)][1]
 
     def _with_entries_replaced(self, value: Any) -> Any:
+        new = self._entries_replaced(value)
+        return self._change(new) if isinstance(new, set | list) else new
+
+    def _entries_replaced(self, value: Any) -> Any:
         entries = value.values() if isinstance(value, dict) else value
-        if self._unchanged.issuperset(map(type, entries)) and not (isinstance(value, OrderedDict) and vars(value)):
-            return self._change(value) if type(value) is list else value
-        new = [self.of(entry) for entry in entries]
-        attributes = self.of(vars(value)) if isinstance(value, OrderedDict) else None
-        kept = attributes is None or attributes is vars(value)
-        if kept and all(one is other for one, other in zip(new, entries, strict=True)):
+        attributes = vars(value) if isinstance(value, OrderedDict) else {}
+        keys = value if isinstance(value, dict) else ()
+        if (
+            not attributes
+            and self._unchanged.issuperset(map(type, entries))
+            and self._unchanged.issuperset(map(type, keys))
+        ):
             return value
+        before = [*keys, *entries, *attributes.values()]
+        after = [self.of(entry) for entry in before]
+        if all(one is other for one, other in zip(after, before, strict=True)):
+            return value
+        if isinstance(value, list | tuple | set):
+            return after if isinstance(value, list) else type(value)(after)
+        size = len(value)
+        made = dict(zip(after[:size], after[size : 2 * size], strict=True))
         if isinstance(value, OrderedDict):
-            ordered = OrderedDict(zip(value, new, strict=True))
-            ordered.__dict__.update(attributes or {})
+            ordered = OrderedDict(made)
+            ordered.__dict__.update(zip(attributes, after[2 * size :], strict=True))
             return ordered
-        if isinstance(value, dict):
-            return dict(zip(value, new, strict=True))
-        return new if isinstance(value, list) else tuple(new)
+        return Counter(made) if isinstance(value, Counter) else made
+
+
+def _is_size(value: Any) -> bool:
+    """Return whether a value is a `torch.Size` or its stand-in, which are tuples, but not replaced by one."""
+    return type(value) is not tuple and isinstance(value, tuple)
 
 
 class _Nested:
-    """A container in a `TensorDict`. Its tensors are references, and long lists packed, until somebody looks at it.
+    """A container or a stand-in in a `TensorDict`. It has references and packed lists until somebody looks at it.
 
     Copies of the dict share it, so all of them give the same container.
     """
@@ -141,7 +173,8 @@ def _reference_of(value: Any) -> Any:
     if type(value) is not _Nested:
         return referenced(value)
     stored = value.stored()
-    if type(stored) is dict and _SCALARS_AND_REFERENCES.issuperset(map(type, stored.values())):
+    known = _SCALARS_AND_REFERENCES.issuperset
+    if type(stored) is dict and known(map(type, stored.values())) and known(map(type, stored)):
         return stored  # as nearly all slots of an optimizer, of which there may be thousands
     return referenced(stored)
 
@@ -167,7 +200,7 @@ class TensorDict(dict[K, V]):
             super().__init__(dict.items(entries))
         else:
             super().__init__(entries)
-            nested: Any = {k: _Nested(v) for k, v in dict.items(self) if isinstance(v, _CONTAINERS)}
+            nested: Any = {k: _Nested(v) for k, v in dict.items(self) if isinstance(v, _NESTED)}
             super().update(nested)
 
     def references(self) -> dict[K, Any]:
@@ -205,7 +238,7 @@ class TensorDict(dict[K, V]):
         return value  # type: ignore[no-any-return]
 
     def __setitem__(self, key: K, value: Any) -> None:
-        stored: Any = _Nested(value) if isinstance(value, _CONTAINERS) else value
+        stored: Any = _Nested(value) if isinstance(value, _NESTED) else value
         super().__setitem__(key, stored)
 
     # Everything else that returns values goes through `__getitem__`. Overriding `__iter__` also makes ``dict(x)`` and

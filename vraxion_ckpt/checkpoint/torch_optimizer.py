@@ -61,6 +61,8 @@ class RawOptimizer:
             key = f"optimizer.param_groups[{number}]"
             if not isinstance(group, dict) or not isinstance(group.get("params"), list):
                 raise InconsistentError("a param group must be a dict with a list `params`", key=key)
+            if not all(isinstance(option, str) for option in group):
+                raise InconsistentError("names of options must be text", key=key)
             if not all(type(i) is int for i in group["params"]):
                 raise InconsistentError("parameter ids must be integers", key=key)
             names = group.get("param_names", [""] * len(group["params"]))

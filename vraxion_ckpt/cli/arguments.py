@@ -65,6 +65,14 @@ def read_options(command: _F) -> _F:
             metavar="NAME",
             help="Full name of a class that the source's pickle may use; repeatable.",
         ),
+        click.option(
+            "--drop-key",
+            "drop_keys",
+            multiple=True,
+            allow_from_autoenv=False,  # nor leave out entries
+            metavar="KEY",
+            help="Entry of the payload to leave out, such as args or scheduler.lr_lambdas; repeatable.",
+        ),
     )
 
 

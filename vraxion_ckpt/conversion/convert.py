@@ -120,7 +120,7 @@ def convert(
         neighbours: how to handle files beside the weights, such as a Trainer's optimizer, that do not fit the model
             any more if the chain changes it. ``refuse`` refuses the chain; ``ignore`` leaves them out. Other files are
             copied in any case, if `dst` is a folder with a place for them.
-        reading: ``from_``, ``param_names``, ``optimizer_order`` and ``allow_globals``, see `ReadOptions`.
+        reading: ``from_``, ``param_names``, ``optimizer_order``, ``allow_globals``, ``drop_keys``: see `ReadOptions`.
 
     Returns:
         A summary of the conversion.
@@ -350,6 +350,6 @@ def _stage(stack: ExitStack, result: _Result, lent: LentTensors) -> Staged:
     written = write_whole(adapter, result.outcome.before, held, stage)
     copy_neighbours(result.outcome.before, result.outcome.neighbours.carried, stage.path)
     with quietly():
-        found = adapter_calls.call_read(adapter, stage.path)
+        found = adapter_calls.call_read(adapter, stage.path, adapter_calls.OWN_GLOBALS)
     check_read_back(adapter, found, held, lent, written, result.place)
     return stage

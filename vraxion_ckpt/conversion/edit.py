@@ -134,6 +134,7 @@ def edit(
             lent = LentTensors(before)
             _refuse_a_part(target, before)
             idle = not chain and optimizer in ("keep", "partial") and to is None and result_order is None
+            idle = idle and not options.drop_keys
             if not idle:
                 check_complete(before, optimizer)
             outcome = judge(apply(before, chain, lent, reopen, policy=policy), adapter, target, losses, overwrite=False)
@@ -172,7 +173,7 @@ def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapt
     found = detect_source(target, options.from_)
     check_allowed(found, options.allow_globals)
     if adapter_calls.is_directory(found) and not target.is_dir():
-        _refuse_a_part(target, adapter_calls.call_read(found, target, options.allow_globals))
+        _refuse_a_part(target, adapter_calls.call_read(found, target, options.allow_globals, options.drop_keys))
     adapter = resolve_adapter(to) if to is not None else adapter_calls.as_stored(found, target)
     if adapter.name != found.name:
         message = f"has the format {found.name}, which an edit in place cannot change"

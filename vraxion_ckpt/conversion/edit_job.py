@@ -109,12 +109,13 @@ class EditJob:
 
     def _read_back(self, stage: Staged, written: WrittenFiles) -> None:
         """Read the new state as a reader would, and compare its changed parts with their source."""
+        allowed = (*self.allow_globals, *adapter_calls.OWN_GLOBALS)
         with quietly():
             if self.plan.change.exchanged != "." and isinstance(self.adapter, IncrementalDirectoryAdapter):
                 removed = self.plan.removed
-                found = adapter_calls.read_overlay(self.adapter, self.target, stage.path, removed, self.allow_globals)
+                found = adapter_calls.read_overlay(self.adapter, self.target, stage.path, removed, allowed)
             else:
-                found = adapter_calls.call_read(self.adapter, stage.path, self.allow_globals)
+                found = adapter_calls.call_read(self.adapter, stage.path, allowed)
                 found.open_experts()  # including unchanged ones
         check_read_back(
             self.adapter, found, self.outcome.held, self.lent, written, self.target, untouched=self._untouched()

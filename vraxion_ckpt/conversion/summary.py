@@ -48,7 +48,7 @@ class Summary(Facts):
     function_preserved: Preservation | None
     """Whether the expert tensors behind each address are unchanged; null if there is no ring to compare."""
     losses: tuple[Loss, ...]
-    """The parts that the target's format cannot hold."""
+    """The parts that the target's format cannot hold, and entries of the payload that were dropped as asked."""
     carried: tuple[str, ...]
     """The files beside the weights that were carried along unchanged, by path relative to the target."""
     left_out: tuple[str, ...]
@@ -76,7 +76,7 @@ class Outcome:
         side_files: additional files to write, with their content.
         side_targets: the final path of each side file.
         preservation: whether the function of the model is unchanged.
-        losses: the parts that the format cannot hold.
+        losses: the parts that the format cannot hold, and those that the caller has dropped.
         neighbours: the neighbours to carry along, and those to leave out.
     """
 

@@ -169,7 +169,9 @@ def judge(applied: Applied, adapter: Adapter, target: Path, losses: LossPolicy, 
     if not lost and (missing := _missing(after, held)):
         raise defect_of(adapter, f"held lacks {missing}, although losses lists nothing")
     held = with_record(held, before.origin.neighbours, adapter)
-    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, tuple(lost), neighbours)
+    asked = [Loss(key, "dropped, as asked") for key in before.origin.dropped]
+    all_losses = (*asked, *lost)
+    return Outcome(before, after, held, applied.side_files, side_targets, applied.preservation, all_losses, neighbours)
 
 
 def _stale(neighbours: Neighbours, before: Checkpoint) -> TransformError:

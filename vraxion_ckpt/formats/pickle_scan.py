@@ -1,7 +1,8 @@
 """Check the opcodes of the pickle of a ``.pt`` file before Python's unpickler runs it.
 
-The scan makes no value. It follows the unpickler's stack with one byte per value, its kind. So it finds opcodes that
-allocate without limit, hash nested tuples, or change objects other than dicts and lists. Imports without torch.
+The scan makes no value. It follows the unpickler's stack with one byte per value: its kind, or the number of values in
+a tuple. So it finds opcodes that allocate without limit, hash large tuples, or change objects other than dicts and
+lists. Imports without torch.
 """
 
 from __future__ import annotations
@@ -27,40 +28,46 @@ def current_name(module: str, name: str) -> str:
 class _Kind(IntEnum):
     """What is known of a value on the stack."""
 
-    OTHER = 0
-    TUPLE = 1
+    TEXT = 0  # or None, a bool, or an integer of up to 32 bits: hashes of many of them differ
+    OTHER = 1
     LIST = 2
     DICT = 3
     REPEATED_DICT = 4  # from the memo
     ORDERED_DICT = 5
     FUNCTION = 6  # a class or function that makes stand-ins
     ORDERED_DICT_CLASS = 7
-    ALLOWED_FUNCTION = 8
-    ALLOWED_RESULT = 9
-    UNSAFE = 10  # the pickle is refused at the end of the scan, whatever is done with the value
+    STATEFUL_FUNCTION = 8  # its results may get a state
+    STATEFUL_RESULT = 9
+    UNKNOWN = 10  # whatever is done with it has no effect
 
 
-_OTHER, _TUPLE, _LIST, _DICT, _ORDERED_DICT, _UNSAFE = (
-    int(kind) for kind in (_Kind.OTHER, _Kind.TUPLE, _Kind.LIST, _Kind.DICT, _Kind.ORDERED_DICT, _Kind.UNSAFE)
+# From here on, a kind is a tuple: an empty one, one that holds one value, and so on. Values in tuples in it count too.
+_EMPTY_TUPLE = 128
+_LARGE_TUPLE = (
+    255  # must not be hashed, because a small pickle can have tuples that take hours, or overflow the C stack
 )
-_IN_MEMO = bytes(_Kind.REPEATED_DICT if kind is _Kind.DICT else kind for kind in _Kind)
+_TEXT_KIND, _OTHER, _LIST, _DICT, _ORDERED_DICT, _UNKNOWN = (
+    int(kind) for kind in (_Kind.TEXT, _Kind.OTHER, _Kind.LIST, _Kind.DICT, _Kind.ORDERED_DICT, _Kind.UNKNOWN)
+)
+_IN_MEMO = bytes(_Kind.REPEATED_DICT if kind == _DICT else kind for kind in range(_LARGE_TUPLE + 1))
 _RESULTS: dict[int, int] = {
     _Kind.FUNCTION: _Kind.OTHER,
     _Kind.ORDERED_DICT_CLASS: _Kind.ORDERED_DICT,
-    _Kind.ALLOWED_FUNCTION: _Kind.ALLOWED_RESULT,
-    _Kind.UNSAFE: _Kind.UNSAFE,
+    _Kind.STATEFUL_FUNCTION: _Kind.STATEFUL_RESULT,
+    _Kind.UNKNOWN: _Kind.UNKNOWN,
 }
-_WITH_ITEMS = frozenset({_Kind.DICT, _Kind.REPEATED_DICT, _Kind.ORDERED_DICT, _Kind.UNSAFE})
-_WITH_STATE = frozenset({_Kind.ORDERED_DICT, _Kind.ALLOWED_RESULT, _Kind.UNSAFE})
+_WITH_ITEMS = frozenset({_Kind.DICT, _Kind.REPEATED_DICT, _Kind.ORDERED_DICT, _Kind.UNKNOWN})
+_WITH_STATE = frozenset({_Kind.ORDERED_DICT, _Kind.STATEFUL_RESULT, _Kind.UNKNOWN})
 
 # Opcodes that push a value: the number of bytes of their argument, and the kind.
 _PUSHES: dict[int, tuple[int, int]] = {
-    **dict.fromkeys((pickle.NONE[0], pickle.NEWTRUE[0], pickle.NEWFALSE[0], pickle.EMPTY_SET[0]), (0, _OTHER)),
-    pickle.BININT[0]: (4, _OTHER),
-    pickle.BININT1[0]: (1, _OTHER),
-    pickle.BININT2[0]: (2, _OTHER),
+    **dict.fromkeys((pickle.NONE[0], pickle.NEWTRUE[0], pickle.NEWFALSE[0]), (0, _TEXT_KIND)),
+    pickle.BININT[0]: (4, _TEXT_KIND),
+    pickle.BININT1[0]: (1, _TEXT_KIND),
+    pickle.BININT2[0]: (2, _TEXT_KIND),
     pickle.BINFLOAT[0]: (8, _OTHER),
-    pickle.EMPTY_TUPLE[0]: (0, _TUPLE),
+    pickle.EMPTY_SET[0]: (0, _OTHER),
+    pickle.EMPTY_TUPLE[0]: (0, _EMPTY_TUPLE),
     pickle.EMPTY_LIST[0]: (0, _LIST),
     pickle.EMPTY_DICT[0]: (0, _DICT),
 }
@@ -98,13 +105,25 @@ def _tensor_opcodes() -> re.Pattern[bytes]:
 _TENSOR = _tensor_opcodes().match
 _CALLABLE = bytes([_Kind.FUNCTION])
 # The kinds of the values that these opcodes put into the memo, by their number: the key of the storage, tuples, the
-# hooks, the tuple of all arguments, the tensor. And how their indices are written.
-_IN_TENSOR = {count: bytes([_OTHER, *[_TUPLE] * (count - 4), _ORDERED_DICT, _TUPLE, _OTHER]) for count in range(5, 8)}
+# hooks, the tuple of all arguments, the tensor. The tuples are arguments of functions, so they are never keys, and need
+# not be measured. And how their indices are written.
+_IN_TENSOR = {
+    count: bytes([_TEXT_KIND, *[_LARGE_TUPLE] * (count - 4), _ORDERED_DICT, _LARGE_TUPLE, _OTHER])
+    for count in range(5, 8)
+}
 _INDICES = {count: struct.Struct(f"<{count}I") for count in _IN_TENSOR}
 _OPCODES = frozenset(pickle._Unpickler.dispatch)
 _LONG = struct.Struct("<I").unpack_from
 ORDERED_DICT = "collections.OrderedDict"
 _MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
+
+
+def _tuple_of(kinds: bytearray) -> int:
+    """Return the kind of a tuple of values of some kinds."""
+    kind = _EMPTY_TUPLE + len(kinds)
+    if kinds and max(kinds) >= _EMPTY_TUPLE:
+        kind += sum(inner - _EMPTY_TUPLE for inner in kinds if inner >= _EMPTY_TUPLE)
+    return min(kind, _LARGE_TUPLE)
 
 
 def _wrong_opcode(code: int) -> Exception:
@@ -120,18 +139,18 @@ class PickleScan:
     Args:
         data: the pickle.
         known: returns something other than None for the full name of a class or function that has a stand-in.
-        allowed: full names of further classes and functions that the user allows.
+        stateful: full names of further classes and functions, whose results may get a state.
 
     Attributes:
-        names: full names of all classes and functions in the pickle, after `run`.
-        unsafe: those that are neither known nor allowed.
+        unknown: full names of all other classes and functions in the pickle, after `run`.
+        odd_keys: number of keys of dicts whose hashes could all be the same.
     """
 
     data: bytes
     known: Callable[[str], object]
-    allowed: Collection[str] = ()
-    names: set[str] = field(default_factory=set)
-    unsafe: set[str] = field(default_factory=set)
+    stateful: Collection[str] = ()
+    unknown: set[str] = field(default_factory=set)
+    odd_keys: int = 0
     _stack: bytearray = field(default_factory=bytearray)
     _marks: list[int] = field(default_factory=list)
     _memo: bytearray = field(default_factory=bytearray)
@@ -144,8 +163,8 @@ class PickleScan:
 
         Raises:
             UnsupportedError: there is an opcode that ``torch.save`` does not write.
-            InconsistentError: a dict has a tuple as a key.
-            LimitError: a dict is copied repeatedly.
+            InconsistentError: the attributes of an OrderedDict are not a dict.
+            LimitError: a dict is copied repeatedly, or a key is a tuple of very many values.
             pickle.UnpicklingError: the pickle is damaged, or uses something other than a dict, list or function as one.
         """
         try:
@@ -175,14 +194,14 @@ class PickleScan:
                 stack.append(pushed[1])
                 if data[at] == code and code in _RUNS:  # a list of numbers
                     end = _RUNS[code](data, at).end()  # type: ignore[union-attr]
-                    stack += bytes([_OTHER]) * ((end - at) // (pushed[0] + 1))
+                    stack += bytes([pushed[1]]) * ((end - at) // (pushed[0] + 1))
                     at = end
             elif code == _BINGET:
                 stack.append(memo[data[at]])
                 at += 1
             elif code == _TEXT:
                 at += 4 + _LONG(data, at)[0]
-                stack.append(_OTHER)
+                stack.append(_TEXT_KIND)
             elif code == _LONG_BINGET:
                 stack.append(memo[_LONG(data, at)[0]])
                 at += 4
@@ -192,8 +211,8 @@ class PickleScan:
                 else:
                     self._marks.append(len(stack))
             elif code == _MANY:
-                del stack[self._marks.pop() :]
-                stack.append(_TUPLE)
+                start = self._marks.pop()
+                stack[start:] = [_tuple_of(stack[start:])]
             elif code in others:
                 at = others[code](at)
             elif code == _STOP:
@@ -251,12 +270,11 @@ class PickleScan:
         self._memo[index : index + 1] = bytes([_IN_MEMO[self._stack[-1]]])
 
     def _tuple(self, size: int, at: int) -> int:
-        del self._stack[-size:]
-        self._stack.append(_TUPLE)
+        self._stack[-size:] = [_tuple_of(self._stack[-size:])]
         return at
 
     def _counted(self, at: int) -> int:
-        self._stack.append(_OTHER)
+        self._stack.append(_OTHER)  # an integer of any size, or text
         return at + 1 + self.data[at]
 
     def _persistent(self, at: int) -> int:
@@ -271,15 +289,14 @@ class PickleScan:
         return end + 1
 
     def _kind_of(self, name: str) -> int:
-        self.names.add(name)
         if name == ORDERED_DICT:
             return _Kind.ORDERED_DICT_CLASS
+        if name in self.stateful:
+            return _Kind.STATEFUL_FUNCTION
         if self.known(name) is not None:
             return _Kind.FUNCTION
-        if name in self.allowed:
-            return _Kind.ALLOWED_FUNCTION
-        self.unsafe.add(name)
-        return _UNSAFE
+        self.unknown.add(name)
+        return _UNKNOWN
 
     def _call(self, at: int) -> int:
         self._stack.pop()
@@ -307,7 +324,7 @@ class PickleScan:
         return self._extended(at)
 
     def _extended(self, at: int) -> int:
-        if self._stack[-1] not in (_LIST, _UNSAFE):
+        if self._stack[-1] not in (_LIST, _UNKNOWN):
             raise pickle.UnpicklingError("it appends to something other than a list")
         return at
 
@@ -318,9 +335,11 @@ class PickleScan:
         return self._set(self._marks.pop(), at)
 
     def _set(self, start: int, at: int) -> int:
-        # Hashing deeply nested tuples overflows the C stack, here and in torch.
-        if _TUPLE in self._stack[start::2]:
-            raise InconsistentError("has a key of type tuple; keys must be text")
+        keys = self._stack[start::2]
+        if keys.count(_TEXT_KIND) != len(keys):
+            if _LARGE_TUPLE in keys:
+                raise LimitError("has a key that is a tuple of more than a hundred values")
+            self.odd_keys += len(keys) - keys.count(_TEXT_KIND)
         del self._stack[start:]
         if self._stack[-1] not in _WITH_ITEMS:
             raise pickle.UnpicklingError("it sets items of something other than a dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from vraxion_ckpt.checkpoint.foreign_values import original_of
+from vraxion_ckpt.checkpoint.plain_data import in_fixed_order
 from vraxion_ckpt.checkpoint.references import ITEMSIZES, Storage, TensorRef
-from vraxion_ckpt.checkpoint.tensor_dict import referenced
+from vraxion_ckpt.checkpoint.tensor_dict import referenced, with_originals
 from vraxion_ckpt.errors import UnsupportedError
 
 
@@ -30,7 +33,7 @@ def pickled(value: Any) -> Pickled:
     """
     pieces = _Pieces()
     pickler = _Pickler(pieces, 2)
-    pickler.dump(referenced(value))
+    pickler.dump(with_originals(referenced(value), _to_pickle))
     return Pickled(b"".join(pieces), tuple(pickler.keys))
 
 
@@ -53,6 +56,24 @@ class _NoHooks:
     """Stands for an empty `OrderedDict` of hooks, which `pickle` would ask for its slots each time."""
 
 
+@dataclass(frozen=True)
+class _Set:
+    """Stands for a set, whose order would depend on the process."""
+
+    entries: list[Any]
+
+
+class _NoBytes:
+    """Stands for empty bytes, which `pickle` would write as a call that ``torch.load(weights_only=True)`` refuses."""
+
+
+def _to_pickle(value: Any) -> Any:
+    """Return what to pickle instead of a value that is not a dict, list, tuple or tensor."""
+    if isinstance(value, set):
+        return _Set(in_fixed_order(value))
+    return _NoBytes() if type(value) is bytes and not value else original_of(value)
+
+
 class _Pickler(pickle.Pickler):
     """Pickles tensors as `torch.Tensor.__reduce_ex__` does."""
 
@@ -67,6 +88,10 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) is _NoHooks:
             return OrderedDict, ()
+        if isinstance(value, _Set):
+            return set, (value.entries,)
+        if isinstance(value, _NoBytes):
+            return codecs.encode, ("", "latin1")
         if type(value) is not TensorRef:
             return NotImplemented
         if value.parameter:

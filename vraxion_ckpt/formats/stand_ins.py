@@ -1,33 +1,29 @@
 """Stand-ins for the classes and functions that a ``.pt`` file may name, without torch.
 
-They are those that ``torch.load(weights_only=True)`` allows. The stand-ins make `TensorRef`s with the checks that torch
-makes for tensors, and `NotPlain` for all that is not plain data. Memory and time are bounded by the size of the pickle.
+They are those that ``torch.load(weights_only=True)`` allows, and those of numpy. The stand-ins make `TensorRef`s with
+the checks that torch makes for tensors, and `NotPlain` for all that is not plain data. Memory and time are bounded by
+the size of the pickle.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, NoReturn
 
+from vraxion_ckpt.checkpoint.foreign_values import TORCH_NAMES, TorchSize, TorchValue
 from vraxion_ckpt.checkpoint.plain_data import NotPlain
 from vraxion_ckpt.checkpoint.references import ITEMSIZES, TensorRef
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
-from vraxion_ckpt.errors import CkptError, CorruptError, InconsistentError, LimitError, UnsafeError, UnsupportedError
+from vraxion_ckpt.errors import CkptError, CorruptError, LimitError, UnsafeError, UnsupportedError
+from vraxion_ckpt.formats.numpy_stand_ins import numpy_stand_ins
 from vraxion_ckpt.formats.pickle_scan import ORDERED_DICT
 from vraxion_ckpt.wording import shortened
-
-
-@dataclass(frozen=True)
-class _DType(NotPlain):
-    """A stand-in for a dtype."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -87,33 +83,21 @@ _INTS = frozenset({int})
 _FEW = 64  # dimensions
 _QUANTISED = ("qint", "quint")
 _PREFIX = ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse")
-_NUMBERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)]
-_DTYPE_NAMES = {*ITEMSIZES, *_NUMBERS, "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"}
-_SCHEMES = [f"per_{what}" for what in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric")]
-_SCHEMES.append("per_channel_affine_float_qparams")
 
 # Functions of torch whose results are no plain data, and what they return.
-_NOT_CARRIED = {
-    "torch._tensor._rebuild_from_type_v2": "a tensor subclass, or a tensor with attributes",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another kind of device",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_parameter_with_state": "a parameter with attributes",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
-    "torch.nn.parameter.Parameter": "a parameter that torch.save does not write",
-}
 _NOT_PLAIN = {
+    "torch._tensor._rebuild_from_type_v2": "is a tensor subclass, or a tensor with attributes",
+    "torch._utils._rebuild_device_tensor_from_numpy": "is a tensor of another kind of device",
     "torch._utils._rebuild_meta_tensor_no_storage": "is a tensor without data (on device meta)",
+    "torch._utils._rebuild_nested_tensor": "is a nested tensor",
+    "torch._utils._rebuild_parameter_with_state": "is a parameter with attributes",
     "torch._utils._rebuild_qtensor": "is a quantised tensor",
     "torch._utils._rebuild_sparse_tensor": "is a sparse tensor",
-    "torch.serialization._get_layout": "is a torch.layout",
-    "torch.Size": "is a torch.Size",
-    "torch.device": "is a torch.device",
-    "builtins.complex": "is a builtins.complex",
+    "torch._utils._rebuild_wrapper_subclass": "is a tensor subclass",
+    "torch.nn.parameter.Parameter": "is a parameter that torch.save does not write",
 }
-_VALUES = {
-    **{f"torch.{name}": _DType("is a torch.dtype", name) for name in _DTYPE_NAMES},
-    **{f"torch.{name}": NotPlain("is a torch.qscheme") for name in _SCHEMES},
-}
+_MOST_COLLISIONS = 1000
+_MOST_IN_KEY = 127
 # Classes whose instances are memory that is not in the file.
 _MEMORY = {
     "torch.Tensor",
@@ -130,6 +114,41 @@ _STORAGES = {
 }
 
 
+class KeyHashes:
+    """The hashes of keys of one dict or set. Python takes hours to store many keys that have the same hash."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._number = 0
+
+    def add(self, keys: Iterable[Any]) -> None:
+        """Add keys.
+
+        Raises:
+            LimitError: too many keys have the same hash as another.
+        """
+        for key in keys:
+            self._number += 1
+            self._seen.add(hash(key))
+        if self._number - len(self._seen) > _MOST_COLLISIONS:
+            raise LimitError("has many keys whose hashes are the same, which would take too much time")
+
+
+def check_size_of_key(key: tuple[Any, ...]) -> None:
+    """Refuse to hash a tuple of many values.
+
+    Raises:
+        LimitError: the tuple has too many values; values in tuples in it count too.
+    """
+    left, pending = _MOST_IN_KEY, [key]
+    while pending:
+        found = pending.pop()
+        left -= len(found)
+        if left < 0:
+            raise LimitError("has a key that is a tuple of more than a hundred values")
+        pending += [entry for entry in found if type(entry) is tuple]
+
+
 class StandIns:
     """The stand-ins for one pickle, by their full names.
 
@@ -140,12 +159,19 @@ class StandIns:
     def __init__(self, size: int) -> None:
         # In a pickle that torch.save wrote, calls copy each value at most once.
         self._copies_left = 1000 + 4 * size
+        self.numpy = numpy_stand_ins(self.count)
+        """The stand-ins for functions and classes of numpy, by their full names."""
         self._made: dict[str, Any] = {
             "_codecs.encode": self._encode,
-            "builtins.bytearray": self._bytearray,
-            "builtins.set": self._set,
-            "collections.Counter": self._counter,
+            "builtins.bytearray": _class(self._bytearray),
+            "builtins.bytes": _class(_empty_bytes),
+            "builtins.complex": _class(_complex),
+            "builtins.set": _class(self._set),
+            "collections.Counter": _class(self._counter),
             ORDERED_DICT: _ordered_dict,
+            "torch.Size": _class(_size),
+            "torch.device": _class(_device),
+            "torch.serialization._get_layout": _layout,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": _device_tensor,
             "torch._utils._rebuild_parameter": _parameter,
             "torch._utils._rebuild_tensor": self._bare_tensor,
@@ -154,7 +180,7 @@ class StandIns:
         }
 
     def find(self, name: str) -> Any:
-        """Return the stand-in of a class or function, or None if it has none.
+        """Return the stand-in of a class or function that is always allowed, or None if it has none.
 
         Raises:
             pickle.UnpicklingError: it would be a storage of a dtype that does not exist.
@@ -164,15 +190,6 @@ class StandIns:
         if name not in _CONSTANT and re.fullmatch(r"torch\.(storage\.)?\w+Storage", name):
             raise pickle.UnpicklingError(f"unknown storage type {name!r}")
         return _CONSTANT.get(name)
-
-    def refuse_not_carried(self, names: Collection[str]) -> None:
-        """Raise an error if names belong to tensors of a kind that cannot be carried, such as subclasses.
-
-        Raises:
-            UnsupportedError: one does.
-        """
-        for name in sorted(_NOT_CARRIED.keys() & names):
-            _CONSTANT[name]()
 
     def count(self, *values: Any) -> None:
         """Count the values that a call copies, because many calls may each copy the same long list.
@@ -192,23 +209,26 @@ class StandIns:
         # Some text encodings take hours for a megabyte.
         raise UnsafeError("its pickle would call _codecs.encode with arguments other than bytes")
 
-    def _bytearray(self, *args: Any) -> NotPlain:
-        if not all(type(arg) is bytes for arg in args):  # bytearray(n) allocates n bytes
+    def _bytearray(self, *args: Any) -> bytearray:
+        if len(args) > 1 or not all(type(arg) is bytes for arg in args):  # bytearray(n) allocates n bytes
             raise UnsafeError("its pickle would call builtins.bytearray with arguments other than bytes")
-        return NotPlain("is a builtins.bytearray")
-
-    def _set(self, *args: Any) -> NotPlain:
-        self._refuse_to_hash(*args)
-        return NotPlain("is a builtins.set")
-
-    def _counter(self, *args: Any) -> NotPlain:
-        self._refuse_to_hash(*args)
-        return NotPlain("is a collections.Counter")
-
-    def _refuse_to_hash(self, *args: Any) -> None:
         self.count(*args)
-        if any(type(key) is tuple for arg in args if isinstance(arg, list | tuple) for key in arg):
-            raise InconsistentError("has a key of type tuple; keys must be text")
+        return bytearray(*args)
+
+    def _set(self, *args: Any) -> set[Any]:
+        if len(args) > 1 or not all(type(arg) is list for arg in args):
+            raise UnsupportedError("holds a set that torch.save does not write")
+        self.count(*args)
+        for entry in (entry for arg in args for entry in arg if type(entry) is tuple):
+            check_size_of_key(entry)
+        KeyHashes().add(entry for arg in args for entry in arg)
+        return set(*args)
+
+    def _counter(self, *args: Any) -> Counter[Any]:
+        if len(args) > 1 or not all(type(arg) is dict for arg in args):
+            raise UnsupportedError("holds a Counter that torch.save does not write")
+        self.count(*args)
+        return Counter(*args)
 
     def _tensor(
         self,
@@ -247,13 +267,13 @@ class StandIns:
         dtype: Any,
         metadata: Any = None,
     ) -> TensorRef | NotPlain:
-        if type(storage) is not StandInStorage or type(dtype) is not _DType:
+        if type(storage) is not StandInStorage or not _is_dtype(dtype):
             raise CorruptError("torch cannot read it: a tensor without a storage or a dtype")
-        if dtype.name not in ITEMSIZES:
-            return NotPlain(f"is a tensor of dtype {dtype.name}")
+        if dtype.text not in ITEMSIZES:
+            return NotPlain(f"is a tensor of dtype {dtype.text}")
         if requires_grad is not False:
-            raise CorruptError(f"torch cannot read it: a tensor of dtype {dtype.name} that requires gradients")
-        return self._tensor(StandInStorage(dtype.name, storage.stored), first, shape, strides, False, hooks, metadata)
+            raise CorruptError(f"torch cannot read it: a tensor of dtype {dtype.text} that requires gradients")
+        return self._tensor(StandInStorage(dtype.text, storage.stored), first, shape, strides, False, hooks, metadata)
 
 
 def _check_layout(held: int, dtype: str, first: Any, shape: Any, strides: Any) -> None:
@@ -313,7 +333,7 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> TensorRef | NotPlai
 
 def _device_tensor(data: Any, dtype: Any, _: Any, requires_grad: Any) -> TensorRef:
     """Return a tensor that was saved from a device without storages; torch loads it onto the CPU."""
-    if type(data) is not TensorRef or type(dtype) is not _DType or dtype.name != data.dtype:
+    if type(data) is not TensorRef or dtype != TorchValue("dtype", data.dtype):
         raise UnsupportedError("holds a tensor of another kind of device; only plain data can be carried")
     ref = replace(data)
     _require_grad(ref, requires_grad, None)
@@ -326,25 +346,60 @@ def _ordered_dict(*args: Any) -> OrderedDict[Any, Any]:
     return OrderedDict()
 
 
-def _class(make: Callable[[], Any]) -> type:
+def _is_dtype(value: Any) -> bool:
+    return type(value) is TorchValue and value.kind == "dtype"
+
+
+def _empty_bytes(*args: Any) -> bytes:
+    if args:  # bytes(n) allocates n bytes
+        raise UnsafeError("its pickle would call builtins.bytes with arguments")
+    return b""
+
+
+def _complex(*args: Any) -> complex:
+    if len(args) > 2 or not {int, float}.issuperset(map(type, args)):
+        raise pickle.UnpicklingError("a complex number of other values than numbers")
+    return complex(*args)
+
+
+def _size(*args: Any) -> TorchSize:
+    sizes = args[0] if args else ()
+    if len(args) > 1 or type(sizes) is not tuple or len(sizes) > _FEW or not _INTS.issuperset(map(type, sizes)):
+        raise UnsupportedError("holds a torch.Size that torch.save does not write")
+    if any(not -(2**63) <= size < 2**63 for size in sizes):
+        raise CorruptError("torch cannot read it: a torch.Size of numbers that are too large")
+    return TorchSize(sizes)
+
+
+def _device(kind: Any = None, index: Any = None) -> TorchValue:
+    if type(kind) is not str or type(index) not in (int, type(None)):
+        raise UnsupportedError("holds a torch.device that torch.save does not write")
+    return TorchValue("device", kind if index is None else f"{kind}:{index}")
+
+
+def _layout(name: Any) -> TorchValue:
+    return TorchValue("layout", name.removeprefix("torch."))
+
+
+def _class(make: Callable[..., Any]) -> type:
     """Return a class whose instances are what `make` returns, because a pickle may call a class in two ways."""
-    return type("StandIn", (), {"__new__": lambda _, *__: make()})
+    return type("StandIn", (), {"__new__": lambda _, *args: make(*args)})
 
 
 def _refusal(error: CkptError) -> type:
-    def refuse() -> NoReturn:
+    def refuse(*_: Any) -> NoReturn:
         raise error.with_facts()  # a copy, because the traceback is added to the error
 
     return _class(refuse)
 
 
+def _not_plain(what: str, *_: Any) -> NotPlain:
+    return NotPlain(what)
+
+
 _CONSTANT: dict[str, Any] = {
-    **_VALUES,
+    **{f"torch.{name}": TorchValue(kind, name) for kind in ("dtype", "qscheme") for name in TORCH_NAMES[kind]},
     **_STORAGES,
-    **{name: _class(partial(NotPlain, what)) for name, what in _NOT_PLAIN.items()},
-    **{
-        name: _refusal(UnsupportedError(f"holds {what}; only plain data can be carried"))
-        for name, what in _NOT_CARRIED.items()
-    },
+    **{name: _class(partial(_not_plain, what)) for name, what in _NOT_PLAIN.items()},
     **{name: _refusal(_memory_from_elsewhere(name)) for name in _MEMORY},
 }

@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vraxion_ckpt.checkpoint.entries import without_entries
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.provenance import Neighbour
+from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
+from vraxion_ckpt.formats.numpy_stand_ins import NUMPY_NAMES
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
 from vraxion_ckpt.plugins.discovery import dialects
 from vraxion_ckpt.plugins.options import calling, defect_of
@@ -25,6 +28,8 @@ from vraxion_ckpt.wording import listed
 _T = TypeVar("_T")
 S = TypeVar("S", int, int | None)
 
+OWN_GLOBALS = tuple(sorted(NUMPY_NAMES))
+"""What pickles that this package writes may use besides plain data, if the source had such values."""
 _ANY_CHECKPOINT = Checkpoint | UnboundCheckpoint
 
 
@@ -64,12 +69,14 @@ def as_stored(adapter: Adapter, path: Path) -> Adapter:
 
 
 @rare_collections()
-def call_read(adapter: Adapter, path: Path, allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Read a checkpoint. Later calls of the adapter, to open an expert, use `plugin_call` too."""
-    context = ReadContext(tuple(allow_globals), trainers=dialects())
+def call_read(
+    adapter: Adapter, path: Path, allow_globals: Sequence[str] = (), drop_keys: Sequence[str] = ()
+) -> Checkpoint:
+    """Read a checkpoint without some entries. Later calls of the adapter, to open an expert, use `plugin_call` too."""
+    context = ReadContext(tuple(allow_globals), drop_keys=tuple(drop_keys), trainers=dialects())
     with calling(adapter):
         found = adapter.read(path, context)
-    return _guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context)
+    return _without_keys(_guarded(adapter, _checked(adapter, "read", found, _ANY_CHECKPOINT), context), context)
 
 
 def read_overlay(
@@ -86,13 +93,15 @@ def read_overlay(
     return _guarded(adapter, _checked(adapter, "read_overlay", found, _ANY_CHECKPOINT), context)
 
 
-def examine(adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = ()) -> Checkpoint | None:
-    """Read as much of a checkpoint as possible, and note every error in `faults`."""
-    context = ReadContext(tuple(allow_globals), trainers=dialects())
+def examine(
+    adapter: Adapter, path: Path, faults: Faults, allow_globals: Sequence[str] = (), drop_keys: Sequence[str] = ()
+) -> Checkpoint | None:
+    """Read as much of a checkpoint as possible, without some entries, and note every error in `faults`."""
+    context = ReadContext(tuple(allow_globals), drop_keys=tuple(drop_keys), trainers=dialects())
     with calling(adapter):
         found = adapter.examine(path, faults, context)
     checked = _checked(adapter, "examine", found, _ANY_CHECKPOINT | None)
-    return None if checked is None else _guarded(adapter, checked, context)
+    return None if checked is None else _without_keys(_guarded(adapter, checked, context), context)
 
 
 def dialect(adapter: Adapter, checkpoint: Checkpoint) -> str:
@@ -203,6 +212,17 @@ def _checked_size(adapter: Adapter, value: S, expected: Any) -> S:
     if (_checked(adapter, "size", value, expected) or 0) < 0:
         raise defect_of(adapter, f"size returned {value}, a negative number")
     return value
+
+
+def _without_keys(checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
+    """Leave out the entries of the payload that the user drops, and record those that were left out."""
+    if not context.drop_keys:
+        return checkpoint
+    payload = checkpoint.payload.references()
+    others = [key for key in dict.fromkeys(context.drop_keys) if key not in context.dropped]
+    left, dropped = without_entries(payload, others)
+    origin = replace(checkpoint.origin, dropped=(*sorted(context.dropped), *dropped))
+    return replace(checkpoint, payload=TensorDict(left), origin=origin)
 
 
 def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:

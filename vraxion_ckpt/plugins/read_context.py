@@ -31,11 +31,15 @@ class ReadContext:
     Attributes:
         allow_globals: full names of classes that a pickle may use in addition to plain data.
         sources: every file that was opened so far.
+        drop_keys: entries of the payload that the user leaves out.
+        dropped: those of them that `load_payload` has left out.
         trainers: the declared dialects of trainers.
     """
 
     allow_globals: tuple[str, ...] = ()
     sources: Sources = field(default_factory=Sources)
+    drop_keys: tuple[str, ...] = ()
+    dropped: set[str] = field(default_factory=set)
     trainers: tuple[Dialect, ...] = ()
 
     def load_torch(self, path: Path) -> Any:
@@ -56,6 +60,16 @@ class ReadContext:
         Nothing is mapped. Tensors at which nobody looks are copied from file to file. Raises the same errors.
         """
         return torch_reader.load_torch_references(path, self.sources, self.allow_globals)
+
+    def load_payload(self, path: Path) -> Any:
+        """Load the file of ``torch.save`` that has the payload, as `load_torch_references` does.
+
+        An entry that cannot be read is left out if the user drops it. Entries that can be read are dropped later, in
+        every format. Raises the same errors.
+        """
+        value, dropped = torch_reader.load_torch_payload(path, self.sources, self.allow_globals, self.drop_keys)
+        self.dropped.update(dropped)
+        return value
 
     def load_safetensors(
         self, path: Path, header: safetensors_file.Header | None = None

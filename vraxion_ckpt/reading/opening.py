@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Unpack, get_args
 
 from vraxion_ckpt.checkpoint import invariants
+from vraxion_ckpt.checkpoint.entries import refuse_missing
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.commit.staging import was_interrupted
 from vraxion_ckpt.errors import (
@@ -86,8 +87,13 @@ def read_with(path: PathLike, options: ReadOptions, optimizer: OptimizerPolicy =
         return placement.with_missing_parameters(bound) if optimizer == "complete" else bound
 
 
-def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
+def read_unbound(path: PathLike, options: ReadOptions, *, may_lack_keys: bool = False) -> Checkpoint:
     """Open a checkpoint without binding its optimizer to parameter names.
+
+    Args:
+        path: as for `read`.
+        options: as for `read`.
+        may_lack_keys: whether `drop_keys` may list entries that the checkpoint does not have.
 
     Raises:
         UsageError: the path does not exist, or an option is wrong.
@@ -100,7 +106,8 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
         with os_errors_named(path):
             adapter = detect_source(place, options.from_)
             check_allowed(adapter, options.allow_globals)
-            checkpoint = _with_neighbours(adapter_calls.call_read(adapter, place, options.allow_globals), adapter)
+            read = adapter_calls.call_read(adapter, place, options.allow_globals, options.drop_keys)
+            checkpoint = _with_neighbours(read, adapter)
         refuse(InconsistentError, invariants.invariant_findings(checkpoint), place)
     except SourceError as error:
         if was_interrupted(Path(os.path.realpath(place))):
@@ -110,6 +117,8 @@ def read_unbound(path: PathLike, options: ReadOptions) -> Checkpoint:
     if was_interrupted(Path(os.path.realpath(place))):
         message = f"{place}: an edit of this checkpoint was interrupted; {how_to_recover(place)}"
         warnings.warn(message, CkptWarning, stacklevel=3)
+    if not may_lack_keys:
+        refuse_missing(options.drop_keys, checkpoint)
     return checkpoint
 
 

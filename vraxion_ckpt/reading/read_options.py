@@ -18,6 +18,7 @@ class ReadKeywords(TypedDict, total=False):
     param_names: Sequence[str] | None
     optimizer_order: OptimizerOrder | None
     allow_globals: Sequence[str]
+    drop_keys: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ReadOptions:
         param_names: the name of every optimizer parameter, in optimizer order.
         optimizer_order: how the trainer orders the parameters of each param group.
         allow_globals: full names of classes that a pickle may use in addition to plain data.
+        drop_keys: entries of the payload to leave out, as `inspect` spells them, such as ``scheduler.milestones``. They
+            need not be readable.
 
     Raises:
         UsageError: a value has a wrong type or is unknown.
@@ -38,6 +41,7 @@ class ReadOptions:
     param_names: Sequence[str] | None = None
     optimizer_order: OptimizerOrder | None = None
     allow_globals: Sequence[str] = ()
+    drop_keys: Sequence[str] = ()
 
     @classmethod
     def of(cls, function: str, given: ReadKeywords) -> ReadOptions:
@@ -57,6 +61,7 @@ class ReadOptions:
             raise UsageError(f"optimizer_order={self.optimizer_order!r}: must be one of {known}")
         check_names(self.param_names, "param_names")
         check_names(self.allow_globals, "allow_globals")
+        check_names(self.drop_keys, "drop_keys")
 
 
 def check_names(names: Any, what: str) -> None:

@@ -7,6 +7,7 @@ import re
 RECIPE_KEYS = {
     "--allow-global": "source.allow_globals",
     "--companions": "companions",
+    "--drop-key": "source.drop_keys",
     "--from": "source.from",
     "--losses": "losses",
     "--manifest": "manifest",

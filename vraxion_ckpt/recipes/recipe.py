@@ -124,7 +124,9 @@ def carry_out(ready: Ready, *, dry_run: bool = False) -> Ran:
             source.path,
             ready.targets,
             transforms=ready.chain,
-            options=ReadOptions(source.from_, source.param_names, source.optimizer_order, source.allow_globals),
+            options=ReadOptions(
+                source.from_, source.param_names, source.optimizer_order, source.allow_globals, source.drop_keys
+            ),
             optimizer=source.optimizer,
             policy=ready.policy,
             dry_run=dry_run,

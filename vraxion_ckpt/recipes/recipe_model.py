@@ -34,6 +34,8 @@ class Source(_Entry):
     optimizer: OptimizerPolicy = "keep"
     allow_globals: tuple[str, ...] = ()
     """Full names of classes that the pickle may use in addition to plain data."""
+    drop_keys: tuple[str, ...] = ()
+    """Entries of the payload to leave out."""
 
 
 class Output(_Entry):

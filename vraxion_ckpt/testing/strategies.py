@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +40,21 @@ DTYPES = (
 
 _TEXT = st.text(st.characters(), max_size=8)
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(width=64, allow_nan=True), _TEXT)
+_KEYS = st.recursive(
+    st.one_of(_SCALARS, st.binary(max_size=4), st.complex_numbers(), st.sampled_from([torch.float16, torch.int8])),
+    lambda inner: st.lists(inner, max_size=2).map(tuple),
+    max_leaves=3,
+)
+_OTHERS = st.one_of(
+    st.binary(max_size=8),
+    st.binary(min_size=1020, max_size=1030),
+    st.binary(max_size=8).map(bytearray),
+    st.complex_numbers(),
+    st.lists(st.integers(0, 2**40), max_size=3).map(torch.Size),
+    st.sampled_from([torch.bfloat16, torch.float8_e5m2, torch.device("cpu"), torch.device("cuda", 1), torch.strided]),
+    st.sets(_KEYS, max_size=3),
+    st.dictionaries(_KEYS, st.integers(), max_size=3).map(Counter),
+)
 _SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 _RESERVED = frozenset({"model", "optim", "optimizer", "num_experts", "param_names", "vraxion_ckpt", "router_map"})
 
@@ -76,13 +91,14 @@ def _turned(tensor: Tensor) -> Tensor:
 
 
 def plain_values() -> st.SearchStrategy[Any]:
-    """Generate values that a payload may hold: nested dicts, lists and tuples of numbers, text and tensors."""
+    """Generate all kinds of values that a payload may hold, nested in dicts, lists and tuples."""
     return st.recursive(
-        _SCALARS | tensors(),
+        _SCALARS | tensors() | _OTHERS,
         lambda inner: st.one_of(
             st.lists(inner, max_size=3),
             st.lists(inner, max_size=3).map(tuple),
             st.dictionaries(_TEXT | st.integers(-5, 5), inner, max_size=3),
+            st.dictionaries(_KEYS, inner, max_size=3),
             st.dictionaries(_TEXT, inner, max_size=2).map(OrderedDict),
         ),
         max_leaves=6,

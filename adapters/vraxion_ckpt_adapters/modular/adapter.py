@@ -98,12 +98,13 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         return self._read(CheckpointFiles(root_of(path), staged, frozenset(removed)), context)
 
     def examine(self, path: Path, faults: Faults, context: ReadContext) -> Checkpoint | None:
-        files, trial = CheckpointFiles(root_of(path)), ReadContext(context.allow_globals, trainers=context.trainers)
+        files = CheckpointFiles(root_of(path))
+        trial = ReadContext(context.allow_globals, drop_keys=context.drop_keys, trainers=context.trainers)
         faults.attempt(files.check_links)
         if faults.errors:
             return None  # files outside the directory are never opened
         router, rows = files.path(ROUTER_STATE), files.path(META)
-        parsed = faults.attempt(lambda: parse_payload(trial.load_torch_references(router), router, trial.trainers))
+        parsed = faults.attempt(lambda: parse_payload(trial.load_payload(router), router, trial.trainers))
         meta = faults.attempt(lambda: parse_meta(rows)) if rows.is_file() else None
         faults.attempt(lambda: check_names(files.root / "experts"))
         shards = files.shards()
@@ -137,7 +138,7 @@ class ModularAdapter(IncrementalDirectoryAdapter):
     def _read(self, files: CheckpointFiles, context: ReadContext) -> Checkpoint:
         files.check_links()
         root, router = files.root, files.path(ROUTER_STATE)
-        parsed = parse_payload(context.load_torch_references(router), router, context.trainers)
+        parsed = parse_payload(context.load_payload(router), router, context.trainers)
         meta = read_meta(files.path(META), context, parsed)
         names, found = _names(parsed), parsed.checkpoint
         if any(name.startswith((names.single, names.experts)) for name in found.core):

@@ -96,7 +96,7 @@ def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
     if parsed.num_experts not in (None, stated):
         message = f"num_experts is {stated}, but {parsed.num_experts} in router.state"
         raise InconsistentError(message, path=path, key="num_experts")
-    step = parsed.checkpoint.payload.get("step")
+    step = _step(parsed.checkpoint)
     if "step" in meta and (type(meta["step"]) is not type(step) or meta["step"] != step):
         raise InconsistentError(
             f"step is {meta['step']!r}, but {step!r} in router.state: the files are parts of two saves",
@@ -104,6 +104,12 @@ def check_meta(meta: Mapping[str, Any], parsed: Parsed, path: Path) -> None:
             key="step",
             hint="a trainer was probably killed while saving; use an older checkpoint",
         )
+
+
+def _step(checkpoint: Checkpoint) -> Any:
+    """Return the step as meta.json has it. In the payload, it may be a number of numpy."""
+    known = checkpoint.known_step
+    return checkpoint.payload.get("step") if known is None else known
 
 
 def listed_as_deleted(meta: dict[str, Any] | None, num_experts: int, root: Path) -> frozenset[int]:
@@ -262,7 +268,7 @@ def meta_content(checkpoint: Checkpoint) -> MetaContent:
     known: dict[str, Any] = {
         "source_checkpoint": origin.path.name if origin.path else "",
         "num_experts": checkpoint.payload.get("num_experts", checkpoint.num_experts),
-        "step": checkpoint.payload.get("step"),
+        "step": _step(checkpoint),
         "deleted": sorted(deleted.union(i for i, row in checkpoint.lifecycle.items() if row.collected)),
     }
     entries = {**known, **dialect.entries, "experts": []}
