@@ -23,7 +23,7 @@ from vraxion_ckpt.errors import StorageError, UnsupportedError, UsageError
 from vraxion_ckpt.formats import torch_writer, zip_layout
 from vraxion_ckpt.formats.torch_reader import load_torch_references
 from vraxion_ckpt.formats.torch_writer import save_torch_file, torch_file_size
-from vraxion_ckpt.formats.zip_directory import ZipDirectory, bytes_of
+from vraxion_ckpt.formats.zip_directory import ZipDirectory, opened_bytes
 from vraxion_ckpt.support.file_copy import BLOCK
 
 DTYPES = sorted(name for name in ITEMSIZES if not name.startswith(("q", "float4")))
@@ -142,7 +142,7 @@ def test_torch_reads_the_same_bits(path, name, mmap):
 def as_stored(value: Any, file: Path) -> Any:
     """Return a value with references to the storages in the file that torch has written."""
     source = Sources().add(file, Fingerprint.of(file))
-    with bytes_of(file) as data:
+    with opened_bytes(file) as data:
         members = {member.name: member for member in ZipDirectory(file, data).members()}
     stored: dict[Any, StoredBytes] = {}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vraxion_ckpt.checkpoint.source_files import Fingerprint
 from vraxion_ckpt.errors import CkptWarning, CorruptError, StorageError, UnsupportedError
-from vraxion_ckpt.formats.zip_directory import Member, ZipDirectory, bytes_of
+from vraxion_ckpt.formats.zip_directory import Member, ZipDirectory, opened_bytes
 from vraxion_ckpt.support.checksums import crc32
 from vraxion_ckpt.wording import count, listed
 
@@ -55,7 +55,7 @@ def check_archive(path: Path) -> Container:
         fingerprint = Fingerprint.of(path)
     except OSError as error:
         raise StorageError.from_os_error(error, path) from error
-    with bytes_of(path) as data:
+    with opened_bytes(path) as data:
         _refuse_other_kinds(path, bytes(data[:512]))
         members = ZipDirectory(path, data).members()
         prefix = _check_names(path, members)

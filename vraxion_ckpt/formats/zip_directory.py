@@ -61,7 +61,7 @@ class _ReadBytes:
 
 
 @contextlib.contextmanager
-def bytes_of(path: Path) -> Iterator[FileBytes]:
+def opened_bytes(path: Path) -> Iterator[FileBytes]:
     """Give the bytes of a file during a ``with`` block.
 
     It is memory-mapped, because that is fastest, or else read if the address space has no room for it.
