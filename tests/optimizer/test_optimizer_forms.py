@@ -438,3 +438,10 @@ def test_names_that_fit_several_parts_of_the_model_are_not_given_to_one_of_them(
             continue
         with pytest.raises(BindingError, match="has no such parameter"):
             vc.convert(tmp_path / "saved.pt", tmp_path / "no.pt")
+
+
+@pytest.mark.parametrize("empty", [[], [None], {"gen": None}])
+def test_a_container_without_optimizers_is_carried(empty, tmp_path):
+    torch.save({"model": Net(2).state_dict(), "optimizer": empty}, tmp_path / "saved.pt")
+    vc.convert(tmp_path / "saved.pt", tmp_path / "out.pt", transforms=CHAINS["2 to 3"][2])
+    assert load(tmp_path / "out.pt")["optimizer"] == empty

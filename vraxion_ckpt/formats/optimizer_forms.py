@@ -54,7 +54,7 @@ def find_optimizers(payload: Mapping[str, Any], usual_keys: Sequence[str], other
     entries = {key: value for key, value in payload.items() if key not in others}
     found = list(_search(entries, ()))
     usual = [key for key in usual_keys if key in entries]
-    filled = [key for key in usual if entries[key] is not None]
+    filled = [key for key in usual if not _is_empty(entries[key])]
     if not found and filled:
         if len(filled) > 1:
             raise InconsistentError(f"holds two optimizers, {' and '.join(f'`{key}`' for key in filled)}")
@@ -76,6 +76,13 @@ def find_optimizers(payload: Mapping[str, Any], usual_keys: Sequence[str], other
     for place in places:
         entries = with_value_at(entries, place, None)
     return FoundOptimizers(entries, _joined(parts), key)
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a value under a usual key has no optimizer: it is None, or a container of nothing else."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, dict) and bool(value) and all(map(_is_empty, value.values())))
 
 
 def _search(value: Any, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], OptimizerForm]]:
