@@ -153,6 +153,14 @@ def unbind(optimizer: Optimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": groups, **optimizer.extra.references()}
 
 
+def unknown_parameters(checkpoint: Checkpoint, listed: Sequence[str]) -> list[str]:
+    """Return the names of parameters that the model does not have, as far as is known without opening a file."""
+    tensors = checkpoint.open_references()
+    if checkpoint.head is None:
+        return [name for name in listed if name not in tensors]
+    return checkpoint.head.unknown(listed, tensors)
+
+
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     """Return the shapes of the model tensors that are available without opening a file, by name."""
     return {name: tensor.shape for name, tensor in checkpoint.open_references().items()}
