@@ -7,6 +7,7 @@ from typing import Any
 
 from vraxion_ckpt.analysis.findings import Finding, Severity
 from vraxion_ckpt.checkpoint.model import Checkpoint, unbound_state_dict
+from vraxion_ckpt.checkpoint.torch_optimizer import unknown_parameters
 from vraxion_ckpt.errors import BindingError, CkptError, SourceError
 from vraxion_ckpt.optimizer import placement
 from vraxion_ckpt.optimizer.parameter_order import explain
@@ -77,12 +78,9 @@ def _name_lists(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...]]]:
 
 def _about_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Compare the lists of parameter names with the model and with each other."""
-    head = checkpoint.head
-    known = set(checkpoint.open_references())
     lists = _name_lists(checkpoint)
     for where, names in lists:
-        lacking = [n for n in names if n not in known and not (head is not None and head.is_not_loaded(n))]
-        if lacking:
+        if lacking := unknown_parameters(checkpoint, names):
             what = f"the model lacks {listed(lacking, 4)}"
             yield Finding.error("names", what, where=where)
     (_, model), *optimizers = lists

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from vraxion_ckpt.checkpoint.head_names import RING_HEAD, HeadNames
+from vraxion_ckpt.checkpoint.head_names import RING_HEAD, HeadNames, split_names
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
 
@@ -130,6 +131,16 @@ class Head:
             return False
         expert = self.experts.get(int(number))
         return int(number) in self.deleted if expert is None else not expert.is_open
+
+    def unknown(self, listed: Sequence[str], tensors: Container[str]) -> list[str]:
+        """Return the names that are neither in `tensors` nor belong to an expert that is not loaded."""
+        if self.kind is HeadKind.EXPERTS:
+            closed = {i for i, expert in self.experts.items() if not expert.is_open} | self.deleted
+            split = split_names(tuple(listed), self.names)
+            names = (self.prefix(i) + leaf for leaf, ids in split.experts.items() for i in ids - closed)
+            if all(name in tensors for name in chain(split.others, names)):
+                return []
+        return [name for name in listed if name not in tensors and not self.is_not_loaded(name)]
 
     def copy(self) -> Head:
         """Return a head with its own dict of experts. The experts are shared."""

@@ -25,7 +25,7 @@ from vraxion_ckpt.checkpoint.references import TensorRef, as_reference
 from vraxion_ckpt.checkpoint.ring import Ints, count_pairs
 from vraxion_ckpt.checkpoint.shared_memory import sharing
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
-from vraxion_ckpt.checkpoint.torch_optimizer import shape_conflicts
+from vraxion_ckpt.checkpoint.torch_optimizer import known_shapes, shape_conflicts, unknown_parameters
 from vraxion_ckpt.support.json_models import Number
 from vraxion_ckpt.wording import count, listed, numbered
 
@@ -93,7 +93,7 @@ def _router_findings(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
-    optimizer, head = checkpoint.optimizer, checkpoint.head
+    optimizer = checkpoint.optimizer
     if optimizer is None:
         return
     params = optimizer.params
@@ -109,11 +109,9 @@ def _optimizer_findings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer lists {Counter(params).most_common(1)[0][0]} twice"
     for name in optimizer.state.keys() - set(params):
         yield f"the optimizer has state for {name}, which is in no param group"
-    tensors = checkpoint.open_references()
-    for name in params:
-        if name not in tensors and not (head and head.is_not_loaded(name)):
-            yield f"the optimizer lists {name}, which the model does not have"
-    for conflict in shape_conflicts(optimizer, {name: tensor.shape for name, tensor in tensors.items()}):
+    for name in unknown_parameters(checkpoint, params):
+        yield f"the optimizer lists {name}, which the model does not have"
+    for conflict in shape_conflicts(optimizer, known_shapes(checkpoint)):
         yield f"{conflict.name}: {conflict.what}"
 
 

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import Any
 
-from vraxion_ckpt.checkpoint.head_names import HeadNames, split_name
+from vraxion_ckpt.checkpoint.head_names import HeadNames, split_name, split_names
 from vraxion_ckpt.errors import BindingError
 
 RESULT_ORDER = (
@@ -59,7 +59,6 @@ class ModelOrder:
     head: float
     leaves: Mapping[str, int]
     _ranks: dict[str, Rank] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _in_head: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of_list(cls, listed: Sequence[str], names: HeadNames) -> ModelOrder:
@@ -70,24 +69,26 @@ class ModelOrder:
         body = {name: i for i, (name, found) in enumerate(zip(listed, in_head, strict=True)) if not found}
         return cls(names, body, float(head), {leaf: i for i, leaf in enumerate(leaves)})
 
-    def rank(self, name: str) -> Rank:
-        """Return the rank of a parameter. It may belong to an expert that the model did not have."""
-        if (known := self._ranks.get(name)) is None:
-            known = self._ranks[name] = self._find_rank(name)
-        return known
-
-    def in_head(self, name: str) -> bool:
-        """Return whether a parameter belongs to the head."""
-        if (known := self._in_head.get(name)) is None:
-            known = self._in_head[name] = split_name(name, self.names) is not None
-        return known
+    def ranks_of(self, names: Iterable[str]) -> list[Rank]:
+        """Return the rank of each parameter. It may belong to an expert that the model did not have."""
+        names = tuple(names)
+        if not self._ranks.keys() >= set(names):
+            split = split_names(names, self.names)
+            for leaf, experts in split.experts.items():
+                head, place = self._of_leaf(leaf)
+                self._ranks.update((f"{self.names.experts}{i}.{leaf}", (head, i, place)) for i in experts)
+            self._ranks.update((name, self._find_rank(name)) for name in split.others)
+        return [*map(self._ranks.__getitem__, names)]
 
     def _find_rank(self, name: str) -> Rank:
         found = split_name(name, self.names)
         if found is None:
             return float(self.body.get(name, _UNKNOWN)), 0, 0
-        expert, leaf = found
-        return (self.head if leaf in self.leaves else _UNKNOWN), expert, self.leaves.get(leaf, 0)
+        head, place = self._of_leaf(found[1])
+        return head, found[0], place
+
+    def _of_leaf(self, leaf: str) -> tuple[float, int]:
+        return (self.head, self.leaves[leaf]) if leaf in self.leaves else (_UNKNOWN, 0)
 
 
 @dataclass(frozen=True)
@@ -118,21 +119,23 @@ class Rule:
         names = list(names)
         if self.kind is not OrderKind.SORTED and (unknown := _without_rank(names, order)):
             raise BindingError("has no known position in the model's order", key=unknown, hint=RESULT_ORDER)
-        return sorted(names, key=self.key(order), reverse=self.kind is OrderKind.REVERSED)
+        keys = dict(zip(names, self.keys(names, order), strict=True))
+        return sorted(names, key=keys.__getitem__, reverse=self.kind is OrderKind.REVERSED)
 
-    def key(self, order: ModelOrder) -> Callable[[str], Any]:
-        """Return the function by which `arranged` sorts names."""
+    def keys(self, names: Sequence[str], order: ModelOrder) -> Sequence[Any]:
+        """Return, for each name, the key by which `arranged` sorts. The model's order must contain the names."""
         if self.kind is OrderKind.SORTED:
-            return str
+            return names
+        ranks = order.ranks_of(names)
         if self.kind is OrderKind.HEAD_FIRST:
-            return lambda name: (not order.in_head(name), order.rank(name))
+            return [(rank[0] != order.head, rank) for rank in ranks]
         if self.kind is OrderKind.HEAD_LAST:
-            return lambda name: (order.in_head(name), order.rank(name))
+            return [(rank[0] == order.head, rank) for rank in ranks]
         if self.classes is not None:
-            which, ranks = self.classes
-            class_of = CLASSES[which]
-            return lambda name: (ranks.get(class_of(name, order.names), len(ranks)), order.rank(name))
-        return order.rank
+            which, classes = self.classes
+            class_of, last = CLASSES[which], len(classes)
+            return [(classes.get(class_of(n, order.names), last), r) for n, r in zip(names, ranks, strict=True)]
+        return ranks
 
     def __str__(self) -> str:
         return str(self.kind)
@@ -140,16 +143,19 @@ class Rule:
 
 def explains(rule: Rule, names: Sequence[str], order: ModelOrder) -> bool:
     """Return whether names are in the order of a rule."""
-    keys = map(rule.key(order), names)
-    in_order = operator.ge if rule.kind is OrderKind.REVERSED else operator.le
-    if not all(in_order(one, other) for one, other in pairwise(keys)):
+    if rule.kind is not OrderKind.SORTED and _without_rank(names, order) is not None:
         return False
-    return rule.kind is OrderKind.SORTED or _without_rank(names, order) is None
+    in_order = operator.ge if rule.kind is OrderKind.REVERSED else operator.le
+    return all(starmap(in_order, pairwise(rule.keys(names, order))))
 
 
 def _without_rank(names: Iterable[str], order: ModelOrder) -> str | None:
     """Return the first name that the model's order does not contain, or None."""
-    return next((name for name in names if order.rank(name)[0] == _UNKNOWN), None)
+    names = list(names)
+    ranks = order.ranks_of(names)
+    if max(ranks, default=(0.0,))[0] < _UNKNOWN:
+        return None
+    return next(name for name, rank in zip(names, ranks, strict=True) if rank[0] == _UNKNOWN)
 
 
 def _last_part(name: str, _: HeadNames) -> str:

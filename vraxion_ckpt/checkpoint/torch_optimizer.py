@@ -188,6 +188,14 @@ def as_unbound(optimizer: Optimizer) -> UnboundOptimizer:
     return UnboundOptimizer(unbind(optimizer), parts=optimizer.parts, part_of_group=part_of_group)
 
 
+def unknown_parameters(checkpoint: Checkpoint, listed: Sequence[str]) -> list[str]:
+    """Return the names of parameters that the model does not have, as far as is known without opening a file."""
+    tensors = checkpoint.open_references()
+    if checkpoint.head is None:
+        return [name for name in listed if name not in tensors]
+    return checkpoint.head.unknown(listed, tensors)
+
+
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     """Return the shapes of the model tensors that are available without opening a file, by name."""
     return {name: tensor.shape for name, tensor in checkpoint.open_references().items()}

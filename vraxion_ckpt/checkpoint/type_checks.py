@@ -98,6 +98,7 @@ def _entry_faults(value: Any, kinds: tuple[Any, ...], place: str) -> Iterator[st
             if _all_right(entries.values(), kinds[1]):
                 return
             if kinds[1] is Expert:
+                entries = {key: entry for key, entry in entries.items() if type(entry) is not Expert or entry.is_open}
                 entries = {key: entry for key, entry in entries.items() if not _is_right_expert(entry)}
             elif kinds[1] == dict[str, Any] and _are_plain_dicts(entries):
                 return
@@ -128,9 +129,9 @@ def _all_right(values: Collection[Any], expected: Any) -> bool:
 
 
 def _is_right_expert(value: Any) -> bool:
-    """Return whether a value is an expert that is closed, or that has only references, at which nobody has looked."""
-    if type(value) is not Expert or not value.is_open:
-        return type(value) is Expert
+    """Return whether a value is an open expert that has only references, at which nobody has looked."""
+    if type(value) is not Expert:
+        return False
     leaves = value.as_stored()
     return _all_right(leaves, str) and _all_right(leaves.values(), TensorRef)
 

@@ -36,10 +36,10 @@ def _sibling(path: Path) -> Path | None:
     """Return another file in the folder of the new file `path`, if possible with its suffix; None if there is none."""
     if path.parent.is_symlink() or not path.parent.is_dir() or path.is_dir():
         return None
-    names = sorted(os.listdir(path.parent))  # noqa: PTH208 - a folder may have thousands of files
-    names.sort(key=lambda name: not name.endswith(path.suffix))
-    files = (path.parent / name for name in names)
-    return next((file for file in files if file.is_file() and not file.is_symlink()), None)
+    with os.scandir(path.parent) as entries:  # a folder may have thousands of files
+        names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    alike = [name for name in names if name.endswith(path.suffix)]
+    return path.parent / min(alike or names) if names else None
 
 
 def _tree(path: Path) -> list[Path]:

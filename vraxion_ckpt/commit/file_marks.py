@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 # Inode, size and modification time of a file. For a directory only the inode, because its size and time vary.
@@ -41,9 +42,18 @@ def survey(target: Path) -> dict[str, Mark]:
     """
     if not target.is_dir():
         return {".": required_mark(target)}
-    found: dict[str, Mark] = {}
-    for folder, folders, names in os.walk(target):
-        below = os.path.relpath(folder, target)
-        for name in (*names, *(name for name in folders if Path(folder, name).is_symlink())):
-            found[name if below == "." else f"{below}/{name}"] = required_mark(f"{folder}/{name}")
-    return found
+    return dict(_marks_below(os.fspath(target), ""))
+
+
+def _marks_below(root: str, folder: str) -> Iterator[tuple[str, Mark]]:
+    """Yield relative path and mark of the files in a folder. Nothing is yielded for a folder that cannot be listed."""
+    try:
+        with os.scandir(f"{root}/{folder}") as entries:
+            listed = [(folder + entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    except OSError:
+        return
+    for name, is_folder in listed:
+        if is_folder:
+            yield from _marks_below(root, f"{name}/")
+        else:
+            yield name, required_mark(f"{root}/{name}")

@@ -138,10 +138,10 @@ class Transaction:
             self.check()
         signals.raise_pending()
         live = os.fspath(self.target)
+        moved = self.watched if self._is_whole else self.new
         for name, mark in self.watched.items():
-            is_untouched = not self._is_whole and name not in self.new
-            old = f"{live}/{name}" if is_untouched else self._where_old(name)
-            if old is not None and (mark_of(old) or ())[: len(mark)] != mark:
+            old = self._where_old(name) if name in moved else f"{live}/{name}"
+            if old is not None and (now := mark_of(old)) != mark and (now or ())[: len(mark)] != mark:
                 self._raise_changed(name)
         if self._is_whole and self.watched and self._live(".").is_dir():
             old = self._where_old(".")

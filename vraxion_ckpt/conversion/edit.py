@@ -40,7 +40,7 @@ from vraxion_ckpt.conversion.verify_before_write import (
 from vraxion_ckpt.errors import InconsistentError, UsageError, memory_errors
 from vraxion_ckpt.experts.companion_updates import CompanionPolicy
 from vraxion_ckpt.plugins import adapter_calls
-from vraxion_ckpt.plugins.adapter import Adapter
+from vraxion_ckpt.plugins.adapter import Adapter, IncrementalDirectoryAdapter
 from vraxion_ckpt.plugins.discovery import AdapterLike, TransformLike, resolve_adapter, resolve_chain
 from vraxion_ckpt.plugins.lent_tensors import LentTensors
 from vraxion_ckpt.plugins.transform import Step
@@ -178,7 +178,8 @@ def _writer(target: Path, options: ReadOptions, to: AdapterLike | None) -> Adapt
     if adapter.name != found.name:
         message = f"has the format {found.name}, which an edit in place cannot change"
         raise UsageError(message, path=target, hint=f"use convert to write {adapter.name} to a new path")
-    if target.is_dir() and adapter_calls.foreign_files(adapter, target) is None:
+    lists_foreign = isinstance(adapter, IncrementalDirectoryAdapter)  # checked by each call
+    if target.is_dir() and not lists_foreign and adapter_calls.foreign_files(adapter, target) is None:
         raise UsageError(
             f"the format {adapter.name} cannot distinguish its own files from foreign ones, which would be lost",
             path=target,

@@ -152,8 +152,8 @@ def check_read_back(
     """
     if found.param_names not in (None, expected.param_names):
         raise InvariantError("param_names changed when the result was read back", path=target)
-    found = binding.bind(found)
     refuse(InvariantError, invariants.invariant_findings(found), target)
+    found = binding.bind(found)  # which checks the optimizer's names and shapes, as the invariants do for a bound one
     found, expected = without_experts(found, untouched), without_experts(expected, untouched)
     listed = list(islice(read_back_differences(expected, found, written), 20))
     if touched := counted_writes(expected) or lent.altered():

@@ -28,7 +28,13 @@ from dataclasses import replace
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerPart
 from vraxion_ckpt.checkpoint.order_rules import OrderKind, Rule, explains
-from vraxion_ckpt.checkpoint.torch_optimizer import RawOptimizer, digest, known_shapes, shape_conflicts
+from vraxion_ckpt.checkpoint.torch_optimizer import (
+    RawOptimizer,
+    digest,
+    known_shapes,
+    shape_conflicts,
+    unknown_parameters,
+)
 from vraxion_ckpt.errors import BindingError
 from vraxion_ckpt.optimizer.assignment import WAYS_OUT
 from vraxion_ckpt.optimizer.inference import FoundNames, OptimizerOrder, infer_names, trainable
@@ -63,9 +69,8 @@ def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: Opti
     raw = RawOptimizer.parse(checkpoint.unbound.state_dict, checkpoint.unbound.part_of_group)
     bound = _bound(checkpoint, raw, given, order)
     shapes = known_shapes(checkpoint)
-    for name in bound.params:
-        if name not in shapes and not (checkpoint.head and checkpoint.head.is_not_loaded(name)):
-            raise BindingError("the model has no such parameter", key=name, hint=WAYS_OUT)
+    for name in unknown_parameters(checkpoint, bound.params):
+        raise BindingError("the model has no such parameter", key=name, hint=WAYS_OUT)
     for conflict in shape_conflicts(bound, shapes):
         raise BindingError(conflict.what, key=conflict.name, hint=WAYS_OUT)
     param_names = checkpoint.param_names

@@ -58,19 +58,19 @@ def _rules_for(lists: Sequence[list[str]], orders: Sequence[ModelOrder]) -> tupl
     """Return the rules that explain all lists."""
     pairs = list(zip(lists, orders, strict=True))
     simple = tuple(rule for rule in _SIMPLE if all(explains(rule, *pair) for pair in pairs))
-    by_leaf = tuple(rule for rule in _leaf_rules(pairs) if all(explains(rule, *pair) for pair in pairs))
-    if not simple:
-        return by_leaf
-    if Rule(OrderKind.MODEL) not in simple:
-        return simple + by_leaf
-    # The model's order fits. Leaf by leaf over the whole model is still possible if a leaf name occurs twice in a list.
-    # Leaf by leaf within the head equals the model's order while there is one expert; then assume the model's order.
-    together = any(len(listed) > len({name.rpartition(".")[2] for name in listed}) for listed in lists)
-    return simple + tuple(r for r in by_leaf if together and r.classes is not None and r.classes[0] == OF_WHOLE_MODEL)
+    variants = list(CLASSES)
+    if Rule(OrderKind.MODEL) in simple:
+        # Leaf by leaf over the whole model is still possible if a leaf name occurs twice in a list. Leaf by leaf within
+        # the head equals the model's order while there is one expert; then assume the model's order.
+        together = any(len(listed) > len({name.rpartition(".")[2] for name in listed}) for listed in lists)
+        variants = [OF_WHOLE_MODEL] if together else []
+    by_leaf = _leaf_rules(variants, pairs)
+    return simple + tuple(rule for rule in by_leaf if all(explains(rule, *pair) for pair in pairs))
 
 
-def _leaf_rules(pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]:
-    for which, class_of in CLASSES.items():
+def _leaf_rules(variants: Iterable[str], pairs: Sequence[tuple[list[str], ModelOrder]]) -> Iterable[Rule]:
+    for which in variants:
+        class_of = CLASSES[which]
         classes = dict.fromkeys(class_of(name, order.names) for names, order in pairs for name in names)
         yield Rule(OrderKind.LEAF_BY_LEAF, (which, {each: i for i, each in enumerate(classes)}))
 
@@ -124,7 +124,8 @@ def _names_of_head(checkpoint: Checkpoint) -> Iterable[str]:
     head = checkpoint.head
     for i, expert in head.experts.items() if head else ():
         assert head is not None
-        yield from (head.prefix(i) + leaf for leaf in (expert if expert.is_open else ("",)))
+        prefix = head.prefix(i)
+        yield from (prefix + leaf for leaf in expert) if expert.is_open else (prefix,)
 
 
 def _is_in_order_of(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from vraxion_ckpt.checkpoint.head_names import split_name
+from vraxion_ckpt.checkpoint.head import HeadKind
+from vraxion_ckpt.checkpoint.head_names import split_name, split_names
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerPart, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, ModelOrder, Rule, explains
@@ -221,8 +222,9 @@ class _Step:
 
     @cached_property
     def orders(self) -> tuple[ModelOrder, ModelOrder]:
-        """The model's order before and after the step."""
-        return order_of(self.before), order_of(self.after)
+        """The model's order before and after the step. If both are equal, they are one object with one set of ranks."""
+        was, now = order_of(self.before), order_of(self.after)
+        return was, was if was == now else now
 
 
 def _by_rule(rule: Rule, step: _Step) -> list[ParamGroup]:
@@ -291,9 +293,14 @@ def missing_parameters(checkpoint: Checkpoint) -> Iterator[str]:
     head, optimizer = checkpoint.head, checkpoint.optimizer
     if head is None or optimizer is None:
         return
+    everyone = {*head.experts, *head.deleted}
+    split = split_names(tuple(optimizer.params), head.names)
+    is_complete = head.kind is HeadKind.EXPERTS and all(everyone <= ids for ids in split.experts.values())
+    if is_complete and not any(split_name(name, head.names) for name in split.others):
+        return
     known = set(optimizer.params)
     leaves = dict.fromkeys(found[1] for name in optimizer.params if (found := split_name(name, head.names)))
-    for i in sorted({*head.experts, *head.deleted}):
+    for i in sorted(everyone):
         expert = head.experts.get(i)
         for leaf in leaves:
             if head.prefix(i) + leaf not in known and not (expert and expert.is_open and leaf not in expert):
@@ -346,6 +353,7 @@ def with_missing_parameters(checkpoint: Checkpoint) -> Checkpoint:
     insert_groups(new, list(added.values()), checkpoint)
     whole = place_in_order(checkpoint, replace(checkpoint, optimizer=new))
     if whole.param_names is not None and not set(missing) <= set(whole.param_names):
-        order = order_of(checkpoint)
-        whole.param_names = tuple(sorted({*whole.param_names, *missing}, key=order.rank))
+        names = list({*whole.param_names, *missing})
+        ranks = dict(zip(names, order_of(checkpoint).ranks_of(names), strict=True))
+        whole.param_names = tuple(sorted(names, key=ranks.__getitem__))
     return whole

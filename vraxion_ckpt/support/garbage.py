@@ -6,12 +6,12 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_NEW_OBJECTS = 100_000
+_NEW_OBJECTS = 500_000
 
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """Search for reference cycles only after 100,000 new objects, in a ``with`` block or as a decorator.
+    """Search for reference cycles only after 500,000 new objects, in a ``with`` block or as a decorator.
 
     A checkpoint of 4,096 experts has some hundred thousand objects. With Python's default of 700, the collector would
     look at all of them, and at those of torch, several times. Objects without cycles are freed at once, as always.

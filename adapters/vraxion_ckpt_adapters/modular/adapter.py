@@ -106,8 +106,8 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         router, rows = files.path(ROUTER_STATE), files.path(META)
         parsed = faults.attempt(lambda: parse_payload(trial.load_payload(router), router, trial.trainers))
         meta = faults.attempt(lambda: parse_meta(rows)) if rows.is_file() else None
-        faults.attempt(lambda: check_names(files.root / "experts"))
-        shards = files.shards()
+        shards, malformed = files.shards()
+        faults.attempt(lambda: check_names(malformed))
         if parsed is not None:
             if meta is not None:
                 faults.attempt(lambda: check_meta(meta, parsed, rows))
@@ -146,8 +146,8 @@ class ModularAdapter(IncrementalDirectoryAdapter):
         if found.head is not None and found.head.kind is HeadKind.EXPERTS:
             message = f"{names.experts}* must be in shards, not in router.state"
             raise InconsistentError(message, path=router, key="model")
-        check_names(files.root / "experts")
-        shards = files.shards()
+        shards, malformed = files.shards()
+        check_names(malformed)
         num_experts = parsed.num_experts
         if num_experts is None:
             num_experts = meta["num_experts"] if meta else max(1, len(shards) if found.head is None else 1)

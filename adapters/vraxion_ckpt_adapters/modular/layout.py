@@ -50,17 +50,17 @@ class CheckpointFiles:
             if place.is_symlink() and not place.resolve().is_relative_to(self.root.resolve()):
                 raise InconsistentError("is a link that leads out of the checkpoint", path=place)
 
-    def shards(self) -> dict[int, str]:
-        """Return the path of each shard by expert id, without opening the files."""
-        found = list_shards(self.root / "experts")
+    def shards(self) -> tuple[dict[int, str], list[Path]]:
+        """Return the path of each shard by expert id, without opening the files, and the paths with malformed names."""
+        found, malformed = list_shards(self.root / "experts")
         if self.removed:
             gone = {f"{self.root}/{name}" for name in self.removed}
             found = {i: path for i, path in found.items() if path not in gone}
-        return found | self.staged_shards()
+        return found | self.staged_shards(), malformed
 
     def staged_shards(self) -> dict[int, str]:
         """Return the shards that an edit has staged."""
-        return list_shards(self.staged / "experts") if self.staged else {}
+        return list_shards(self.staged / "experts")[0] if self.staged else {}
 
 
 def foreign_files(root: Path) -> list[Path]:

@@ -127,13 +127,17 @@ def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, 
     """Return the lifecycle rows by expert id. Raise InconsistentError if they do not match the experts."""
     path = root / META
     rows: dict[int, Lifecycle] = {}
+    checked: dict[tuple[Any, ...], list[str]] = {}  # keys and types of a row → its keys that have no field
     for place, row in enumerate(meta["experts"]):
-        if not isinstance(row, dict) or type(row.get("id")) is not int:
-            message = "a row must be an object with a whole number `id`"
-            raise InconsistentError(message, path=path, key=f"experts[{place}]")
+        kind = (*row, *map(type, row.values())) if isinstance(row, dict) else ()
+        if kind not in checked:
+            checked[kind] = _check_row(row, path, place)
         if row["id"] in rows:
             raise InconsistentError(f"expert {row['id']} has a second row", path=path, key=f"experts[{place}]")
-        rows[row["id"]] = _row_from_json(row, path, place)
+        known = dict(row)
+        expert = known.pop("id")
+        extra = {key: known.pop(key) for key in checked[kind]}
+        rows[expert] = Lifecycle(**known, extra=extra)
     if len(rows) != num_experts or not set(range(num_experts)).issuperset(rows):
         raise InconsistentError(
             f"meta.json has {count(len(rows), 'row')} for {count(num_experts, 'expert')}", path=path, key="experts"
@@ -141,19 +145,16 @@ def parse_rows(meta: dict[str, Any], num_experts: int, root: Path) -> dict[int, 
     return dict(sorted(rows.items()))
 
 
-def _row_from_json(row: dict[str, Any], path: Path, place: int) -> Lifecycle:
-    known: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
+def _check_row(row: Any, path: Path, place: int) -> list[str]:
+    """Check the keys and the types of a row. Return its keys that are not fields of a `Lifecycle`."""
+    if not isinstance(row, dict) or type(row.get("id")) is not int:
+        message = "a row must be an object with a whole number `id`"
+        raise InconsistentError(message, path=path, key=f"experts[{place}]")
     for entry, value in row.items():
         kinds = _ROW_TYPES.get(entry)
-        if kinds is None:
-            extra[entry] = value
-        elif type(value) not in kinds:
+        if kinds is not None and type(value) not in kinds:
             raise InconsistentError(f"{entry} must be {_TYPE_NAMES[kinds]}", path=path, key=f"experts[{place}]")
-        else:
-            known[entry] = value
-    del extra["id"]
-    return Lifecycle(**known, extra=extra)
+    return [entry for entry in row if entry != "id" and entry not in _ROW_TYPES]
 
 
 def _row_to_json(expert: int, row: Lifecycle, keys: tuple[str, ...], others: Sequence[str]) -> dict[str, Any]:

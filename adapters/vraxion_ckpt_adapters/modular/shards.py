@@ -40,27 +40,28 @@ def shard_name(expert: int) -> str:
     return f"expert_{expert:03d}.pt"
 
 
-def list_shards(folder: Path) -> dict[int, str]:
-    """Return the paths that are named like a shard, by expert id."""
-    found = ((SHARD.fullmatch(name), name) for name in _names(folder))
-    return dict(sorted((int(match[1]), f"{folder}/{name}") for match, name in found if match))
-
-
-def check_names(folder: Path) -> None:
-    """Raise InconsistentError if loaders would ignore a shard because of its name, for example expert_1.pt."""
-    for name in sorted(_names(folder)):
-        if name.startswith("expert_") and name.endswith(".pt") and not SHARD.fullmatch(name):
-            message = "a shard must be named expert_<id>.pt, with an id of at least three digits"
-            raise InconsistentError(message, path=folder / name)
-
-
-def _names(folder: Path) -> list[str]:
+def list_shards(folder: Path) -> tuple[dict[int, str], list[Path]]:
+    """Return the paths that are named like a shard, by expert id, and those whose names are malformed."""
     if not folder.is_dir():
-        return []
+        return {}, []
     try:
-        return os.listdir(folder)  # noqa: PTH208 - faster for thousands of files
+        names = os.listdir(folder)  # noqa: PTH208 - faster for thousands of files
     except OSError as error:
         raise StorageError.from_os_error(error, folder) from error
+    place, found, malformed = os.fspath(folder), {}, []
+    for name in names:
+        if match := SHARD.fullmatch(name):
+            found[int(match[1])] = f"{place}/{name}"
+        elif name.startswith("expert_") and name.endswith(".pt"):
+            malformed.append(folder / name)
+    return {expert: found[expert] for expert in sorted(found)}, malformed
+
+
+def check_names(malformed: Collection[Path]) -> None:
+    """Raise InconsistentError if loaders would ignore a shard because of its name, for example expert_1.pt."""
+    if malformed:
+        message = "a shard must be named expert_<id>.pt, with an id of at least three digits"
+        raise InconsistentError(message, path=min(malformed))
 
 
 def below(shards: Mapping[int, str], num_experts: int) -> dict[int, str]:
