@@ -415,13 +415,19 @@ def test_a_large_tuple_is_never_hashed(path: Path, holder: str, key: bytes) -> N
     refused(path, LimitError, "a tuple of more than a hundred values")
 
 
+def same_hash(count: int) -> list[bytes]:
+    """Return opcodes that put items into a dict whose keys have the same hash."""
+    return [b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"Ns" for n in range(count)]
+
+
 @pytest.mark.parametrize("holder", ["dict", "items", "set", "OrderedDict", "attributes"])
 def test_keys_that_have_the_same_hash_are_beyond_the_limit(path: Path, holder: str) -> None:
     """Storing so many of them would take minutes."""
-    numbers = [b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") for n in range(60_000)]
+    items = same_hash(60_000)
+    numbers = [item[:-2] for item in items]
     pairs = [b"(" + b"".join(one + b"N" for one in numbers[at : at + 1000]) + b"u" for at in range(0, 60_000, 1000)]
     made = {
-        "dict": b"}" + b"".join(one + b"Ns" for one in numbers),
+        "dict": b"}" + b"".join(items),
         "items": b"}" + b"".join(pairs),
         "set": call("builtins.set", b"](" + b"".join(numbers) + b"e"),
         "OrderedDict": call("collections.OrderedDict") + b"".join(pairs),

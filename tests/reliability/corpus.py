@@ -14,7 +14,7 @@ import struct
 import tarfile
 import tempfile
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -267,7 +267,9 @@ PT: Entries = {
         live=".",
     ),
     "pickled module": Bad(
-        saved(lambda _: nn.Linear(2, 2)), UnsafeError, ("--allow-global torch.nn.modules.linear.Linear",)
+        saved(lambda _: nn.Linear(2, 2)),
+        UnsafeError,
+        (r"would call torch\.nn\.modules\.linear\.Linear", r"state_dict\(\)"),
     ),
     "numpy number among the losses": Bad(
         saved(lambda _: {"model": {"w": torch.ones(2)}, "losses": [np.float64(0.1)]}),
@@ -277,7 +279,15 @@ PT: Entries = {
     "class of the trainer's own": Bad(
         saved(lambda _: {"model": {}, "config": of_torchfile.Config()}),
         UnsafeError,
-        (rf"--allow-global {re.escape(of_torchfile.Config.__module__)}\.Config",),
+        (r"\[config\]", rf"{re.escape(of_torchfile.Config.__module__)}\.Config", "--drop-key config"),
+    ),
+    "harmless object": Bad(
+        saved(lambda _: {"model": {}, "log": {"it": defaultdict(list)}}),
+        UnsafeError,
+        (r"\[log\.it\]", r"collections\.defaultdict", r"--drop-key log\.it"),
+    ),
+    "array of objects": Bad(
+        saved(lambda _: {"model": {}, "x": np.array([None])}), UnsupportedError, (r"\[x\]", "numpy array of objects")
     ),
     "memory from elsewhere": Bad(
         pickled(b"}" + of_torchfile.text("w") + of_torchfile.call("torch.Tensor", of_torchfile.number(1000)) + b"s"),
@@ -310,7 +320,7 @@ PT: Entries = {
     "tensor subclass": Bad(
         model(lambda: torch.ones(2).as_subclass(of_torchfile.Marked)), UnsupportedError, ("a tensor subclass",)
     ),
-    "set": Bad(model(lambda: {1, 2}), UnsupportedError, (r"\[model\.w\]", r"builtins\.set")),
+    "set": Bad(model(lambda: {1, 2}), UnsupportedError, (r"\[model\.w\]", "is a set, not a tensor")),
     # limit
     "deflate bomb": Bad(deflated(100 * 2**20), LimitError, ("archive/data/0", "inflate beyond the file")),
     "stride 0 giant": Bad(tensor((10**12,), (0,)), LimitError, (r"\[w\]", "repeats its storage")),
@@ -318,6 +328,13 @@ PT: Entries = {
         model(lambda: torch.ones(1).expand(10**12)), LimitError, (r"\[model\.w\]", "repeats its storage")
     ),
     "shared lists": Bad(pickled(of_torchfile.bomb(90)), LimitError, ("more than 5000000 values",)),
+    "deep tuple as a key": Bad(pickled(b"}N" + b"\x85" * 10**6 + b"Ns"), LimitError, ("more than a hundred values",)),
+    "deep tuple in a set": Bad(
+        pickled(of_torchfile.call("builtins.set", b"]N" + b"\x85" * 10**6 + b"a")),
+        LimitError,
+        ("more than a hundred values",),
+    ),
+    "keys of one hash": Bad(pickled(b"}" + b"".join(of_torchfile.same_hash(60_000))), LimitError, ("hashes",)),
     "list that holds itself": Bad(pickled(b"]q\0h\0a"), LimitError, ("nested deeper",)),
     "lists 200,000 deep": Bad(pickled(b"]" * 200_000 + b"a" * 199_999), LimitError, ("nested deeper",)),
     "tuples 200,000 deep": Bad(pickled(b"N" + b"\x85" * 200_000), LimitError, ("nested deeper",)),
@@ -326,7 +343,9 @@ PT: Entries = {
     "a list": Bad(saved(lambda _: [torch.ones(2)]), InconsistentError, ("holds a list, not a dict",)),
     "a tensor": Bad(saved(lambda _: torch.ones(2)), InconsistentError, ("holds a Tensor, not a dict",)),
     "whole numbers as keys": Bad(saved(lambda _: {"model": {0: torch.ones(2)}}), InconsistentError, ("must be text",)),
-    "a tuple as a key": Bad(pickled(b"}N\x85Ns"), InconsistentError, ("key of type tuple",)),
+    "a tuple as a name": Bad(
+        saved(lambda _: {"model": {(1,): torch.ones(2)}}), InconsistentError, ("keys must be text",)
+    ),
     "both kinds of head": Bad(saved(lambda _: {"model": BOTH_HEADS}), InconsistentError, ("holds both",)),
 }
 

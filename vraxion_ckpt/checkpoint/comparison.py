@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vraxion_ckpt.checkpoint.foreign_values import stand_in_of
 from vraxion_ckpt.checkpoint.model import Checkpoint
-from vraxion_ckpt.checkpoint.plain_data import bytes_of, dtype_and_shape, in_fixed_order
+from vraxion_ckpt.checkpoint.plain_data import PLAIN_TYPES, bytes_of, dtype_and_shape, in_fixed_order
 from vraxion_ckpt.checkpoint.references import TensorRef, as_reference, is_tensor
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.checkpoint.tensor_dict import SCALARS, PackedFloats, TensorDict, referenced
@@ -73,7 +73,8 @@ Same = Callable[[TensorRef, TensorRef], bool]
 
 def differences(a: Any, b: Any, key: str = "", *, same: Same = same_bits) -> Iterator[str]:
     """Yield one line, with a key, for each difference between two plain values. The order of dict entries counts."""
-    a, b = stand_in_of(a), stand_in_of(b)
+    if type(a) not in PLAIN_TYPES or type(b) not in PLAIN_TYPES:
+        a, b = stand_in_of(a), stand_in_of(b)
     if isinstance(a, TensorDict) or isinstance(b, TensorDict):
         a, b = (value.as_stored() if isinstance(value, TensorDict) else value for value in (a, b))
         yield from differences(a, b, key, same=same)

@@ -61,12 +61,12 @@ def packed(value: Any) -> Any:
     return _Replacement(_packed_list, _SCALARS_AND_REFERENCES).of(value)
 
 
-def with_originals(value: Any, replaced: Callable[[Any], Any] = original_of) -> Any:
-    """Return a value with what `replaced` returns for each set, each stand-in and each other value but a tensor.
+def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value with what `change` returns for each value that is no reference, scalar, dict, list or tuple.
 
     Containers in which nothing is replaced are returned unchanged. Those that occur twice also do in the result.
     """
-    return _Replacement(replaced, _SCALARS_AND_REFERENCES).of(value)
+    return _Replacement(change, _SCALARS_AND_REFERENCES).of(value)
 
 
 def _reference(value: Any) -> Any:

@@ -50,6 +50,7 @@ _TEXT_KIND, _OTHER, _LIST, _DICT, _ORDERED_DICT, _UNKNOWN = (
     int(kind) for kind in (_Kind.TEXT, _Kind.OTHER, _Kind.LIST, _Kind.DICT, _Kind.ORDERED_DICT, _Kind.UNKNOWN)
 )
 _IN_MEMO = bytes(_Kind.REPEATED_DICT if kind == _DICT else kind for kind in range(_LARGE_TUPLE + 1))
+_SIZES = bytes(1 + max(0, kind - _EMPTY_TUPLE) for kind in range(_LARGE_TUPLE + 1))
 _RESULTS: dict[int, int] = {
     _Kind.FUNCTION: _Kind.OTHER,
     _Kind.ORDERED_DICT_CLASS: _Kind.ORDERED_DICT,
@@ -118,12 +119,24 @@ ORDERED_DICT = "collections.OrderedDict"
 _MOST_UNUSED = 256  # memo indices that a pickle may leave out; Python 2 begins with 1
 
 
+class _TupleAsKeyError(Exception):
+    """A tuple is a key, so the values in tuples must be counted."""
+
+
 def _tuple_of(kinds: bytearray) -> int:
     """Return the kind of a tuple of values of some kinds."""
-    kind = _EMPTY_TUPLE + len(kinds)
-    if kinds and max(kinds) >= _EMPTY_TUPLE:
-        kind += sum(inner - _EMPTY_TUPLE for inner in kinds if inner >= _EMPTY_TUPLE)
-    return min(kind, _LARGE_TUPLE)
+    return min(_EMPTY_TUPLE + sum(kinds.translate(_SIZES)), _LARGE_TUPLE)
+
+
+def scan_pickle(data: bytes, known: Callable[[str], object], stateful: Collection[str] = ()) -> PickleScan:
+    """Return the scan of a pickle, after `PickleScan.run`. Takes the same arguments, and raises the same errors."""
+    scan = PickleScan(data, known, stateful)
+    try:
+        scan.run()
+    except _TupleAsKeyError:
+        scan = PickleScan(data, known, stateful, counts_values=True)
+        scan.run()
+    return scan
 
 
 def _wrong_opcode(code: int) -> Exception:
@@ -140,6 +153,7 @@ class PickleScan:
         data: the pickle.
         known: returns something other than None for the full name of a class or function that has a stand-in.
         stateful: full names of further classes and functions, whose results may get a state.
+        counts_values: whether to count the values in each tuple, so that tuples may be keys. This takes time.
 
     Attributes:
         unknown: full names of all other classes and functions in the pickle, after `run`.
@@ -149,6 +163,7 @@ class PickleScan:
     data: bytes
     known: Callable[[str], object]
     stateful: Collection[str] = ()
+    counts_values: bool = False
     unknown: set[str] = field(default_factory=set)
     odd_keys: int = 0
     _stack: bytearray = field(default_factory=bytearray)
@@ -166,6 +181,7 @@ class PickleScan:
             InconsistentError: the attributes of an OrderedDict are not a dict.
             LimitError: a dict is copied repeatedly, or a key is a tuple of very many values.
             pickle.UnpicklingError: the pickle is damaged, or uses something other than a dict, list or function as one.
+            _TupleAsKeyError: a tuple is a key, but values in tuples are not counted.
         """
         try:
             self._run()
@@ -212,7 +228,9 @@ class PickleScan:
                     self._marks.append(len(stack))
             elif code == _MANY:
                 start = self._marks.pop()
-                stack[start:] = [_tuple_of(stack[start:])]
+                kind = _tuple_of(stack[start:]) if self.counts_values else _LARGE_TUPLE
+                del stack[start:]
+                stack.append(kind)
             elif code in others:
                 at = others[code](at)
             elif code == _STOP:
@@ -270,7 +288,10 @@ class PickleScan:
         self._memo[index : index + 1] = bytes([_IN_MEMO[self._stack[-1]]])
 
     def _tuple(self, size: int, at: int) -> int:
-        self._stack[-size:] = [_tuple_of(self._stack[-size:])]
+        stack = self._stack
+        kind = _tuple_of(stack[-size:]) if self.counts_values else _LARGE_TUPLE
+        del stack[-size:]
+        stack.append(kind)
         return at
 
     def _counted(self, at: int) -> int:
@@ -337,6 +358,8 @@ class PickleScan:
     def _set(self, start: int, at: int) -> int:
         keys = self._stack[start::2]
         if keys.count(_TEXT_KIND) != len(keys):
+            if max(keys) >= _EMPTY_TUPLE and not self.counts_values:
+                raise _TupleAsKeyError
             if _LARGE_TUPLE in keys:
                 raise LimitError("has a key that is a tuple of more than a hundred values")
             self.odd_keys += len(keys) - keys.count(_TEXT_KIND)

@@ -12,8 +12,8 @@ from typing import Any
 
 from vraxion_ckpt.checkpoint.foreign_values import original_of
 from vraxion_ckpt.checkpoint.plain_data import in_fixed_order
-from vraxion_ckpt.checkpoint.references import ITEMSIZES, Storage, TensorRef
-from vraxion_ckpt.checkpoint.tensor_dict import referenced, with_originals
+from vraxion_ckpt.checkpoint.references import ITEMSIZES, Storage, TensorRef, as_reference, is_tensor
+from vraxion_ckpt.checkpoint.tensor_dict import PackedFloats, TensorDict, replaced
 from vraxion_ckpt.errors import UnsupportedError
 
 
@@ -33,7 +33,7 @@ def pickled(value: Any) -> Pickled:
     """
     pieces = _Pieces()
     pickler = _Pickler(pieces, 2)
-    pickler.dump(with_originals(referenced(value), _to_pickle))
+    pickler.dump(replaced(value, _to_pickle))
     return Pickled(b"".join(pieces), tuple(pickler.keys))
 
 
@@ -68,7 +68,13 @@ class _NoBytes:
 
 
 def _to_pickle(value: Any) -> Any:
-    """Return what to pickle instead of a value that is not a dict, list, tuple or tensor."""
+    """Return what to pickle instead of a set, or of another value that is not a dict, list or tuple."""
+    if isinstance(value, TensorDict):
+        return replaced(value.references(), _to_pickle)
+    if is_tensor(value):
+        return as_reference(value)
+    if isinstance(value, PackedFloats):
+        return value.tolist()
     if isinstance(value, set):
         return _Set(in_fixed_order(value))
     return _NoBytes() if type(value) is bytes and not value else original_of(value)

@@ -21,7 +21,7 @@ from vraxion_ckpt.checkpoint.references import ITEMSIZES
 from vraxion_ckpt.checkpoint.source_files import StoredBytes
 from vraxion_ckpt.errors import CorruptError, UnsafeError, raise_if_out_of_memory
 from vraxion_ckpt.formats.numpy_stand_ins import NUMPY_NAMES, WITH_STATE
-from vraxion_ckpt.formats.pickle_scan import PickleScan, current_name
+from vraxion_ckpt.formats.pickle_scan import current_name, scan_pickle
 from vraxion_ckpt.formats.stand_ins import KeyHashes, StandIns, StandInStorage, StorageType
 
 # Modules that a pickle may never use, even if the user allows it. Its author wants to run a command.
@@ -88,8 +88,7 @@ def read_pickle(
     stand_ins = StandIns(len(data))
     usable = {name: value for name, value in allowed.items() if name.split(".")[0] not in NEVER_ALLOWED}
     others = {name: value for name, value in usable.items() if name not in NUMPY_NAMES}
-    scan = PickleScan(data, lambda name: stand_ins.find(name) or stand_ins.numpy.get(name), WITH_STATE | others.keys())
-    scan.run()
+    scan = scan_pickle(data, lambda name: stand_ins.find(name) or stand_ins.numpy.get(name), WITH_STATE | others.keys())
     if attacks := sorted(filter(is_attack, scan.unknown)):
         raise _attack(attacks, allowed)
     checked = bool(others) or scan.odd_keys > _MOST_UNCHECKED
