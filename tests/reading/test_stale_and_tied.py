@@ -200,13 +200,18 @@ def test_a_router_map_too_narrow_for_the_next_id_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", [lambda o: {"optimizer_state_dict": o}, lambda o: {"all": {"optimizers": [o]}}])
-def test_an_optimizer_in_another_place_is_carried_but_never_left_ungrown(where, tmp_path):
+def test_an_optimizer_in_another_place_is_carried_and_grown(where, tmp_path):
     payload = {"model": experts(2), **where(optimizer(["theta", E0, E1]))}
     torch.save(payload, tmp_path / "a.pt")
     vc.convert(tmp_path / "a.pt", tmp_path / "same.pt")
     assert_same(load(tmp_path / "same.pt"), payload)
-    with pytest.raises(vc.TransformError, match="so it cannot be updated"):
+    with pytest.raises(BindingError, match="not known for certain"):
         vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT])
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[SPLIT], optimizer_order="model")
+    found = load(tmp_path / "b.pt")
+    grown = found["optimizer_state_dict"] if "optimizer_state_dict" in found else found["all"]["optimizers"][0]
+    assert grown["param_groups"][0]["params"] == [0, 1, 2, 3]
+    assert grown["state"].keys() == {0, 1, 2, 3}
 
 
 def test_a_parent_with_nan_or_infinity_is_cloned_only_if_allowed_and_what_noise_cannot_touch_is_said(tmp_path):
