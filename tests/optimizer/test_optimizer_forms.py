@@ -445,3 +445,16 @@ def test_a_container_without_optimizers_is_carried(empty, tmp_path):
     torch.save({"model": Net(2).state_dict(), "optimizer": empty}, tmp_path / "saved.pt")
     vc.convert(tmp_path / "saved.pt", tmp_path / "out.pt", transforms=CHAINS["2 to 3"][2])
     assert load(tmp_path / "out.pt")["optimizer"] == empty
+
+
+@pytest.mark.parametrize("through", ["saved.pt", "on.safetensors"])
+def test_one_of_several_optimizers_can_be_left_out(through, tmp_path):
+    saved(tmp_path / "saved.pt", "keys", "numbered", 2)
+    if through != "saved.pt":
+        vc.convert(tmp_path / "saved.pt", tmp_path / through)
+    payload = load(tmp_path / "saved.pt")
+    vc.convert(tmp_path / through, tmp_path / "out.pt", drop_keys=["optim_head"], losses="warn")
+    found = load(tmp_path / "out.pt")
+    assert "optim_head" not in found
+    assert_same(found["optim"], payload["optim"])
+    assert vc.open(tmp_path / "out.pt").optimizer.params == ["body.weight", "body.bias"]

@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vraxion_ckpt.checkpoint.model import Checkpoint
+from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerPart, ParamGroup, UnboundOptimizer
+from vraxion_ckpt.checkpoint.places import MISSING, value_at
 from vraxion_ckpt.checkpoint.references import TensorRef
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict, referenced, resolved
 from vraxion_ckpt.errors import InconsistentError
@@ -194,6 +195,39 @@ def unknown_parameters(checkpoint: Checkpoint, listed: Sequence[str]) -> list[st
     if checkpoint.head is None:
         return [name for name in listed if name not in tensors]
     return checkpoint.head.unknown(listed, tensors)
+
+
+def without_lost_optimizers(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint without the optimizers whose places are no longer in its payload."""
+    held = checkpoint.unbound if isinstance(checkpoint, UnboundCheckpoint) else checkpoint.optimizer
+    if held is None:
+        return checkpoint
+    payload = checkpoint.payload.as_stored()
+    kept = [n for n, part in enumerate(held.parts) if not part.place or value_at(payload, part.place) is not MISSING]
+    if len(kept) == len(held.parts):
+        return checkpoint
+    if not kept:
+        return checkpoint.with_optimizer(None)
+    parts = tuple(held.parts[number] for number in kept)
+    if isinstance(held, Optimizer):
+        groups = [replace(group, part=kept.index(group.part)) for group in held.groups if group.part in kept]
+        names = {name for group in groups for name in group.params}
+        state = {name: slots for name, slots in held.state.references().items() if name in names}
+        extra = _extra_of(held.extra.references(), parts)
+        return checkpoint.with_optimizer(
+            replace(held, groups=groups, state=TensorDict(state), extra=TensorDict(extra), parts=parts)
+        )
+    raw = RawOptimizer.parse(held.state_dict, held.part_of_group).of_parts(kept)
+    state_dict = {"state": raw.state, "param_groups": raw.groups, **_extra_of(raw.extra, parts)}
+    numbers = tuple(kept.index(number) for number in raw.part_of_group) if len(parts) > 1 else ()
+    return checkpoint.with_unbound(UnboundOptimizer(state_dict, parts=parts, part_of_group=numbers))
+
+
+def _extra_of(extra: Mapping[str, Any], parts: Sequence[OptimizerPart]) -> dict[str, Any]:
+    """Return what `Optimizer.extra` is if only some of several parts are left."""
+    if len(parts) == 1:
+        return dict(extra.get(parts[0].label, {}))
+    return {part.label: extra[part.label] for part in parts if part.label in extra}
 
 
 def known_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:

@@ -49,8 +49,6 @@ from vraxion_ckpt.optimizer.parameter_order import lists_of, model_order, order_
 from vraxion_ckpt.wording import count
 from vraxion_ckpt.wording import listed as listed_in_words
 
-LEAVE_OUT = "leave one of them out (--drop-key KEY), or all of them (--optimizer drop)"
-
 
 def bind(checkpoint: Checkpoint, given: Sequence[str] | None = None, order: OptimizerOrder | None = None) -> Checkpoint:
     """Bind the optimizer of an `UnboundCheckpoint` to parameter names.
@@ -191,7 +189,7 @@ def _name_others(
         raise BindingError(
             f"the optimizers {listed_in_words(several, 4)} have {count(len(raw.ids), 'parameter')} without names, but "
             f"only {len(candidates)} tensors can be parameters: some are in two of them",
-            hint=LEAVE_OUT,
+            hint=_how_to_leave_out(unbound.parts[max(raw.part_of_group)]),
         )
     return infer_names(checkpoint, raw, candidates, stated=order)
 
@@ -206,8 +204,12 @@ def _refuse_shared(found: Mapping[int, FoundNames], parts: Sequence[OptimizerPar
                 raise BindingError(
                     f"is in two optimizers, {parts[other]} and {parts[number]}",
                     key=name,
-                    hint=LEAVE_OUT,
+                    hint=_how_to_leave_out(parts[number] if parts[number].place else parts[other]),
                 )
+
+
+def _how_to_leave_out(part: OptimizerPart) -> str:
+    return f"leave it out (--drop-key {part.place[0] if part.place else 'KEY'}), or all of them (--optimizer drop)"
 
 
 def _check_against_groups(checkpoint: UnboundCheckpoint, raw: RawOptimizer, given: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from vraxion_ckpt.checkpoint.entries import without_entries
 from vraxion_ckpt.checkpoint.model import Checkpoint, UnboundCheckpoint
 from vraxion_ckpt.checkpoint.provenance import Neighbour
 from vraxion_ckpt.checkpoint.tensor_dict import TensorDict
+from vraxion_ckpt.checkpoint.torch_optimizer import without_lost_optimizers
 from vraxion_ckpt.checkpoint.type_checks import wrong_leaves, wrong_type
 from vraxion_ckpt.formats.numpy_stand_ins import NUMPY_NAMES
 from vraxion_ckpt.plugins.adapter import Adapter, Faults, IncrementalDirectoryAdapter, Loss, OutputFile
@@ -222,7 +223,7 @@ def _without_keys(checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
     others = [key for key in dict.fromkeys(context.drop_keys) if key not in context.dropped]
     left, dropped = without_entries(payload, others)
     origin = replace(checkpoint.origin, dropped=(*sorted(context.dropped), *dropped))
-    return replace(checkpoint, payload=TensorDict(left), origin=origin)
+    return without_lost_optimizers(replace(checkpoint, payload=TensorDict(left), origin=origin))
 
 
 def _guarded(adapter: Adapter, checkpoint: Checkpoint, context: ReadContext) -> Checkpoint:
