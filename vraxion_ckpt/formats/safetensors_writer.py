@@ -36,7 +36,7 @@ _BLOCK = 2**24  # bytes of a non-contiguous tensor that are copied at a time
 
 
 def save_safetensors(tensors: Mapping[str, Tensor | TensorRef], metadata: Mapping[str, str], path: Path) -> None:
-    """Write tensors of `NATIVE_DTYPE_NAMES` and text to a new file. Bytes of source files are copied by the kernel.
+    """Write tensors of `NATIVE_DTYPE_NAMES` and text to a new file. Bytes of source files go from file to file.
 
     Tensors with larger elements come first, so that all are aligned; otherwise the order is kept. Non-contiguous
     tensors are copied in pieces.
