@@ -286,9 +286,6 @@ PT: Entries = {
         UnsafeError,
         (r"\[log\.it\]", r"collections\.defaultdict", r"--drop-key log\.it"),
     ),
-    "array of objects": Bad(
-        saved(lambda _: {"model": {}, "x": np.array([None])}), UnsupportedError, (r"\[x\]", "numpy array of objects")
-    ),
     "memory from elsewhere": Bad(
         pickled(b"}" + of_torchfile.text("w") + of_torchfile.call("torch.Tensor", of_torchfile.number(1000)) + b"s"),
         UnsafeError,

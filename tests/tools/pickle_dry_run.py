@@ -13,7 +13,7 @@ import pickle
 import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -73,10 +73,14 @@ class _Dict(dict[Any, Any]):
     """A dict or OrderedDict in the pickle."""
 
     dry_run: DryRun
+    hashes: set[int] = field(default_factory=set)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         _refuse_to_hash(key)
         super().__setitem__(key, value)
+        self.hashes.add(hash(key))
+        if len(self) - len(self.hashes) > 1000:  # many more would take minutes, also with torch
+            raise LimitError("has keys of the same hash")
 
     def __setstate__(self, state: Any) -> None:
         _refuse_state(state)
