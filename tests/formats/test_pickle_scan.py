@@ -29,7 +29,7 @@ def scanned(data: bytes) -> tuple[Any, ...]:
     scan = pickle_scan.PickleScan(data, StandIns(len(data)).find)
     try:
         scan.run()
-    except (CkptError, pickle_scan.pickle.UnpicklingError) as error:
+    except (CkptError, pickle_scan._TupleAsKeyError, pickle_scan.pickle.UnpicklingError) as error:
         return type(error), str(error)
     kinds = [[min(kind, pickle_scan._EMPTY_TUPLE) for kind in each] for each in (scan._stack, scan._memo)]
     return scan.unknown, scan.odd_keys, kinds, scan._marks, scan._gaps

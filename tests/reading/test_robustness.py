@@ -373,7 +373,6 @@ RAN_OUT = [
         ("vraxion_ckpt.analysis.content_findings.is_finite", "check {a}"),
         ("vraxion_ckpt.analysis.tensor_facts.value_facts", "inspect {a} --values"),
         ("vraxion_ckpt.reporting.report.gather", "report {a} -o {o}.html"),
-        ("mmap.mmap", "convert {a} {o}.pt"),
     ],
 )
 def test_running_out_of_memory_is_told_whoever_notices(where, command, error, cli, tmp_path, monkeypatch):
