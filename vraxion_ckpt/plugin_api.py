@@ -62,7 +62,7 @@ from vraxion_ckpt.errors import (
     UsageError,
 )
 from vraxion_ckpt.experts.optimizer_clones import StatePolicy
-from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_experts
+from vraxion_ckpt.experts.preconditions import check_expert, head_of, head_of_experts, put_record
 from vraxion_ckpt.experts.surgery import clone_expert, remove_expert, rename_head
 from vraxion_ckpt.formats.document import document_text, dump_document, load_document
 from vraxion_ckpt.formats.extras import OUR_KEY, OUR_PREFIX, Extras
@@ -220,6 +220,7 @@ __all__ = [
     "plural",
     "prefix_to_record",
     "progress_bar",
+    "put_record",
     "recorded_dialect",
     "refuse_unhealthy",
     "remove_expert",

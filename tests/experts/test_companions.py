@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support import assert_same, load
+from support import DATA, assert_same, load
 from test_optimizer_order import Net, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -314,3 +314,12 @@ def test_schedulers_get_an_entry_for_each_new_group(tmp_path):
     rates = {g["param_names"][0]: rate for g, rate in zip(new.param_groups, again.base_lrs, strict=True)}
     assert rates["head.experts.0.weight"] == rates["head.experts.1.weight"]
     assert rates["tail.bias"] == scheduler.base_lrs[-1]
+
+
+def test_a_model_of_another_shape_is_no_average(tmp_path):
+    state = torch.load(DATA / "named_experts3.pt")["model"]
+    body = next(name for name, value in state.items() if value.ndim == 2 and not name.startswith("head."))
+    other = {**state, body: torch.cat([state[body], state[body]])}
+    torch.save({"model": state, "disc": other}, tmp_path / "a.pt")
+    with pytest.raises(vc.CkptError, match=r"disc.*has shape"):
+        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=["prune_merge:merge_from=2,merge_into=0"])

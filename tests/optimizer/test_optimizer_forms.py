@@ -458,3 +458,44 @@ def test_one_of_several_optimizers_can_be_left_out(through, tmp_path):
     assert "optim_head" not in found
     assert_same(found["optim"], payload["optim"])
     assert vc.open(tmp_path / "out.pt").optimizer.params == ["body.weight", "body.bias"]
+
+
+def divided(model, how):
+    """Return optimizers in which experts are divided by their ids, which names in the groups tell."""
+    named = dict(model.named_parameters())
+    of = {i: [(n, p) for n, p in named.items() if n.startswith(f"head.experts.{i}.")] for i in range(3)}
+    body = [(n, p) for n, p in named.items() if not n.startswith("head.experts.")]
+    if how == "an optimizer for each":
+        return [torch.optim.Adam(of[i]) for i in range(3)]
+    if how == "by parity":
+        return [torch.optim.Adam([*body, *of[0], *of[2]]), torch.optim.Adam(of[1])]
+    if how == "a group for the last":
+        return [torch.optim.Adam([{"params": [*body, *of[0], *of[1]]}, {"params": of[2], "lr": 0.1}])]
+    weights = [{"params": [of[i][0]]} for i in range(3)]
+    return [torch.optim.Adam([{"params": body}, *weights, {"params": [of[i][1] for i in range(3)]}])]
+
+
+@pytest.mark.parametrize("how", ["an optimizer for each", "by parity", "a group for the last", "weights for each"])
+@pytest.mark.parametrize(
+    "chain", ["mitosis_split:parent=1,addresses=[1],noise=0", "prune_merge:merge_from=0,merge_into=1,renumber=true"]
+)
+def test_experts_that_are_divided_by_their_ids_are_refused(tmp_path, how, chain):
+    class Divided(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Linear(4, 4)
+            self.register_buffer("router_map", torch.arange(12) % 3)
+            self.head = torch.nn.Module()
+            self.head.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+    model = Divided()
+    optimizers = divided(model, how)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, tmp_path / "a.pt")
+    vc.convert(tmp_path / "a.pt", tmp_path / "same.pt")
+    with pytest.raises(vc.CkptError, match="experts are divided over several optimizers or param groups"):
+        vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[chain])
+    vc.convert(tmp_path / "a.pt", tmp_path / "b.pt", transforms=[chain], optimizer="drop")

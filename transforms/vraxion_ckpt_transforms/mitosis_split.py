@@ -26,6 +26,7 @@ from vraxion_ckpt.plugin_api import (
     hookimpl,
     lacking_in_request,
     load_plan,
+    put_record,
     refuse_unhealthy,
     requested_by_trainer,
     router_owners,
@@ -75,12 +76,15 @@ class MitosisSplit(Transform):
         moved[torch.from_numpy(taken)] = child
         checkpoint.router_map = moved.to(router.dtype)
         checkpoint.plan = None
-        checkpoint.payload["mitosis"] = {
+        record = {
             "parent": parent,
             "child": child,
             "addresses": list(addresses),
             "noise": self.noise,
         }
+        put_record(
+            checkpoint, "mitosis", record, known=("parent", "parent_expert", "hot_addresses", "imbalance", "slope")
+        )
         return checkpoint
 
     def _head_and_owners(self, checkpoint: Checkpoint) -> tuple[Head, Ints]:

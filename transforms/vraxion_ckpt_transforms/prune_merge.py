@@ -15,6 +15,7 @@ from vraxion_ckpt.plugin_api import (
     check_expert,
     head_of_experts,
     hookimpl,
+    put_record,
     refuse_unhealthy,
     remove_expert,
     router_owners,
@@ -44,11 +45,12 @@ class PruneMerge(Transform):
         if router is not None and (router_owners(router) == removed).any():
             refuse_unhealthy(checkpoint, self.merge_into, allow_zero=self.allow_zero, allow_nan=self.allow_nan)
         remove_expert(checkpoint, removed, self.merge_into)
-        checkpoint.payload["prune"] = {
+        record = {
             "merge_from": removed,
             "merge_into": self.merge_into,
             "router_remap": f"{removed}->{self.merge_into}",
         }
+        put_record(checkpoint, "prune", record, known=("merge_from",))
         return checkpoint
 
     def _check(self, removed: int, checkpoint: Checkpoint, head: Head) -> None:

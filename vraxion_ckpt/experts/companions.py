@@ -228,7 +228,7 @@ class _Finder:
         elif lacking:
             problem = f"has no entry for {self._local(lacking[0])}"
         else:
-            problem = self._misshapen(entries, prefix, in_head) or self._other_router(entries, prefix)
+            problem = self._misshapen(entries, prefix, named) or self._other_router(entries, prefix)
         has_router = prefix + self._local(self.head.names.router_map) in entries
         return Companion(place, "names", prefix, problem, fits=not problem, has_router=has_router)
 

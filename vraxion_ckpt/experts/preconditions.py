@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from vraxion_ckpt.checkpoint.head import Head, HeadKind
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.errors import TransformError
@@ -17,6 +20,25 @@ def head_of(checkpoint: Checkpoint) -> Head:
     if checkpoint.head is None:
         raise TransformError("the model has no head")
     return checkpoint.head
+
+
+def put_record(checkpoint: Checkpoint, key: str, record: dict[str, Any], known: Collection[str]) -> None:
+    """Put a transform's record into the payload, in place of an earlier one.
+
+    Args:
+        checkpoint: the checkpoint. Its payload is changed.
+        key: the key of the record.
+        record: the record.
+        known: keys of earlier records and of requests. A value without any of them belongs to somebody else.
+
+    Raises:
+        TransformError: the payload has another value under this key.
+    """
+    value = checkpoint.payload.get(key)
+    if value is not None and not (isinstance(value, Mapping) and any(each in value for each in known)):
+        message = f"the payload has a value of somebody else under the key `{key}`, which the record would replace"
+        raise TransformError(message, key=key, hint=f"leave it out, as in --drop-key {key}")
+    checkpoint.payload[key] = record
 
 
 def head_of_experts(checkpoint: Checkpoint) -> Head:

@@ -252,6 +252,8 @@ def _listed(names: Sequence[Sequence[str]], param_names: Sequence[Any]) -> tuple
 
 
 def _unusual(keys: list[str], usual: list[str]) -> tuple[str, ...]:
+    if not all(isinstance(key, str) for key in keys):
+        raise InconsistentError("the keys of an optimizer's state dict must be text", key="optimizer")
     return () if keys == usual else tuple(keys)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vraxion_ckpt.checkpoint.head import HeadKind
-from vraxion_ckpt.checkpoint.head_names import split_name, split_names
+from vraxion_ckpt.checkpoint.head_names import RING_HEAD, split_name, split_names
 from vraxion_ckpt.checkpoint.model import Checkpoint
 from vraxion_ckpt.checkpoint.optimizer_state import Optimizer, OptimizerPart, ParamGroup
 from vraxion_ckpt.checkpoint.order_rules import RESULT_ORDER, ModelOrder, Rule, explains
@@ -47,6 +47,7 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
     old, new = before.optimizer, after.optimizer
     if old is None or new is None or _groups(old) == _groups(new):
         return after
+    refuse_divided_experts(before)
     if len(old.parts) != len(new.parts):
         raise BindingError("the transform has added or removed an optimizer", key="optimizer", hint=RESULT_ORDER)
     groups: list[ParamGroup] = []
@@ -61,6 +62,34 @@ def place_in_order(before: Checkpoint, after: Checkpoint) -> Checkpoint:
             groups += placed
         parts.append(part)
     return _placed(before, after, groups, tuple(parts))
+
+
+def refuse_divided_experts(before: Checkpoint) -> None:
+    """Refuse to change the head if its experts are divided over optimizers or param groups by their ids.
+
+    It is then unknown where the trainer puts each expert of the changed model, and torch loads state by position. A
+    group for each expert, or for each parameter, in one optimizer is no such division. Neither is state by name.
+
+    Raises:
+        BindingError: tensors of the same leaf, but of different experts, are in several optimizers or groups.
+    """
+    assert before.optimizer is not None
+    names = before.head.names if before.head else RING_HEAD
+    places: dict[str, tuple[int, int]] = {}  # optimizer and group, by leaf
+    for number, one in enumerate(before.optimizer.each_part()):
+        owns = owns_groups(one, before)
+        for index, group in enumerate(one.groups if not one.parts[0].is_by_name else ()):
+            for name in group.params:
+                found = split_name(name, names)
+                place = (number, -1 if owns else index)
+                if found is not None and places.setdefault(found[1], place) != place:
+                    raise BindingError(
+                        "the experts are divided over several optimizers or param groups, so it is unknown where the "
+                        "trainer puts each expert of the changed model",
+                        path=before.origin.path,
+                        key=name,
+                        hint="save state by name (torch.distributed.checkpoint.state_dict), or use --optimizer drop",
+                    )
 
 
 def _in_order(step: _Step) -> tuple[tuple[Rule, ...], list[ParamGroup]]:
@@ -118,6 +147,8 @@ def place_as_listed(before: Checkpoint, after: Checkpoint, names: Sequence[str])
     optimizer = after.optimizer
     if optimizer is None:
         raise UsageError("--result-order cannot be applied: the result has no optimizer")
+    if before.optimizer is not None and _groups(before.optimizer) != _groups(optimizer):
+        refuse_divided_experts(before)
     parts = optimizer.each_part()
     needed = {name for one in parts if not one.parts[0].is_by_name for name in one.params}
     if not needed:
