@@ -32,12 +32,16 @@ class HeadNames:
         """Return the names below a prefix, which is empty or ends in a dot."""
         return cls(prefix + _SINGLE, prefix + _EXPERTS, prefix + _ROUTER_MAP, prefix)
 
+    def local(self, name: str) -> str:
+        """Return a name without the prefix, which copies of the model lack."""
+        return name.removeprefix(self.prefix)
+
 
 RING_HEAD = HeadNames()
 
 
 def head_prefixes(names: Iterable[str]) -> list[str]:
-    """Return the prefixes below which a head stands in a state dict with these names, shortest first."""
+    """Return the prefixes of the heads that a state dict with these names has, shortest first."""
     found: dict[str, None] = {}
     for name in names:
         if "head." in name and (match := _IN_HEAD.match(name)):

@@ -114,7 +114,7 @@ class _Growth:
             source = self.after.ancestors.get(new, Ancestor(new))
             for leaf, value in by_prefix.get(source.prefix, {}).items():
                 again = source.prefix in used or bool(source.noise)
-                made[prefix + new.removeprefix(self.head.names.prefix) + leaf] = (
+                made[prefix + self.head.names.local(new) + leaf] = (
                     self._value(value, source, new, leaf) if again else value
                 )
             used.add(source.prefix)
@@ -154,7 +154,7 @@ class _Growth:
     def _with_router(self, prefix: str, entries: dict[Any, Any]) -> dict[Any, Any]:
         """Return the entries. If they have a router map that equalled the model's, replace it by the new one."""
         entries = copy.copy(entries)
-        name = prefix + self.head.names.router_map.removeprefix(self.head.names.prefix)
+        name = prefix + self.head.names.local(self.head.names.router_map)
         old, new = self.before.router_reference, self.after.router_reference
         value = entries.get(name)
         if isinstance(value, TensorRef) and old is not None and new is not None and same_bits(value, old):

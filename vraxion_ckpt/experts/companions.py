@@ -103,13 +103,14 @@ class _Finder:
         assert checkpoint.head is not None
         self.checkpoint = checkpoint
         self.head = checkpoint.head
-        heads = "|".join(map(re.escape, (self._local(self.head.names.single), self._local(self.head.names.experts))))
+        heads = "|".join(
+            map(
+                re.escape,
+                (self.head.names.local(self.head.names.single), self.head.names.local(self.head.names.experts)),
+            )
+        )
         self._pattern = re.compile(rf"(.*?)(?:^|(?<=\.))({heads})(.+)", re.DOTALL)
         self._tensors = checkpoint.open_references()
-
-    def _local(self, name: str) -> str:
-        """Return a name without the prefix of the model, which companions lack."""
-        return name.removeprefix(self.head.names.prefix)
 
     def entry(self, value: Any, place: tuple[str | int, ...], part: int | None = None) -> list[Companion]:
         """Return the companions in one entry of the payload, or of the optimizer with this number."""
@@ -184,12 +185,12 @@ class _Finder:
     def other_names(self, entries: Mapping[str, Any], known: Sequence[str]) -> Iterator[Companion]:
         """Yield copies of the head in the state dict. Their names end like the head's, apart from punctuation."""
         names = self.head.names
-        parts = {_letters(self._local(names.single)), _letters(self._local(names.experts))}
+        parts = {_letters(self.head.names.local(names.single)), _letters(self.head.names.local(names.experts))}
         found: dict[str, str] = {}
         for name in entries:
             if not any(part in _letters(name) for part in parts) or any(name.startswith(p) and p for p in known):
                 continue
-            for mine in (self._local(mine) for mine in self._tensors if split_name(mine, names)):
+            for mine in (self.head.names.local(mine) for mine in self._tensors if split_name(mine, names)):
                 if name != mine and _letters(name).endswith(_letters(mine)):
                     found.setdefault(name[: _start_of(_letters(mine), name)] or name, name)
         for prefix, name in found.items():
@@ -222,14 +223,16 @@ class _Finder:
             return Companion(place, "names", prefix, "has the names of the head, but not of all parameters")
         flattened = [name for name in unknown if any(name.startswith(f"{known}.") for known in self._tensors)]
         if flattened:
-            problem = f"has parts of parameters as separate entries, such as {prefix}{self._local(flattened[0])}"
+            problem = (
+                f"has parts of parameters as separate entries, such as {prefix}{self.head.names.local(flattened[0])}"
+            )
         elif unknown:
-            problem = f"has {prefix}{self._local(unknown[0])}, which the model does not have"
+            problem = f"has {prefix}{self.head.names.local(unknown[0])}, which the model does not have"
         elif lacking:
-            problem = f"has no entry for {self._local(lacking[0])}"
+            problem = f"has no entry for {self.head.names.local(lacking[0])}"
         else:
             problem = self._misshapen(entries, prefix, named) or self._other_router(entries, prefix)
-        has_router = prefix + self._local(self.head.names.router_map) in entries
+        has_router = prefix + self.head.names.local(self.head.names.router_map) in entries
         return Companion(place, "names", prefix, problem, fits=not problem, has_router=has_router)
 
     def _is_of_head(self, name: str) -> bool:
@@ -255,14 +258,14 @@ class _Finder:
 
     def _misshapen(self, entries: Mapping[Any, Any], prefix: str, names: set[str]) -> str:
         for name in sorted(names):
-            value, tensor = entries[prefix + self._local(name)], self._tensors.get(name)
+            value, tensor = entries[prefix + self.head.names.local(name)], self._tensors.get(name)
             if isinstance(value, TensorRef) and tensor is not None and value.shape != tensor.shape:
-                found = f"{prefix}{self._local(name)} has shape {list(value.shape)}"
+                found = f"{prefix}{self.head.names.local(name)} has shape {list(value.shape)}"
                 return f"{found}, but the model's tensor has {list(tensor.shape)}"
         return ""
 
     def _other_router(self, entries: Mapping[Any, Any], prefix: str) -> str:
-        name = prefix + self._local(self.head.names.router_map)
+        name = prefix + self.head.names.local(self.head.names.router_map)
         value, router = entries.get(name), self.checkpoint.router_reference
         if isinstance(value, TensorRef) and router is not None and not same_bits(value, router):
             return f"{name} differs from the model's router map"

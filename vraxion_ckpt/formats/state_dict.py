@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -43,8 +43,7 @@ def find_head(tensor_names: Collection[str], path: Path, prefix: str | None = No
     """
     prefixes = head_prefixes(tensor_names)
     if prefix is None:
-        outside = [other for other in prefixes if not other.startswith(prefixes[0])]
-        if outside:
+        if prefixes and _outermost(prefixes) is None:
             message = f"heads stand below several prefixes: {listed([repr(each) for each in prefixes], 4)}"
             hint = f"name the model's prefix, as in --from pt:prefix={prefixes[0]}"
             raise InconsistentError(message, path=path, key="model", hint=hint)
@@ -59,9 +58,13 @@ def prefix_to_record(checkpoint: Checkpoint, tensor_names: Collection[str]) -> s
     """Return the prefix of the head if `find_head` would not find it in a state dict with these names, else None."""
     if checkpoint.head is None:
         return None
-    prefixes, prefix = head_prefixes(tensor_names), checkpoint.head.names.prefix
-    is_found = bool(prefixes) and all(other.startswith(prefixes[0]) for other in prefixes) and prefixes[0] == prefix
-    return None if is_found else prefix
+    prefix = checkpoint.head.names.prefix
+    return None if _outermost(head_prefixes(tensor_names)) == prefix else prefix
+
+
+def _outermost(prefixes: Sequence[str]) -> str | None:
+    """Return the first of the prefixes if all others are below it, else None."""
+    return prefixes[0] if prefixes and all(other.startswith(prefixes[0]) for other in prefixes) else None
 
 
 def split_head(
